@@ -1,0 +1,1 @@
+"""VTP: prune a vision transformer, and actually run it faster."""

@@ -1,0 +1,298 @@
+"""Which timm vision transformer a model is: described as plain data, rebuilt from it, or refused by name.
+
+Everything the method needs to know about a model (widths, heads, tokens, biases, where norms stand) is
+in one immutable `Architecture`. A description is accepted only if the model rebuilt from it has the same
+modules, settings and tensors, so a variant that is not understood is refused instead of mangled.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from timm.layers import DropPath, LayerNorm, LayerScale, PatchEmbed, get_act_layer
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
+from torch import nn
+
+
+class UnsupportedModelError(ValueError):
+    """A model that the method does not support; the message names the part and the reason."""
+
+
+# The attribute of the block that each gated linear layer is; the order of a block's forward pass.
+SITES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+_ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+# Settings that a module's printed form does not show and that change what a model computes.
+_MODEL_SETTINGS = (
+    "global_pool",
+    "has_class_token",
+    "num_reg_tokens",
+    "num_prefix_tokens",
+    "no_embed_class",
+    "pool_include_prefix",
+    "dynamic_img_size",
+    "in_chans",
+    "num_classes",
+)
+_PATCH_SETTINGS = ("img_size", "patch_size", "flatten", "output_fmt", "strict_img_size", "dynamic_img_pad")
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A timm `VisionTransformer` as data. Field names are timm's where timm has the argument.
+
+    Attributes that are not timm's: `distilled` (DeiT's second token and head), `mlp_hidden` (fc1 outputs),
+    `norm_eps`, `act_layer` (a name, or None for timm's default, `nn.GELU`).
+    """
+
+    distilled: bool
+    img_size: tuple[int, int]
+    patch_size: tuple[int, int]
+    in_chans: int
+    num_classes: int
+    global_pool: str
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_hidden: int
+    qkv_bias: bool
+    qk_norm: bool
+    proj_bias: bool
+    init_values: float | None
+    class_token: bool
+    pos_embed: str
+    no_embed_class: bool
+    reg_tokens: int
+    pre_norm: bool
+    final_norm: bool
+    fc_norm: bool
+    pool_include_prefix: bool
+    dynamic_img_size: bool
+    dynamic_img_pad: bool
+    drop_rate: float
+    pos_drop_rate: float
+    patch_drop_rate: float
+    proj_drop_rate: float
+    attn_drop_rate: float
+    drop_path_rate: float
+    norm_eps: float
+    act_layer: str | None
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head's query and key, and of its value before pruning."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per image at `img_size`, prefix tokens included."""
+        round_up = self.dynamic_img_pad
+        patches = 1
+        for size, patch in zip(self.img_size, self.patch_size, strict=True):
+            patches *= -(-size // patch) if round_up else size // patch
+        return patches + int(self.class_token) + int(self.distilled) + self.reg_tokens
+
+    def site_widths(self) -> dict[str, int]:
+        """Gates per site before pruning, keyed `blocks.<i>.<site>`, in the order of the forward pass."""
+        widths = (self.embed_dim, self.embed_dim, self.embed_dim, self.mlp_hidden)
+        return {
+            f"blocks.{i}.{site}": width
+            for i in range(self.depth)
+            for site, width in zip(SITES, widths, strict=True)
+        }
+
+    def timm_kwargs(self) -> dict:
+        """Arguments for the timm constructor that makes this model."""
+        kwargs = dataclasses.asdict(self)
+        for name in ("distilled", "mlp_hidden", "norm_eps"):
+            kwargs.pop(name)
+        # timm takes int(embed_dim * mlp_ratio); the half keeps the product above the integer it must reach.
+        kwargs["mlp_ratio"] = (self.mlp_hidden + 0.5) / self.embed_dim
+        kwargs["norm_layer"] = partial(LayerNorm, eps=self.norm_eps)
+        return kwargs
+
+    def build(self, device: str | torch.device = "cpu", weight_init: str = "") -> VisionTransformer:
+        """The dense timm model with new weights on `device` ("meta" makes one without storage)."""
+        cls = VisionTransformerDistilled if self.distilled else VisionTransformer
+        with torch.device(device):
+            return cls(**self.timm_kwargs(), weight_init=weight_init)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "Architecture":
+        """The inverse of `dataclasses.asdict`, from parsed JSON. Raises ValueError for other fields."""
+        expected = {field.name for field in dataclasses.fields(cls)}
+        if set(fields) != expected:
+            odd = sorted(set(fields) ^ expected)
+            raise ValueError(f"architecture: fields {odd} are missing or unknown")
+        fields = {**fields, "img_size": tuple(fields["img_size"]), "patch_size": tuple(fields["patch_size"])}
+        return cls(**fields)
+
+
+def describe(model: nn.Module) -> Architecture:
+    """Describe a dense or gated timm VisionTransformer.
+
+    Raises:
+        UnsupportedModelError: naming the part that is not supported and why.
+    """
+    _refuse_other_classes(model)
+    architecture = Architecture(**describe_surroundings(model), **_describe_blocks(model))
+    _check_rebuilds(model, architecture)
+    return architecture
+
+
+def describe_surroundings(model: VisionTransformer) -> dict:
+    """The fields of `Architecture` outside the blocks, read from the live model.
+
+    Works on a compact model too, whose head or input size may have been changed since the cut.
+    """
+    patch = model.patch_embed
+    if patch.img_size is None:
+        raise UnsupportedModelError("patch_embed.img_size is None: give the model an image size")
+    return {
+        "distilled": isinstance(model, VisionTransformerDistilled),
+        "img_size": tuple(patch.img_size),
+        "patch_size": tuple(patch.patch_size),
+        "in_chans": patch.proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "class_token": model.cls_token is not None,
+        "pos_embed": "none" if model.pos_embed is None else "learn",
+        "no_embed_class": model.no_embed_class,
+        "reg_tokens": model.num_reg_tokens,
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "pool_include_prefix": model.pool_include_prefix,
+        "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": patch.dynamic_img_pad,
+        "drop_rate": model.head_drop.p,
+        "pos_drop_rate": model.pos_drop.p,
+        "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
+    }
+
+
+def _describe_blocks(model: VisionTransformer) -> dict:
+    """The fields of `Architecture` that all blocks share, read from the first (drop path: from the last)."""
+    block = model.blocks[0]
+    attn, mlp = block.attn, block.mlp
+    last_drop_path = model.blocks[-1].drop_path1
+    return {
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": attn.num_heads,
+        "mlp_hidden": mlp.fc1.out_features,
+        "qkv_bias": attn.qkv.bias is not None,
+        "qk_norm": not isinstance(attn.q_norm, nn.Identity),
+        "proj_bias": attn.proj.bias is not None,
+        "init_values": float(block.ls1.init_values) if isinstance(block.ls1, LayerScale) else None,
+        "proj_drop_rate": attn.proj_drop.p,
+        "attn_drop_rate": attn.attn_drop.p,
+        "drop_path_rate": last_drop_path.drop_prob if isinstance(last_drop_path, DropPath) else 0.0,
+        "norm_eps": block.norm1.eps,
+        "act_layer": _activation_name(mlp.act),
+    }
+
+
+def _activation_name(activation: nn.Module) -> str | None:
+    if type(activation) is nn.GELU and activation.approximate == "none":
+        return None
+    for name in _ACTIVATIONS:
+        if type(activation) is get_act_layer(name):
+            return name
+    raise UnsupportedModelError(
+        f"blocks.0.mlp.act: {activation} is not supported, expected one of {_ACTIVATIONS}"
+    )
+
+
+def _refuse_other_classes(model: nn.Module) -> None:
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        raise UnsupportedModelError(
+            f"model: got {type(model).__module__}.{type(model).__name__}, expected timm's VisionTransformer "
+            "or VisionTransformerDistilled (DeiT, DeiT-III, ViT, DINOv2 and their kin)"
+        )
+    if len(model.blocks) == 0:
+        raise UnsupportedModelError("model.blocks is empty: there is nothing to gate")
+    if type(model.patch_embed) is not PatchEmbed:
+        raise UnsupportedModelError(f"patch_embed: {type(model.patch_embed).__name__}, expected PatchEmbed")
+    for i, block in enumerate(model.blocks):
+        if type(block) is not Block:
+            raise UnsupportedModelError(
+                f"blocks.{i}: {type(block).__name__} is not supported, expected timm's pre-norm Block"
+            )
+        if type(block.attn) is not Attention:
+            raise UnsupportedModelError(
+                f"blocks.{i}.attn: {type(block.attn).__name__} is not supported, expected timm's Attention"
+            )
+        if getattr(block.attn, "gate", None) is not None:
+            raise UnsupportedModelError(f"blocks.{i}.attn.gate: sigmoid-gated attention is not supported")
+        if not isinstance(block.attn.norm, nn.Identity) or not isinstance(block.mlp.norm, nn.Identity):
+            raise UnsupportedModelError(
+                f"blocks.{i}: a norm between attention and proj, or between fc1 and fc2, is not supported: "
+                "its statistics would change with every removed dimension"
+            )
+        if type(block.mlp) is not Mlp:
+            raise UnsupportedModelError(
+                f"blocks.{i}.mlp: {type(block.mlp).__name__} is not supported, expected Mlp: a gated MLP "
+                "(SwiGLU) has two hidden projections to cut together, which the plan does not describe"
+            )
+        for site in SITES:
+            linear = block.get_submodule(site)
+            if type(linear) is not nn.Linear and not hasattr(linear, "gate"):
+                raise UnsupportedModelError(
+                    f"blocks.{i}.{site}: {type(linear).__name__} is not supported, expected nn.Linear"
+                )
+        for name in ("norm1", "norm2"):
+            norm = getattr(block, name)
+            if not isinstance(norm, nn.LayerNorm) or not norm.elementwise_affine or norm.bias is None:
+                raise UnsupportedModelError(
+                    f"blocks.{i}.{name}: {norm} is not supported, expected LayerNorm with weight and bias"
+                )
+
+
+def _check_rebuilds(model: VisionTransformer, architecture: Architecture) -> None:
+    """Refuse a model that the description does not reproduce: modules, settings, tensor shapes."""
+    rebuilt = architecture.build("meta", weight_init="skip")
+    with torch.device("meta"):
+        replace_sites(
+            rebuilt, lambda name, linear: type(model.get_submodule(name))(**_linear_arguments(linear))
+        )
+    for owner, settings in (("", _MODEL_SETTINGS), ("patch_embed", _PATCH_SETTINGS)):
+        for setting in settings:
+            got = getattr(model.get_submodule(owner), setting)
+            expected = getattr(rebuilt.get_submodule(owner), setting)
+            if got != expected:
+                where = f"{owner}.{setting}".lstrip(".")
+                raise UnsupportedModelError(f"{where}: {got!r} is not supported here, expected {expected!r}")
+    got_lines, expected_lines = repr(model).splitlines(), repr(rebuilt).splitlines()
+    if got_lines != expected_lines:
+        difference = [
+            line
+            for line in difflib.unified_diff(expected_lines, got_lines, n=0, lineterm="")
+            if not line.startswith(("---", "+++", "@@"))
+        ]
+        raise UnsupportedModelError("model: it has parts that are not supported: " + " | ".join(difference[:6]))
+    got_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    expected_shapes = {name: tensor.shape for name, tensor in rebuilt.state_dict().items()}
+    if got_shapes != expected_shapes:
+        odd = sorted(dict(got_shapes.items() ^ expected_shapes.items()))
+        raise UnsupportedModelError(f"model: tensors {odd[:4]} have unexpected names or shapes")
+
+
+def _linear_arguments(linear: nn.Linear) -> dict:
+    return {
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "bias": linear.bias is not None,
+    }
+
+
+def replace_sites(model: nn.Module, make: Callable[[str, nn.Module], nn.Module]) -> None:
+    """Replace the linear layer at every site of every block by `make(name, linear)`, in place."""
+    for i in range(len(model.blocks)):
+        for site in SITES:
+            name = f"blocks.{i}.{site}"
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, make(name, model.get_submodule(name)))

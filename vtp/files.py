@@ -1,0 +1,70 @@
+"""Files that are either whole or absent, and the fingerprint that says which model a file holds."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class FileError(ValueError):
+    """A file that cannot be read or written as what it should be; the message says why."""
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Write a file so that `path` only ever names a complete one.
+
+    `write` gets a temporary path in the same folder; the result is flushed to disk and renamed over
+    `path`. On any error the temporary file is removed and what stood at `path` is untouched.
+
+    Raises:
+        FileError: the folder is missing or not writable, `path` is a folder, or the disk is full.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FileError(f"path: {path} is a folder, expected a file name")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise FileError(f"path: cannot write into {path.parent}: {error.strerror}") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        # mkstemp makes the file private to its owner; give it the permissions of an ordinary new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FileError(f"path: cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable where the platform lets a folder be opened (POSIX does, Windows does not)."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fingerprint(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 (hex) over `text` and the names, dtypes, shapes and bytes of `tensors`, in name order."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
