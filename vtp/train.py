@@ -1,0 +1,902 @@
+"""One training loop for the three stages: dense, sparse (a gated model) and finetune (a compact model).
+
+Sparse training adds an l1 penalty on the gates g, with weight lambda (`TrainConfig.l1`), in one of two ways:
+
+    subgradient   g.grad += lambda * sign(g)               before the optimizer's step; VTP, arXiv 2104.08500
+    proximal      g <- sign(g) * max(|g| - lambda*lr, 0)   after it, lr being that of the gates; the ISTA step
+                  (Parikh and Boyd, Proximal Algorithms, 2014, section 4.3), which makes gates exactly zero
+
+The proximal step belongs to a gradient step `g - lr * grad`. AdamW rescales the gradient per element; the
+step of the prox stays the plain lr, so that lambda*lr is what a gate loses per update. With the subgradient,
+AdamW rescales the penalty together with the task gradient, so lambda counts relative to the size of that.
+
+Distillation (Hinton et al., arXiv 1503.02531), with logits z of the student and t of the teacher:
+
+    loss = (1 - alpha) * task + alpha * T^2 * KL(softmax(t / T) || softmax(z / T))
+
+Runs are reproducible: all that is random in a step is seeded from (seed, stage, epoch, step, process) when
+the step begins, and the data from (seed, stage, epoch, sample). Hence a checkpoint needs no state of any
+random generator, and training can go on from any step.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from rich.progress import BarColumn, Progress, TextColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.data import Mixup
+from timm.layers import DropPath
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from vtp.data import Augment, Data, set_epoch, test_loader, train_loader
+from vtp.files import write_atomic
+from vtp.gates import GatedLinear
+
+STATE_FORMAT = "vtp-training-state"
+STATE_VERSION = 1
+CHECK_EVERY = 16  # steps between looks at the losses where a look is a device synchronisation
+PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("no", "bf16", "fp16")
+L1_MODES = ("subgradient", "proximal")
+
+
+class TrainingInterrupted(RuntimeError):
+    """A signal ended training after its current step; the checkpoint was saved. `signum` is the signal."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or a weight became NaN or infinite; the message names step and checkpoint."""
+
+
+class ResumeError(ValueError):
+    """A checkpoint that cannot be continued: damaged, not ours, or of a run configured differently."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What determines a training stage, apart from the model and the data.
+
+    epochs: passes over the training data, >= 1.
+    batch_size: images per step and process; even where mixup or cutmix is on.
+    lr: peak learning rate; the schedule goes from lr/100 up to it in warmup_epochs and down to min_lr.
+    weight_decay: on weights of two and more dimensions, less those that the model exempts.
+    label_smoothing, mixup, cutmix: as in DeiT; 0 is off.
+    clip_grad: largest norm of the gradient; None is off.
+    drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+    ema_decay: decay of the moving average of weights, warmed up as 1 - (1 + step)^(-2/3); None is off.
+    distill_alpha, distill_temperature: weight and temperature of distillation; alpha 0 is off.
+    l1: lambda, weight of sum |g|; 0 is off. l1_mode: see the module's docstring.
+    gate_lr: learning rate of the gates as a multiple of lr.
+    precision: "no" (float32), "bf16" or "fp16" (GPU only).
+    opt, sched: names that timm knows; opt "adamw", sched "cosine" or "constant".
+    """
+
+    epochs: int = 10
+    batch_size: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_epochs: float = 1.0
+    min_lr: float = 1e-5
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    clip_grad: float | None = None
+    drop_path: float = 0.0
+    ema_decay: float | None = None
+    distill_alpha: float = 0.0
+    distill_temperature: float = 1.0
+    l1: float = 0.0
+    l1_mode: str = "subgradient"
+    gate_lr: float = 1.0
+    precision: str = "no"
+    seed: int = 0
+    workers: int = 0
+    opt: str = "adamw"
+    sched: str = "cosine"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            self._require(name, int, lambda v: v >= 1, "an integer of at least 1")
+        for name in ("seed", "workers"):
+            self._require(name, int, lambda v: v >= 0, "an integer of at least 0")
+        for name in ("lr", "gate_lr", "distill_temperature"):
+            self._require(name, (int, float), lambda v: 0 < v < math.inf, "a positive number")
+        for name in ("weight_decay", "mixup", "cutmix", "l1"):
+            self._require(name, (int, float), lambda v: 0 <= v < math.inf, "a number of at least 0")
+        for name in ("label_smoothing", "drop_path"):
+            self._require(name, (int, float), lambda v: 0 <= v < 1, "a number in [0, 1)")
+        self._require("min_lr", (int, float), lambda v: 0 <= v <= self.lr, f"between 0 and lr ({self.lr})")
+        self._require(
+            "warmup_epochs",
+            (int, float),
+            lambda v: 0 <= v <= self.epochs,
+            f"between 0 and {self.epochs} epochs",
+        )
+        self._require("distill_alpha", (int, float), lambda v: 0 <= v <= 1, "a number in [0, 1]")
+        if self.clip_grad is not None:
+            self._require("clip_grad", (int, float), lambda v: 0 < v < math.inf, "a positive number or None")
+        if self.ema_decay is not None:
+            self._require("ema_decay", (int, float), lambda v: 0 < v < 1, "a number between 0 and 1, or None")
+        for name, choices in (("l1_mode", L1_MODES), ("precision", PRECISIONS), ("sched", SCHEDULES)):
+            self._require(name, str, lambda v, c=choices: v in c, f"one of {', '.join(choices)}")
+        self._require("opt", str, lambda v: v in list_optimizers(), "an optimizer that timm.optim knows")
+        if self.mixup or self.cutmix:
+            self._require("batch_size", int, lambda v: v % 2 == 0, "an even number, as mixup pairs images")
+
+    def _require(self, name: str, kind: type | tuple, ok: Callable[[Any], bool], expected: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, kind) or not ok(value):
+            raise ValueError(f"TrainConfig.{name}: got {value!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """model: the trained model (its moving average where there is one), in eval mode, on the training device;
+    top1: its accuracy in percent; history: the lines of metrics.jsonl of this stage."""
+
+    model: nn.Module
+    top1: float
+    history: list[dict[str, Any]]
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    config: TrainConfig,
+    *,
+    stage: str,
+    run_dir: Path,
+    augment: Augment,
+    teacher: nn.Module | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    after_step: Callable[[nn.Module, int], None] | None = None,
+) -> TrainResult:
+    """Train a copy of `model` and return it; `model` itself stays as it is.
+
+    stage: name of the stage; it names the checkpoint and the lines of metrics.jsonl, and enters every seed.
+    run_dir: receives checkpoints/<stage>.safetensors, metrics.jsonl and tensorboard/<stage>.
+    teacher: dense model to distil from, needed where config.distill_alpha > 0.
+    resume: continue from the stage's checkpoint if there is one; a finished stage returns at once. Without
+        it, the stage starts anew and its checkpoint and metrics of an earlier run are removed.
+    after_step: called as after_step(model, updates so far) after every update.
+
+    Raises TrainingInterrupted (SIGINT, SIGTERM), NonFiniteLossError, ResumeError, and ValueError for
+    arguments that do not fit together.
+    """
+    run = _Stage(model, data, config, stage=stage, run_dir=Path(run_dir), augment=augment, teacher=teacher)
+    run.begin(resume)
+    if run.position.epoch < config.epochs:
+        run.run(progress=progress, after_step=after_step)
+    return run.result()
+
+
+def evaluate(
+    model: nn.Module, data: Data, *, batch_size: int = 256, workers: int = 0, precision: str = "no"
+) -> tuple[float, float]:
+    """Top-1 accuracy (percent) and mean cross-entropy (nats) of `model` on the test images, on its device."""
+    image_size, in_chans = _input_of(model)
+    loader = test_loader(
+        data, image_size=image_size, in_chans=in_chans, batch_size=batch_size, workers=workers
+    )
+    device = next(model.parameters()).device
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return _evaluate(
+        model, loader, device, lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
+    )
+
+
+# --------------------------------------------------------------------------------
+# The stage
+
+
+@dataclass
+class _Position:
+    """Where a stage stands: what a checkpoint has to know beside the tensors."""
+
+    epoch: int = 0  # epoch in progress; equal to config.epochs when the stage is finished
+    step: int = 0  # next step of that epoch
+    loss_sum: float = 0.0  # over the steps of that epoch
+    seconds: float = 0.0  # spent on these steps
+    history: list[dict[str, Any]] = field(default_factory=list)  # one record per finished epoch
+
+
+class _Stage:
+    """State and steps of one stage. `raw` is the bare model, `model` the same under Accelerate's wrappers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        config: TrainConfig,
+        *,
+        stage: str,
+        run_dir: Path,
+        augment: Augment,
+        teacher: nn.Module | None,
+    ) -> None:
+        if config.distill_alpha > 0 and teacher is None:
+            raise ValueError(
+                f"teacher: got None, expected a model as distill_alpha is {config.distill_alpha}"
+            )
+        self.config, self.stage, self.run_dir = config, stage, run_dir
+        self.accelerator = _accelerator(config.precision)
+        device = self.accelerator.device
+        self.raw = copy.deepcopy(model).to(device).requires_grad_(True)
+        _set_drop_path(self.raw, config.drop_path)
+        self.gated = _gated_linears(self.raw)
+        if config.l1 > 0 and not self.gated:
+            raise ValueError(f"config.l1: got {config.l1}, expected 0 as the model has no gates")
+        self.gates = [linear.gate for linear in self.gated]
+        self.teacher = None
+        if config.distill_alpha > 0:
+            self.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+        self.ema = None
+        if config.ema_decay is not None:
+            # Buffers are counts and statistics here (those of the gates' Taylor score): copied, not averaged.
+            self.ema = ModelEmaV3(self.raw, decay=config.ema_decay, use_warmup=True, exclude_buffers=True)
+        optimizer = create_optimizer_v2(
+            self.raw,
+            opt=config.opt,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            param_group_fn=lambda m: _param_groups(m, self.gates, config),
+        )
+        self._build_loaders(data, augment)
+        self.scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            warmup_lr=config.lr / 100,
+            min_lr=config.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(self.raw, optimizer)
+        self.mixup, self.criterion = _criterion(config, data.num_classes)
+        self.position = _Position()
+        self.identity = _identity(data, config, stage, augment, self.accelerator.num_processes)
+        # The score is wanted for the trained model: in the last third of the steps the learning rate is low
+        # and gates and weights are near their final values.
+        self.taylor_from = math.ceil(config.epochs * self.steps * 2 / 3)
+
+    def _build_loaders(self, data: Data, augment: Augment) -> None:
+        config = self.config
+        image_size, in_chans = _input_of(self.raw)
+        common = {
+            "image_size": image_size,
+            "in_chans": in_chans,
+            "batch_size": config.batch_size,
+            "workers": config.workers,
+        }
+        self.loader = train_loader(data, augment=augment, seed=_seed_of(config.seed, self.stage), **common)
+        self.test_loader = test_loader(data, **common)
+        self.steps = len(self.loader)
+        if self.steps == 0:
+            raise ValueError(
+                f"config.batch_size: got {config.batch_size}, expected at most {len(data.train)} (all images)"
+            )
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.run_dir / "checkpoints" / f"{self.stage}.safetensors"
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights so far."""
+        return self.position.epoch * self.steps + self.position.step
+
+    def begin(self, resume: bool) -> None:
+        """Load the checkpoint, or remove what an earlier run left of this stage."""
+        if resume and self.checkpoint.exists():
+            self._load_state()
+        if self.accelerator.is_main_process:
+            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                self.checkpoint.unlink(missing_ok=True)
+            _rewrite_metrics(self.run_dir / "metrics.jsonl", self.stage, self.position.history)
+        self.accelerator.wait_for_everyone()
+
+    def run(self, *, progress: bool, after_step: Callable[[nn.Module, int], None] | None) -> None:
+        """Train from the present position to the end, saving after each epoch and on a signal."""
+        main = self.accelerator.is_main_process
+        self.after_step = after_step
+        with (
+            _deferred_signals() as self.signals,
+            _Reporter(self, enabled=progress and main) as self.reporter,
+            _tensorboard(self.run_dir / "tensorboard" / self.stage, self.updates, enabled=main) as self.board,
+        ):
+            while self.position.epoch < self.config.epochs:
+                self._train_epoch()
+                record = self._finish_epoch()
+                self.position = _Position(
+                    epoch=self.position.epoch + 1, history=[*self.position.history, record]
+                )
+                self._save_state()
+                self._stop_if_asked()
+
+    def result(self) -> TrainResult:
+        """The trained model with its accuracy and history."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        model = self.raw if self.ema is None else self.ema.module
+        history = self.position.history
+        return TrainResult(model.eval(), history[-1]["test_top1"], history)
+
+    # -- an epoch
+
+    def _train_epoch(self) -> None:
+        """The steps of the current epoch that are left."""
+        position = self.position
+        set_epoch(self.loader, position.epoch, position.step)
+        self.model.train()
+        check_every = 1 if self.accelerator.device.type == "cpu" else CHECK_EVERY
+        losses: list[Tensor] = []
+        started = time.perf_counter()
+        for images, targets in self._batches():
+            losses.append(self._step(images, targets))
+            position.step += 1
+            if self.after_step is not None:
+                self.after_step(self.raw, self.updates)
+            if position.step % check_every == 0 or position.step == self.steps or self.signals.received:
+                self._settle(losses)
+                now = time.perf_counter()
+                position.seconds += now - started
+                started = now
+            self.reporter.step()
+            self._stop_if_asked()
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.position.step == self.steps:  # interrupted between the last step and the evaluation
+            return
+        device = self.accelerator.device
+        for images, targets in self.loader:
+            yield images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+    def _step(self, images: Tensor, targets: Tensor) -> Tensor:
+        """One update from images [B, C, H, W] and targets [B]. Returns the loss less penalty, 0-dim."""
+        config, accelerator = self.config, self.accelerator
+        _seed_everything(
+            _seed_of(
+                config.seed, self.stage, self.position.epoch, self.position.step, accelerator.process_index
+            )
+        )
+        self.scheduler.step_update(self.updates)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        loss = self._loss(images, targets)
+        accelerator.backward(loss)
+        accelerator.unscale_gradients()
+        if self.gates:
+            self._gate_gradients()
+        if config.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.raw.parameters(), config.clip_grad)
+        self.optimizer.step()
+        if config.l1 > 0 and config.l1_mode == "proximal" and not accelerator.optimizer_step_was_skipped:
+            soft_threshold(self.gates, config.l1 * self._lr() * config.gate_lr)
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.raw, step=self.updates + 1)
+        return loss.detach()
+
+    def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Task loss, with the teacher's share where there is one; 0-dim float32."""
+        alpha = self.config.distill_alpha
+        with self.accelerator.autocast():
+            logits = self.model(images)
+        loss = self.criterion(logits.float(), targets)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad(), self.accelerator.autocast():
+            teacher_logits = self.teacher(images)
+        distilled = distillation_loss(logits.float(), teacher_logits.float(), self.config.distill_temperature)
+        return (1 - alpha) * loss + alpha * distilled
+
+    def _gate_gradients(self) -> None:
+        """Take the Taylor statistics from the gradients of the task loss, then add that of the penalty."""
+        overflow = self.accelerator.scaler is not None and not _all_finite(g.grad for g in self.gates)
+        if self.updates >= self.taylor_from and not overflow:
+            for linear in self.gated:
+                linear.accumulate_taylor()
+        if self.config.l1 > 0 and self.config.l1_mode == "subgradient":
+            for gate in self.gates:
+                gate.grad.add_(gate.detach().sign(), alpha=self.config.l1)
+
+    def _settle(self, losses: list[Tensor]) -> None:
+        """Add the losses of the last steps to the epoch's sum; refuse to go on if one is not finite."""
+        values = self.accelerator.reduce(torch.stack(losses), "mean").tolist()
+        first = self.position.step - len(values)
+        losses.clear()
+        for step, value in enumerate(values, start=first):
+            if not math.isfinite(value):
+                raise self._non_finite(f"the loss is {value}", step)
+            self.position.loss_sum += value
+        self.reporter.loss = values[-1]
+        self.board.add_scalar("loss/step", values[-1], self.updates)
+
+    def _finish_epoch(self) -> dict[str, Any]:
+        """Evaluate, and write the epoch's record to metrics.jsonl and TensorBoard."""
+        position, config = self.position, self.config
+        model = self.raw if self.ema is None else self.ema.module
+        accelerator = self.accelerator
+        top1, test_loss = _evaluate(
+            model, self.test_loader, accelerator.device, accelerator.autocast, self._stop_if_asked
+        )
+        images = self.steps * config.batch_size * accelerator.num_processes
+        record = {
+            "stage": self.stage,
+            "epoch": position.epoch + 1,
+            "epochs": config.epochs,
+            "step": self.updates,
+            "train_loss": position.loss_sum / self.steps,
+            "test_loss": test_loss,
+            "test_top1": top1,
+            **(gate_statistics(self.gates, config.l1) if self.gates else {}),
+            "lr": self._lr(),
+            "images_per_second": round(images / max(position.seconds, 1e-9), 1),
+            "seconds": round(position.seconds, 3),
+        }
+        if accelerator.is_main_process:
+            _append_line(self.run_dir / "metrics.jsonl", record)
+        for name, value in record.items():
+            if isinstance(value, float):
+                self.board.add_scalar(f"epoch/{name}", value, self.updates)
+        self.reporter.epoch(record)
+        return record
+
+    def _lr(self) -> float:
+        """Learning rate of the last update, that of the gates being gate_lr times this."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
+
+    # -- checkpoints
+
+    def _stop_if_asked(self) -> None:
+        """On a signal: save unless the position was saved just now, and leave by TrainingInterrupted."""
+        if self.signals.received is None:
+            return
+        self._save_state()
+        number, position = self.signals.received, self.position
+        raise TrainingInterrupted(
+            f"{signal.Signals(number).name}: stage {self.stage} stopped in epoch {position.epoch + 1} of "
+            f"{self.config.epochs} after step {position.step} of {self.steps}; saved {self.checkpoint}; "
+            "run the same command with --resume to continue",
+            number,
+        )
+
+    def _non_finite(self, what: str, step: int) -> NonFiniteLossError:
+        saved = self.checkpoint if self.checkpoint.exists() else "none was written yet"
+        return NonFiniteLossError(
+            f"{what} at step {step + 1} of epoch {self.position.epoch + 1} of stage {self.stage} "
+            f"(learning rate {self._lr():.3g}); last good checkpoint: {saved}"
+        )
+
+    def _save_state(self) -> None:
+        """Write model, moving average, optimizer and position as one safetensors file, atomically."""
+        if not _all_finite(self.raw.parameters()):
+            raise self._non_finite("a weight is not finite", (self.position.step or self.steps) - 1)
+        if not self.accelerator.is_main_process:
+            return
+        optimizer_state = self.optimizer.state_dict()
+        names = _optimizer_names(self.raw, self.optimizer)
+        tensors = {f"model/{name}": value for name, value in self.raw.state_dict().items()}
+        if self.ema is not None:
+            tensors |= {f"ema/{name}": value for name, value in self.ema.module.state_dict().items()}
+        for index, state in optimizer_state["state"].items():
+            tensors |= {f"optimizer/{key}/{names[index]}": value for key, value in state.items()}
+        header = {
+            "format": STATE_FORMAT,
+            "version": STATE_VERSION,
+            "identity": self.identity,
+            "position": asdict(self.position),
+            "param_groups": optimizer_state["param_groups"],
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+        }
+        metadata = {STATE_FORMAT: json.dumps(header)}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        write_atomic(self.checkpoint, lambda path: save_file(tensors, path, metadata))
+
+    def _load_state(self) -> None:
+        """Restore what `_save_state` wrote. Raises ResumeError."""
+        header, tensors = _read_state(self.checkpoint)
+        _refuse_other_run(self.checkpoint, header["identity"], self.identity)
+        part = {"model": {}, "ema": {}, "optimizer": {}}
+        for name, value in tensors.items():
+            kind, _, rest = name.partition("/")
+            part[kind][rest] = value
+        try:
+            self.raw.load_state_dict(part["model"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(part["ema"])
+        except RuntimeError as error:
+            raise ResumeError(
+                f"{self.checkpoint}: holds another model than the one to train: {error}"
+            ) from error
+        index_of = {name: i for i, name in enumerate(_optimizer_names(self.raw, self.optimizer))}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in part["optimizer"].items():
+            key, _, parameter = name.partition("/")
+            state.setdefault(index_of[parameter], {})[key] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": header["param_groups"]})
+        if header["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(header["scaler"])
+        self.position = _Position(**header["position"])
+
+
+# --------------------------------------------------------------------------------
+# Pieces of a step
+
+
+def soft_threshold(gates: Iterable[Tensor], amount: float) -> None:
+    """In place g <- sign(g) * max(|g| - amount, 0), the proximal operator of amount * sum |g|."""
+    with torch.no_grad():
+        for gate in gates:
+            gate.copy_(F.softshrink(gate, amount))
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student) at temperature T, mean over the batch; logits [B, classes]. 0-dim."""
+    student = F.log_softmax(logits / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+@torch.no_grad()
+def gate_statistics(gates: Iterable[Tensor], l1: float) -> dict[str, float]:
+    """What the metrics say of the gates.
+
+    l1: sum |g|; l1_penalty: lambda times that; gates_mean: mean |g|; gates_zero: share of gates exactly 0;
+    gates_below: share below half the mean |g|, a measure of spread that does not depend on how far the
+    penalty shrank all gates alike, as the cut looks at nothing but their order.
+    """
+    size = torch.cat([gate.detach().abs().flatten() for gate in gates]).double().cpu()
+    total, mean = size.sum().item(), size.mean().item()
+    return {
+        "l1": total,
+        "l1_penalty": l1 * total,
+        "gates_mean": mean,
+        "gates_zero": (size == 0).double().mean().item(),
+        "gates_below": (size < 0.5 * mean).double().mean().item(),
+    }
+
+
+def _criterion(config: TrainConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+    """Mixup or None, and the loss that takes what it returns."""
+    if config.mixup > 0 or config.cutmix > 0:
+        mixup = Mixup(
+            mixup_alpha=config.mixup,
+            cutmix_alpha=config.cutmix,
+            label_smoothing=config.label_smoothing,
+            num_classes=num_classes,
+        )
+        return mixup, SoftTargetCrossEntropy()
+    if config.label_smoothing > 0:
+        return None, LabelSmoothingCrossEntropy(config.label_smoothing)
+    return None, nn.CrossEntropyLoss()
+
+
+def _param_groups(model: nn.Module, gates: list[nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+    """timm's groups with and without weight decay, and one of the gates: no decay, own learning rate."""
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
+    gate_ids = {id(gate) for gate in gates}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in gate_ids]
+    if gates:  # lr_scale is how timm's schedulers keep a group's lr a multiple of the others' throughout
+        groups.append({"params": gates, "weight_decay": 0.0, "lr_scale": config.gate_lr})
+    return groups
+
+
+def _gated_linears(model: nn.Module) -> list[GatedLinear]:
+    """The modules with a gate; their gates must be float32, in which small l1 steps are not rounded away."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, GatedLinear)}
+    for name, module in found.items():
+        if module.gate.dtype != torch.float32:
+            raise ValueError(f"{name}.gate: got {module.gate.dtype}, expected torch.float32")
+    return list(found.values())
+
+
+def _set_drop_path(model: nn.Module, rate: float) -> None:
+    """Set stochastic depth in model.blocks as timm does: linear from 0 at the first block to rate."""
+    blocks = list(getattr(model, "blocks", ()))
+    branches = [
+        (i, b, n) for i, b in enumerate(blocks) for n in ("drop_path1", "drop_path2") if hasattr(b, n)
+    ]
+    if rate > 0 and not branches:
+        raise ValueError(
+            f"config.drop_path: got {rate}, expected 0 as {type(model).__name__} has no drop path"
+        )
+    for i, block, name in branches:
+        depth_rate = rate * i / max(len(blocks) - 1, 1)
+        setattr(block, name, DropPath(depth_rate) if depth_rate > 0 else nn.Identity())
+
+
+def _seed_of(*key: object) -> int:
+    """A 32-bit seed that depends on all of key."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every element of every tensor is finite, with one synchronisation."""
+    return bool(torch.stack([t.detach().isfinite().all() for t in tensors]).all())
+
+
+def _input_of(model: nn.Module) -> tuple[int | tuple[int, int], int]:
+    """Image size (pixels) and channels that the model takes."""
+    embed = model.patch_embed
+    height, width = embed.img_size
+    return (height if height == width else (height, width)), embed.proj.in_channels
+
+
+@torch.no_grad()
+def _evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    cast: Callable[[], AbstractContextManager],
+    poll: Callable[[], None] = lambda: None,
+) -> tuple[float, float]:
+    """Top-1 (percent) and mean cross-entropy over loader; `poll` is called after each batch."""
+    was_training = model.training
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    images_seen = 0
+    for images, targets in loader:
+        images, targets = images.to(device), targets.to(device)
+        with cast():
+            logits = model(images)
+        loss += F.cross_entropy(logits.float(), targets, reduction="sum")
+        correct += (logits.argmax(dim=-1) == targets).sum()
+        images_seen += len(targets)
+        poll()
+    model.train(was_training)
+    return 100.0 * correct.item() / images_seen, loss.item() / images_seen
+
+
+def _accelerator(precision: str) -> Accelerator:
+    """An Accelerator of this precision. Raises ValueError where the machine cannot do it."""
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("config.precision: got 'fp16', expected 'no' or 'bf16' as there is no GPU")
+    # Accelerate keeps one state per process and refuses a second precision. Stages may differ in it, and
+    # nothing of a former stage still uses that state.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=precision)
+
+
+# --------------------------------------------------------------------------------
+# Files
+
+
+def _identity(
+    data: Data, config: TrainConfig, stage: str, augment: Augment, processes: int
+) -> dict[str, Any]:
+    """All that must be the same for a checkpoint to be continued, as JSON gives it back."""
+    flat = {
+        "stage": stage,
+        "data": data.name,
+        "training images": len(data.train),
+        "processes": processes,
+        **{f"config.{name}": value for name, value in asdict(config).items()},
+        **{f"augment.{name}": value for name, value in asdict(augment).items()},
+    }
+    return json.loads(json.dumps(flat))
+
+
+def _refuse_other_run(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+    if differing:
+        changes = "; ".join(f"{n}: checkpoint {saved.get(n)!r}, now {current.get(n)!r}" for n in differing)
+        raise ResumeError(f"{path}: cannot be resumed with other settings: {changes}")
+
+
+def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a training checkpoint. Raises ResumeError for a file that is not one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(STATE_FORMAT)
+            if text is None:
+                raise ResumeError(f"{path}: not a training checkpoint: its metadata has no {STATE_FORMAT!r}")
+            header = json.loads(text)
+            if header["version"] > STATE_VERSION:
+                raise ResumeError(
+                    f"{path}: checkpoint version {header['version']}, expected at most {STATE_VERSION}"
+                )
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, json.JSONDecodeError, KeyError) as error:
+        raise ResumeError(f"{path}: truncated, damaged or not a safetensors file ({error})") from error
+
+
+def _optimizer_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Parameter names in the order in which the optimizer's state_dict numbers them."""
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    return [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _append_line(path: Path, record: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _rewrite_metrics(path: Path, stage: str, history: list[dict[str, Any]]) -> None:
+    """Replace the lines of `stage` by `history`, which drops those of epochs that will be done again."""
+    others = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # cut off by the kill that we resume from
+            continue
+        if record["stage"] != stage:
+            others.append(record)
+    text = "".join(json.dumps(record) + "\n" for record in others + history)
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+class _NoBoard:
+    """Stands in for a SummaryWriter where nothing is to be written."""
+
+    def add_scalar(self, *_: object) -> None:
+        return
+
+
+@contextmanager
+def _tensorboard(folder: Path, step: int, *, enabled: bool) -> Iterator[Any]:
+    """A SummaryWriter whose events from `step` on replace those of a run that was killed after it."""
+    if not enabled:
+        yield _NoBoard()
+        return
+    from torch.utils.tensorboard import SummaryWriter  # takes a second: not for those who only evaluate
+
+    with SummaryWriter(str(folder), purge_step=step) as board:
+        yield board
+
+
+# --------------------------------------------------------------------------------
+# Signals and progress
+
+
+@dataclass
+class _Signals:
+    received: int | None = None
+
+
+@contextmanager
+def _deferred_signals() -> Iterator[_Signals]:
+    """Note the first SIGINT or SIGTERM instead of dying by it; a second one acts as it did before.
+
+    Python handles signals in the main thread alone: elsewhere nothing is changed.
+    """
+    signals = _Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        signals.received = number
+        restore()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield signals
+    finally:
+        restore()
+
+
+class _Reporter:
+    """Shows how the stage goes: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, run: _Stage, *, enabled: bool) -> None:
+        self.run, self.enabled = run, enabled
+        self.loss = math.nan
+        history = run.position.history
+        self.last = history[-1] if history else {}
+        self.total = run.config.epochs * run.steps
+        self.first = run.updates
+        self.started = self.printed = time.perf_counter()
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> _Reporter:
+        if self.enabled:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
+            bar = Progress(*columns, refresh_per_second=2)
+            if bar.console.is_terminal:
+                self.bar = bar
+                self.task = bar.add_task(self._title(), total=self.total, completed=self.first, status="")
+                bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def step(self) -> None:
+        """After a step."""
+        if not self.enabled:
+            return
+        now = time.perf_counter()
+        if self.bar is None and now - self.printed < PLAIN_SECONDS:
+            return
+        if self.bar is not None:
+            if now - self.printed >= 0.25:
+                self.printed = now
+                self._draw()
+            return
+        self.printed = now
+        print(f"{self._title()} step {self.run.position.step}/{self.run.steps}  {self._status()}", flush=True)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """After an epoch with the given record of metrics."""
+        self.last = record
+        if self.bar is not None:
+            self._draw()
+        elif self.enabled:
+            self.printed = time.perf_counter()
+            print(f"{self._title()} done  {self._status()}", flush=True)
+
+    def _draw(self) -> None:
+        self.bar.update(
+            self.task, description=self._title(), completed=self.run.updates, status=self._status()
+        )
+
+    def _title(self) -> str:
+        epoch = min(self.run.position.epoch + 1, self.run.config.epochs)
+        return f"{self.run.stage} {epoch}/{self.run.config.epochs}"
+
+    def _status(self) -> str:
+        position, config = self.run.position, self.run.config
+        parts = [f"loss {self.loss:.3f}"]
+        if "test_top1" in self.last:
+            parts.append(f"top-1 {self.last['test_top1']:.2f}%")
+        if "l1" in self.last:
+            parts.append(f"mean |g| {self.last['gates_mean']:.3f}, zero {self.last['gates_zero']:.1%}")
+        images = position.step * config.batch_size * self.run.accelerator.num_processes
+        parts.append(f"{images / max(position.seconds, 1e-9):.0f} img/s")
+        done = max(self.run.updates - self.first, 1)
+        left = (time.perf_counter() - self.started) / done * (self.total - self.run.updates)
+        minutes, seconds = divmod(round(left), 60)
+        parts.append(f"{minutes}:{seconds:02d} left")
+        return "  ".join(parts)
