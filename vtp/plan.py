@@ -1,0 +1,483 @@
+"""Which dimensions of a gated model are kept, and why: scores, a budget, one threshold, kept indices.
+
+The paper (arXiv 2104.08500) sorts |g| over the whole model and cuts at the threshold a rate implies.
+Beside it: budgets in MACs or parameters, Taylor scores, cost-aware scores, ranking per site or layer,
+widths rounded to a multiple, and a floor under each width.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from vtp.architecture import SITES, Architecture, describe
+from vtp.cost import Cost, attention_cost, mlp_cost, surroundings_cost
+from vtp.files import FileError, fingerprint, write_atomic
+from vtp.gates import GatedLinear, sites
+
+PLAN_VERSION = 1
+SCORES = ("gate", "taylor")
+SCOPES = ("global", "per_site", "per_layer")
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made, read, or applied; the message names the argument or the site."""
+
+
+class FrozenDict(Mapping):
+    """A mapping that cannot be changed after it is made, and that pickles (unlike MappingProxyType)."""
+
+    def __init__(self, items: Mapping) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> tuple:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._items.items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningPlan:
+    """What is kept of a gated model. Immutable; prints as a table; saves as JSON.
+
+    Attributes:
+        architecture: the dense model the indices refer to.
+        kept: site name (`blocks.<i>.<site>`) to kept gate indices, ascending.
+        scores: site name to the score of every gate, rounded to 6 significant digits.
+        score, scope, per_mac, round_to, min_keep: how the ranking was made (see `make_plan`).
+        budget: the one budget asked for, e.g. {"rate": 0.4}.
+        threshold: the largest score that was removed, where one number tells kept from removed (scope
+            "global", not per MAC, round_to 1). None otherwise or if nothing was removed.
+        parent: fingerprint of the gated weights that were scored (SHA-256, hex), "" if there are none.
+    """
+
+    architecture: Architecture
+    kept: Mapping[str, tuple[int, ...]]
+    scores: Mapping[str, tuple[float, ...]]
+    score: str
+    scope: str
+    per_mac: bool
+    round_to: int
+    min_keep: float
+    budget: Mapping[str, float]
+    threshold: float | None
+    parent: str
+
+    def __post_init__(self) -> None:
+        widths = self.architecture.site_widths()
+        if list(self.kept) != list(widths):
+            raise PlanError(f"kept: got sites {list(self.kept)[:3]}..., expected {list(widths)[:3]}...")
+        for name, width in widths.items():
+            kept = self.kept[name]
+            ascending = all(a < b for a, b in zip(kept, kept[1:], strict=False))
+            if not ascending or (kept and not 0 <= kept[0] <= kept[-1] < width):
+                raise PlanError(f"kept[{name!r}]: expected ascending indices in [0, {width})")
+            if name in self.scores and len(self.scores[name]) != width:
+                raise PlanError(f"scores[{name!r}]: got {len(self.scores[name])} scores, expected {width}")
+        for field in ("kept", "scores", "budget"):
+            object.__setattr__(self, field, FrozenDict(getattr(self, field)))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Gates per site before pruning."""
+        return self.architecture.site_widths()
+
+    @property
+    def head_dim(self) -> int:
+        """Value dimensions per head before pruning."""
+        return self.architecture.head_dim
+
+    def value_widths(self, block: int) -> tuple[int, ...]:
+        """Kept value dimensions of each original head of a block; 0 where the head is removed."""
+        heads = np.asarray(self.kept[f"blocks.{block}.attn.proj"], dtype=np.int64) // self.head_dim
+        return tuple(np.bincount(heads, minlength=self.architecture.num_heads).tolist())
+
+    @property
+    def rate(self) -> float:
+        """Share of all gates that is removed."""
+        return 1 - sum(map(len, self.kept.values())) / sum(self.widths.values())
+
+    @property
+    def cost(self) -> Cost:
+        """Exact cost of the compact model, predicted from the widths; equals `vtp.count(compact(...))`."""
+        return _model_cost(self.architecture, map(self._block_widths, range(self.architecture.depth)))
+
+    @property
+    def dense_cost(self) -> Cost:
+        """Cost of the dense model."""
+        return _model_cost(self.architecture, [_full_widths(self.architecture)] * self.architecture.depth)
+
+    def _block_widths(self, block: int) -> "_BlockWidths":
+        qkv, _, fc1, fc2 = (len(self.kept[f"blocks.{block}.{site}"]) for site in SITES)
+        return _BlockWidths(qkv, list(self.value_widths(block)), fc1, fc2)
+
+    def __str__(self) -> str:
+        cost, dense = self.cost, self.dense_cost
+        ranking = f"{self.score}{' per MAC' if self.per_mac else ''}, {self.scope}"
+        budget = ", ".join(f"{name} {value:g}" for name, value in self.budget.items())
+        lines = [f"PruningPlan: {budget}; score {ranking}; {self.rate:.1%} of dimensions removed"]
+        if self.threshold is not None:
+            lines.append(f"threshold {self.threshold:.4g}")
+        lines.append(f"{'block':>5} {'qkv':>6} {'proj':>6} {'fc1':>6} {'fc2':>6}   value width of each head")
+        for i in range(self.architecture.depth):
+            row = self._block_widths(i)
+            heads = " ".join(str(width) for width in row.values)
+            lines.append(f"{i:>5} {row.qkv:>6} {sum(row.values):>6} {row.fc1:>6} {row.fc2:>6}   {heads}")
+        full = _full_widths(self.architecture)
+        lines.append(f"dense {full.qkv:>6} {sum(full.values):>6} {full.fc1:>6} {full.fc2:>6}")
+        for name, unit, left, whole in (
+            ("params", "M", cost.params / 1e6, dense.params / 1e6),
+            ("MACs", "G", cost.macs / 1e9, dense.macs / 1e9),
+        ):
+            share = left / whole
+            lines.append(f"{name}: {left:.4g}{unit} of {whole:.4g}{unit} ({share:.1%} left)")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        """The plan as JSON-able data; the inverse is `from_dict`."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["architecture"] = dataclasses.asdict(self.architecture)
+        for name in ("kept", "scores", "budget"):
+            fields[name] = dict(fields[name])
+        return {"plan_version": PLAN_VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "PruningPlan":
+        """Raises PlanError if `data` is not a plan of this version, naming what is wrong."""
+        if not isinstance(data, dict) or "plan_version" not in data:
+            raise PlanError("plan: not a pruning plan (no plan_version)")
+        if data["plan_version"] != PLAN_VERSION:
+            raise PlanError(
+                f"plan: version {data['plan_version']}, expected {PLAN_VERSION}; update vtp to read it"
+            )
+        fields = {name: value for name, value in data.items() if name != "plan_version"}
+        try:
+            fields["architecture"] = Architecture.from_dict(fields["architecture"])
+            for name in ("kept", "scores"):
+                fields[name] = {site: tuple(values) for site, values in fields[name].items()}
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"plan: fields are missing, unknown or of the wrong type ({error})") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, atomically."""
+        text = json.dumps(self.to_dict())
+        write_atomic(path, lambda temporary: temporary.write_text(text))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PruningPlan":
+        """Read a plan written by `save`. Raises FileError or PlanError with the reason."""
+        try:
+            data = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise FileError(f"path: cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise PlanError(f"path: {path} is not JSON, or it is cut off ({error})") from error
+        return cls.from_dict(data)
+
+
+def make_plan(
+    gated: nn.Module,
+    *,
+    rate: float | None = None,
+    macs: float | None = None,
+    params: float | None = None,
+    score: str | Mapping[str, Tensor] = "gate",
+    scope: str = "global",
+    per_mac: bool = False,
+    round_to: int = 1,
+    min_keep: float = 0.05,
+) -> PruningPlan:
+    """Rank all gates of a model and keep the best that a budget allows. The model is not changed.
+
+    Args:
+        gated: a model from `insert_gates`, usually after sparse training.
+        rate: share of all gates to remove, in [0, 1) (the paper's budget); at least that many go.
+        macs: multiply-adds for one image that may remain, e.g. 10.0e9.
+        params: parameters that may remain, e.g. 48e6. Exactly one of the three; a budget is never
+            exceeded, and is met as closely as whole dimensions allow.
+        score: "gate", |g| (the paper); "taylor", the mean of (g * dL/dg)**2 over training steps; or a
+            mapping from site name to a score of your own for each gate, larger is more important.
+        scope: "global" compares all gates with each other (the paper); "per_site" removes the same share
+            from each of the four kinds of site, "per_layer" from each single gate vector.
+        per_mac: divide by the MACs that removing the dimension saves. Gates stay near 1 after sparse
+            training, where a quotient would only compare costs, so "gate" enters it by its rank.
+        round_to: widths become multiples of this (per head for `attn.proj`), or stay whole, for the same
+            budget. A group of dimensions is ranked by its mean score.
+        min_keep: the best dimensions of each gate vector that are never removed: a share below 1, or a
+            number of dimensions. 0 lets heads, branches and layers vanish.
+
+    Raises:
+        PlanError: an argument is out of range, a score is missing or not finite, or the budget cannot be
+            met; the message names the argument and the least that is possible.
+    """
+    budget = _one_budget(rate=rate, macs=macs, params=params)
+    if scope not in SCOPES:
+        raise PlanError(f"scope: got {scope!r}, expected one of {SCOPES}")
+    if not isinstance(round_to, int) or round_to < 1:
+        raise PlanError(f"round_to: got {round_to!r}, expected an integer of at least 1")
+    if not (0 <= min_keep < 1 or min_keep == int(min_keep) >= 1):
+        raise PlanError(f"min_keep: got {min_keep!r}, expected a share in [0, 1) or a number of dimensions")
+    architecture = describe(gated)
+    layers = sites(gated)
+    scores = _scores(layers, score)
+    ranks = _ranking(architecture, scores, score, scope, per_mac)
+    groups = _groups(architecture, ranks, round_to, min_keep)
+    removed = _fit(architecture, groups, budget)
+    kept = _kept_indices(architecture, groups, removed)
+    one_number = scope == "global" and not per_mac and round_to == 1
+    gone = np.concatenate([np.delete(values, kept[name]) for name, values in scores.items()])
+    return PruningPlan(
+        architecture=architecture,
+        kept=kept,
+        scores={name: tuple(float(f"{v:.6g}") for v in values) for name, values in scores.items()},
+        score=score if isinstance(score, str) else "custom",
+        scope=scope,
+        per_mac=per_mac,
+        round_to=round_to,
+        min_keep=min_keep,
+        budget=budget,
+        threshold=float(f"{gone.max():.6g}") if one_number and gone.size else None,
+        parent=fingerprint(gated.state_dict()),
+    )
+
+
+def _widths(architecture: Architecture) -> list[tuple[str, int]]:
+    return list(architecture.site_widths().items())
+
+
+def _one_budget(**budgets: float | None) -> dict[str, float]:
+    given = {name: float(value) for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise PlanError(f"rate, macs, params: got {sorted(given) or 'none'}, expected exactly one of them")
+    ((name, value),) = given.items()
+    if name == "rate" and not 0 <= value < 1:
+        raise PlanError(f"rate: got {value}, expected a share in [0, 1)")
+    if not (value >= 0 and np.isfinite(value)):
+        raise PlanError(f"{name}: got {value}, expected a positive number")
+    return given
+
+
+def _scores(layers: Mapping[str, GatedLinear], score: str | Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """The score of every gate, float64, larger is more important."""
+    scores = {}
+    for name, layer in layers.items():
+        if isinstance(score, Mapping):
+            if name not in score:
+                raise PlanError(f"score: no entry for site {name!r}")
+            value = score[name]
+        elif score == "gate":
+            value = layer.gate.detach().abs()
+        elif score == "taylor":
+            if layer.taylor_steps == 0:
+                raise PlanError(
+                    f"score: 'taylor' has no statistics at {name}; sparse training collects them, or call "
+                    "accumulate_taylor() on each gated layer after a backward pass"
+                )
+            value = layer.taylor / layer.taylor_steps
+        else:
+            raise PlanError(f"score: got {score!r}, expected one of {SCORES} or a mapping")
+        values = np.asarray(value.detach().double().cpu() if isinstance(value, Tensor) else value, dtype=float)
+        if values.shape != (layer.in_features,):
+            raise PlanError(f"score[{name!r}]: got shape {values.shape}, expected ({layer.in_features},)")
+        if not np.isfinite(values).all():
+            raise PlanError(f"score[{name!r}]: contains NaN or infinity, so gates cannot be ranked")
+        scores[name] = values
+    return scores
+
+
+def _ranking(
+    architecture: Architecture,
+    scores: Mapping[str, np.ndarray],
+    score: str | Mapping[str, Tensor],
+    scope: str,
+    per_mac: bool,
+) -> dict[str, np.ndarray]:
+    """Scores made comparable over the whole model, so that one global cut obeys `scope` and `per_mac`."""
+    if per_mac:
+        values = _quantiles(scores, lambda name: "") if score == "gate" else scores
+        saved = _macs_of_one_dimension(architecture)
+        values = {name: value / saved[name.split(".", 2)[2]] for name, value in values.items()}
+    else:
+        values = dict(scores)
+    if scope == "global":
+        return values
+    return _quantiles(values, (lambda name: name.split(".", 2)[2]) if scope == "per_site" else lambda name: name)
+
+
+def _quantiles(scores: Mapping[str, np.ndarray], family_of) -> dict[str, np.ndarray]:
+    """Replace each score by its rank in (0, 1) among the scores of its family; ties share their mean rank."""
+    ranks = {}
+    for family in {family_of(name) for name in scores}:
+        members = [name for name in scores if family_of(name) == family]
+        values = np.concatenate([scores[name] for name in members])
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        mean_rank = (np.cumsum(counts) - counts / 2) / len(values)
+        split = np.cumsum([len(scores[name]) for name in members])[:-1]
+        ranks |= dict(zip(members, np.split(mean_rank[inverse], split), strict=True))
+    return {name: ranks[name] for name in scores}
+
+
+def _macs_of_one_dimension(architecture: Architecture) -> dict[str, float]:
+    """MACs that one dimension of a site costs in the dense model, relative to their mean."""
+    full = _full_widths(architecture)
+    whole = full.cost(architecture).macs
+    fewer_values = [full.values[0] - 1, *full.values[1:]]
+    less = (
+        dataclasses.replace(full, qkv=full.qkv - 1),
+        dataclasses.replace(full, values=fewer_values),
+        dataclasses.replace(full, fc1=full.fc1 - 1),
+        dataclasses.replace(full, fc2=full.fc2 - 1),
+    )
+    saved = {s: whole - one_less.cost(architecture).macs for s, one_less in zip(SITES, less, strict=True)}
+    mean = sum(saved.values()) / len(saved)
+    return {site: macs / mean for site, macs in saved.items()}
+
+
+@dataclasses.dataclass
+class _BlockWidths:
+    """Kept widths of one block: inputs of qkv, values per head, inputs of fc1, inputs of fc2."""
+
+    qkv: int
+    values: list[int]
+    fc1: int
+    fc2: int
+
+    def cost(self, architecture: Architecture) -> Cost:
+        return attention_cost(architecture, self.qkv, self.values) + mlp_cost(architecture, self.fc1, self.fc2)
+
+    def add(self, site: str, head: int, dimensions: int) -> None:
+        if site == "attn.proj":
+            self.values[head] += dimensions
+        else:
+            attribute = site.split(".")[1]
+            setattr(self, attribute, getattr(self, attribute) + dimensions)
+
+    def dimensions(self) -> int:
+        return self.qkv + sum(self.values) + self.fc1 + self.fc2
+
+
+def _full_widths(architecture: Architecture) -> _BlockWidths:
+    width, heads = architecture.embed_dim, architecture.num_heads
+    return _BlockWidths(width, [architecture.head_dim] * heads, width, architecture.mlp_hidden)
+
+
+def _model_cost(architecture: Architecture, blocks: Iterator[_BlockWidths] | Sequence[_BlockWidths]) -> Cost:
+    return sum((block.cost(architecture) for block in blocks), surroundings_cost(architecture))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Dimensions of one site (of one head for `attn.proj`) that are kept or removed together."""
+
+    name: str
+    block: int
+    site: str
+    head: int
+    indices: tuple[int, ...]
+
+
+def _groups(
+    architecture: Architecture, ranks: Mapping[str, np.ndarray], round_to: int, min_keep: float
+) -> list[_Group]:
+    """All removable groups, the least important first.
+
+    Equal ranks (gates that are all 1, say) are broken by the place within the vector, so that every site,
+    layer and head loses the same share instead of the first layers losing everything.
+    """
+    groups, keys = [], []
+    for name, width in _widths(architecture):
+        _, block, site = name.split(".", 2)
+        floor = min(width, int(min_keep) if min_keep >= 1 else -int(-min_keep * width // 1))
+        heads = architecture.num_heads if site == "attn.proj" else 1
+        per_head = width // heads
+        rank = ranks[name]
+        place = np.arange(width) % per_head / per_head
+        best_first = np.lexsort((place, -rank))
+        protected = set(best_first[:floor].tolist())
+        for head in range(heads):
+            own = [i for i in best_first.tolist() if i // per_head == head]
+            for start in range(0, per_head, round_to):
+                indices = own[start : start + round_to]
+                if protected.intersection(indices):
+                    continue
+                groups.append(_Group(name, int(block), site, head, tuple(indices)))
+                # Within a vector the order is strict even where means tie: groups go from its end.
+                keys.append((rank[indices].mean(), -place[indices].mean(), -start))
+    order = np.lexsort(np.array(keys).T[::-1]) if keys else []
+    return [groups[i] for i in order]
+
+
+def _fit(architecture: Architecture, groups: list[_Group], budget: Mapping[str, float]) -> set[int]:
+    """Which groups go (positions in `groups`): the shortest run of least important ones that meets the
+    budget, less those that can be given back because the last step (often a whole head) saved too much."""
+    ((kind, value),) = budget.items()
+    total = sum(width for _, width in _widths(architecture))
+    limit = total - round(value * total) if kind == "rate" else value
+
+    def size(block: _BlockWidths) -> int:
+        return block.dimensions() if kind == "rate" else getattr(block.cost(architecture), kind)
+
+    outside = 0 if kind == "rate" else getattr(surroundings_cost(architecture), kind)
+
+    def after(count: int) -> list[_BlockWidths]:
+        blocks = [_full_widths(architecture) for _ in range(architecture.depth)]
+        for group in groups[:count]:
+            blocks[group.block].add(group.site, group.head, -len(group.indices))
+        return blocks
+
+    def total_size(count: int) -> int:
+        return outside + sum(map(size, after(count)))
+
+    least = total_size(len(groups))
+    if least > limit:
+        unit = "dimensions kept" if kind == "rate" else kind
+        raise PlanError(
+            f"{kind}: {value:g} cannot be met: {least:,} {unit} remain when everything but min_keep is "
+            f"removed, at most {limit:,.0f} may; lower min_keep or ask for less"
+        )
+    low, high = 0, len(groups)
+    while low < high:
+        middle = (low + high) // 2
+        if total_size(middle) <= limit:
+            high = middle
+        else:
+            low = middle + 1
+    removed = set(range(low))
+    blocks, slack = after(low), limit - total_size(low)
+    cannot_return = set()  # a vector gives back its best group first, or none
+    for position in range(low - 1, -1, -1):
+        if slack <= 0:
+            break
+        group = groups[position]
+        if (group.name, group.head) in cannot_return:
+            continue
+        before = size(blocks[group.block])
+        blocks[group.block].add(group.site, group.head, len(group.indices))
+        added = size(blocks[group.block]) - before
+        if added <= slack:
+            slack -= added
+            removed.discard(position)
+        else:
+            blocks[group.block].add(group.site, group.head, -len(group.indices))
+            cannot_return.add((group.name, group.head))
+    return removed
+
+
+def _kept_indices(
+    architecture: Architecture, groups: list[_Group], removed: set[int]
+) -> dict[str, tuple[int, ...]]:
+    gone = {name: set() for name, _ in _widths(architecture)}
+    for position in removed:
+        gone[groups[position].name].update(groups[position].indices)
+    return {name: tuple(i for i in range(width) if i not in gone[name]) for name, width in _widths(architecture)}
