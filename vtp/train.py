@@ -264,12 +264,16 @@ class _Stage:
         if config.ema_decay is not None:
             # Buffers are counts and statistics here (those of the gates' Taylor score): copied, not averaged.
             self.ema = ModelEmaV3(self.raw, decay=config.ema_decay, use_warmup=True, exclude_buffers=True)
+        # The fused kernel takes 1.6 ms, the default 8.7 ms (0.7M parameters on a CPU, where a step takes
+        # 170 ms). Under fp16 it would hide from Accelerate which steps were skipped.
+        fused = {"fused": True} if config.opt == "adamw" and config.precision != "fp16" else {}
         optimizer = create_optimizer_v2(
             self.raw,
             opt=config.opt,
             lr=config.lr,
             weight_decay=config.weight_decay,
             param_group_fn=lambda m: _param_groups(m, self.gates, config),
+            **fused,
         )
         self._build_loaders(data, augment)
         self.scheduler, _ = create_scheduler_v2(
