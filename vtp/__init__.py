@@ -1,1 +1,37 @@
-"""VTP: prune a vision transformer, and actually run it faster."""
+"""VTP: prune a vision transformer, and actually run it faster.
+
+    gated = vtp.insert_gates(timm.create_model("deit_base_patch16_224", pretrained=True))
+    ...                                     # train with the penalty 1e-4 * vtp.l1_penalty(gated)
+    plan = vtp.make_plan(gated, rate=0.4)   # or macs=10.0e9, or params=48e6
+    small = vtp.compact(gated, plan)        # an ordinary, trainable, smaller model
+    vtp.save(small, "deit_b_40.safetensors")
+"""
+
+from vtp.architecture import Architecture, UnsupportedModelError, describe
+from vtp.checkpoint import load, read_metadata, save
+from vtp.compact import CompactViT, compact
+from vtp.cost import Cost, count
+from vtp.files import FileError
+from vtp.gates import GatedLinear, insert_gates, l1_penalty, sites
+from vtp.plan import PlanError, PruningPlan, make_plan
+
+__all__ = [
+    "Architecture",
+    "CompactViT",
+    "Cost",
+    "FileError",
+    "GatedLinear",
+    "PlanError",
+    "PruningPlan",
+    "UnsupportedModelError",
+    "compact",
+    "count",
+    "describe",
+    "insert_gates",
+    "l1_penalty",
+    "load",
+    "make_plan",
+    "read_metadata",
+    "save",
+    "sites",
+]

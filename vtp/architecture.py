@@ -273,7 +273,9 @@ def _check_rebuilds(model: VisionTransformer, architecture: Architecture) -> Non
             for line in difflib.unified_diff(expected_lines, got_lines, n=0, lineterm="")
             if not line.startswith(("---", "+++", "@@"))
         ]
-        raise UnsupportedModelError("model: it has parts that are not supported: " + " | ".join(difference[:6]))
+        raise UnsupportedModelError(
+            "model: it has parts that are not supported: " + " | ".join(difference[:6])
+        )
     got_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     expected_shapes = {name: tensor.shape for name, tensor in rebuilt.state_dict().items()}
     if got_shapes != expected_shapes:

@@ -225,7 +225,8 @@ def compact(gated: nn.Module, plan: PruningPlan) -> CompactViT:
     small = empty_compact(plan)
     state = {name: tensor for name, tensor in gated.state_dict().items() if not name.startswith("blocks.")}
     for i, block in enumerate(gated.blocks):
-        keep = [torch.tensor(plan.kept[name], device=layers[name].weight.device) for name in _site_names(i)]
+        device = layers[f"blocks.{i}.attn.qkv"].weight.device
+        keep = [torch.tensor(plan.kept[name], dtype=torch.int64, device=device) for name in _site_names(i)]
         new = small.blocks[i]
         state |= _prefixed(f"blocks.{i}.", _cut_attention(block, new, *keep[:2], plan.value_widths(i)))
         state |= _prefixed(f"blocks.{i}.", _cut_mlp(block, new, *keep[2:]))

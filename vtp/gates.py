@@ -67,7 +67,9 @@ class GatedLinear(nn.Module):
         self.taylor_steps += 1
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
 
 
 def insert_gates(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ widths rounded to a multiple, and a floor under each width.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -287,7 +287,9 @@ def _scores(layers: Mapping[str, GatedLinear], score: str | Mapping[str, Tensor]
             value = layer.taylor / layer.taylor_steps
         else:
             raise PlanError(f"score: got {score!r}, expected one of {SCORES} or a mapping")
-        values = np.asarray(value.detach().double().cpu() if isinstance(value, Tensor) else value, dtype=float)
+        values = np.asarray(
+            value.detach().double().cpu() if isinstance(value, Tensor) else value, dtype=float
+        )
         if values.shape != (layer.in_features,):
             raise PlanError(f"score[{name!r}]: got shape {values.shape}, expected ({layer.in_features},)")
         if not np.isfinite(values).all():
@@ -307,15 +309,20 @@ def _ranking(
     if per_mac:
         values = _quantiles(scores, lambda name: "") if score == "gate" else scores
         saved = _macs_of_one_dimension(architecture)
-        values = {name: value / saved[name.split(".", 2)[2]] for name, value in values.items()}
+        values = {name: value / saved[_site_of(name)] for name, value in values.items()}
     else:
         values = dict(scores)
     if scope == "global":
         return values
-    return _quantiles(values, (lambda name: name.split(".", 2)[2]) if scope == "per_site" else lambda name: name)
+    return _quantiles(values, _site_of if scope == "per_site" else str)
 
 
-def _quantiles(scores: Mapping[str, np.ndarray], family_of) -> dict[str, np.ndarray]:
+def _site_of(name: str) -> str:
+    """`blocks.3.attn.qkv` to `attn.qkv`."""
+    return name.split(".", 2)[2]
+
+
+def _quantiles(scores: Mapping[str, np.ndarray], family_of: Callable[[str], str]) -> dict[str, np.ndarray]:
     """Replace each score by its rank in (0, 1) among the scores of its family; ties share their mean rank."""
     ranks = {}
     for family in {family_of(name) for name in scores}:
@@ -354,7 +361,9 @@ class _BlockWidths:
     fc2: int
 
     def cost(self, architecture: Architecture) -> Cost:
-        return attention_cost(architecture, self.qkv, self.values) + mlp_cost(architecture, self.fc1, self.fc2)
+        return attention_cost(architecture, self.qkv, self.values) + mlp_cost(
+            architecture, self.fc1, self.fc2
+        )
 
     def add(self, site: str, head: int, dimensions: int) -> None:
         if site == "attn.proj":
@@ -480,4 +489,6 @@ def _kept_indices(
     gone = {name: set() for name, _ in _widths(architecture)}
     for position in removed:
         gone[groups[position].name].update(groups[position].indices)
-    return {name: tuple(i for i in range(width) if i not in gone[name]) for name, width in _widths(architecture)}
+    return {
+        name: tuple(i for i in range(width) if i not in gone[name]) for name, width in _widths(architecture)
+    }

@@ -1,0 +1,202 @@
+"""Models in one safetensors file: tensors beside a JSON description that rebuilds the model; no pickle.
+
+The metadata entry "vtp" of the file is JSON with these fields:
+
+    format_version   of this layout; a file with a newer one is refused
+    kind             "dense", "gated" or "compact"
+    architecture     the fields of vtp.architecture.Architecture
+    plan             of a compact model: kept indices, scores, budget, parent fingerprint; else null
+    pretrained_cfg   timm's description of the baseline (name, mean, std, ...), or null
+    versions         of vtp, torch and timm that wrote the file
+    user             what the caller added
+    sha256           over all tensors and the fields above: damage and careless edits are noticed, but it is
+                     no signature
+"""
+
+import dataclasses
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+
+from vtp.architecture import Architecture, UnsupportedModelError, describe, describe_surroundings
+from vtp.compact import CompactViT, LayerNormGather, empty_compact
+from vtp.files import FileError, fingerprint, write_atomic
+from vtp.gates import GatedLinear, insert_gates
+from vtp.plan import PruningPlan
+
+FORMAT_VERSION = 1
+
+
+def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None = None) -> None:
+    """Write a dense, gated or compact model to one safetensors file, atomically.
+
+    Args:
+        model: a supported timm VisionTransformer, or what `insert_gates` or `compact` made of one.
+        path: the file; its folder must exist.
+        metadata: JSON-able values of your own, returned by `read_metadata(path)["user"]`.
+
+    Raises:
+        UnsupportedModelError: the model is not one that can be rebuilt from its description.
+        TypeError: `metadata` is not JSON-able.
+        FileError: the file cannot be written; nothing is left behind.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    description = json.dumps(_describe(model, metadata))
+    digest = fingerprint(tensors, description)
+    header = {"format": "pt", "vtp": description, "vtp_sha256": digest}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as error:
+            raise FileError(f"path: cannot write {path}: {error}") from error
+
+    write_atomic(path, write)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """Read a model written by `save`: a timm model, a gated one or a CompactViT, in eval mode.
+
+    Raises:
+        FileError: the file is missing, cut off, damaged, not of this format, or of a newer one.
+    """
+    description = read_metadata(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+            # Tensors mapped from the file are less aligned than torch's own, which changes how products
+            # are rounded, and would change with the file: take copies.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"path: {path} is damaged or cut off ({error})") from error
+    if header.get("vtp_sha256") != fingerprint(tensors, header["vtp"]):
+        raise FileError(f"path: {path} was changed after it was written (its SHA-256 does not match)")
+    try:
+        model = _rebuild(description)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileError(f"path: {path} describes no model that can be built ({error})") from error
+    _check_tensors(path, model, tensors)
+    model.load_state_dict(tensors, assign=True)
+    _restore_pretrained_cfg(model, description["pretrained_cfg"])
+    return model.to(device).eval()
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The description in a file (see the module's docstring) without reading its tensors.
+
+    Raises:
+        FileError: as `load`, but for damage within the tensors.
+    """
+    if not Path(path).is_file():
+        raise FileError(f"path: no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"path: {path} is no safetensors file, or it is cut off ({error})") from error
+    if "vtp" not in header:
+        raise FileError(f"path: {path} is a safetensors file, but not one that vtp wrote")
+    try:
+        description = json.loads(header["vtp"])
+        found = description["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileError(f"path: the description in {path} is damaged ({error})") from error
+    if found != FORMAT_VERSION:
+        raise FileError(
+            f"path: {path} has format version {found}, this vtp reads {FORMAT_VERSION}; update vtp to read it"
+        )
+    return description
+
+
+def _describe(model: nn.Module, metadata: dict[str, Any] | None) -> dict[str, Any]:
+    if isinstance(model, CompactViT):
+        kind, plan = "compact", model.plan
+        architecture = dataclasses.replace(plan.architecture, **describe_surroundings(model))
+    else:
+        kind, plan = "dense", None
+        if any(isinstance(module, GatedLinear) for module in model.modules()):
+            kind = "gated"
+        architecture = describe(model)
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "architecture": dataclasses.asdict(architecture),
+        "plan": None if plan is None else plan.to_dict(),
+        "pretrained_cfg": _pretrained_cfg(model),
+        "versions": {name: _version(name) for name in ("vtp", "torch", "timm")},
+        "user": metadata or {},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # running from a source tree that is not installed
+        return "unknown"
+
+
+def _rebuild(description: dict[str, Any]) -> nn.Module:
+    """The described model on the meta device."""
+    architecture = Architecture.from_dict(description["architecture"])
+    kind = description["kind"]
+    if kind == "compact":
+        plan = PruningPlan.from_dict(description["plan"])
+        return empty_compact(dataclasses.replace(plan, architecture=architecture))
+    if kind not in ("dense", "gated"):
+        raise ValueError(f"kind: got {kind!r}, expected 'dense', 'gated' or 'compact'")
+    dense = architecture.build("meta", weight_init="skip")
+    return insert_gates(dense) if kind == "gated" else dense
+
+
+def _check_tensors(path: str | Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    expected = model.state_dict()
+    if tensors.keys() != expected.keys():
+        odd = sorted(tensors.keys() ^ expected.keys())
+        raise FileError(f"path: tensors {odd[:4]} of {path} are missing or not part of the described model")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise FileError(
+                f"path: tensor {name} of {path} has shape {tuple(tensor.shape)}, "
+                f"expected {tuple(expected[name].shape)}"
+            )
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise FileError(f"path: tensor {name} of {path} has dtype {tensor.dtype}, expected another kind")
+    for name, module in model.named_modules():
+        # An index out of range would read foreign memory in a kernel that trusts it.
+        if isinstance(module, LayerNormGather) and module.index is not None:
+            index = tensors[f"{name}.index"]
+            if index.dtype != torch.int64 or not ((index >= 0) & (index < module.dim)).all():
+                raise FileError(f"path: {name}.index of {path} is not within [0, {module.dim})")
+
+
+def _pretrained_cfg(model: nn.Module) -> dict[str, Any] | None:
+    config = getattr(model, "pretrained_cfg", None)
+    if config is None:
+        return None
+    fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
+    # Weights of the baseline may be carried inside it; they are not part of its description.
+    return {name: value for name, value in fields.items() if _is_plain(value) and value is not None}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
+def _restore_pretrained_cfg(model: nn.Module, fields: dict[str, Any] | None) -> None:
+    if fields is None:
+        return
+    known = {field.name for field in dataclasses.fields(PretrainedCfg)}
+    config = PretrainedCfg(**{name: value for name, value in fields.items() if name in known})
+    model.pretrained_cfg = model.default_cfg = config
+
+
+__all__ = ["FORMAT_VERSION", "FileError", "UnsupportedModelError", "load", "read_metadata", "save"]
