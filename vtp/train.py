@@ -25,7 +25,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import random
 import signal
 import threading
@@ -33,6 +32,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from rich.progress import BarColumn, Progress, TextColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import Mixup
@@ -51,15 +50,16 @@ from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from vtp.data import Augment, Data, set_epoch, test_loader, train_loader
 from vtp.files import write_atomic
 from vtp.gates import GatedLinear
+from vtp.progress import StageProgress, append_metrics, rewrite_metrics, tensorboard
 
 STATE_FORMAT = "vtp-training-state"
 STATE_VERSION = 1
 CHECK_EVERY = 16  # steps between looks at the losses where a look is a device synchronisation
-PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
 L1_MODES = ("subgradient", "proximal")
@@ -204,15 +204,10 @@ def evaluate(
     model: nn.Module, data: Data, *, batch_size: int = 256, workers: int = 0, precision: str = "no"
 ) -> tuple[float, float]:
     """Top-1 accuracy (percent) and mean cross-entropy (nats) of `model` on the test images, on its device."""
-    image_size, in_chans = _input_of(model)
-    loader = test_loader(
-        data, image_size=image_size, in_chans=in_chans, batch_size=batch_size, workers=workers
-    )
+    loader = test_loader(data, **_loader_arguments(model, data, batch_size, workers))
     device = next(model.parameters()).device
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return _evaluate(
-        model, loader, device, lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
-    )
+    return _evaluate(model, loader, lambda: torch.autocast(device.type, dtype, enabled=dtype is not None))
 
 
 # --------------------------------------------------------------------------------
@@ -248,15 +243,23 @@ class _Stage:
             raise ValueError(
                 f"teacher: got None, expected a model as distill_alpha is {config.distill_alpha}"
             )
+        if data.num_classes not in (None, model.num_classes):
+            raise ValueError(
+                f"data: {data.name} has {data.num_classes} classes, expected the model's {model.num_classes}"
+            )
         self.config, self.stage, self.run_dir = config, stage, run_dir
         self.accelerator = _accelerator(config.precision)
         device = self.accelerator.device
-        self.raw = copy.deepcopy(model).to(device).requires_grad_(True)
+        self.raw = copy.deepcopy(model).to(device)
+        self.raw.zero_grad()
         _set_drop_path(self.raw, config.drop_path)
         self.gated = _gated_linears(self.raw)
         if config.l1 > 0 and not self.gated:
             raise ValueError(f"config.l1: got {config.l1}, expected 0 as the model has no gates")
         self.gates = [linear.gate for linear in self.gated]
+        for linear in self.gated:  # the statistics are to be of this stage
+            linear.taylor.zero_()
+            linear.taylor_steps.zero_()
         self.teacher = None
         if config.distill_alpha > 0:
             self.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
@@ -287,28 +290,23 @@ class _Stage:
             updates_per_epoch=self.steps,
         )
         self.model, self.optimizer = self.accelerator.prepare(self.raw, optimizer)
-        self.mixup, self.criterion = _criterion(config, data.num_classes)
+        self.mixup, self.criterion = _criterion(config, self.raw.num_classes)
         self.position = _Position()
-        self.identity = _identity(data, config, stage, augment, self.accelerator.num_processes)
+        self.identity = _identity(data, config, stage, augment, self.steps, self.accelerator.num_processes)
         # The score is wanted for the trained model: in the last third of the steps the learning rate is low
         # and gates and weights are near their final values.
         self.taylor_from = math.ceil(config.epochs * self.steps * 2 / 3)
 
     def _build_loaders(self, data: Data, augment: Augment) -> None:
-        config = self.config
-        image_size, in_chans = _input_of(self.raw)
-        common = {
-            "image_size": image_size,
-            "in_chans": in_chans,
-            "batch_size": config.batch_size,
-            "workers": config.workers,
-        }
-        self.loader = train_loader(data, augment=augment, seed=_seed_of(config.seed, self.stage), **common)
-        self.test_loader = test_loader(data, **common)
+        config, prepare = self.config, self.accelerator.prepare_data_loader
+        arguments = _loader_arguments(self.raw, data, config.batch_size, config.workers)
+        seed = _seed_of(config.seed, self.stage)
+        self.loader = prepare(_shielded(train_loader(data, augment=augment, seed=seed, **arguments)))
+        self.test_loader = prepare(_shielded(test_loader(data, **arguments)))
         self.steps = len(self.loader)
         if self.steps == 0:
             raise ValueError(
-                f"config.batch_size: got {config.batch_size}, expected at most {len(data.train)} (all images)"
+                f"config.batch_size: got {config.batch_size}, expected no more than there are training images"
             )
 
     @property
@@ -328,30 +326,33 @@ class _Stage:
             self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
             if not resume:
                 self.checkpoint.unlink(missing_ok=True)
-            _rewrite_metrics(self.run_dir / "metrics.jsonl", self.stage, self.position.history)
+            rewrite_metrics(self.run_dir / "metrics.jsonl", self.stage, self.position.history)
         self.accelerator.wait_for_everyone()
 
     def run(self, *, progress: bool, after_step: Callable[[nn.Module, int], None] | None) -> None:
         """Train from the present position to the end, saving after each epoch and on a signal."""
         main = self.accelerator.is_main_process
+        last = self.position.history[-1] if self.position.history else {}
         self.after_step = after_step
         with (
             _deferred_signals() as self.signals,
-            _Reporter(self, enabled=progress and main) as self.reporter,
-            _tensorboard(self.run_dir / "tensorboard" / self.stage, self.updates, enabled=main) as self.board,
+            StageProgress(
+                self.stage, self.config.epochs, self.steps, self.updates, last, enabled=progress and main
+            ) as self.progress,
+            tensorboard(self.run_dir / "tensorboard" / self.stage, self.updates, enabled=main) as self.board,
         ):
             while self.position.epoch < self.config.epochs:
                 self._train_epoch()
                 record = self._finish_epoch()
-                self.position = _Position(
-                    epoch=self.position.epoch + 1, history=[*self.position.history, record]
-                )
+                history = [*self.position.history, record]
+                self.position = _Position(epoch=self.position.epoch + 1, history=history)
                 self._save_state()
-                self._stop_if_asked()
+                self._stop_if_asked(saved=True)
 
     def result(self) -> TrainResult:
         """The trained model with its accuracy and history."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.raw.__dict__.pop("forward", None)  # Accelerate leaves the method of the class as an attribute
         model = self.raw if self.ema is None else self.ema.module
         history = self.position.history
         return TrainResult(model.eval(), history[-1]["test_top1"], history)
@@ -361,30 +362,25 @@ class _Stage:
     def _train_epoch(self) -> None:
         """The steps of the current epoch that are left."""
         position = self.position
+        if position.step == self.steps:  # interrupted between the last step and the end of the evaluation
+            return
         set_epoch(self.loader, position.epoch, position.step)
         self.model.train()
         check_every = 1 if self.accelerator.device.type == "cpu" else CHECK_EVERY
         losses: list[Tensor] = []
         started = time.perf_counter()
-        for images, targets in self._batches():
+        for images, targets in self.loader:
             losses.append(self._step(images, targets))
             position.step += 1
             if self.after_step is not None:
                 self.after_step(self.raw, self.updates)
-            if position.step % check_every == 0 or position.step == self.steps or self.signals.received:
-                self._settle(losses)
+            if position.step % check_every == 0 or position.step == self.steps or self._signalled():
                 now = time.perf_counter()
                 position.seconds += now - started
                 started = now
-            self.reporter.step()
-            self._stop_if_asked()
-
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.position.step == self.steps:  # interrupted between the last step and the evaluation
-            return
-        device = self.accelerator.device
-        for images, targets in self.loader:
-            yield images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+                self._settle(losses)
+                self._stop_if_asked()
+            self.progress.step(self.updates)
 
     def _step(self, images: Tensor, targets: Tensor) -> Tensor:
         """One update from images [B, C, H, W] and targets [B]. Returns the loss less penalty, 0-dim."""
@@ -442,20 +438,21 @@ class _Stage:
         losses.clear()
         for step, value in enumerate(values, start=first):
             if not math.isfinite(value):
-                raise self._non_finite(f"the loss is {value}", step)
+                raise self._non_finite(f"the loss is {value}", self.position.epoch * self.steps + step)
             self.position.loss_sum += value
-        self.reporter.loss = values[-1]
-        self.board.add_scalar("loss/step", values[-1], self.updates)
+        self.progress.settled(values[-1], self._images_per_second())
+        self.board.step(values[-1], self.updates)
 
     def _finish_epoch(self) -> dict[str, Any]:
         """Evaluate, and write the epoch's record to metrics.jsonl and TensorBoard."""
         position, config = self.position, self.config
         model = self.raw if self.ema is None else self.ema.module
         accelerator = self.accelerator
+        # With several processes nobody may leave alone: the signal waits for the end of the evaluation.
+        poll = self._stop_if_asked if accelerator.num_processes == 1 else lambda: None
         top1, test_loss = _evaluate(
-            model, self.test_loader, accelerator.device, accelerator.autocast, self._stop_if_asked
+            model, self.test_loader, accelerator.autocast, accelerator.gather_for_metrics, poll
         )
-        images = self.steps * config.batch_size * accelerator.num_processes
         record = {
             "stage": self.stage,
             "epoch": position.epoch + 1,
@@ -466,16 +463,19 @@ class _Stage:
             "test_top1": top1,
             **(gate_statistics(self.gates, config.l1) if self.gates else {}),
             "lr": self._lr(),
-            "images_per_second": round(images / max(position.seconds, 1e-9), 1),
+            "images_per_second": round(self._images_per_second(), 1),
             "seconds": round(position.seconds, 3),
         }
         if accelerator.is_main_process:
-            _append_line(self.run_dir / "metrics.jsonl", record)
-        for name, value in record.items():
-            if isinstance(value, float):
-                self.board.add_scalar(f"epoch/{name}", value, self.updates)
-        self.reporter.epoch(record)
+            append_metrics(self.run_dir / "metrics.jsonl", record)
+        self.board.epoch(record, self.updates)
+        self.progress.epoch(record)
         return record
+
+    def _images_per_second(self) -> float:
+        """In the steps of this epoch, over all processes."""
+        images = self.position.step * self.config.batch_size * self.accelerator.num_processes
+        return images / max(self.position.seconds, 1e-9)
 
     def _lr(self) -> float:
         """Learning rate of the last update, that of the gates being gate_lr times this."""
@@ -484,32 +484,44 @@ class _Stage:
 
     # -- checkpoints
 
-    def _stop_if_asked(self) -> None:
-        """On a signal: save unless the position was saved just now, and leave by TrainingInterrupted."""
-        if self.signals.received is None:
+    def _signalled(self) -> bool:
+        """Whether to look for a signal at once; one process of several must not do so alone."""
+        return self.signals.received is not None and self.accelerator.num_processes == 1
+
+    def _stop_if_asked(self, saved: bool = False) -> None:
+        """On a signal to any process: save, unless that was done, and leave by TrainingInterrupted."""
+        number = self.signals.received or 0
+        if self.accelerator.num_processes > 1:
+            number = int(
+                self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max()
+            )
+        if number == 0:
             return
-        self._save_state()
-        number, position = self.signals.received, self.position
+        if not saved:
+            self._save_state()
+        epoch, step = self._place(self.updates - 1)
         raise TrainingInterrupted(
-            f"{signal.Signals(number).name}: stage {self.stage} stopped in epoch {position.epoch + 1} of "
-            f"{self.config.epochs} after step {position.step} of {self.steps}; saved {self.checkpoint}; "
-            "run the same command with --resume to continue",
+            f"{signal.Signals(number).name}: stage {self.stage} stopped after step {step} of {self.steps} of "
+            f"epoch {epoch} of {self.config.epochs}; saved {self.checkpoint}; run the same command with "
+            "--resume to continue",
             number,
         )
 
-    def _non_finite(self, what: str, step: int) -> NonFiniteLossError:
+    def _place(self, update: int) -> tuple[int, int]:
+        """Epoch, and step in the epoch, of an update that is counted from 0; they are counted from 1."""
+        epoch, step = divmod(update, self.steps)
+        return epoch + 1, step + 1
+
+    def _non_finite(self, what: str, update: int) -> NonFiniteLossError:
+        epoch, step = self._place(update)
         saved = self.checkpoint if self.checkpoint.exists() else "none was written yet"
         return NonFiniteLossError(
-            f"{what} at step {step + 1} of epoch {self.position.epoch + 1} of stage {self.stage} "
+            f"{what} at step {step} of epoch {epoch} of stage {self.stage} "
             f"(learning rate {self._lr():.3g}); last good checkpoint: {saved}"
         )
 
     def _save_state(self) -> None:
         """Write model, moving average, optimizer and position as one safetensors file, atomically."""
-        if not _all_finite(self.raw.parameters()):
-            raise self._non_finite("a weight is not finite", (self.position.step or self.steps) - 1)
-        if not self.accelerator.is_main_process:
-            return
         optimizer_state = self.optimizer.state_dict()
         names = _optimizer_names(self.raw, self.optimizer)
         tensors = {f"model/{name}": value for name, value in self.raw.state_dict().items()}
@@ -517,6 +529,11 @@ class _Stage:
             tensors |= {f"ema/{name}": value for name, value in self.ema.module.state_dict().items()}
         for index, state in optimizer_state["state"].items():
             tensors |= {f"optimizer/{key}/{names[index]}": value for key, value in state.items()}
+        if not _all_finite(tensors.values()):
+            bad = next(name for name, value in tensors.items() if not _all_finite([value]))
+            raise self._non_finite(f"{bad} is not finite", self.updates - 1)
+        if not self.accelerator.is_main_process:
+            return
         header = {
             "format": STATE_FORMAT,
             "version": STATE_VERSION,
@@ -533,23 +550,23 @@ class _Stage:
         """Restore what `_save_state` wrote. Raises ResumeError."""
         header, tensors = _read_state(self.checkpoint)
         _refuse_other_run(self.checkpoint, header["identity"], self.identity)
-        part = {"model": {}, "ema": {}, "optimizer": {}}
+        part: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
         for name, value in tensors.items():
             kind, _, rest = name.partition("/")
             part[kind][rest] = value
+        index_of = {name: i for i, name in enumerate(_optimizer_names(self.raw, self.optimizer))}
+        state: dict[int, dict[str, Tensor]] = {}
         try:
             self.raw.load_state_dict(part["model"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(part["ema"])
-        except RuntimeError as error:
+            for name, value in part["optimizer"].items():
+                key, _, parameter = name.partition("/")
+                state.setdefault(index_of[parameter], {})[key] = value
+        except (RuntimeError, KeyError) as error:
             raise ResumeError(
-                f"{self.checkpoint}: holds another model than the one to train: {error}"
+                f"{self.checkpoint}: holds another model than that to train: {error}"
             ) from error
-        index_of = {name: i for i, name in enumerate(_optimizer_names(self.raw, self.optimizer))}
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in part["optimizer"].items():
-            key, _, parameter = name.partition("/")
-            state.setdefault(index_of[parameter], {})[key] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": header["param_groups"]})
         if header["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(header["scaler"])
@@ -582,7 +599,7 @@ def gate_statistics(gates: Iterable[Tensor], l1: float) -> dict[str, float]:
     gates_below: share below half the mean |g|, a measure of spread that does not depend on how far the
     penalty shrank all gates alike, as the cut looks at nothing but their order.
     """
-    size = torch.cat([gate.detach().abs().flatten() for gate in gates]).double().cpu()
+    size = torch.cat([gate.detach().abs().flatten() for gate in gates]).cpu().double()
     total, mean = size.sum().item(), size.mean().item()
     return {
         "l1": total,
@@ -660,37 +677,46 @@ def _all_finite(tensors: Iterable[Tensor]) -> bool:
     return bool(torch.stack([t.detach().isfinite().all() for t in tensors]).all())
 
 
-def _input_of(model: nn.Module) -> tuple[int | tuple[int, int], int]:
-    """Image size (pixels) and channels that the model takes."""
+def _loader_arguments(model: nn.Module, data: Data, batch_size: int, workers: int) -> dict[str, Any]:
+    """What both loaders take, with image size (pixels) and channels as the model expects them."""
     embed = model.patch_embed
-    height, width = embed.img_size
-    return (height if height == width else (height, width)), embed.proj.in_channels
+    edge = data.image_size
+    height, width = embed.img_size or (edge, edge)
+    if height is None or height != width:
+        raise ValueError(f"model: takes images of {height}x{width}, expected squares of a known size")
+    return {
+        "image_size": height,
+        "in_chans": embed.proj.in_channels,
+        "batch_size": batch_size,
+        "workers": workers,
+    }
 
 
 @torch.no_grad()
 def _evaluate(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
-    device: torch.device,
     cast: Callable[[], AbstractContextManager],
+    gather: Callable[[Tensor], Tensor] = lambda scores: scores,
     poll: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """Top-1 (percent) and mean cross-entropy over loader; `poll` is called after each batch."""
-    was_training = model.training
+    """Top-1 (percent) and mean cross-entropy over loader.
+
+    gather: joins the scores of several processes, [images, 2] each; poll: called after each batch.
+    """
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    images_seen = 0
+    scores = []
     for images, targets in loader:
         images, targets = images.to(device), targets.to(device)
         with cast():
             logits = model(images)
-        loss += F.cross_entropy(logits.float(), targets, reduction="sum")
-        correct += (logits.argmax(dim=-1) == targets).sum()
-        images_seen += len(targets)
+        loss = F.cross_entropy(logits.float(), targets, reduction="none")
+        scores.append(gather(torch.stack([(logits.argmax(dim=-1) == targets).float(), loss], dim=1)))
         poll()
     model.train(was_training)
-    return 100.0 * correct.item() / images_seen, loss.item() / images_seen
+    top1, loss = torch.cat(scores).cpu().double().mean(dim=0).tolist()
+    return 100.0 * top1, loss
 
 
 def _accelerator(precision: str) -> Accelerator:
@@ -709,13 +735,13 @@ def _accelerator(precision: str) -> Accelerator:
 
 
 def _identity(
-    data: Data, config: TrainConfig, stage: str, augment: Augment, processes: int
+    data: Data, config: TrainConfig, stage: str, augment: Augment, steps: int, processes: int
 ) -> dict[str, Any]:
     """All that must be the same for a checkpoint to be continued, as JSON gives it back."""
     flat = {
         "stage": stage,
         "data": data.name,
-        "training images": len(data.train),
+        "steps": steps,
         "processes": processes,
         **{f"config.{name}": value for name, value in asdict(config).items()},
         **{f"augment.{name}": value for name, value in asdict(augment).items()},
@@ -753,48 +779,8 @@ def _optimizer_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
     return [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def _append_line(path: Path, record: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _rewrite_metrics(path: Path, stage: str, history: list[dict[str, Any]]) -> None:
-    """Replace the lines of `stage` by `history`, which drops those of epochs that will be done again."""
-    others = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # cut off by the kill that we resume from
-            continue
-        if record["stage"] != stage:
-            others.append(record)
-    text = "".join(json.dumps(record) + "\n" for record in others + history)
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-class _NoBoard:
-    """Stands in for a SummaryWriter where nothing is to be written."""
-
-    def add_scalar(self, *_: object) -> None:
-        return
-
-
-@contextmanager
-def _tensorboard(folder: Path, step: int, *, enabled: bool) -> Iterator[Any]:
-    """A SummaryWriter whose events from `step` on replace those of a run that was killed after it."""
-    if not enabled:
-        yield _NoBoard()
-        return
-    from torch.utils.tensorboard import SummaryWriter  # takes a second: not for those who only evaluate
-
-    with SummaryWriter(str(folder), purge_step=step) as board:
-        yield board
-
-
 # --------------------------------------------------------------------------------
-# Signals and progress
+# Signals
 
 
 @dataclass
@@ -830,77 +816,17 @@ def _deferred_signals() -> Iterator[_Signals]:
         restore()
 
 
-class _Reporter:
-    """Shows how the stage goes: a bar on a terminal, else a line now and then."""
+def _shielded(loader: DataLoader) -> DataLoader:
+    """Have the loader's worker processes ignore signals, which shells and schedulers send to a whole group.
 
-    def __init__(self, run: _Stage, *, enabled: bool) -> None:
-        self.run, self.enabled = run, enabled
-        self.loss = math.nan
-        history = run.position.history
-        self.last = history[-1] if history else {}
-        self.total = run.config.epochs * run.steps
-        self.first = run.updates
-        self.started = self.printed = time.perf_counter()
-        self.bar: Progress | None = None
+    The main process decides; without its workers it could not finish the step it is in. They end with it.
+    """
+    loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
+    return loader
 
-    def __enter__(self) -> _Reporter:
-        if self.enabled:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
-            bar = Progress(*columns, refresh_per_second=2)
-            if bar.console.is_terminal:
-                self.bar = bar
-                self.task = bar.add_task(self._title(), total=self.total, completed=self.first, status="")
-                bar.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def step(self) -> None:
-        """After a step."""
-        if not self.enabled:
-            return
-        now = time.perf_counter()
-        if self.bar is None and now - self.printed < PLAIN_SECONDS:
-            return
-        if self.bar is not None:
-            if now - self.printed >= 0.25:
-                self.printed = now
-                self._draw()
-            return
-        self.printed = now
-        print(f"{self._title()} step {self.run.position.step}/{self.run.steps}  {self._status()}", flush=True)
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        """After an epoch with the given record of metrics."""
-        self.last = record
-        if self.bar is not None:
-            self._draw()
-        elif self.enabled:
-            self.printed = time.perf_counter()
-            print(f"{self._title()} done  {self._status()}", flush=True)
-
-    def _draw(self) -> None:
-        self.bar.update(
-            self.task, description=self._title(), completed=self.run.updates, status=self._status()
-        )
-
-    def _title(self) -> str:
-        epoch = min(self.run.position.epoch + 1, self.run.config.epochs)
-        return f"{self.run.stage} {epoch}/{self.run.config.epochs}"
-
-    def _status(self) -> str:
-        position, config = self.run.position, self.run.config
-        parts = [f"loss {self.loss:.3f}"]
-        if "test_top1" in self.last:
-            parts.append(f"top-1 {self.last['test_top1']:.2f}%")
-        if "l1" in self.last:
-            parts.append(f"mean |g| {self.last['gates_mean']:.3f}, zero {self.last['gates_zero']:.1%}")
-        images = position.step * config.batch_size * self.run.accelerator.num_processes
-        parts.append(f"{images / max(position.seconds, 1e-9):.0f} img/s")
-        done = max(self.run.updates - self.first, 1)
-        left = (time.perf_counter() - self.started) / done * (self.total - self.run.updates)
-        minutes, seconds = divmod(round(left), 60)
-        parts.append(f"{minutes}:{seconds:02d} left")
-        return "  ".join(parts)
+def _init_worker(then: Callable[[int], None] | None, worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if then is not None:
+        then(worker)

@@ -1,0 +1,147 @@
+"""What a stage of training tells while it runs: a bar or lines, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn
+
+from vtp.files import write_atomic
+
+BAR_SECONDS = 0.25  # between two updates of the bar: more often cannot be read and costs time
+LINE_SECONDS = 10.0  # between two lines where there is no terminal
+
+
+class StageProgress:
+    """Shows how a stage goes: a bar on a terminal, else a line now and then. A context manager.
+
+    stage: its name. epochs, steps: of the stage, and steps of an epoch. updates: steps done before.
+    last: record of the last finished epoch, or {}. enabled: False shows nothing.
+    """
+
+    def __init__(
+        self, stage: str, epochs: int, steps: int, updates: int, last: dict[str, Any], *, enabled: bool
+    ) -> None:
+        self.stage, self.epochs, self.steps, self.last = stage, epochs, steps, last
+        self.first = self.updates = updates
+        self.loss, self.images_per_second = math.nan, math.nan
+        self.started = self.shown = time.perf_counter()
+        self.enabled = enabled
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> StageProgress:
+        if self.enabled:
+            columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[status]}")
+            bar = Progress(*columns, refresh_per_second=2)
+            if bar.console.is_terminal:
+                self.bar = bar
+                self.task = bar.add_task(self._title(), total=self.epochs * self.steps, status="")
+                bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def settled(self, loss: float, images_per_second: float) -> None:
+        """New figures to show: loss of the last step, and speed in this epoch."""
+        self.loss, self.images_per_second = loss, images_per_second
+
+    def step(self, updates: int) -> None:
+        """After a step; `updates` counts all of the stage."""
+        self.updates = updates
+        now = time.perf_counter()
+        if now - self.shown >= (LINE_SECONDS if self.bar is None else BAR_SECONDS):
+            self._show(f"step {(updates - 1) % self.steps + 1}/{self.steps}")
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """After an epoch with the given record of metrics."""
+        self.last = record
+        self._show("done")
+
+    def _show(self, place: str) -> None:
+        self.shown = time.perf_counter()
+        if self.bar is not None:
+            self.bar.update(
+                self.task, description=self._title(), completed=self.updates, status=self._status()
+            )
+        elif self.enabled:
+            print(f"{self._title()} {place}  {self._status()}", flush=True)
+
+    def _title(self) -> str:
+        return f"{self.stage} {max(self.updates - 1, 0) // self.steps + 1}/{self.epochs}"
+
+    def _status(self) -> str:
+        parts = [f"loss {self.loss:.3f}"]
+        if "test_top1" in self.last:
+            parts.append(f"top-1 {self.last['test_top1']:.2f}%")
+        if "l1" in self.last:
+            parts.append(f"mean |g| {self.last['gates_mean']:.3f}, zero {self.last['gates_zero']:.1%}")
+        parts.append(f"{self.images_per_second:.0f} img/s")
+        done = max(self.updates - self.first, 1)
+        left = (time.perf_counter() - self.started) / done * (self.epochs * self.steps - self.updates)
+        minutes, seconds = divmod(round(left), 60)
+        parts.append(f"{minutes}:{seconds:02d} left")
+        return "  ".join(parts)
+
+
+def append_metrics(path: Path, record: dict[str, Any]) -> None:
+    """Append record to metrics.jsonl and have it on the disk on return."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rewrite_metrics(path: Path, stage: str, history: list[dict[str, Any]]) -> None:
+    """Replace the lines of `stage` by `history`, which drops those of epochs that will be done again."""
+    others = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # cut short by the kill that this run resumes from
+            continue
+        if record.get("stage") != stage:
+            others.append(record)
+    text = "".join(json.dumps(record) + "\n" for record in others + history)
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+class Board:
+    """TensorBoard's scalars of one stage, or nothing where `writer` is None."""
+
+    def __init__(self, writer: Any | None) -> None:
+        self.writer = writer
+
+    def step(self, loss: float, updates: int) -> None:
+        """The loss of one step."""
+        if self.writer is not None:
+            self.writer.add_scalar("loss/step", loss, updates)
+
+    def epoch(self, record: dict[str, Any], updates: int) -> None:
+        """An epoch's record of metrics; on disk on return, as a checkpoint follows."""
+        if self.writer is None:
+            return
+        for name, value in record.items():
+            if isinstance(value, float):
+                self.writer.add_scalar(f"epoch/{name}", value, updates)
+        self.writer.flush()
+
+
+@contextmanager
+def tensorboard(folder: Path, updates: int, *, enabled: bool) -> Iterator[Board]:
+    """A Board in `folder`; events of a killed run that lie after `updates` are hidden."""
+    if not enabled:
+        yield Board(None)
+        return
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
+
+    with SummaryWriter(str(folder), purge_step=updates + 1) as writer:
+        yield Board(writer)
