@@ -26,6 +26,7 @@ import gzip
 import hashlib
 import inspect
 import itertools
+import math
 import os
 import random
 import struct
@@ -201,24 +202,31 @@ def read_idx(path: Path) -> np.ndarray:
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
         raise DataError(f"{path}: not an idx file of unsigned bytes: got magic {raw[:4].hex() or 'nothing'}")
     header = 4 + 4 * raw[3]
-    shape = tuple(int(size) for size in np.frombuffer(raw[4:header], dtype=">u4"))
-    expected = header + int(np.prod(shape, dtype=np.int64))
+    # Sizes that are cut off count as 0, for the length to be wrong below.
+    shape = struct.unpack(f">{raw[3]}I", raw[4:header].ljust(header - 4, b"\0"))
+    expected = header + math.prod(shape)
     if len(raw) != expected:
         raise DataError(f"{path}: truncated or corrupt idx file: got {len(raw)} bytes, expected {expected}")
     return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape(shape)
 
 
 class IdxImages(Dataset):
-    """One split of an idx folder, held in memory. images: uint8 [S, H, W]; labels: uint8 [S]."""
+    """Grey images held in memory. images: uint8 [S, H, W]; labels: uint8 [S]."""
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images, self.labels = images, labels
+
+    @classmethod
+    def read(cls, folder: Path, split: str) -> IdxImages:
+        """One split ("train" or "t10k") of an idx folder; DataError if a file is missing or damaged."""
         paths = [find_idx(folder, f"{split}-{name}") for name in IDX_NAMES]
-        self.images, self.labels = (read_idx(path) for path in paths)
-        if self.images.ndim != 3 or self.labels.shape != self.images.shape[:1]:
+        images, labels = (read_idx(path) for path in paths)
+        if images.ndim != 3 or labels.shape != images.shape[:1]:
             raise DataError(
-                f"{paths[0]} and {paths[1]} do not belong together: got shapes {self.images.shape} and "
-                f"{self.labels.shape}, expected [images, rows, columns] and [images]"
+                f"{paths[0]} and {paths[1]} do not belong together: got shapes {images.shape} and "
+                f"{labels.shape}, expected [images, rows, columns] and [images]"
             )
+        return cls(images, labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -350,7 +358,7 @@ def open_data(spec: str | Path = EMBEDDED, *, root: str | Path | None = None) ->
 
 
 def _open_idx(folder: Path, name: str) -> Data:
-    train, test = IdxImages(folder, "train"), IdxImages(folder, "t10k")
+    train, test = IdxImages.read(folder, "train"), IdxImages.read(folder, "t10k")
     height, width = train.images.shape[1:]
     return Data(
         name=name,
@@ -434,9 +442,7 @@ def _open_timm(spec: str, root: str | Path | None) -> Data:
     try:
         train, test = read("train", is_training=True), _first_split(read)
     except (Exception, SystemExit) as error:  # any reader, and any library behind it
-        raise DataError(
-            f"data: timm cannot open {spec!r} (root={root}): {error!r}; expected {KNOWN}"
-        ) from error
+        raise DataError(f"data: timm cannot open {spec!r} (root={root}): {error!r}") from error
     if isinstance(train, IterableDataset):
         classes = tuple(sorted(train.reader.class_to_idx, key=train.reader.class_to_idx.get))
         return _imagenet_like(spec, train, test, classes, num_classes=len(classes) or None, in_chans=3)
@@ -939,4 +945,6 @@ def set_epoch(loader: DataLoader, epoch: int, start: int = 0) -> None:
     if isinstance(batches, BatchSamplerShard):
         processes = 1 if batches.split_batches else batches.num_processes
         batches = batches.batch_sampler
+    if not isinstance(batches.sampler, EpochSampler):
+        raise DataError(f"loader: got one with a {type(batches.sampler).__name__}, expected a train_loader")
     batches.sampler.position(epoch, skip=start * processes * batches.batch_size)
