@@ -25,6 +25,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import random
 import signal
 import threading
@@ -59,7 +60,8 @@ from vtp.progress import StageProgress, append_metrics, rewrite_metrics, tensorb
 
 STATE_FORMAT = "vtp-training-state"
 STATE_VERSION = 1
-CHECK_EVERY = 16  # steps between looks at the losses where a look is a device synchronisation
+CHECK_EVERY = {"cpu": 1}  # steps between looks at the losses; elsewhere a look waits for the device, hence:
+CHECK_EVERY_ELSEWHERE = 16
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
 L1_MODES = ("subgradient", "proximal")
@@ -366,7 +368,7 @@ class _Stage:
             return
         set_epoch(self.loader, position.epoch, position.step)
         self.model.train()
-        check_every = 1 if self.accelerator.device.type == "cpu" else CHECK_EVERY
+        check_every = CHECK_EVERY.get(self.accelerator.device.type, CHECK_EVERY_ELSEWHERE)
         losses: list[Tensor] = []
         started = time.perf_counter()
         for images, targets in self.loader:
@@ -817,16 +819,17 @@ def _deferred_signals() -> Iterator[_Signals]:
 
 
 def _shielded(loader: DataLoader) -> DataLoader:
-    """Have the loader's worker processes ignore signals, which shells and schedulers send to a whole group.
+    """Put the loader's worker processes out of reach of signals to the group of this process.
 
-    The main process decides; without its workers it could not finish the step it is in. They end with it.
+    Ctrl-C in a shell goes to the whole group. The main process decides what to do then, and to finish its
+    step it needs workers that live; it still ends them by a signal of its own.
     """
     loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
     return loader
 
 
 def _init_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     if then is not None:
         then(worker)
