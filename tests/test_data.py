@@ -312,6 +312,14 @@ def test_batches_do_not_depend_on_workers_or_on_the_start(few: Data, preset: str
         assert len(loader) == 12
 
 
+def test_augmentation_of_a_sample_does_not_depend_on_its_batch(few: Data) -> None:
+    by_eight, by_four = (
+        torch.cat([images for images, _ in epoch_of(make_train_loader(few, batch_size=size), 1)])[:96]
+        for size in (8, 4)
+    )
+    assert torch.equal(by_eight, by_four)
+
+
 def test_order_and_augmentation_differ_between_epochs_and_seeds(few: Data) -> None:
     augment = Augment.preset("none")
     first = torch.cat([labels for _, labels in epoch_of(make_train_loader(few, augment=augment), 0)])

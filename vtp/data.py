@@ -525,7 +525,7 @@ def _imagenet_like(
 def check_data(data: Data, num_classes: int) -> None:
     """Find what would stop or spoil a run: to be called before its first step.
 
-    Opens every image file's header (about a minute for a million files on a local disk).
+    Reads the header and the last bytes of every image file: about 0.1 ms for a file in the disk cache.
 
     Args:
         num_classes: width of the model's head.
