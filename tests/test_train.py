@@ -41,6 +41,7 @@ from vtp.train import (
     soft_threshold,
     train,
 )
+from vtp.training_state import write_state
 
 AUGMENT = Augment.preset("light", 16)
 STEPS = 6  # of an epoch: 96 images in batches of 16
@@ -374,11 +375,18 @@ def _replace_by_a_foreign_file(path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, path)
 
 
+def _change_one_weight(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["optimizer/exp_avg/head.bias"][0] += 1e-3
+    save_file(tensors, path, metadata)
+
+
 def _make_newer(path: Path) -> None:
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["vtp-training-state"])
-    metadata = {"vtp-training-state": json.dumps({**header, "version": 99})}
-    save_file(load_file(path), path, metadata)
+    write_state(path, load_file(path), {**header, "version": 99})
 
 
 @pytest.mark.parametrize(
@@ -387,7 +395,8 @@ def _make_newer(path: Path) -> None:
         (_truncate, "truncated, damaged or not a safetensors file"),
         (_replace_by_noise, "truncated, damaged or not a safetensors file"),
         (_replace_by_a_foreign_file, "not a training checkpoint"),
-        (_make_newer, "version 99, expected at most"),
+        (_change_one_weight, "was changed after it was written"),
+        (_make_newer, "version 99, expected 1"),
     ],
 )
 def test_a_checkpoint_that_is_not_ours_or_not_whole_is_refused_with_the_reason(

@@ -25,15 +25,12 @@ import copy
 import hashlib
 import json
 import math
-import os
 import random
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +39,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.data import Mixup
 from timm.layers import DropPath
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -51,15 +46,36 @@ from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from vtp.data import Augment, Data, set_epoch, test_loader, train_loader
-from vtp.files import write_atomic
 from vtp.gates import GatedLinear
 from vtp.progress import StageProgress, append_metrics, rewrite_metrics, tensorboard
+from vtp.signals import deferred_signals, shielded
+from vtp.training_state import (
+    STATE_FORMAT,
+    ResumeError,
+    all_finite,
+    first_not_finite,
+    read_state,
+    restore,
+    state_tensors,
+    write_state,
+)
 
-STATE_FORMAT = "vtp-training-state"
-STATE_VERSION = 1
+__all__ = [
+    "STATE_FORMAT",
+    "NonFiniteLossError",
+    "ResumeError",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingInterrupted",
+    "distillation_loss",
+    "evaluate",
+    "gate_statistics",
+    "soft_threshold",
+    "train",
+]
+
 CHECK_EVERY = {"cpu": 1}  # steps between looks at the losses; elsewhere a look waits for the device, hence:
 CHECK_EVERY_ELSEWHERE = 16
 SCHEDULES = ("cosine", "constant")
@@ -79,10 +95,6 @@ class NonFiniteLossError(RuntimeError):
     """The loss or a weight became NaN or infinite; the message names step and checkpoint."""
 
 
-class ResumeError(ValueError):
-    """A checkpoint that cannot be continued: damaged, not ours, or of a run configured differently."""
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """What determines a training stage, apart from the model and the data.
@@ -99,6 +111,8 @@ class TrainConfig:
     l1: lambda, weight of sum |g|; 0 is off. l1_mode: see the module's docstring.
     gate_lr: learning rate of the gates as a multiple of lr.
     precision: "no" (float32), "bf16" or "fp16" (GPU only).
+    seed: of the order of the data and of all that is random in a step.
+    workers: processes that load data; 0 loads in the training process.
     opt, sched: names that timm knows; opt "adamw", sched "cosine" or "constant".
     """
 
@@ -251,7 +265,19 @@ class _Stage:
             )
         self.config, self.stage, self.run_dir = config, stage, run_dir
         self.accelerator = _accelerator(config.precision)
-        device = self.accelerator.device
+        self._build_models(model, teacher)
+        self._build_loaders(data, augment)
+        self._build_optimizer()
+        self.mixup, self.criterion = _criterion(config, self.raw.num_classes)
+        self.position = _Position()
+        self.identity = _identity(data, config, stage, augment, self.steps, self.accelerator.num_processes)
+        # The score is wanted for the trained model: in the last third of the steps the learning rate is low
+        # and gates and weights are near their final values.
+        self.taylor_from = math.ceil(config.epochs * self.steps * 2 / 3)
+
+    def _build_models(self, model: nn.Module, teacher: nn.Module | None) -> None:
+        """Copies of the model, for its moving average and of the teacher, on the device."""
+        config, device = self.config, self.accelerator.device
         self.raw = copy.deepcopy(model).to(device)
         self.raw.zero_grad()
         _set_drop_path(self.raw, config.drop_path)
@@ -262,13 +288,16 @@ class _Stage:
         for linear in self.gated:  # the statistics are to be of this stage
             linear.taylor.zero_()
             linear.taylor_steps.zero_()
-        self.teacher = None
-        if config.distill_alpha > 0:
-            self.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
-        self.ema = None
+        self.ema = self.teacher = None
         if config.ema_decay is not None:
             # Buffers are counts and statistics here (those of the gates' Taylor score): copied, not averaged.
             self.ema = ModelEmaV3(self.raw, decay=config.ema_decay, use_warmup=True, exclude_buffers=True)
+        if config.distill_alpha > 0:
+            self.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+
+    def _build_optimizer(self) -> None:
+        """Optimizer and schedule; Accelerate wraps optimizer and model."""
+        config = self.config
         # The fused kernel takes 1.6 ms, the default 8.7 ms (0.7M parameters on a CPU, where a step takes
         # 170 ms). Under fp16 it would hide from Accelerate which steps were skipped.
         fused = {"fused": True} if config.opt == "adamw" and config.precision != "fp16" else {}
@@ -280,7 +309,6 @@ class _Stage:
             param_group_fn=lambda m: _param_groups(m, self.gates, config),
             **fused,
         )
-        self._build_loaders(data, augment)
         self.scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=config.sched,
@@ -292,19 +320,13 @@ class _Stage:
             updates_per_epoch=self.steps,
         )
         self.model, self.optimizer = self.accelerator.prepare(self.raw, optimizer)
-        self.mixup, self.criterion = _criterion(config, self.raw.num_classes)
-        self.position = _Position()
-        self.identity = _identity(data, config, stage, augment, self.steps, self.accelerator.num_processes)
-        # The score is wanted for the trained model: in the last third of the steps the learning rate is low
-        # and gates and weights are near their final values.
-        self.taylor_from = math.ceil(config.epochs * self.steps * 2 / 3)
 
     def _build_loaders(self, data: Data, augment: Augment) -> None:
         config, prepare = self.config, self.accelerator.prepare_data_loader
         arguments = _loader_arguments(self.raw, data, config.batch_size, config.workers)
         seed = _seed_of(config.seed, self.stage)
-        self.loader = prepare(_shielded(train_loader(data, augment=augment, seed=seed, **arguments)))
-        self.test_loader = prepare(_shielded(test_loader(data, **arguments)))
+        self.loader = prepare(shielded(train_loader(data, augment=augment, seed=seed, **arguments)))
+        self.test_loader = prepare(shielded(test_loader(data, **arguments)))
         self.steps = len(self.loader)
         if self.steps == 0:
             raise ValueError(
@@ -337,7 +359,7 @@ class _Stage:
         last = self.position.history[-1] if self.position.history else {}
         self.after_step = after_step
         with (
-            _deferred_signals() as self.signals,
+            deferred_signals() as self.signals,
             StageProgress(
                 self.stage, self.config.epochs, self.steps, self.updates, last, enabled=progress and main
             ) as self.progress,
@@ -355,7 +377,7 @@ class _Stage:
         """The trained model with its accuracy and history."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.raw.__dict__.pop("forward", None)  # Accelerate leaves the method of the class as an attribute
-        model = self.raw if self.ema is None else self.ema.module
+        model = self._average() or self.raw
         history = self.position.history
         return TrainResult(model.eval(), history[-1]["test_top1"], history)
 
@@ -425,7 +447,7 @@ class _Stage:
 
     def _gate_gradients(self) -> None:
         """Take the Taylor statistics from the gradients of the task loss, then add that of the penalty."""
-        overflow = self.accelerator.scaler is not None and not _all_finite(g.grad for g in self.gates)
+        overflow = self.accelerator.scaler is not None and not all_finite(g.grad for g in self.gates)
         if self.updates >= self.taylor_from and not overflow:
             for linear in self.gated:
                 linear.accumulate_taylor()
@@ -448,7 +470,7 @@ class _Stage:
     def _finish_epoch(self) -> dict[str, Any]:
         """Evaluate, and write the epoch's record to metrics.jsonl and TensorBoard."""
         position, config = self.position, self.config
-        model = self.raw if self.ema is None else self.ema.module
+        model = self._average() or self.raw
         accelerator = self.accelerator
         # With several processes nobody may leave alone: the signal waits for the end of the evaluation.
         poll = self._stop_if_asked if accelerator.num_processes == 1 else lambda: None
@@ -523,56 +545,31 @@ class _Stage:
         )
 
     def _save_state(self) -> None:
-        """Write model, moving average, optimizer and position as one safetensors file, atomically."""
-        optimizer_state = self.optimizer.state_dict()
-        names = _optimizer_names(self.raw, self.optimizer)
-        tensors = {f"model/{name}": value for name, value in self.raw.state_dict().items()}
-        if self.ema is not None:
-            tensors |= {f"ema/{name}": value for name, value in self.ema.module.state_dict().items()}
-        for index, state in optimizer_state["state"].items():
-            tensors |= {f"optimizer/{key}/{names[index]}": value for key, value in state.items()}
-        if not _all_finite(tensors.values()):
-            bad = next(name for name, value in tensors.items() if not _all_finite([value]))
+        """Write the checkpoint. Raises NonFiniteLossError where it would hold a NaN or an infinity."""
+        tensors = state_tensors(self.raw, self._average(), self.optimizer)
+        bad = first_not_finite(tensors)
+        if bad is not None:
             raise self._non_finite(f"{bad} is not finite", self.updates - 1)
-        if not self.accelerator.is_main_process:
-            return
-        header = {
-            "format": STATE_FORMAT,
-            "version": STATE_VERSION,
-            "identity": self.identity,
-            "position": asdict(self.position),
-            "param_groups": optimizer_state["param_groups"],
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-        }
-        metadata = {STATE_FORMAT: json.dumps(header)}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        write_atomic(self.checkpoint, lambda path: save_file(tensors, path, metadata))
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            header = {
+                "identity": self.identity,
+                "position": asdict(self.position),
+                "param_groups": self.optimizer.state_dict()["param_groups"],
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            write_state(self.checkpoint, tensors, header)
 
     def _load_state(self) -> None:
-        """Restore what `_save_state` wrote. Raises ResumeError."""
-        header, tensors = _read_state(self.checkpoint)
-        _refuse_other_run(self.checkpoint, header["identity"], self.identity)
-        part: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
-        for name, value in tensors.items():
-            kind, _, rest = name.partition("/")
-            part[kind][rest] = value
-        index_of = {name: i for i, name in enumerate(_optimizer_names(self.raw, self.optimizer))}
-        state: dict[int, dict[str, Tensor]] = {}
-        try:
-            self.raw.load_state_dict(part["model"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(part["ema"])
-            for name, value in part["optimizer"].items():
-                key, _, parameter = name.partition("/")
-                state.setdefault(index_of[parameter], {})[key] = value
-        except (RuntimeError, KeyError) as error:
-            raise ResumeError(
-                f"{self.checkpoint}: holds another model than that to train: {error}"
-            ) from error
-        self.optimizer.load_state_dict({"state": state, "param_groups": header["param_groups"]})
+        """Continue from the checkpoint. Raises ResumeError."""
+        tensors, header = read_state(self.checkpoint, self.identity)
+        restore(tensors, header["param_groups"], self.raw, self._average(), self.optimizer)
         if header["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(header["scaler"])
         self.position = _Position(**header["position"])
+
+    def _average(self) -> nn.Module | None:
+        return None if self.ema is None else self.ema.module
 
 
 # --------------------------------------------------------------------------------
@@ -674,11 +671,6 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every element of every tensor is finite, with one synchronisation."""
-    return bool(torch.stack([t.detach().isfinite().all() for t in tensors]).all())
-
-
 def _loader_arguments(model: nn.Module, data: Data, batch_size: int, workers: int) -> dict[str, Any]:
     """What both loaders take, with image size (pixels) and channels as the model expects them."""
     embed = model.patch_embed
@@ -717,8 +709,9 @@ def _evaluate(
         scores.append(gather(torch.stack([(logits.argmax(dim=-1) == targets).float(), loss], dim=1)))
         poll()
     model.train(was_training)
-    top1, loss = torch.cat(scores).cpu().double().mean(dim=0).tolist()
-    return 100.0 * top1, loss
+    scores = torch.cat(scores).cpu().double()
+    correct, loss = scores.sum(dim=0).tolist()
+    return 100.0 * correct / len(scores), loss / len(scores)
 
 
 def _accelerator(precision: str) -> Accelerator:
@@ -730,10 +723,6 @@ def _accelerator(precision: str) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=precision)
-
-
-# --------------------------------------------------------------------------------
-# Files
 
 
 def _identity(
@@ -749,87 +738,3 @@ def _identity(
         **{f"augment.{name}": value for name, value in asdict(augment).items()},
     }
     return json.loads(json.dumps(flat))
-
-
-def _refuse_other_run(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
-    if differing:
-        changes = "; ".join(f"{n}: checkpoint {saved.get(n)!r}, now {current.get(n)!r}" for n in differing)
-        raise ResumeError(f"{path}: cannot be resumed with other settings: {changes}")
-
-
-def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a training checkpoint. Raises ResumeError for a file that is not one."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(STATE_FORMAT)
-            if text is None:
-                raise ResumeError(f"{path}: not a training checkpoint: its metadata has no {STATE_FORMAT!r}")
-            header = json.loads(text)
-            if header["version"] > STATE_VERSION:
-                raise ResumeError(
-                    f"{path}: checkpoint version {header['version']}, expected at most {STATE_VERSION}"
-                )
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError, KeyError) as error:
-        raise ResumeError(f"{path}: truncated, damaged or not a safetensors file ({error})") from error
-
-
-def _optimizer_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Parameter names in the order in which the optimizer's state_dict numbers them."""
-    name_of = {id(p): name for name, p in model.named_parameters()}
-    return [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
-
-
-# --------------------------------------------------------------------------------
-# Signals
-
-
-@dataclass
-class _Signals:
-    received: int | None = None
-
-
-@contextmanager
-def _deferred_signals() -> Iterator[_Signals]:
-    """Note the first SIGINT or SIGTERM instead of dying by it; a second one acts as it did before.
-
-    Python handles signals in the main thread alone: elsewhere nothing is changed.
-    """
-    signals = _Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    previous: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: object) -> None:
-        signals.received = number
-        restore()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, note)
-    try:
-        yield signals
-    finally:
-        restore()
-
-
-def _shielded(loader: DataLoader) -> DataLoader:
-    """Put the loader's worker processes out of reach of signals to the group of this process.
-
-    Ctrl-C in a shell goes to the whole group. The main process decides what to do then, and to finish its
-    step it needs workers that live; it still ends them by a signal of its own.
-    """
-    loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
-    return loader
-
-
-def _init_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-    if then is not None:
-        then(worker)

@@ -1,0 +1,131 @@
+"""The checkpoint that a stage of training continues from: one safetensors file, no pickle.
+
+Tensors "model/<name>", "ema/<name>" and "optimizer/<key>/<parameter name>". The metadata entry
+"vtp-training-state" is JSON: format version, identity (the settings that must be the same to continue),
+position in the stage, the optimizer's parameter groups without their tensors, and the state of the loss
+scaler, if any. "vtp-training-state-sha256" is the fingerprint of all that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vtp.files import FileError, fingerprint, write_atomic
+
+STATE_FORMAT = "vtp-training-state"
+STATE_VERSION = 1
+
+
+class ResumeError(FileError):
+    """A checkpoint that cannot be continued: damaged, not ours, or of a run configured differently."""
+
+
+def state_tensors(
+    model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """All tensors that training continues from, under their names in the file."""
+    names = _parameter_names(model, optimizer)
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    if ema is not None:
+        tensors |= {f"ema/{name}": value for name, value in ema.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{key}/{names[index]}": value for key, value in state.items()}
+    return tensors
+
+
+def first_not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """Name of the first tensor that has a NaN or an infinity; asks the device once if there is none."""
+    if all_finite(tensors.values()):
+        return None
+    return next(name for name, value in tensors.items() if not all_finite([value]))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every element of every tensor is finite, with one synchronisation."""
+    return bool(torch.stack([t.detach().isfinite().all() for t in tensors]).all())
+
+
+def write_state(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Write tensors and header to `path`, atomically. Raises FileError where that cannot be done."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps({"version": STATE_VERSION, **header})
+    metadata = {STATE_FORMAT: text, f"{STATE_FORMAT}-sha256": fingerprint(tensors, text)}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise FileError(f"path: cannot write {path}: {error}") from error
+
+    write_atomic(path, write)
+
+
+def read_state(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of the checkpoint of a run with this identity. Raises ResumeError otherwise."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copies, because a tensor mapped from the file is aligned differently and would change with it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ResumeError(f"{path}: truncated, damaged or not a safetensors file ({error})") from error
+    if STATE_FORMAT not in metadata:
+        raise ResumeError(f"{path}: not a training checkpoint: its metadata has no {STATE_FORMAT!r}")
+    try:
+        header = json.loads(metadata[STATE_FORMAT])
+        version = header["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResumeError(f"{path}: its description is damaged ({error})") from error
+    if version != STATE_VERSION:
+        raise ResumeError(f"{path}: training checkpoint of version {version}, expected {STATE_VERSION}")
+    if metadata.get(f"{STATE_FORMAT}-sha256") != fingerprint(tensors, metadata[STATE_FORMAT]):
+        raise ResumeError(f"{path}: was changed after it was written (its SHA-256 does not match)")
+    _refuse_other_run(path, header["identity"], identity)
+    return tensors, header
+
+
+def _refuse_other_run(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+    if differing:
+        changes = "; ".join(f"{n}: checkpoint {saved.get(n)!r}, now {current.get(n)!r}" for n in differing)
+        raise ResumeError(f"{path}: cannot be resumed with other settings: {changes}")
+
+
+def restore(
+    tensors: dict[str, Tensor],
+    param_groups: list[dict[str, Any]],
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Put the tensors back where `state_tensors` took them. Raises ResumeError if they do not fit."""
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+    for name, value in tensors.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = value
+    index_of = {name: index for index, name in enumerate(_parameter_names(model, optimizer))}
+    state: dict[int, dict[str, Tensor]] = {}
+    try:
+        model.load_state_dict(parts["model"])
+        if ema is not None:
+            ema.load_state_dict(parts["ema"])
+        for name, value in parts["optimizer"].items():
+            key, _, parameter = name.partition("/")
+            state.setdefault(index_of[parameter], {})[key] = value
+        optimizer.load_state_dict({"state": state, "param_groups": param_groups})
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise ResumeError(f"the checkpoint holds another model than that to train: {error}") from error
+
+
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Parameter names in the order in which the optimizer's state_dict numbers them."""
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    return [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
