@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vtp.progress
+from vtp.compact import compact
 from vtp.data import Augment, Data
 from vtp.gates import insert_gates, sites
+from vtp.plan import make_plan
 from vtp.train import (
     NonFiniteLossError,
     ResumeError,
@@ -326,6 +327,17 @@ def test_a_run_stopped_during_evaluation_evaluates_when_resumed(tmp_path, whole)
         run(tmp_path, SPARSE, data=make_data(test=Signalling(images(40, 1))))
     assert read_metrics(tmp_path) == []
     assert_same_run(run(tmp_path, SPARSE, resume=True), expected)
+
+
+def test_what_sparse_training_returns_can_be_cut_and_the_cut_model_trained_and_resumed(tmp_path, whole):
+    sparse, _ = whole("proximal")
+    small = compact(sparse.model, make_plan(sparse.model, rate=0.4, score="taylor"))
+    config = replace(EVERYTHING, distill_alpha=0.5, distill_temperature=2.0)
+    expected = run(tmp_path / "whole", config, model=small)
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path / "stopped", config, model=small, after_step=send(signal.SIGTERM, STEPS + 1))
+    assert_same_run(run(tmp_path / "stopped", config, model=small, resume=True), expected)
+    assert expected.history[-1]["train_loss"] < expected.history[0]["train_loss"]
 
 
 def test_a_finished_stage_returns_at_once_and_a_new_start_forgets_it(tmp_path, whole):
@@ -628,17 +640,19 @@ def test_without_a_terminal_progress_is_plain_lines_and_can_be_silenced(tmp_path
     run(tmp_path, replace(SPARSE, epochs=1), stage="sparse", progress=True)
     output = capsys.readouterr().out
     assert "sparse 1/1 step 1/6  loss" in output
-    for part in ("done", "top-1", "mean |g|", "zero", "img/s", "left"):
+    for part in ("done", "top-1", "|g| ", "zero", "img/s", "left"):
         assert part in output.splitlines()[-1]
     assert "\x1b" not in output
     run(tmp_path, replace(CONFIG, epochs=1), progress=False)
     assert capsys.readouterr().out == ""
 
 
-def test_on_a_terminal_progress_is_a_bar(tmp_path, monkeypatch):
+@pytest.mark.parametrize("width", [80, 120])
+def test_on_a_terminal_progress_is_a_bar_if_there_is_room_and_shows_all_figures(tmp_path, monkeypatch, width):
     screen = io.StringIO()
-    console = Console(force_terminal=True, file=screen, width=120)
-    monkeypatch.setattr(vtp.progress, "Progress", partial(Progress, console=console))
-    run(tmp_path, replace(CONFIG, epochs=2), progress=True)
-    assert "stage 2/2" in screen.getvalue()
-    assert "0:00 left" in screen.getvalue()
+    console = Console(force_terminal=True, file=screen, width=width, color_system=None)
+    monkeypatch.setattr(vtp.progress, "get_console", lambda: console)
+    run(tmp_path, replace(SPARSE, epochs=2), stage="sparse", progress=True)
+    last = screen.getvalue().replace("\r", "\n").split("sparse 2/2")[-1].splitlines()[0]
+    assert all(part in last for part in ("loss", "top-1", "zero", "0:00 left", "img/s"))
+    assert ("\u2501" in last) == (width == 120)

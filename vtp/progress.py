@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import get_console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from vtp.files import write_atomic
 
 BAR_SECONDS = 0.25  # between two updates of the bar: more often cannot be read and costs time
+BAR_COLUMNS = 110  # a terminal with fewer has room for the figures only
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
 
 
@@ -38,12 +41,15 @@ class StageProgress:
 
     def __enter__(self) -> StageProgress:
         if self.enabled:
-            columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[status]}")
-            bar = Progress(*columns, refresh_per_second=2)
-            if bar.console.is_terminal:
-                self.bar = bar
-                self.task = bar.add_task(self._title(), total=self.epochs * self.steps, status="")
-                bar.start()
+            console = get_console()
+            text = "{task.description}  {task.fields[status]}"
+            columns = [TextColumn(text, table_column=Column(no_wrap=True))]
+            if console.width >= BAR_COLUMNS:
+                columns.append(BarColumn(20))
+            if console.is_terminal:
+                self.bar = Progress(*columns, console=console, refresh_per_second=2)
+                self.task = self.bar.add_task(self._title(), total=self.epochs * self.steps, status="")
+                self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,13 +89,13 @@ class StageProgress:
         if "test_top1" in self.last:
             parts.append(f"top-1 {self.last['test_top1']:.2f}%")
         if "l1" in self.last:
-            parts.append(f"mean |g| {self.last['gates_mean']:.3f}, zero {self.last['gates_zero']:.1%}")
-        parts.append(f"{self.images_per_second:.0f} img/s")
+            parts.append(f"|g| {self.last['gates_mean']:.3f} zero {self.last['gates_zero']:.0%}")
         done = max(self.updates - self.first, 1)
         left = (time.perf_counter() - self.started) / done * (self.epochs * self.steps - self.updates)
         minutes, seconds = divmod(round(left), 60)
         parts.append(f"{minutes}:{seconds:02d} left")
-        return "  ".join(parts)
+        parts.append(f"{self.images_per_second:.0f} img/s")
+        return " ".join(parts)
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
