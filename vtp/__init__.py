@@ -1,10 +1,10 @@
 """VTP: prune a vision transformer, and actually run it faster.
 
-    gated = vtp.insert_gates(timm.create_model("deit_base_patch16_224", pretrained=True))
-    ...                                     # train with the penalty 1e-4 * vtp.l1_penalty(gated)
-    plan = vtp.make_plan(gated, rate=0.4)   # or macs=10.0e9, or params=48e6
-    small = vtp.compact(gated, plan)        # an ordinary, trainable, smaller model
-    vtp.save(small, "deit_b_40.safetensors")
+gated = vtp.insert_gates(timm.create_model("deit_base_patch16_224", pretrained=True))
+...                                     # train with the penalty 1e-4 * vtp.l1_penalty(gated)
+plan = vtp.make_plan(gated, rate=0.4)   # or macs=10.0e9, or params=48e6
+small = vtp.compact(gated, plan)        # an ordinary, trainable, smaller model
+vtp.save(small, "deit_b_40.safetensors")
 """
 
 from vtp.architecture import Architecture, UnsupportedModelError, describe

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from vtp.architecture import Architecture, UnsupportedModelError, describe, describe_surroundings
@@ -177,12 +176,9 @@ def _check_tensors(path: str | Path, model: nn.Module, tensors: dict[str, Tensor
 
 
 def _pretrained_cfg(model: nn.Module) -> dict[str, Any] | None:
+    """The plain values of timm's description; it may also carry weights or objects, which do not belong."""
     config = getattr(model, "pretrained_cfg", None)
-    if config is None:
-        return None
-    fields = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
-    # Weights of the baseline may be carried inside it; they are not part of its description.
-    return {name: value for name, value in fields.items() if _is_plain(value) and value is not None}
+    return None if config is None else {name: value for name, value in config.items() if _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:
@@ -192,11 +188,9 @@ def _is_plain(value: Any) -> bool:
 
 
 def _restore_pretrained_cfg(model: nn.Module, fields: dict[str, Any] | None) -> None:
-    if fields is None:
-        return
-    known = {field.name for field in dataclasses.fields(PretrainedCfg)}
-    config = PretrainedCfg(**{name: value for name, value in fields.items() if name in known})
-    model.pretrained_cfg = model.default_cfg = config
+    if fields is not None:
+        config = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        model.pretrained_cfg = model.default_cfg = config
 
 
 __all__ = ["FORMAT_VERSION", "FileError", "UnsupportedModelError", "load", "read_metadata", "save"]

@@ -6,7 +6,9 @@ widths rounded to a multiple, and a floor under each width.
 """
 
 import dataclasses
+import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -79,7 +81,7 @@ class PruningPlan:
             raise PlanError(f"kept: got sites {list(self.kept)[:3]}..., expected {list(widths)[:3]}...")
         for name, width in widths.items():
             kept = self.kept[name]
-            ascending = all(a < b for a, b in zip(kept, kept[1:], strict=False))
+            ascending = all(a < b for a, b in itertools.pairwise(kept))
             if not ascending or (kept and not 0 <= kept[0] <= kept[-1] < width):
                 raise PlanError(f"kept[{name!r}]: expected ascending indices in [0, {width})")
             if name in self.scores and len(self.scores[name]) != width:
@@ -252,10 +254,6 @@ def make_plan(
     )
 
 
-def _widths(architecture: Architecture) -> list[tuple[str, int]]:
-    return list(architecture.site_widths().items())
-
-
 def _one_budget(**budgets: float | None) -> dict[str, float]:
     given = {name: float(value) for name, value in budgets.items() if value is not None}
     if len(given) != 1:
@@ -365,16 +363,6 @@ class _BlockWidths:
             architecture, self.fc1, self.fc2
         )
 
-    def add(self, site: str, head: int, dimensions: int) -> None:
-        if site == "attn.proj":
-            self.values[head] += dimensions
-        else:
-            attribute = site.split(".")[1]
-            setattr(self, attribute, getattr(self, attribute) + dimensions)
-
-    def dimensions(self) -> int:
-        return self.qkv + sum(self.values) + self.fc1 + self.fc2
-
 
 def _full_widths(architecture: Architecture) -> _BlockWidths:
     width, heads = architecture.embed_dim, architecture.num_heads
@@ -386,109 +374,132 @@ def _model_cost(architecture: Architecture, blocks: Iterator[_BlockWidths] | Seq
 
 
 @dataclasses.dataclass(frozen=True)
-class _Group:
-    """Dimensions of one site (of one head for `attn.proj`) that are kept or removed together."""
+class _Groups:
+    """Dimensions that are kept or removed together, the least important group first.
 
-    name: str
-    block: int
-    site: str
-    head: int
-    indices: tuple[int, ...]
+    names: site of each group; members: its gate indices; slots: its row and column in the array of widths
+    that `_widths_array` makes; sizes: how many dimensions it has.
+    """
+
+    names: list[str]
+    members: list[np.ndarray]
+    slots: np.ndarray
+    sizes: np.ndarray
 
 
 def _groups(
     architecture: Architecture, ranks: Mapping[str, np.ndarray], round_to: int, min_keep: float
-) -> list[_Group]:
-    """All removable groups, the least important first.
+) -> _Groups:
+    """All removable groups in order.
 
     Equal ranks (gates that are all 1, say) are broken by the place within the vector, so that every site,
     layer and head loses the same share instead of the first layers losing everything.
     """
-    groups, keys = [], []
-    for name, width in _widths(architecture):
-        _, block, site = name.split(".", 2)
-        floor = min(width, int(min_keep) if min_keep >= 1 else -int(-min_keep * width // 1))
-        heads = architecture.num_heads if site == "attn.proj" else 1
+    names, members, slots, keys = [], [], [], []
+    for name, width in architecture.site_widths().items():
+        floor = min(width, int(min_keep) if min_keep >= 1 else math.ceil(min_keep * width))
+        heads = architecture.num_heads if _site_of(name) == "attn.proj" else 1
         per_head = width // heads
-        rank = ranks[name]
-        place = np.arange(width) % per_head / per_head
+        rank, place = ranks[name], np.arange(width) % per_head / per_head
         best_first = np.lexsort((place, -rank))
-        protected = set(best_first[:floor].tolist())
+        protected = np.zeros(width, dtype=bool)
+        protected[best_first[:floor]] = True
         for head in range(heads):
-            own = [i for i in best_first.tolist() if i // per_head == head]
-            for start in range(0, per_head, round_to):
-                indices = own[start : start + round_to]
-                if protected.intersection(indices):
-                    continue
-                groups.append(_Group(name, int(block), site, head, tuple(indices)))
-                # Within a vector the order is strict even where means tie: groups go from its end.
-                keys.append((rank[indices].mean(), -place[indices].mean(), -start))
-    order = np.lexsort(np.array(keys).T[::-1]) if keys else []
-    return [groups[i] for i in order]
+            own = best_first[best_first // per_head == head]
+            starts = np.arange(0, per_head, round_to)
+            counts = np.diff(starts, append=per_head)
+            # Within a vector the order is strict even where means tie: groups go from its end.
+            key = np.stack(
+                [
+                    -starts,
+                    -np.add.reduceat(place[own], starts) / counts,
+                    np.add.reduceat(rank[own], starts) / counts,
+                ]
+            )
+            removable = ~np.logical_or.reduceat(protected[own], starts)
+            keys.append(key[:, removable])
+            members += [part for part, free in zip(np.split(own, starts[1:]), removable, strict=True) if free]
+            names += [name] * int(removable.sum())
+            slots.append(np.full(int(removable.sum()), _slot(architecture, name, head)))
+    order = np.lexsort(np.concatenate(keys, axis=1))
+    members = [members[i] for i in order]
+    sizes = np.array([len(part) for part in members], dtype=np.int64)
+    return _Groups([names[i] for i in order], members, np.concatenate(slots)[order], sizes)
 
 
-def _fit(architecture: Architecture, groups: list[_Group], budget: Mapping[str, float]) -> set[int]:
+def _slot(architecture: Architecture, name: str, head: int) -> int:
+    """Place of a site (and head) in the flattened array of widths, [depth, 3 + heads]."""
+    _, block, site = name.split(".", 2)
+    column = 3 + head if site == "attn.proj" else ("attn.qkv", "mlp.fc1", "mlp.fc2").index(site)
+    return int(block) * (3 + architecture.num_heads) + column
+
+
+def _widths_array(architecture: Architecture) -> np.ndarray:
+    """Dense widths, int64 [depth, 3 + heads]: inputs of qkv, fc1 and fc2, then the values of each head."""
+    full = _full_widths(architecture)
+    return np.array([[full.qkv, full.fc1, full.fc2, *full.values]] * architecture.depth, dtype=np.int64)
+
+
+def _block_of(row: np.ndarray) -> "_BlockWidths":
+    qkv, fc1, fc2, *values = row.tolist()
+    return _BlockWidths(qkv, values, fc1, fc2)
+
+
+def _fit(architecture: Architecture, groups: _Groups, budget: Mapping[str, float]) -> list[int]:
     """Which groups go (positions in `groups`): the shortest run of least important ones that meets the
     budget, less those that can be given back because the last step (often a whole head) saved too much."""
     ((kind, value),) = budget.items()
-    total = sum(width for _, width in _widths(architecture))
-    limit = total - round(value * total) if kind == "rate" else value
-
-    def size(block: _BlockWidths) -> int:
-        return block.dimensions() if kind == "rate" else getattr(block.cost(architecture), kind)
-
+    full = _widths_array(architecture)
+    limit = full.sum() - round(value * full.sum()) if kind == "rate" else value
     outside = 0 if kind == "rate" else getattr(surroundings_cost(architecture), kind)
 
-    def after(count: int) -> list[_BlockWidths]:
-        blocks = [_full_widths(architecture) for _ in range(architecture.depth)]
-        for group in groups[:count]:
-            blocks[group.block].add(group.site, group.head, -len(group.indices))
-        return blocks
+    def size(row: np.ndarray) -> int:
+        return int(row.sum()) if kind == "rate" else getattr(_block_of(row).cost(architecture), kind)
 
-    def total_size(count: int) -> int:
-        return outside + sum(map(size, after(count)))
+    def widths_after(count: int) -> np.ndarray:
+        gone = np.bincount(groups.slots[:count], groups.sizes[:count], minlength=full.size)
+        return full - gone.astype(np.int64).reshape(full.shape)
 
-    least = total_size(len(groups))
+    def total(widths: np.ndarray) -> int:
+        return outside + sum(map(size, widths))
+
+    low, high = 0, len(groups.sizes)
+    least = total(widths_after(high))
     if least > limit:
         unit = "dimensions kept" if kind == "rate" else kind
         raise PlanError(
             f"{kind}: {value:g} cannot be met: {least:,} {unit} remain when everything but min_keep is "
             f"removed, at most {limit:,.0f} may; lower min_keep or ask for less"
         )
-    low, high = 0, len(groups)
     while low < high:
         middle = (low + high) // 2
-        if total_size(middle) <= limit:
+        if total(widths_after(middle)) <= limit:
             high = middle
         else:
             low = middle + 1
-    removed = set(range(low))
-    blocks, slack = after(low), limit - total_size(low)
-    cannot_return = set()  # a vector gives back its best group first, or none
+    widths = widths_after(low)
+    slack, removed, exhausted = limit - total(widths), [], set()
     for position in range(low - 1, -1, -1):
-        if slack <= 0:
-            break
-        group = groups[position]
-        if (group.name, group.head) in cannot_return:
-            continue
-        before = size(blocks[group.block])
-        blocks[group.block].add(group.site, group.head, len(group.indices))
-        added = size(blocks[group.block]) - before
-        if added <= slack:
-            slack -= added
-            removed.discard(position)
-        else:
-            blocks[group.block].add(group.site, group.head, -len(group.indices))
-            cannot_return.add((group.name, group.head))
+        slot = int(groups.slots[position])
+        row = widths[slot // full.shape[1]]
+        # A vector gives back its best group first, or none: else its order would not be that of the scores.
+        if slack > 0 and slot not in exhausted:
+            before = size(row)
+            row[slot % full.shape[1]] += groups.sizes[position]
+            added = size(row) - before
+            if added <= slack:
+                slack -= added
+                continue
+            row[slot % full.shape[1]] -= groups.sizes[position]
+            exhausted.add(slot)
+        removed.append(position)
     return removed
 
 
 def _kept_indices(
-    architecture: Architecture, groups: list[_Group], removed: set[int]
+    architecture: Architecture, groups: _Groups, removed: list[int]
 ) -> dict[str, tuple[int, ...]]:
-    gone = {name: set() for name, _ in _widths(architecture)}
+    kept = {name: np.ones(width, dtype=bool) for name, width in architecture.site_widths().items()}
     for position in removed:
-        gone[groups[position].name].update(groups[position].indices)
-    return {
-        name: tuple(i for i in range(width) if i not in gone[name]) for name, width in _widths(architecture)
-    }
+        kept[groups.names[position]][groups.members[position]] = False
+    return {name: tuple(np.flatnonzero(mask).tolist()) for name, mask in kept.items()}

@@ -1,0 +1,403 @@
+"""The command line: `vtp run` and its stages one by one."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from vtp import checkpoint
+from vtp.compact import CompactViT, compact
+from vtp.cost import count
+from vtp.data import EMBEDDED, Augment, Data, check_data, open_data
+from vtp.files import FileError
+from vtp.gates import insert_gates, sites
+from vtp.pipeline import FASHION_DEIT, RECIPES, STAGES, Recipe, RunConfig, open_model, run
+from vtp.plan import SCOPES, SCORES, PruningPlan, make_plan
+from vtp.train import (
+    STATE_FORMAT,
+    NonFiniteLossError,
+    TrainConfig,
+    TrainingInterrupted,
+    evaluate,
+    gate_statistics,
+    train,
+)
+
+_console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 1 training failed, 2 bad input, 128 + signal."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except TrainingInterrupted as error:
+        print(f"vtp: {error}", file=sys.stderr)
+        return 128 + error.signum
+    except NonFiniteLossError as error:
+        print(f"vtp: error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"vtp: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = RunConfig(
+        recipe=_recipe(options),
+        model=options.model,
+        data=options.data,
+        data_root=options.data_root,
+        from_scratch=options.from_scratch,
+        new_head=options.new_head,
+        budget=_budget(options),
+        latency_batch=options.latency_batch,
+    )
+    run(config, options.out, resume=options.resume)
+
+
+def _train(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
+    data = open_data(options.data, root=options.data_root)
+    classes = data.num_classes if options.new_head else None
+    model = open_model(
+        options.model, from_scratch=options.from_scratch, num_classes=classes, seed=recipe.dense.seed
+    )
+    if options.stage == "sparse" and not _is_gated(model):
+        model = insert_gates(model)
+    _train_stage(options, recipe, options.stage, model, data)
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    data = open_data(options.data, root=options.data_root)
+    _train_stage(options, _recipe(options), "finetune", checkpoint.load(options.file), data)
+
+
+def _train_stage(
+    options: argparse.Namespace, recipe: Recipe, stage: str, model: nn.Module, data: Data
+) -> None:
+    check_data(data, model.num_classes)
+    data = _as_trained(data, model)
+    settings: TrainConfig = getattr(recipe, stage)
+    teacher = None if options.teacher is None else open_model(options.teacher)
+    if teacher is None and settings.distill_alpha:
+        settings = dataclasses.replace(settings, distill_alpha=0.0)
+    run_dir = Path(options.out)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    result = train(
+        model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
+        augment=Augment.preset(recipe.augment, model.patch_embed.img_size[0]),
+    )  # fmt: skip
+    file = run_dir / ("compact.safetensors" if stage == "finetune" else f"{stage}.safetensors")
+    checkpoint.save(result.model, file, metadata={"top1": result.top1, "data": data.name})
+    _console.print(f"top-1 {result.top1:.2f}; {count(result.model)}; wrote {file}")
+
+
+def _prune(options: argparse.Namespace) -> None:
+    gated = checkpoint.load(options.file)
+    plan = make_plan(gated, **_budget(options))
+    small = compact(gated, plan)
+    checkpoint.save(small, options.out)
+    if options.plan is not None:
+        plan.save(options.plan)
+    _console.print(f"{plan}\nwrote {options.out}")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    model = open_model(options.model)
+    data = open_data(options.data, root=options.data_root)
+    check_data(data, model.num_classes)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    top1, loss = evaluate(model.to(device).eval(), _as_trained(data, model), workers=options.workers)
+    _console.print(f"top-1 {top1:.2f}, cross-entropy {loss:.4f}; {count(model)}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    path = Path(options.file)
+    if path.suffix == ".json":
+        _console.print(str(PruningPlan.load(path)))
+        return
+    state = _training_state(path)
+    if state is not None:
+        identity, position = state["identity"], state["position"]
+        _console.print(
+            f"training state of stage {identity['stage']}: epoch {position['epoch']} of "
+            f"{identity['config.epochs']}, next step {position['step']} of {identity['steps']}; "
+            "continue with --resume"
+        )
+        _console.print(json.dumps(identity, indent=1))
+        return
+    description = checkpoint.read_metadata(path)
+    model = checkpoint.load(path)
+    versions = ", ".join(f"{name} {number}" for name, number in description["versions"].items())
+    _console.print(f"{path}: {description['kind']} model, format {description['format_version']}, {versions}")
+    _console.print(f"{count(model)}, {path.stat().st_size:,} bytes")
+    baseline = (description["pretrained_cfg"] or {}).get("architecture")
+    if baseline:
+        _console.print(f"baseline: {baseline}")
+    for name, value in description["user"].items():
+        _console.print(f"{name}: {value}")
+    if isinstance(model, CompactViT):
+        _console.print(f"cut from the model with fingerprint {model.plan.parent[:16]}\n{model.plan}")
+    elif description["kind"] == "gated":
+        _console.print(_gate_table(model), soft_wrap=False)
+    else:
+        _console.print(json.dumps(description["architecture"]))
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+def _is_gated(model: nn.Module) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(sites(model))
+    return False
+
+
+def _as_trained(data: Data, model: nn.Module) -> Data:
+    """The data normalised as the model's released weights expect it, if it has any."""
+    pretrained_cfg = getattr(model, "pretrained_cfg", None)
+    return data if pretrained_cfg is None else data.for_model(pretrained_cfg)
+
+
+def _training_state(path: Path) -> dict[str, Any] | None:
+    """The header of a training checkpoint; None if the file is something else."""
+    if not path.is_file():
+        raise FileError(f"path: no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(STATE_FORMAT)
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"path: {path} is no safetensors file, or it is cut off ({error})") from error
+    return None if text is None else json.loads(text)
+
+
+def _gate_table(model: nn.Module) -> Table:
+    table = Table(title="gates |g|", title_justify="left")
+    for column in ("site", "mean", "zero", "below half the mean"):
+        table.add_column(column, justify="left" if column == "site" else "right")
+    for name, layer in sites(model).items():
+        figures = gate_statistics([layer.gate], 0.0)
+        shares = (f"{figures['gates_zero']:.1%}", f"{figures['gates_below']:.1%}")
+        table.add_row(name, f"{figures['gates_mean']:.4f}", *shares)
+    return table
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe with the common options and every --set applied to it."""
+    recipe = RECIPES[options.recipe]()
+    if options.augment is not None:
+        recipe = dataclasses.replace(recipe, augment=options.augment)
+    common = {
+        name: getattr(options, name)
+        for name in ("seed", "batch_size", "precision", "workers")
+        if getattr(options, name) is not None
+    }
+    changes: dict[str, dict[str, Any]] = {stage: dict(common) for stage in STAGES}
+    for setting in options.set:
+        stage, field, value = _parse_setting(setting)
+        changes[stage][field] = value
+    stages = {stage: dataclasses.replace(getattr(recipe, stage), **changes[stage]) for stage in STAGES}
+    return dataclasses.replace(recipe, **stages)
+
+
+def _parse_setting(setting: str) -> tuple[str, str, Any]:
+    """ "sparse.epochs=8" to ("sparse", "epochs", 8)."""
+    name, equals, text = setting.partition("=")
+    stage, _, field = name.partition(".")
+    fields = [field.name for field in dataclasses.fields(TrainConfig)]
+    if not equals or stage not in STAGES or field not in fields:
+        raise ValueError(
+            f"--set: got {setting!r}, expected STAGE.FIELD=VALUE with a stage of {', '.join(STAGES)} and a "
+            f"field of {', '.join(fields)}"
+        )
+    try:
+        return stage, field, json.loads(text)
+    except ValueError:
+        return stage, field, text  # a word, such as bf16
+
+
+def _budget(options: argparse.Namespace) -> dict[str, Any]:
+    budget = {
+        name: getattr(options, name)
+        for name in ("rate", "macs", "params")
+        if getattr(options, name) is not None
+    }
+    ranking = {name: getattr(options, name) for name in ("score", "scope", "per_mac", "round_to", "min_keep")}
+    return {**(budget or {"rate": 0.4}), **ranking}
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vtp", description="Prune a vision transformer, and actually run it faster."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_train(commands)
+    _add_prune(commands)
+    _add_finetune(commands)
+    _add_eval(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], None], help: str, example: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=f"{help[0].upper()}{help[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    parser = _command(
+        commands, "run", _run, "sparse training, cut, fine-tuning, comparison and report",
+        "vtp run --model deit_base_patch16_224 --data /data/imagenet --recipe deit --out runs/deit_b",
+    )  # fmt: skip
+    _model_options(parser)
+    _data_options(parser)
+    _training_options(parser)
+    _budget_options(parser)
+    parser.add_argument(
+        "--latency-batch", type=int, default=64, help="images per pass when latency is compared"
+    )
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(
+        commands, "train", _train, "one stage: a dense model, or sparse training of a gated one",
+        "vtp train sparse --model runs/demo/dense.safetensors --set sparse.epochs=8 --out runs/sparse",
+    )  # fmt: skip
+    parser.add_argument("stage", choices=("dense", "sparse"))
+    _model_options(parser)
+    _data_options(parser)
+    _training_options(parser)
+    _teacher_option(parser)
+
+
+def _add_prune(commands: Any) -> None:
+    parser = _command(
+        commands, "prune", _prune, "cut a sparse-trained model to a budget, without training",
+        "vtp prune runs/demo/sparse.safetensors --macs 5e6 --out small.safetensors",
+    )  # fmt: skip
+    parser.add_argument("file", help="a gated model, such as sparse.safetensors of a run")
+    parser.add_argument("--out", required=True, help="file for the compact model")
+    parser.add_argument("--plan", help="also write the plan as JSON to this file")
+    _budget_options(parser)
+
+
+def _add_finetune(commands: Any) -> None:
+    parser = _command(
+        commands, "finetune", _finetune, "fine-tune a compact model",
+        "vtp finetune small.safetensors --teacher runs/demo/dense.safetensors --out runs/small",
+    )  # fmt: skip
+    parser.add_argument("file", help="a compact model")
+    _data_options(parser)
+    _training_options(parser)
+    _teacher_option(parser)
+
+
+def _add_eval(commands: Any) -> None:
+    parser = _command(
+        commands, "eval", _eval, "accuracy and cost of a model",
+        "vtp eval --model runs/demo/compact.safetensors",
+    )  # fmt: skip
+    parser.add_argument("--model", default=FASHION_DEIT, help=_MODEL_HELP)
+    _data_options(parser)
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(
+        commands, "inspect", _inspect, "show what a file of ours holds",
+        "vtp inspect runs/demo/compact.safetensors",
+    )  # fmt: skip
+    parser.add_argument("file", help="a model, a training checkpoint or a plan.json")
+
+
+_MODEL_HELP = f"{FASHION_DEIT!r} (default), a timm model name, or a file of ours"
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=FASHION_DEIT, help=_MODEL_HELP)
+    parser.add_argument("--from-scratch", action="store_true", help="new weights, trained first")
+    parser.add_argument(
+        "--new-head", action="store_true", help="a new head for the data's classes, trained first"
+    )
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        default=EMBEDDED,
+        help=f"{EMBEDDED!r} (default, in the package), a folder of idx files, an image folder with train/ "
+        "and val/, or a name that timm.data.create_dataset knows",
+    )
+    parser.add_argument("--data-root", help="folder of data sets that timm or torchvision open by name")
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, help="run folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue what was interrupted in the run folder"
+    )
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default="small", help="training settings (default small)"
+    )
+    parser.add_argument("--augment", choices=("none", "light", "deit"), help="instead of the recipe's")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--batch-size", type=int, help="images per step and process")
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"))
+    parser.add_argument("--workers", type=int, help="processes that load images")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="STAGE.FIELD=VALUE",
+        help="any training setting, e.g. sparse.l1=3e-4 or finetune.epochs=30; can be repeated",
+    )
+
+
+def _teacher_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--teacher", help="dense model to distil from; without it there is no distillation")
+
+
+def _budget_options(parser: argparse.ArgumentParser) -> None:
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--rate", type=float, help="share of dimensions to remove (default 0.4)")
+    budget.add_argument("--macs", type=float, help="multiply-adds per image that may remain, e.g. 10e9")
+    budget.add_argument("--params", type=float, help="parameters that may remain, e.g. 48e6")
+    parser.add_argument("--score", choices=SCORES, default="gate", help="what ranks the dimensions")
+    parser.add_argument("--scope", choices=SCOPES, default="global", help="which dimensions compete")
+    parser.add_argument("--per-mac", action="store_true", help="divide the score by the MACs it saves")
+    parser.add_argument("--round-to", type=int, default=1, help="make widths a multiple of this")
+    parser.add_argument(
+        "--min-keep", type=float, default=0.05, help="share (or number) of each gate vector that always stays"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

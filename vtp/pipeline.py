@@ -1,0 +1,329 @@
+"""The stages in order: dense baseline, sparse training, cut, fine-tuning, comparison, report.
+
+A run is one folder:
+
+    config.json          what was asked for
+    metrics.jsonl        one line an epoch; tensorboard/ has the same as curves
+    checkpoints/         training state of each stage, for resuming
+    dense.safetensors    the baseline
+    sparse.safetensors   the gated model after sparse training: can be cut again at any budget
+    plan.json            what is kept, and why
+    pruned.safetensors   the compact model before fine-tuning
+    compact.safetensors  the compact model after fine-tuning: the result
+    results.json         the comparison and the accuracy at other budgets
+    report.html          all of it, to look at
+"""
+
+import dataclasses
+import datetime
+import json
+import platform
+from collections.abc import Callable
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from torch import nn
+
+from vtp.architecture import Architecture, UnsupportedModelError
+from vtp.checkpoint import load, save
+from vtp.compact import compact
+from vtp.cost import count
+from vtp.data import EMBEDDED, Augment, Data, check_data, open_data
+from vtp.files import FileError, write_atomic
+from vtp.gates import insert_gates
+from vtp.latency import interleaved_latency
+from vtp.plan import PlanError, make_plan
+from vtp.report import comparison_table, write_report
+from vtp.train import TrainConfig, evaluate, train
+
+FASHION_DEIT = "fashion-deit"
+RESLICE_RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+STAGES = ("dense", "sparse", "finetune")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Training settings of the three stages and the augmentation preset that goes with them."""
+
+    augment: str
+    dense: TrainConfig
+    sparse: TrainConfig
+    finetune: TrainConfig
+
+
+def _small_recipe() -> Recipe:
+    """For the 28-pixel DeiT that ships with the package; minutes on a laptop."""
+    tuning = TrainConfig(epochs=4, batch_size=128, lr=5e-4, warmup_epochs=0.5, clip_grad=1.0)
+    return Recipe(
+        augment="light",
+        dense=dataclasses.replace(tuning, epochs=20, lr=3e-3, warmup_epochs=1.0),
+        sparse=dataclasses.replace(tuning, l1=1e-4, gate_lr=10.0, distill_alpha=0.5, distill_temperature=2.0),
+        finetune=dataclasses.replace(tuning, distill_alpha=0.5, distill_temperature=2.0),
+    )
+
+
+def _deit_recipe() -> Recipe:
+    """For released DeiT, ViT and DINOv2 models on image folders: DeiT's augmentation (arXiv 2012.12877) and
+    the paper's 100 + 100 epochs and lambda (arXiv 2104.08500)."""
+    tuning = TrainConfig(
+        epochs=100, batch_size=128, lr=2e-5, min_lr=1e-6, warmup_epochs=5.0, weight_decay=0.05,
+        mixup=0.8, cutmix=1.0, drop_path=0.1, precision="bf16", workers=8,
+    )  # fmt: skip
+    return Recipe(
+        augment="deit",
+        dense=dataclasses.replace(tuning, lr=5e-4, epochs=300),
+        sparse=dataclasses.replace(tuning, l1=1e-4, gate_lr=10.0),
+        finetune=tuning,
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"small": _small_recipe, "deit": _deit_recipe}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is determined by, beside the machine.
+
+    Attributes:
+        model: "fashion-deit", a timm name (released weights), or a file that `vtp.save` wrote.
+        data: as `vtp.data.open_data` takes it; data_root: for data sets that keep their files elsewhere.
+        from_scratch: new weights, and a dense training stage, instead of a released baseline.
+        new_head: keep the baseline's weights but give it a new head for the classes of `data`, and train
+            that first.
+        budget: arguments of `make_plan`: one of rate, macs, params, and score, scope, per_mac, ...
+        recipe: training settings.
+        latency_batch: images per forward pass in the latency comparison.
+    """
+
+    recipe: Recipe
+    model: str = FASHION_DEIT
+    data: str = EMBEDDED
+    data_root: str | None = None
+    from_scratch: bool = False
+    new_head: bool = False
+    budget: dict[str, Any] = dataclasses.field(default_factory=lambda: {"rate": 0.4})
+    latency_batch: int = 64
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; stages stand at the top level so that the report shows them side by side."""
+        fields = dataclasses.asdict(self)
+        recipe = fields.pop("recipe")
+        return json.loads(json.dumps({**fields, "augment": recipe.pop("augment"), **recipe}))
+
+
+def fashion_deit_architecture() -> Architecture:
+    """A DeiT for 28x28 grey images and ten classes: 6 blocks, width 96, 3 heads, 17 tokens."""
+    return Architecture(
+        distilled=False, img_size=(28, 28), patch_size=(7, 7), in_chans=1, num_classes=10,
+        global_pool="token", embed_dim=96, depth=6, num_heads=3, mlp_hidden=384, qkv_bias=True,
+        qk_norm=False, proj_bias=True, init_values=None, class_token=True, pos_embed="learn",
+        no_embed_class=False, reg_tokens=0, pre_norm=False, final_norm=True, fc_norm=False,
+        pool_include_prefix=False, dynamic_img_size=False, dynamic_img_pad=False, drop_rate=0.0,
+        pos_drop_rate=0.0, patch_drop_rate=0.0, proj_drop_rate=0.0, attn_drop_rate=0.0,
+        drop_path_rate=0.0, norm_eps=1e-6, act_layer=None,
+    )  # fmt: skip
+
+
+def open_model(
+    name: str, *, from_scratch: bool = False, num_classes: int | None = None, seed: int = 0
+) -> nn.Module:
+    """A model by name or file, on the CPU.
+
+    Args:
+        name: "fashion-deit", a timm name, or a file that `vtp.save` wrote.
+        from_scratch: new weights drawn from `seed` instead of released ones.
+        num_classes: give the model a new head of so many classes; None keeps its own.
+
+    Raises:
+        FileError: `name` is neither a file nor a model that timm knows, or the file cannot be read.
+    """
+    torch.manual_seed(seed)
+    if name == FASHION_DEIT:
+        # timm's default initialisation is made for widths of several hundred; Xavier suits a width of 96.
+        new = fashion_deit_architecture().build("cpu", weight_init="jax") if from_scratch else None
+        with resources.as_file(resources.files("vtp") / "baselines" / "fashion_deit.safetensors") as file:
+            model = new or load(file)
+    elif Path(name).is_file():
+        if from_scratch:
+            raise FileError(f"model: {name} is a file with weights, which from_scratch would throw away")
+        model = load(name)
+    elif timm.is_model(name):
+        model = timm.create_model(name, pretrained=not from_scratch)
+    else:
+        raise FileError(
+            f"model: got {name!r}, expected {FASHION_DEIT!r}, a timm model name or a file of vtp's"
+        )
+    if num_classes is not None:
+        model.reset_classifier(num_classes)
+    return model
+
+
+def run(config: RunConfig, run_dir: str | Path, *, resume: bool = False, progress: bool = True) -> Path:
+    """Run all stages and write the run folder. Returns the path of the report.
+
+    Args:
+        resume: continue what an interrupted run with the same configuration left in `run_dir`.
+
+    Raises:
+        FileError: `run_dir` holds another run, or cannot be written.
+        DataError, PlanError, UnsupportedModelError: before the first step, wherever that can be known.
+        TrainingInterrupted, NonFiniteLossError: see `vtp.train`.
+    """
+    run_dir, console, process = Path(run_dir), Console(quiet=not progress), PartialState()
+    model, data = _open(config)
+    _check_before_training(config, model)
+    if process.is_main_process:
+        _begin_folder(config, run_dir, resume)
+    process.wait_for_everyone()
+    _say(console, f"model {config.model}: {count(model)}; data {data.name}: {_size(data)}")
+    augment = Augment.preset(config.recipe.augment, model.patch_embed.img_size[0])
+
+    def stage(name: str, start: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
+        settings = getattr(config.recipe, name)
+        _say(console, f"stage {name}: {settings.epochs} epochs")
+        trained = train(
+            start, data, settings, stage=name, run_dir=run_dir, augment=augment, teacher=teacher,
+            resume=resume, progress=progress,
+        )  # fmt: skip
+        return trained.model
+
+    def keep(name: str, finished: nn.Module) -> nn.Module:
+        if process.is_main_process:
+            save(finished, run_dir / f"{name}.safetensors", metadata={"data": data.name})
+        return finished.eval()
+
+    dense = keep("dense", stage("dense", model) if config.from_scratch or config.new_head else model)
+    sparse = keep("sparse", stage("sparse", insert_gates(dense), teacher=dense))
+    plan = make_plan(sparse, **config.budget)
+    _say(console, str(plan))
+    pruned = keep("pruned", compact(sparse, plan))
+    final = keep("compact", stage("finetune", pruned, teacher=dense))
+    if process.is_main_process:
+        plan.save(run_dir / "plan.json")
+        _say(console, "comparing")
+        models = {"dense": dense, "sparse": sparse, "pruned": pruned, "compact": final}
+        results = _results(models, data, run_dir, config)
+        write_atomic(run_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+        console.print(comparison_table(results))
+        write_report(run_dir)
+        _say(console, f"report: {run_dir / 'report.html'}")
+    process.wait_for_everyone()
+    return run_dir / "report.html"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _size(data: Data) -> str:
+    lengths = [
+        f"{len(s)} {split} images"
+        for split, s in (("train", data.train), ("test", data.test))
+        if hasattr(s, "__len__")
+    ]
+    return ", ".join(lengths) or "a stream"
+
+
+def _open(config: RunConfig) -> tuple[nn.Module, Data]:
+    data = open_data(config.data, root=config.data_root)
+    classes = data.num_classes if config.new_head else None
+    model = open_model(
+        config.model, from_scratch=config.from_scratch, num_classes=classes, seed=config.recipe.dense.seed
+    )
+    check_data(data, model.num_classes)
+    pretrained_cfg = getattr(model, "pretrained_cfg", None)
+    return model, data if pretrained_cfg is None else data.for_model(pretrained_cfg)
+
+
+def _check_before_training(config: RunConfig, model: nn.Module) -> None:
+    """Everything that can be refused is refused now: the model, and a budget that no plan can meet."""
+    if model.patch_embed.img_size[0] != model.patch_embed.img_size[1]:
+        raise UnsupportedModelError(f"model: images of {model.patch_embed.img_size}, expected square ones")
+    settings = {name: value for name, value in config.budget.items() if name != "score"}
+    make_plan(insert_gates(model), **settings)
+
+
+def _begin_folder(config: RunConfig, run_dir: Path, resume: bool) -> None:
+    file, wanted = run_dir / "config.json", config.to_dict()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"run folder: cannot make {run_dir}: {error.strerror}") from error
+    if not file.exists():
+        write_atomic(file, lambda path: path.write_text(json.dumps(wanted, indent=1)))
+        return
+    if not resume:
+        raise FileError(
+            f"run folder: {run_dir} holds a run already; continue it with --resume, or name another"
+        )
+    found = json.loads(file.read_text())
+    odd = [name for name in wanted if found.get(name) != wanted[name]]
+    if odd:
+        raise FileError(
+            f"run folder: {run_dir} holds a run with another {', '.join(odd)}; it cannot be resumed"
+        )
+
+
+def _results(models: dict[str, nn.Module], data: Data, run_dir: Path, config: RunConfig) -> dict[str, Any]:
+    """Accuracy, cost, file size and latency of each model, and accuracy at other budgets."""
+    titles = {"pruned": "compact before fine-tuning", "compact": "compact after"}
+    device = next(models["compact"].parameters()).device
+    models = {name: model.to(device) for name, model in models.items()}
+    dense = models["dense"]
+    images = torch.randn(config.latency_batch, dense.in_chans, *dense.patch_embed.img_size, device=device)
+    latency = interleaved_latency(models, images)
+    rows = [
+        {
+            "model": titles.get(name, name),
+            "top1": evaluate(model, data)[0],
+            **dataclasses.asdict(count(model)),
+            "file_bytes": (run_dir / f"{name}.safetensors").stat().st_size,
+            "latency_ms": latency[name].median_ms,
+            "speedup": latency[name].speedup,
+        }
+        for name, model in models.items()
+    ]
+    environment_ = environment() | {"latency_batch": config.latency_batch, "device": str(device)}
+    return {"rows": rows, "reslice": _reslice(models["sparse"], data, config), "environment": environment_}
+
+
+def _reslice(sparse: nn.Module, data: Data, config: RunConfig) -> list[dict[str, Any]]:
+    """Cost and accuracy of the one sparse run cut at other rates, without training."""
+    settings = {
+        name: value for name, value in config.budget.items() if name not in ("rate", "macs", "params")
+    }
+    points = []
+    for rate in RESLICE_RATES:
+        try:
+            small = compact(sparse, make_plan(sparse, rate=rate, **settings))
+        except PlanError:  # more than min_keep lets go
+            break
+        points.append({"rate": rate, **dataclasses.asdict(count(small)), "top1": evaluate(small, data)[0]})
+    return points
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine that figures were measured with."""
+    return {
+        **{name: version(name) for name in ("torch", "timm")},
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    family = f"family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
+    return f"{fields.get('model name', platform.machine())} {family}".strip()
