@@ -278,7 +278,7 @@ def test_training_settings_of_the_dense_model_carry_over():
     assert cut.training
     assert cut.blocks[1].attn.attn_drop.p == 0.2
     assert cut.blocks[1].attn.proj_drop.p == cut.blocks[1].mlp.drop1.p == 0.1
-    assert cut.blocks[1].drop_path1.drop_prob == 0.3
+    assert cut.blocks[1].drop_path1.drop_prob == pytest.approx(0.3)  # timm spaces the rates in float32
     assert cut.pos_drop.p == 0.4
 
 

@@ -18,6 +18,7 @@ import dataclasses
 import datetime
 import json
 import platform
+import sys
 from collections.abc import Callable
 from importlib import resources
 from importlib.metadata import version
@@ -144,11 +145,12 @@ def open_model(
         FileError: `name` is neither a file nor a model that timm knows, or the file cannot be read.
     """
     torch.manual_seed(seed)
-    if name == FASHION_DEIT:
+    if name == FASHION_DEIT and from_scratch:
         # timm's default initialisation is made for widths of several hundred; Xavier suits a width of 96.
-        new = fashion_deit_architecture().build("cpu", weight_init="jax") if from_scratch else None
+        model = fashion_deit_architecture().build("cpu", weight_init="jax")
+    elif name == FASHION_DEIT:
         with resources.as_file(resources.files("vtp") / "baselines" / "fashion_deit.safetensors") as file:
-            model = new or load(file)
+            model = load(file)
     elif Path(name).is_file():
         if from_scratch:
             raise FileError(f"model: {name} is a file with weights, which from_scratch would throw away")
@@ -175,7 +177,9 @@ def run(config: RunConfig, run_dir: str | Path, *, resume: bool = False, progres
         DataError, PlanError, UnsupportedModelError: before the first step, wherever that can be known.
         TrainingInterrupted, NonFiniteLossError: see `vtp.train`.
     """
-    run_dir, console, process = Path(run_dir), Console(quiet=not progress), PartialState()
+    run_dir, process = Path(run_dir), PartialState()
+    # A log file has no width of its own; 80 columns would break the final table.
+    console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 120)
     model, data = _open(config)
     _check_before_training(config, model)
     if process.is_main_process:
