@@ -31,7 +31,7 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
-from vtp.architecture import Architecture, UnsupportedModelError
+from vtp.architecture import Architecture, UnsupportedModelError, describe
 from vtp.checkpoint import load, save
 from vtp.compact import compact
 from vtp.cost import count
@@ -143,6 +143,7 @@ def open_model(
 
     Raises:
         FileError: `name` is neither a file nor a model that timm knows, or the file cannot be read.
+        UnsupportedModelError: the method does not support that timm model.
     """
     torch.manual_seed(seed)
     if name == FASHION_DEIT and from_scratch:
@@ -156,6 +157,8 @@ def open_model(
             raise FileError(f"model: {name} is a file with weights, which from_scratch would throw away")
         model = load(name)
     elif timm.is_model(name):
+        with torch.device("meta"):  # refuse what is not supported before its weights are fetched
+            describe(timm.create_model(name))
         model = timm.create_model(name, pretrained=not from_scratch)
     else:
         raise FileError(
