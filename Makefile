@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint accuracy clean
+.PHONY: demo test lint accuracy baseline clean
 
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
@@ -23,6 +23,11 @@ lint: $(VENV)/installed-dev
 # The accuracy tables of the README: three seeds, about an hour on two cores; continues where it stopped.
 accuracy: $(VENV)/installed
 	$(BIN)/python bench/accuracy.py --out runs/accuracy
+
+# The shipped baseline, from the original idx files (make baseline FASHION_MNIST=folder); about an hour.
+baseline: $(VENV)/installed
+	$(BIN)/vtp train dense --from-scratch --data $(FASHION_MNIST) --out runs/baseline --resume
+	cp runs/baseline/dense.safetensors vtp/baselines/fashion_deit.safetensors
 
 $(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -103,7 +103,7 @@ def _train_stage(
         augment=Augment.preset(recipe.augment, model.patch_embed.img_size[0]),
     )  # fmt: skip
     file = run_dir / ("compact.safetensors" if stage == "finetune" else f"{stage}.safetensors")
-    checkpoint.save(result.model, file, metadata={"top1": result.top1, "data": data.name})
+    checkpoint.save(result.model, file, metadata={"top1": result.top1, "data": Path(data.name).name})
     _console.print(f"top-1 {result.top1:.2f}; {count(result.model)}; wrote {file}")
 
 

@@ -202,7 +202,7 @@ def run(config: RunConfig, run_dir: str | Path, *, resume: bool = False, progres
 
     def keep(name: str, finished: nn.Module) -> nn.Module:
         if process.is_main_process:
-            save(finished, run_dir / f"{name}.safetensors", metadata={"data": data.name})
+            save(finished, run_dir / f"{name}.safetensors", metadata={"data": Path(data.name).name})
         return finished.eval()
 
     dense = keep("dense", stage("dense", model) if config.from_scratch or config.new_head else model)
