@@ -122,13 +122,44 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Architecture":
-        """The inverse of `dataclasses.asdict`, from parsed JSON. Raises ValueError for other fields."""
+        """The inverse of `dataclasses.asdict`, from parsed JSON.
+
+        Raises:
+            ValueError: fields are missing, unknown or of another type, or describe no model.
+        """
         expected = {field.name for field in dataclasses.fields(cls)}
         if set(fields) != expected:
             odd = sorted(set(fields) ^ expected)
             raise ValueError(f"architecture: fields {odd} are missing or unknown")
-        fields = {**fields, "img_size": tuple(fields["img_size"]), "patch_size": tuple(fields["patch_size"])}
-        return cls(**fields)
+        for field in dataclasses.fields(cls):
+            if not _is_of_type(fields[field.name], field.type):
+                kind = getattr(field.type, "__name__", field.type)
+                raise ValueError(f"architecture.{field.name}: got {fields[field.name]!r}, expected {kind}")
+        for name in ("in_chans", "embed_dim", "depth", "num_heads", "mlp_hidden"):
+            if fields[name] < 1:
+                raise ValueError(f"architecture.{name}: got {fields[name]}, expected at least 1")
+        if fields["embed_dim"] % fields["num_heads"]:
+            raise ValueError(f"architecture.num_heads: {fields['num_heads']} do not divide embed_dim")
+        architecture = cls(**fields | {name: tuple(fields[name]) for name in ("img_size", "patch_size")})
+        try:
+            dataclasses.replace(architecture, depth=1).build("meta", weight_init="skip")
+        except (
+            Exception
+        ) as error:  # timm checks its arguments with assertions, torch with errors of all kinds
+            raise ValueError(
+                f"architecture: timm cannot build it ({type(error).__name__}: {error})"
+            ) from error
+        return architecture
+
+
+def _is_of_type(value: object, kind: object) -> bool:
+    """Whether a value parsed from JSON can be that of a field annotated with `kind`."""
+    if kind == tuple[int, int]:
+        pair = isinstance(value, (list, tuple)) and len(value) == 2
+        return pair and all(type(size) is int and size > 0 for size in value)
+    if type(value) is int and kind is not int:
+        value = float(value)  # 0 is as good as 0.0
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def describe(model: nn.Module) -> Architecture:

@@ -17,11 +17,13 @@ import dataclasses
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.layers import DropPath, PatchDropout
 from torch import Tensor, nn
 
 from vtp.architecture import Architecture, UnsupportedModelError, describe, describe_surroundings
@@ -31,6 +33,16 @@ from vtp.gates import GatedLinear, insert_gates
 from vtp.plan import PruningPlan
 
 FORMAT_VERSION = 1
+_FIELDS = {
+    "kind": str,
+    "architecture": dict,
+    "plan": (dict, NoneType),
+    "pretrained_cfg": (dict, NoneType),
+    "versions": dict,
+    "user": dict,
+}
+# Modules that differ with the training settings and not in what an evaluated model computes.
+_TRAINING_ONLY = (nn.Dropout, nn.Identity, DropPath, PatchDropout)
 
 
 def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None = None) -> None:
@@ -42,12 +54,17 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
         metadata: JSON-able values of your own, returned by `read_metadata(path)["user"]`.
 
     Raises:
-        UnsupportedModelError: the model is not one that can be rebuilt from its description.
-        TypeError: `metadata` is not JSON-able.
+        UnsupportedModelError: the model is not one that can be rebuilt from its description, for example
+            because a module of it was replaced after the cut.
+        TypeError: `metadata` is no dictionary of JSON-able values.
         FileError: the file cannot be written; nothing is left behind.
     """
+    if metadata is not None and not isinstance(metadata, dict):
+        raise TypeError(f"metadata: got {type(metadata).__name__}, expected a dictionary")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    description = json.dumps(_describe(model, metadata))
+    fields = _describe(model, metadata)
+    _refuse_changed_modules(model, _rebuild(fields))
+    description = json.dumps(fields)
     digest = fingerprint(tensors, description)
     header = {"format": "pt", "vtp": description, "vtp_sha256": digest}
 
@@ -105,12 +122,17 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     try:
         description = json.loads(header["vtp"])
         found = description["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileError(f"path: the description in {path} is damaged ({error})") from error
     if found != FORMAT_VERSION:
         raise FileError(
             f"path: {path} has format version {found}, this vtp reads {FORMAT_VERSION}; update vtp to read it"
         )
+    for name, kinds in _FIELDS.items():
+        if not isinstance(description.get(name, ...), kinds):
+            raise FileError(
+                f"path: the description in {path} is damaged: {name} is missing or of another type"
+            )
     return description
 
 
@@ -152,6 +174,25 @@ def _rebuild(description: dict[str, Any]) -> nn.Module:
         raise ValueError(f"kind: got {kind!r}, expected 'dense', 'gated' or 'compact'")
     dense = architecture.build("meta", weight_init="skip")
     return insert_gates(dense) if kind == "gated" else dense
+
+
+def _refuse_changed_modules(model: nn.Module, rebuilt: nn.Module) -> None:
+    """Refuse a model that differs from what its file would be read as."""
+    got, expected = (
+        {
+            name: repr(module)
+            for name, module in either.named_modules()
+            if not any(module.children()) and not isinstance(module, _TRAINING_ONLY)
+        }
+        | {name: f"shape {tuple(tensor.shape)}" for name, tensor in either.state_dict().items()}
+        for either in (model, rebuilt)
+    )
+    odd = sorted({name for name, _ in got.items() ^ expected.items()})
+    if odd:
+        raise UnsupportedModelError(
+            f"model: {odd[0]} is {got.get(odd[0], 'missing')}, expected {expected.get(odd[0], 'none')}; "
+            f"a file could not bring back {', '.join(odd[:4])}"
+        )
 
 
 def _check_tensors(path: str | Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:

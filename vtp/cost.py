@@ -47,6 +47,9 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
     }
     memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     clone = copy.deepcopy(model, memo).eval()
+    for module in clone.modules():  # hooks of the caller's are not made for tensors without storage
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
     conv = clone.patch_embed.proj
     size = image_size or clone.patch_embed.img_size
     image = torch.empty(1, conv.in_channels, *size, device="meta", dtype=conv.weight.dtype)

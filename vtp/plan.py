@@ -9,6 +9,8 @@ import dataclasses
 import itertools
 import json
 import math
+import numbers
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -45,7 +47,7 @@ class FrozenDict(Mapping):
         return len(self._items)
 
     def __hash__(self) -> int:
-        return hash(tuple(self._items.items()))
+        return hash(frozenset(self._items.items()))  # equal mappings may differ in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,10 @@ class PruningPlan:
         scores: site name to the score of every gate, rounded to 6 significant digits.
         score, scope, per_mac, round_to, min_keep: how the ranking was made (see `make_plan`).
         budget: the one budget asked for, e.g. {"rate": 0.4}.
-        threshold: the largest score that was removed, where one number tells kept from removed (scope
-            "global", not per MAC, round_to 1). None otherwise or if nothing was removed.
+        threshold: the largest score that was removed, where scores were compared one by one (scope
+            "global", not per MAC, round_to 1). Everything above it is kept; what is kept below it is
+            protected by `min_keep`, or was given back to use a budget up. None otherwise or if nothing was
+            removed.
         parent: fingerprint of the gated weights that were scored (SHA-256, hex), "" if there are none.
     """
 
@@ -76,6 +80,7 @@ class PruningPlan:
     parent: str
 
     def __post_init__(self) -> None:
+        self._own_values()
         widths = self.architecture.site_widths()
         if list(self.kept) != list(widths):
             raise PlanError(f"kept: got sites {list(self.kept)[:3]}..., expected {list(widths)[:3]}...")
@@ -86,8 +91,18 @@ class PruningPlan:
                 raise PlanError(f"kept[{name!r}]: expected ascending indices in [0, {width})")
             if name in self.scores and len(self.scores[name]) != width:
                 raise PlanError(f"scores[{name!r}]: got {len(self.scores[name])} scores, expected {width}")
-        for field in ("kept", "scores", "budget"):
-            object.__setattr__(self, field, FrozenDict(getattr(self, field)))
+
+    def _own_values(self) -> None:
+        """Make every field an immutable value of its own type. Raises TypeError or ValueError."""
+        values = {
+            "kept": {name: tuple(map(operator.index, kept)) for name, kept in self.kept.items()},
+            "scores": {name: tuple(map(float, scores)) for name, scores in self.scores.items()},
+            "budget": {name: float(value) for name, value in self.budget.items()},
+        }
+        for field, value in values.items():
+            object.__setattr__(self, field, FrozenDict(value))
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", float(self.threshold))
 
     @property
     def widths(self) -> dict[str, int]:
@@ -165,10 +180,10 @@ class PruningPlan:
         fields = {name: value for name, value in data.items() if name != "plan_version"}
         try:
             fields["architecture"] = Architecture.from_dict(fields["architecture"])
-            for name in ("kept", "scores"):
-                fields[name] = {site: tuple(values) for site, values in fields[name].items()}
             return cls(**fields)
-        except (KeyError, TypeError, AttributeError) as error:
+        except PlanError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"plan: fields are missing, unknown or of the wrong type ({error})") from error
 
     def save(self, path: str | Path) -> None:
@@ -183,7 +198,7 @@ class PruningPlan:
             data = json.loads(Path(path).read_text())
         except OSError as error:
             raise FileError(f"path: cannot read {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"path: {path} is not JSON, or it is cut off ({error})") from error
         return cls.from_dict(data)
 
@@ -226,12 +241,15 @@ def make_plan(
     budget = _one_budget(rate=rate, macs=macs, params=params)
     if scope not in SCOPES:
         raise PlanError(f"scope: got {scope!r}, expected one of {SCOPES}")
-    if not isinstance(round_to, int) or round_to < 1:
+    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise PlanError(f"round_to: got {round_to!r}, expected an integer of at least 1")
-    if not (0 <= min_keep < 1 or min_keep == int(min_keep) >= 1):
+    if not _is_number(min_keep) or not (0 <= min_keep < 1 or min_keep == int(min_keep) >= 1):
         raise PlanError(f"min_keep: got {min_keep!r}, expected a share in [0, 1) or a number of dimensions")
     architecture = describe(gated)
     layers = sites(gated)
+    if list(layers) != list(architecture.site_widths()):
+        missing = sorted(architecture.site_widths().keys() - layers.keys())
+        raise PlanError(f"gated: no gates at {missing[:4]}; vtp.insert_gates puts them at every site")
     scores = _scores(layers, score)
     ranks = _ranking(architecture, scores, score, scope, per_mac)
     groups = _groups(architecture, ranks, round_to, min_keep)
@@ -254,16 +272,20 @@ def make_plan(
     )
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _one_budget(**budgets: float | None) -> dict[str, float]:
-    given = {name: float(value) for name, value in budgets.items() if value is not None}
+    given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
         raise PlanError(f"rate, macs, params: got {sorted(given) or 'none'}, expected exactly one of them")
     ((name, value),) = given.items()
-    if name == "rate" and not 0 <= value < 1:
-        raise PlanError(f"rate: got {value}, expected a share in [0, 1)")
-    if not (value >= 0 and np.isfinite(value)):
-        raise PlanError(f"{name}: got {value}, expected a positive number")
-    return given
+    if name == "rate" and not (_is_number(value) and 0 <= value < 1):
+        raise PlanError(f"rate: got {value!r}, expected a share in [0, 1)")
+    if not (_is_number(value) and value >= 0):
+        raise PlanError(f"{name}: got {value!r}, expected a positive number")
+    return {name: float(value)}
 
 
 def _scores(layers: Mapping[str, GatedLinear], score: str | Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -285,9 +307,10 @@ def _scores(layers: Mapping[str, GatedLinear], score: str | Mapping[str, Tensor]
             value = layer.taylor / layer.taylor_steps
         else:
             raise PlanError(f"score: got {score!r}, expected one of {SCORES} or a mapping")
-        values = np.asarray(
-            value.detach().double().cpu() if isinstance(value, Tensor) else value, dtype=float
-        )
+        try:
+            values = np.asarray(value.detach().cpu().double() if isinstance(value, Tensor) else value, float)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"score[{name!r}]: expected numbers ({error})") from error
         if values.shape != (layer.in_features,):
             raise PlanError(f"score[{name!r}]: got shape {values.shape}, expected ({layer.in_features},)")
         if not np.isfinite(values).all():
