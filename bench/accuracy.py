@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import vtp
-from vtp.data import Augment, Data, open_data
+from vtp.data import Data, open_data
 from vtp.files import write_atomic
+from vtp.loaders import Augment
 from vtp.pipeline import FASHION_DEIT, RECIPES, environment, open_model
 from vtp.train import TrainConfig, evaluate, train
 

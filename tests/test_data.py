@@ -1,4 +1,4 @@
-"""vtp.data: what is embedded, what is refused, and what is reproducible."""
+"""vtp.data and vtp.loaders: what is embedded, what is refused, and what is reproducible."""
 
 from __future__ import annotations
 
@@ -21,19 +21,9 @@ from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from timm.data import create_transform
 
-from vtp import data as vtp_data
-from vtp.data import (
-    EMBEDDED_FOLDER,
-    Augment,
-    Data,
-    DataError,
-    IdxImages,
-    check_data,
-    open_data,
-    read_idx,
-    set_epoch,
-    train_loader,
-)
+from vtp import loaders
+from vtp.data import EMBEDDED_FOLDER, Data, DataError, IdxImages, check_data, open_data, read_idx
+from vtp.loaders import Augment, set_epoch, train_loader
 
 DEBIAN_ORIGINALS = Path("/usr/share/datasets/fashion-mnist")
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -161,10 +151,8 @@ def test_torchvision_set_gives_the_same_batches_as_the_idx_files(
     opened = open_data(spec, root=tmp_path)
     check_data(opened, num_classes=10)
     assert (opened.mean, opened.std, opened.in_chans) == (fashion.mean, fashion.std, 1)
-    images, labels = next(iter(vtp_data.test_loader(opened, image_size=28, in_chans=1, batch_size=30)))
-    expected, expected_labels = next(
-        iter(vtp_data.test_loader(few, image_size=28, in_chans=1, batch_size=30))
-    )
+    images, labels = next(iter(loaders.test_loader(opened, image_size=28, in_chans=1, batch_size=30)))
+    expected, expected_labels = next(iter(loaders.test_loader(few, image_size=28, in_chans=1, batch_size=30)))
     assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
 
 
@@ -181,7 +169,7 @@ def test_image_folder_trains_and_tests_end_to_end(image_folder: Path, in_chans: 
     options = {"image_size": 32, "in_chans": in_chans, "batch_size": 4}
     batches = list(train_loader(data, augment=Augment.preset("deit"), seed=0, **options))
     assert [tuple(images.shape) for images, _ in batches] == [(4, in_chans, 32, 32)] * 2
-    tested = list(vtp_data.test_loader(data, **options))
+    tested = list(loaders.test_loader(data, **options))
     assert [len(labels) for _, labels in tested] == [4, 2]
     assert torch.cat([labels for _, labels in tested]).tolist() == [0, 0, 0, 1, 1, 1]
 
@@ -221,7 +209,7 @@ def test_webdataset_stream_repeats_itself_and_starts_anywhere(fashion: Data, tmp
         assert not equal(whole, epoch_of(loader, 2))
         assert torch.equal(before, torch.get_rng_state())
     assert (
-        sum(len(labels) for _, labels in vtp_data.test_loader(data, image_size=28, in_chans=1, batch_size=5))
+        sum(len(labels) for _, labels in loaders.test_loader(data, image_size=28, in_chans=1, batch_size=5))
         == 12
     )
 
@@ -239,7 +227,7 @@ def add_to_shard(tar: tarfile.TarFile, key: str, image: Image.Image, label: int)
 
 
 def test_test_images_reach_the_model_whole_and_normalised(few: Data) -> None:
-    images, labels = next(iter(vtp_data.test_loader(few, image_size=28, in_chans=1, batch_size=30)))
+    images, labels = next(iter(loaders.test_loader(few, image_size=28, in_chans=1, batch_size=30)))
     expected = (torch.from_numpy(few.test.images.copy()) / 255 - 0.2860) / 0.3530
     assert torch.equal(images[:, 0], expected)
     assert images.dtype == torch.float32 and labels.dtype == torch.int64
@@ -248,7 +236,7 @@ def test_test_images_reach_the_model_whole_and_normalised(few: Data) -> None:
 
 def test_batchwise_normalisation_equals_timms_own_transform(few: Data) -> None:
     data = few.for_model({"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "crop_pct": 0.9})
-    images, _ = next(iter(vtp_data.test_loader(data, image_size=96, in_chans=3, batch_size=4)))
+    images, _ = next(iter(loaders.test_loader(data, image_size=96, in_chans=3, batch_size=4)))
     transform = create_transform(
         96, mean=data.mean, std=data.std, crop_pct=0.9, interpolation=data.interpolation
     )
@@ -268,7 +256,7 @@ def test_shifted_crop_equals_torchvisions_padded_random_crop(few: Data) -> None:
     padded = np.pad(np.asarray(image), 2)
     possible = {padded[y : y + 28, x : x + 28].tobytes() for y in range(5) for x in range(5)}
     random.seed(0)
-    seen = {np.asarray(vtp_data.ShiftedCrop(28, 2)(image)).tobytes() for _ in range(500)}
+    seen = {np.asarray(loaders.ShiftedCrop(28, 2)(image)).tobytes() for _ in range(500)}
     assert seen == possible
 
 
@@ -335,7 +323,7 @@ def test_order_and_augmentation_differ_between_epochs_and_seeds(few: Data) -> No
 
 
 def test_an_epoch_visits_every_sample_once() -> None:
-    sampler = vtp_data.EpochSampler(50, seed=1)
+    sampler = loaders.EpochSampler(50, seed=1)
     sampler.position(3, skip=0)
     order = list(sampler)
     assert sorted(order) == [(3, index) for index in range(50)]
@@ -347,7 +335,7 @@ def test_an_epoch_visits_every_sample_once() -> None:
 def test_loading_leaves_the_global_generators_alone(few: Data, workers: int) -> None:
     states = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
     epoch_of(make_train_loader(few, workers=workers), 0)
-    list(vtp_data.test_loader(few, image_size=28, in_chans=1, batch_size=10, workers=workers))
+    list(loaders.test_loader(few, image_size=28, in_chans=1, batch_size=10, workers=workers))
     assert random.getstate() == states[0]
     np.testing.assert_equal(np.random.get_state(legacy=False), states[1])
     assert torch.equal(torch.get_rng_state(), states[2])
@@ -513,6 +501,6 @@ def test_positions_outside_of_the_epoch_and_other_loaders_are_refused(few: Data)
         with pytest.raises(DataError, match=f"start: got {start}, expected 0 to the 12"):
             set_epoch(loader, 0, start)
     with pytest.raises(DataError, match="expected a train_loader"):
-        set_epoch(vtp_data.test_loader(few, image_size=28, in_chans=1, batch_size=8), 0)
+        set_epoch(loaders.test_loader(few, image_size=28, in_chans=1, batch_size=8), 0)
     with pytest.raises(DataError, match="augment: got 'wild', expected one of light, deit, none"):
         Augment.preset("wild")

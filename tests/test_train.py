@@ -28,8 +28,9 @@ from safetensors.torch import load_file, save_file
 
 import vtp.progress
 from vtp.compact import compact
-from vtp.data import Augment, Data
+from vtp.data import Data
 from vtp.gates import insert_gates, sites
+from vtp.loaders import Augment
 from vtp.plan import make_plan
 from vtp.train import (
     NonFiniteLossError,

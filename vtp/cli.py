@@ -18,9 +18,10 @@ from torch import nn
 from vtp import checkpoint
 from vtp.compact import CompactViT, compact
 from vtp.cost import count
-from vtp.data import EMBEDDED, Augment, Data, check_data, open_data
+from vtp.data import EMBEDDED, Data, check_data, open_data
 from vtp.files import FileError
 from vtp.gates import insert_gates, sites
+from vtp.loaders import Augment
 from vtp.pipeline import FASHION_DEIT, RECIPES, STAGES, Recipe, RunConfig, open_model, run
 from vtp.plan import SCOPES, SCORES, PruningPlan, make_plan
 from vtp.train import (

@@ -35,10 +35,11 @@ from vtp.architecture import Architecture, UnsupportedModelError, describe
 from vtp.checkpoint import load, save
 from vtp.compact import compact
 from vtp.cost import count
-from vtp.data import EMBEDDED, Augment, Data, check_data, open_data
+from vtp.data import EMBEDDED, Data, check_data, open_data
 from vtp.files import FileError, write_atomic
 from vtp.gates import insert_gates
 from vtp.latency import interleaved_latency
+from vtp.loaders import Augment
 from vtp.plan import PlanError, make_plan
 from vtp.report import comparison_table, write_report
 from vtp.train import TrainConfig, evaluate, train

@@ -47,8 +47,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from vtp.data import Augment, Data, set_epoch, test_loader, train_loader
+from vtp.data import Data
 from vtp.gates import GatedLinear
+from vtp.loaders import Augment, set_epoch, test_loader, train_loader
 from vtp.progress import StageProgress, append_metrics, rewrite_metrics, tensorboard
 from vtp.signals import deferred_signals, shielded
 from vtp.training_state import (
