@@ -18,11 +18,21 @@ from torch import nn
 from vtp import checkpoint
 from vtp.compact import CompactViT, compact
 from vtp.cost import count
-from vtp.data import EMBEDDED, Data, check_data, open_data
+from vtp.data import EMBEDDED, Data, open_data
 from vtp.files import FileError
 from vtp.gates import insert_gates, sites
 from vtp.loaders import Augment
-from vtp.pipeline import FASHION_DEIT, RECIPES, STAGES, Recipe, RunConfig, open_model, run
+from vtp.pipeline import (
+    FASHION_DEIT,
+    RECIPES,
+    STAGES,
+    Recipe,
+    RunConfig,
+    classes_of,
+    fit_data,
+    open_model,
+    run,
+)
 from vtp.plan import SCOPES, SCORES, PruningPlan, make_plan
 from vtp.train import (
     STATE_FORMAT,
@@ -74,25 +84,28 @@ def _run(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     data = open_data(options.data, root=options.data_root)
-    classes = data.num_classes if options.new_head else None
-    model = open_model(
-        options.model, from_scratch=options.from_scratch, num_classes=classes, seed=recipe.dense.seed
-    )
+    seed = recipe.dense.seed
+    classes = classes_of(data) if options.new_head else None
+    model = open_model(options.model, from_scratch=options.from_scratch, num_classes=classes, seed=seed)
     if options.stage == "sparse" and not _is_gated(model):
         model = insert_gates(model)
     _train_stage(options, recipe, options.stage, model, data)
 
 
 def _finetune(options: argparse.Namespace) -> None:
+    model = checkpoint.load(options.file)
+    if not isinstance(model, CompactViT):
+        raise FileError(
+            f"file: {options.file} holds no compact model; `vtp prune` makes one from a gated model"
+        )
     data = open_data(options.data, root=options.data_root)
-    _train_stage(options, _recipe(options), "finetune", checkpoint.load(options.file), data)
+    _train_stage(options, _recipe(options), "finetune", model, data)
 
 
 def _train_stage(
     options: argparse.Namespace, recipe: Recipe, stage: str, model: nn.Module, data: Data
 ) -> None:
-    check_data(data, model.num_classes)
-    data = _as_trained(data, model)
+    data = fit_data(data, model)
     settings: TrainConfig = getattr(recipe, stage)
     teacher = None if options.teacher is None else open_model(options.teacher)
     if teacher is None and settings.distill_alpha:
@@ -120,10 +133,9 @@ def _prune(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     model = open_model(options.model)
-    data = open_data(options.data, root=options.data_root)
-    check_data(data, model.num_classes)
+    data = fit_data(open_data(options.data, root=options.data_root), model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    top1, loss = evaluate(model.to(device).eval(), _as_trained(data, model), workers=options.workers)
+    top1, loss = evaluate(model.to(device).eval(), data, workers=options.workers)
     _console.print(f"top-1 {top1:.2f}, cross-entropy {loss:.4f}; {count(model)}")
 
 
@@ -167,12 +179,6 @@ def _is_gated(model: nn.Module) -> bool:
     with contextlib.suppress(ValueError):
         return bool(sites(model))
     return False
-
-
-def _as_trained(data: Data, model: nn.Module) -> Data:
-    """The data normalised as the model's released weights expect it, if it has any."""
-    pretrained_cfg = getattr(model, "pretrained_cfg", None)
-    return data if pretrained_cfg is None else data.for_model(pretrained_cfg)
 
 
 def _training_state(path: Path) -> dict[str, Any] | None:

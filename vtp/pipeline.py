@@ -35,7 +35,7 @@ from vtp.architecture import Architecture, UnsupportedModelError, describe
 from vtp.checkpoint import load, save
 from vtp.compact import compact
 from vtp.cost import count
-from vtp.data import EMBEDDED, Data, check_data, open_data
+from vtp.data import EMBEDDED, Data, DataError, check_data, open_data
 from vtp.files import FileError, write_atomic
 from vtp.gates import insert_gates
 from vtp.latency import interleaved_latency
@@ -183,7 +183,8 @@ def run(config: RunConfig, run_dir: str | Path, *, resume: bool = False, progres
     """
     run_dir, process = Path(run_dir), PartialState()
     # A log file has no width of its own; 80 columns would break the final table.
-    console = Console(quiet=not progress, width=None if sys.stdout.isatty() else 120)
+    width = None if sys.stdout.isatty() else 120
+    console = Console(quiet=not (progress and process.is_main_process), width=width)
     model, data = _open(config)
     _check_before_training(config, model)
     if process.is_main_process:
@@ -221,7 +222,6 @@ def run(config: RunConfig, run_dir: str | Path, *, resume: bool = False, progres
         console.print(comparison_table(results))
         write_report(run_dir)
         _say(console, f"report: {run_dir / 'report.html'}")
-    process.wait_for_everyone()
     return run_dir / "report.html"
 
 
@@ -240,13 +240,28 @@ def _size(data: Data) -> str:
 
 def _open(config: RunConfig) -> tuple[nn.Module, Data]:
     data = open_data(config.data, root=config.data_root)
-    classes = data.num_classes if config.new_head else None
-    model = open_model(
-        config.model, from_scratch=config.from_scratch, num_classes=classes, seed=config.recipe.dense.seed
-    )
+    seed = config.recipe.dense.seed
+    classes = classes_of(data) if config.new_head else None
+    model = open_model(config.model, from_scratch=config.from_scratch, num_classes=classes, seed=seed)
+    return model, fit_data(data, model)
+
+
+def classes_of(data: Data) -> int:
+    """Number of classes for a new head. Raises DataError for a stream, which does not say it."""
+    if data.num_classes is None:
+        raise DataError(f"new_head: {data.name} is a stream that does not say how many classes it has")
+    return data.num_classes
+
+
+def fit_data(data: Data, model: nn.Module) -> Data:
+    """The data, checked against the model's head and normalised as its released weights expect.
+
+    Raises:
+        DataError: the data cannot be used with this model.
+    """
     check_data(data, model.num_classes)
     pretrained_cfg = getattr(model, "pretrained_cfg", None)
-    return model, data if pretrained_cfg is None else data.for_model(pretrained_cfg)
+    return data if pretrained_cfg is None else data.for_model(pretrained_cfg)
 
 
 def _check_before_training(config: RunConfig, model: nn.Module) -> None:
