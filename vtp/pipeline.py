@@ -27,7 +27,7 @@ from typing import Any
 
 import timm
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
@@ -181,7 +181,7 @@ def run(config: RunConfig, run_dir: str | Path, *, resume: bool = False, progres
         DataError, PlanError, UnsupportedModelError: before the first step, wherever that can be known.
         TrainingInterrupted, NonFiniteLossError: see `vtp.train`.
     """
-    run_dir, process = Path(run_dir), PartialState()
+    run_dir, process = Path(run_dir), Accelerator()
     # A log file has no width of its own; 80 columns would break the final table.
     width = None if sys.stdout.isatty() else 120
     console = Console(quiet=not (progress and process.is_main_process), width=width)
