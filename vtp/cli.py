@@ -146,13 +146,7 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     state = _training_state(path)
     if state is not None:
-        identity, position = state["identity"], state["position"]
-        _console.print(
-            f"training state of stage {identity['stage']}: epoch {position['epoch']} of "
-            f"{identity['config.epochs']}, next step {position['step']} of {identity['steps']}; "
-            "continue with --resume"
-        )
-        _console.print(json.dumps(identity, indent=1))
+        _console.print(_training_summary(path, state))
         return
     description = checkpoint.read_metadata(path)
     model = checkpoint.load(path)
@@ -190,7 +184,22 @@ def _training_state(path: Path) -> dict[str, Any] | None:
             text = (file.metadata() or {}).get(STATE_FORMAT)
     except (OSError, SafetensorError) as error:
         raise FileError(f"path: {path} is no safetensors file, or it is cut off ({error})") from error
-    return None if text is None else json.loads(text)
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"path: the training state in {path} is damaged ({error})") from error
+
+
+def _training_summary(path: Path, state: dict[str, Any]) -> str:
+    try:
+        identity, position = state["identity"], state["position"]
+        return (
+            f"training state of stage {identity['stage']}: epoch {position['epoch']} of "
+            f"{identity['config.epochs']}, next step {position['step']} of {identity['steps']}; "
+            f"continue with --resume\n{json.dumps(identity, indent=1)}"
+        )
+    except (KeyError, TypeError) as error:
+        raise FileError(f"path: the training state in {path} is damaged ({error!r})") from error
 
 
 def _gate_table(model: nn.Module) -> Table:

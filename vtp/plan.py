@@ -245,8 +245,8 @@ def make_plan(
         raise PlanError(f"round_to: got {round_to!r}, expected an integer of at least 1")
     if not _is_number(min_keep) or not (0 <= min_keep < 1 or min_keep == int(min_keep) >= 1):
         raise PlanError(f"min_keep: got {min_keep!r}, expected a share in [0, 1) or a number of dimensions")
-    architecture = describe(gated)
     layers = sites(gated)
+    architecture = describe(gated)
     if list(layers) != list(architecture.site_widths()):
         missing = sorted(architecture.site_widths().keys() - layers.keys())
         raise PlanError(f"gated: no gates at {missing[:4]}; vtp.insert_gates puts them at every site")
