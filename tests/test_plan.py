@@ -36,7 +36,7 @@ ROOMY = {
 def prepared(architecture, seed=0):
     """A gated model with random gates and Taylor statistics; the weights do not matter to a plan."""
     torch.manual_seed(seed)
-    model = gated(architecture.build(weight_init="skip"), seed=seed)
+    model = gated(architecture.build(), seed=seed)
     for layer in vtp.sites(model).values():
         layer.taylor.copy_(torch.rand(layer.in_features).square() * 7)
         layer.taylor_steps.fill_(7)

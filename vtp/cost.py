@@ -27,7 +27,12 @@ class Cost:
         return Cost(self.params + other.params, self.macs + other.macs)
 
     def __str__(self) -> str:
-        return f"{self.params / 1e6:.2f}M params, {self.macs / 1e9:.2f}G MACs"
+        return f"{in_short(self.params)} params, {in_short(self.macs)} MACs"
+
+
+def in_short(number: int) -> str:
+    """17_564_000_000 to "17.56G", 678_730 to "0.68M": in G from 1e9 on, else in M."""
+    return f"{number / 1e9:.2f}G" if number >= 1e9 else f"{number / 1e6:.2f}M"
 
 
 def count(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from vtp.architecture import SITES, Architecture, describe
-from vtp.cost import Cost, attention_cost, mlp_cost, surroundings_cost
+from vtp.cost import Cost, attention_cost, in_short, mlp_cost, surroundings_cost
 from vtp.files import FileError, fingerprint, write_atomic
 from vtp.gates import GatedLinear, sites
 
@@ -152,12 +152,8 @@ class PruningPlan:
             lines.append(f"{i:>5} {row.qkv:>6} {sum(row.values):>6} {row.fc1:>6} {row.fc2:>6}   {heads}")
         full = _full_widths(self.architecture)
         lines.append(f"dense {full.qkv:>6} {sum(full.values):>6} {full.fc1:>6} {full.fc2:>6}")
-        for name, unit, left, whole in (
-            ("params", "M", cost.params / 1e6, dense.params / 1e6),
-            ("MACs", "G", cost.macs / 1e9, dense.macs / 1e9),
-        ):
-            share = left / whole
-            lines.append(f"{name}: {left:.4g}{unit} of {whole:.4g}{unit} ({share:.1%} left)")
+        for name, left, whole in (("params", cost.params, dense.params), ("MACs", cost.macs, dense.macs)):
+            lines.append(f"{name}: {in_short(left)} of {in_short(whole)} ({left / whole:.1%} left)")
         return "\n".join(lines)
 
     def to_dict(self) -> dict:
