@@ -770,3 +770,13 @@ def test_failed_save_leaves_the_old_file(small, saved):
         vtp.save(changed, saved)
     assert_same(vtp.load(saved), small)
     assert entries(saved.parent) == ["model.safetensors"]
+
+
+def test_tied_parameters_are_refused_instead_of_untied(tmp_path):
+    model = build(dataclasses.replace(TINY, distilled=True))
+    model.head_dist.weight = model.head.weight
+    with pytest.raises(
+        vtp.UnsupportedModelError, match=r"head_dist\.weight is the same parameter as head\.weight"
+    ):
+        vtp.save(model, tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []

@@ -62,6 +62,7 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
     if metadata is not None and not isinstance(metadata, dict):
         raise TypeError(f"metadata: got {type(metadata).__name__}, expected a dictionary")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    _refuse_tied_parameters(model)
     fields = _describe(model, metadata)
     _refuse_changed_modules(model, _rebuild(fields))
     description = json.dumps(fields)
@@ -174,6 +175,14 @@ def _rebuild(description: dict[str, Any]) -> nn.Module:
         raise ValueError(f"kind: got {kind!r}, expected 'dense', 'gated' or 'compact'")
     dense = architecture.build("meta", weight_init="skip")
     return insert_gates(dense) if kind == "gated" else dense
+
+
+def _refuse_tied_parameters(model: nn.Module) -> None:
+    """A file holds one tensor for each name: loading would silently untie them."""
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if owners.setdefault(id(parameter), name) != name:
+            raise UnsupportedModelError(f"model: {name} is the same parameter as {owners[id(parameter)]}")
 
 
 def _refuse_changed_modules(model: nn.Module, rebuilt: nn.Module) -> None:

@@ -274,7 +274,7 @@ class _Stage:
         self.identity = _identity(data, config, stage, augment, self.steps, self.accelerator.num_processes)
         # The score is wanted for the trained model: in the last third of the steps the learning rate is low
         # and gates and weights are near their final values.
-        self.taylor_from = math.ceil(config.epochs * self.steps * 2 / 3)
+        self.taylor_from = config.epochs * self.steps * 2 // 3
 
     def _build_models(self, model: nn.Module, teacher: nn.Module | None) -> None:
         """Copies of the model, for its moving average and of the teacher, on the device."""
