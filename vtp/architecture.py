@@ -143,12 +143,9 @@ class Architecture:
         architecture = cls(**fields | {name: tuple(fields[name]) for name in ("img_size", "patch_size")})
         try:
             dataclasses.replace(architecture, depth=1).build("meta", weight_init="skip")
-        except (
-            Exception
-        ) as error:  # timm checks its arguments with assertions, torch with errors of all kinds
-            raise ValueError(
-                f"architecture: timm cannot build it ({type(error).__name__}: {error})"
-            ) from error
+        except Exception as error:  # timm asserts, torch raises errors of all kinds
+            kind = type(error).__name__
+            raise ValueError(f"architecture: timm cannot build it ({kind}: {error})") from error
         return architecture
 
 
