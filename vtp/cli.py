@@ -193,11 +193,14 @@ def _training_state(path: Path) -> dict[str, Any] | None:
 def _training_summary(path: Path, state: dict[str, Any]) -> str:
     try:
         identity, position = state["identity"], state["position"]
-        return (
-            f"training state of stage {identity['stage']}: epoch {position['epoch']} of "
-            f"{identity['config.epochs']}, next step {position['step']} of {identity['steps']}; "
-            f"continue with --resume\n{json.dumps(identity, indent=1)}"
-        )
+        done, epochs = position["epoch"], identity["config.epochs"]
+        place = f"{done} of {epochs} epochs done, finished"
+        if done < epochs:
+            place = (
+                f"{done} of {epochs} epochs done, next step {position['step'] + 1} of {identity['steps']}; "
+                "continue with --resume"
+            )
+        return f"training state of stage {identity['stage']}: {place}\n{json.dumps(identity, indent=1)}"
     except (KeyError, TypeError) as error:
         raise FileError(f"path: the training state in {path} is damaged ({error!r})") from error
 
