@@ -12,7 +12,6 @@ import signal
 import socket
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
@@ -129,16 +127,26 @@ def assert_same_run(result, expected) -> None:
     assert untimed(result.history) == untimed(expected.history)
 
 
-def fork(function, *arguments) -> multiprocessing.Process:
-    """Start function in a forked process: a second import of torch would take longer than the run."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+def spawn(function, *arguments) -> multiprocessing.Process:
+    """Start function in a new process, with one thread as in this one.
+
+    A forked one would be quicker to start, but hangs where its parent has used threads before.
+    """
+    process = multiprocessing.get_context("spawn").Process(
+        target=_with_one_thread, args=(function, *arguments)
+    )
     process.start()
     return process
 
 
+def _with_one_thread(function, *arguments) -> None:
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """What a forked process can use, and what makes its results comparable."""
+    """What makes results of several processes comparable."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -273,10 +281,14 @@ def test_a_run_stopped_by_sigterm_in_mid_epoch_resumes_to_the_same_end(tmp_path,
     assert read_metrics(tmp_path) == result.history
 
 
+def _killed(folder: Path) -> None:
+    run(folder, EVERYTHING, after_step=send(signal.SIGKILL, 2 * STEPS + 3))
+
+
 def test_a_run_killed_in_mid_epoch_resumes_to_the_same_end(tmp_path, whole):
     expected, _ = whole("everything")
-    process = fork(partial(run, tmp_path, EVERYTHING, after_step=send(signal.SIGKILL, 2 * STEPS + 3)))
-    process.join(timeout=60)
+    process = spawn(_killed, tmp_path)
+    process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL
     with open(tmp_path / "metrics.jsonl", "a") as file:  # as if it had died while it wrote the third line
         file.write('{"stage": "stage", "epo')
@@ -310,8 +322,8 @@ def _stopped_with_its_group(folder: Path, config: TrainConfig) -> None:
 
 def test_a_signal_to_the_whole_group_does_not_break_the_step_by_killing_its_data_workers(tmp_path):
     config = replace(CONFIG, workers=1)
-    process = fork(_stopped_with_its_group, tmp_path, config)
-    process.join(timeout=60)
+    process = spawn(_stopped_with_its_group, tmp_path, config)
+    process.join(timeout=120)
     assert process.exitcode == 128 + signal.SIGTERM
     assert_same_run(run(tmp_path, config, resume=True), run(tmp_path / "whole", config))
 
@@ -424,7 +436,6 @@ def test_a_checkpoint_that_is_not_ours_or_not_whole_is_refused_with_the_reason(
 
 
 def _rank(rank: int, port: int, folder: Path) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # that of the process we were forked from
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {**shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     result = run(folder, replace(SPARSE, epochs=2, ema_decay=0.9, drop_path=0.2))
@@ -435,9 +446,9 @@ def test_two_processes_stay_equal_bit_for_bit_and_one_of_them_writes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [fork(_rank, rank, port, tmp_path) for rank in (0, 1)]
+    ranks = [spawn(_rank, rank, port, tmp_path) for rank in (0, 1)]
     for process in ranks:
-        process.join(timeout=60)
+        process.join(timeout=120)
     assert [process.exitcode for process in ranks] == [0, 0]
     (weights, history), (other_weights, other_history) = (
         torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)
