@@ -287,3 +287,9 @@ def test_plan_of_another_model_is_refused():
     other = gated(build(dataclasses.replace(TINY, depth=3)))
     with pytest.raises(vtp.PlanError, match="2 blocks of width 12, got a model with 3 blocks"):
         vtp.compact(other, plan)
+
+
+def test_empty_batch_gives_empty_logits():
+    model = gated(build())
+    for plan in (vtp.make_plan(model, rate=0.0), random_plan(model, 0)):
+        assert vtp.compact(model, plan)(image(model, batch=0)).shape == (0, 10)

@@ -504,3 +504,24 @@ def test_positions_outside_of_the_epoch_and_other_loaders_are_refused(few: Data)
         set_epoch(loaders.test_loader(few, image_size=28, in_chans=1, batch_size=8), 0)
     with pytest.raises(DataError, match="augment: got 'wild', expected one of light, deit, none"):
         Augment.preset("wild")
+
+
+def test_sixteen_bit_images_are_not_clipped(tmp_path):
+    batches = []
+    for depth in (8, 16):
+        rng = np.random.default_rng(0)
+        for name in ("train/a", "train/b", "val/a", "val/b"):
+            folder = tmp_path / str(depth) / name
+            folder.mkdir(parents=True)
+            pixels = rng.integers(0, 256, (28, 28), dtype=np.uint8)
+            wide = pixels.astype(np.uint16) * 257
+            Image.fromarray(pixels if depth == 8 else wide).save(folder / "0.png")
+        data = open_data(tmp_path / str(depth))
+        batches.append(next(iter(loaders.test_loader(data, image_size=28, in_chans=1, batch_size=2)))[0])
+    assert torch.equal(*batches)
+
+
+def test_pixels_of_unknown_range_are_refused():
+    pipeline = loaders._test_pipeline(open_data(), 28, 1)
+    with pytest.raises(DataError, match="mode 'F'"):
+        pipeline.pixels(Image.fromarray(np.zeros((28, 28), dtype=np.float32)))

@@ -186,3 +186,14 @@ def test_run_killed_in_the_middle_of_sparse_training_resumes_to_the_same_bits(fo
             assert torch.equal(resumed.state_dict()[key], tensor), (name, key)
     stages = [json.loads(line)["stage"] for line in (metrics).read_text().splitlines()]
     assert stages == ["dense"] * 2 + ["sparse"] * 2 + ["finetune"] * 2
+
+
+@pytest.mark.parametrize("change", [{"precision": "fp16"}, {"batch_size": 100}], ids=["precision", "batch"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works where there is a GPU")
+def test_settings_of_the_last_stage_are_refused_before_the_first(folder, tmp_path, change):
+    config = small_config(folder)
+    last = dataclasses.replace(config.recipe.finetune, **change)
+    config = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, finetune=last))
+    with pytest.raises(ValueError, match=rf"finetune\.{next(iter(change))}"):
+        run(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()

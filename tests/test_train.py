@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vtp.progress
+from vtp.architecture import describe
 from vtp.compact import compact
 from vtp.data import Data
 from vtp.gates import insert_gates, sites
@@ -384,7 +385,7 @@ def test_resuming_with_other_settings_is_refused_naming_them(tmp_path, whole):
         run(tmp_path, replace(EVERYTHING, lr=0.1, seed=3), resume=True)
     with pytest.raises(ResumeError, match=r"augment\.hflip: checkpoint 0\.5, now 0\.0"):
         run(tmp_path, EVERYTHING, resume=True, augment=replace(AUGMENT, hflip=0.0))
-    with pytest.raises(ResumeError, match="holds another model"):
+    with pytest.raises(ResumeError, match="model: checkpoint"):
         run(tmp_path, EVERYTHING, resume=True, model=make_model(width=16))
 
 
@@ -668,3 +669,37 @@ def test_on_a_terminal_progress_is_a_bar_if_there_is_room_and_shows_all_figures(
     last = screen.getvalue().replace("\r", "\n").split("sparse 2/2")[-1].splitlines()[0]
     assert all(part in last for part in ("loss", "top-1", "zero", "0:00 left", "img/s"))
     assert ("\u2501" in last) == (width == 120)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What does not belong together
+
+
+def test_another_model_or_teacher_does_not_continue_a_stage(tmp_path):
+    run(tmp_path, replace(SPARSE, epochs=1))
+    with pytest.raises(ResumeError, match="model: checkpoint"):
+        other = insert_gates(make_model())
+        other.blocks[0].mlp.fc1.bias.data += 1
+        run(tmp_path, replace(SPARSE, epochs=1), model=other, resume=True)
+    with pytest.raises(ResumeError, match="teacher: checkpoint"):
+        teacher = make_model()
+        teacher.head.bias.data += 1
+        run(tmp_path, replace(SPARSE, epochs=1), teacher=teacher, resume=True)
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+    teacher = make_model()
+    teacher.reset_classifier(5)
+    with pytest.raises(ValueError, match="teacher: classes 5, expected the model's 4"):
+        run(tmp_path, SPARSE, teacher=teacher)
+
+
+def test_an_optimizer_that_cannot_be_resumed_is_refused():
+    with pytest.raises(ValueError, match=r"TrainConfig\.opt: got 'madgrad', expected one of adamw"):
+        TrainConfig(opt="madgrad")
+
+
+@pytest.mark.parametrize("rate", [0.0225, 0.045, 0.1075])
+def test_a_model_trained_with_any_drop_path_can_be_described(tmp_path, rate):
+    trained = run(tmp_path, replace(CONFIG, epochs=1, drop_path=rate)).model
+    assert describe(trained).drop_path_rate == pytest.approx(rate)

@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NonFiniteLossError as error:
         print(f"vtp: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # outside of training, where there is nothing to save
+        print("vtp: interrupted; a run continues with --resume", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"vtp: error: {error}", file=sys.stderr)
         return 2
@@ -87,6 +90,8 @@ def _train(options: argparse.Namespace) -> None:
     seed = recipe.dense.seed
     classes = classes_of(data) if options.new_head else None
     model = open_model(options.model, from_scratch=options.from_scratch, num_classes=classes, seed=seed)
+    if options.stage == "dense" and _is_gated(model):
+        raise ValueError(f"--model: {options.model} has gates; the stage for it is sparse")
     if options.stage == "sparse" and not _is_gated(model):
         model = insert_gates(model)
     _train_stage(options, recipe, options.stage, model, data)
@@ -108,6 +113,10 @@ def _train_stage(
     data = fit_data(data, model)
     settings: TrainConfig = getattr(recipe, stage)
     teacher = None if options.teacher is None else open_model(options.teacher)
+    if teacher is not None and not settings.distill_alpha:
+        raise ValueError(
+            f"--teacher: it has no effect as {stage}.distill_alpha is 0; add --set {stage}.distill_alpha=0.5"
+        )
     if teacher is None and settings.distill_alpha:
         settings = dataclasses.replace(settings, distill_alpha=0.0)
     run_dir = Path(options.out)

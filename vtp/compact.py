@@ -79,11 +79,11 @@ class CompactAttention(nn.Module):
         key = self.k_norm(key.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
         if len(set(self.value_widths)) == 1:
             dropout = self.attn_drop.p if self.training else 0.0
-            value = value.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            value = value.unflatten(-1, (self.num_heads, self.value_widths[0])).transpose(1, 2)
             out = F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout, is_causal=is_causal, scale=self.scale
             )
-            out = out.transpose(1, 2).reshape(batch, tokens, -1)
+            out = out.transpose(1, 2).reshape(batch, tokens, sum(self.value_widths))
         else:
             scores = (query * self.scale) @ key.transpose(-2, -1)
             scores = self.attn_drop(_mask(scores, attn_mask, is_causal).softmax(dim=-1))

@@ -18,7 +18,7 @@ class GatedLinear(nn.Module):
     """A linear layer whose input dimensions are scaled by a learned gate.
 
     Parameters: `weight` [out_features, in_features], `bias` [out_features] or None, `gate` [in_features],
-    float32 whatever the dtype of the weight, 1 at the start.
+    1 at the start and float32 whatever the dtype of the weight (casting the whole model casts it too).
 
     Buffers: `taylor` [in_features] float32, the sum over `taylor_steps` steps of `(g * dL/dg)**2`
     (Molchanov et al., "Importance Estimation for Neural Network Pruning", arXiv 1906.10771).
@@ -106,4 +106,4 @@ def l1_penalty(gated: nn.Module) -> Tensor:
 
     For a training loop of your own: `loss = task_loss + 1e-4 * vtp.l1_penalty(gated)`.
     """
-    return torch.cat([layer.gate for layer in sites(gated).values()]).abs().sum()
+    return torch.cat([layer.gate for layer in sites(gated).values()]).float().abs().sum()

@@ -177,6 +177,17 @@ class ShiftedCrop:
         return image.crop((left, top, left + self.size, top + self.size))
 
 
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """The image with 8 bits a channel. Pillow's own conversion would clip 16 bits to white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"image: got pixels of mode {image.mode!r}, whose range is not known; expected 8 or 16 bits"
+        )
+    return image
+
+
 class Pipeline:
     """From PIL images to normalised tensors: timm's transforms image by image, then, as in timm's own
     prefetching loader, conversion and normalisation batch by batch, which is several times cheaper.
@@ -195,7 +206,7 @@ class Pipeline:
     def pixels(self, image: Image.Image) -> np.ndarray:
         """The transformed image, uint8 [H, W, C]; draws from the global generators."""
         if image.mode != self.mode:
-            image = image.convert(self.mode)
+            image = _to_8_bit(image).convert(self.mode)
         pixels = np.asarray(self.steps(image))
         return pixels.reshape(*pixels.shape[:2], -1)
 

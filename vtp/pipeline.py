@@ -112,6 +112,10 @@ class RunConfig:
     budget: dict[str, Any] = dataclasses.field(default_factory=lambda: {"rate": 0.4})
     latency_batch: int = 64
 
+    def __post_init__(self) -> None:
+        if self.latency_batch < 1:
+            raise ValueError(f"latency_batch: got {self.latency_batch}, expected at least 1")
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; stages stand at the top level so that the report shows them side by side."""
         fields = dataclasses.asdict(self)
@@ -186,7 +190,7 @@ def run(config: RunConfig, run_dir: str | Path, *, resume: bool = False, progres
     width = None if sys.stdout.isatty() else 120
     console = Console(quiet=not (progress and process.is_main_process), width=width)
     model, data = _open(config)
-    _check_before_training(config, model)
+    _check_before_training(config, model, data)
     if process.is_main_process:
         _begin_folder(config, run_dir, resume)
     process.wait_for_everyone()
@@ -264,12 +268,19 @@ def fit_data(data: Data, model: nn.Module) -> Data:
     return data if pretrained_cfg is None else data.for_model(pretrained_cfg)
 
 
-def _check_before_training(config: RunConfig, model: nn.Module) -> None:
-    """Everything that can be refused is refused now: the model, and a budget that no plan can meet."""
+def _check_before_training(config: RunConfig, model: nn.Module, data: Data) -> None:
+    """Refuse now what would stop a later stage: the model, a budget no plan can meet, settings of a stage."""
     if model.patch_embed.img_size[0] != model.patch_embed.img_size[1]:
         raise UnsupportedModelError(f"model: images of {model.patch_embed.img_size}, expected square ones")
     settings = {name: value for name, value in config.budget.items() if name != "score"}
     make_plan(insert_gates(model), **settings)
+    for name in STAGES if config.from_scratch or config.new_head else STAGES[1:]:
+        stage: TrainConfig = getattr(config.recipe, name)
+        if stage.precision == "fp16" and not torch.cuda.is_available():
+            raise ValueError(f"{name}.precision: got 'fp16', expected 'no' or 'bf16' as there is no GPU")
+        images = len(data.train) if hasattr(data.train, "__len__") else stage.batch_size
+        if stage.batch_size > images:
+            raise ValueError(f"{name}.batch_size: got {stage.batch_size}, expected at most {images} images")
 
 
 def _begin_folder(config: RunConfig, run_dir: Path, resume: bool) -> None:
@@ -285,7 +296,10 @@ def _begin_folder(config: RunConfig, run_dir: Path, resume: bool) -> None:
         raise FileError(
             f"run folder: {run_dir} holds a run already; continue it with --resume, or name another"
         )
-    found = json.loads(file.read_text())
+    try:
+        found = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise FileError(f"run folder: {file} is damaged ({error}); name another folder") from error
     odd = [name for name in wanted if found.get(name) != wanted[name]]
     if odd:
         raise FileError(

@@ -469,7 +469,7 @@ def _fit(architecture: Architecture, groups: _Groups, budget: Mapping[str, float
     budget, less those that can be given back because the last step (often a whole head) saved too much."""
     ((kind, value),) = budget.items()
     full = _widths_array(architecture)
-    limit = full.sum() - round(value * full.sum()) if kind == "rate" else value
+    limit = full.sum() - _removed_at_least(value, full.sum()) if kind == "rate" else value
     outside = 0 if kind == "rate" else getattr(surroundings_cost(architecture), kind)
 
     def size(row: np.ndarray) -> int:
@@ -513,6 +513,11 @@ def _fit(architecture: Architecture, groups: _Groups, budget: Mapping[str, float
             exhausted.add(slot)
         removed.append(position)
     return removed
+
+
+def _removed_at_least(rate: float, total: int) -> int:
+    """Dimensions that a rate removes, rounded up; 0.3 * 10 is 3 although its float is a little more."""
+    return math.ceil(round(rate * total, 6))
 
 
 def _kept_indices(

@@ -40,14 +40,15 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from timm.data import Mixup
-from timm.layers import DropPath
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vtp.data import Data
+from vtp.files import fingerprint
 from vtp.gates import GatedLinear
 from vtp.loaders import Augment, set_epoch, test_loader, train_loader
 from vtp.progress import StageProgress, append_metrics, rewrite_metrics, tensorboard
@@ -82,6 +83,11 @@ CHECK_EVERY_ELSEWHERE = 16
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
 L1_MODES = ("subgradient", "proximal")
+# Of timm's optimizers those whose state goes through a checkpoint and back, tried one by one.
+OPTIMIZERS = (
+    "adamw", "adam", "nadam", "nadamw", "radam", "adamax", "adan", "adopt", "lion", "sgd", "sgdw", "sgdp",
+    "momentum", "rmsprop", "lars",
+)  # fmt: skip
 
 
 class TrainingInterrupted(RuntimeError):
@@ -114,7 +120,7 @@ class TrainConfig:
     precision: "no" (float32), "bf16" or "fp16" (GPU only).
     seed: of the order of the data and of all that is random in a step.
     workers: processes that load data; 0 loads in the training process.
-    opt, sched: names that timm knows; opt "adamw", sched "cosine" or "constant".
+    opt, sched: names that timm knows; opt one of OPTIMIZERS, sched "cosine" or "constant".
     """
 
     epochs: int = 10
@@ -165,7 +171,7 @@ class TrainConfig:
             self._require("ema_decay", (int, float), lambda v: 0 < v < 1, "a number between 0 and 1, or None")
         for name, choices in (("l1_mode", L1_MODES), ("precision", PRECISIONS), ("sched", SCHEDULES)):
             self._require(name, str, lambda v, c=choices: v in c, f"one of {', '.join(choices)}")
-        self._require("opt", str, lambda v: v in list_optimizers(), "an optimizer that timm.optim knows")
+        self._require("opt", str, lambda v: v in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         if self.mixup or self.cutmix:
             self._require("batch_size", int, lambda v: v % 2 == 0, "an even number, as mixup pairs images")
 
@@ -271,7 +277,9 @@ class _Stage:
         self._build_optimizer()
         self.mixup, self.criterion = _criterion(config, self.raw.num_classes)
         self.position = _Position()
-        self.identity = _identity(data, config, stage, augment, self.steps, self.accelerator.num_processes)
+        models = {"model": self.raw, "teacher": self.teacher}
+        processes = self.accelerator.num_processes
+        self.identity = _identity(data, config, stage, augment, self.steps, processes, models)
         # The score is wanted for the trained model: in the last third of the steps the learning rate is low
         # and gates and weights are near their final values.
         self.taylor_from = config.epochs * self.steps * 2 // 3
@@ -294,6 +302,7 @@ class _Stage:
             # Buffers are counts and statistics here (those of the gates' Taylor score): copied, not averaged.
             self.ema = ModelEmaV3(self.raw, decay=config.ema_decay, use_warmup=True, exclude_buffers=True)
         if config.distill_alpha > 0:
+            _check_teacher(teacher, model)
             self.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
 
     def _build_optimizer(self) -> None:
@@ -646,6 +655,17 @@ def _gated_linears(model: nn.Module) -> list[GatedLinear]:
     return list(found.values())
 
 
+def _check_teacher(teacher: nn.Module, model: nn.Module) -> None:
+    """Refuse a teacher that does not take the model's images or has other classes."""
+    for what, of in (
+        ("classes", lambda m: m.num_classes),
+        ("input channels", lambda m: m.patch_embed.proj.in_channels),
+        ("image size", lambda m: m.patch_embed.img_size),
+    ):
+        if of(teacher) != of(model):
+            raise ValueError(f"teacher: {what} {of(teacher)}, expected the model's {of(model)}")
+
+
 def _set_drop_path(model: nn.Module, rate: float) -> None:
     """Set stochastic depth in model.blocks as timm does: linear from 0 at the first block to rate."""
     blocks = list(getattr(model, "blocks", ()))
@@ -656,8 +676,9 @@ def _set_drop_path(model: nn.Module, rate: float) -> None:
         raise ValueError(
             f"config.drop_path: got {rate}, expected 0 as {type(model).__name__} has no drop path"
         )
+    rates = calculate_drop_path_rates(rate, len(blocks)) if branches else []
     for i, block, name in branches:
-        depth_rate = rate * i / max(len(blocks) - 1, 1)
+        depth_rate = rates[i]
         setattr(block, name, DropPath(depth_rate) if depth_rate > 0 else nn.Identity())
 
 
@@ -727,11 +748,20 @@ def _accelerator(precision: str) -> Accelerator:
 
 
 def _identity(
-    data: Data, config: TrainConfig, stage: str, augment: Augment, steps: int, processes: int
+    data: Data,
+    config: TrainConfig,
+    stage: str,
+    augment: Augment,
+    steps: int,
+    processes: int,
+    models: dict[str, nn.Module | None],
 ) -> dict[str, Any]:
     """All that must be the same for a checkpoint to be continued, as JSON gives it back."""
     flat = {
         "stage": stage,
+        **{
+            name: None if model is None else fingerprint(model.state_dict()) for name, model in models.items()
+        },
         "data": data.name,
         "steps": steps,
         "processes": processes,
