@@ -459,7 +459,7 @@ def check_data(data: Data, num_classes: int) -> None:
     if data.num_classes is not None and data.num_classes != num_classes:
         raise DataError(
             f"num_classes: the head has {num_classes} outputs, but the data set {data.name} has "
-            f"{data.num_classes} classes; expected one output for each class"
+            f"{data.num_classes} classes; expected one output for each class (--new-head trains a new one)"
         )
     for split, images in (("train", data.train), ("test", data.test)):
         labels = labels_of(images)
