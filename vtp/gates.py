@@ -102,8 +102,8 @@ def sites(model: nn.Module) -> dict[str, GatedLinear]:
 
 
 def l1_penalty(gated: nn.Module) -> Tensor:
-    """`sum |g|` over all gates of the model, a 0-dim float32 tensor (arXiv 2104.08500).
+    """`sum |g|` over all gates of the model, a 0-dim tensor of their dtype (float32) (arXiv 2104.08500).
 
     For a training loop of your own: `loss = task_loss + 1e-4 * vtp.l1_penalty(gated)`.
     """
-    return torch.cat([layer.gate for layer in sites(gated).values()]).float().abs().sum()
+    return torch.cat([layer.gate for layer in sites(gated).values()]).abs().sum()
