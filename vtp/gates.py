@@ -102,7 +102,7 @@ def sites(model: nn.Module) -> dict[str, GatedLinear]:
 
 
 def l1_penalty(gated: nn.Module) -> Tensor:
-    """`sum |g|` over all gates of the model, a 0-dim tensor of their dtype (float32) (arXiv 2104.08500).
+    """`sum |g|` over all gates of the model, 0-dim, in their dtype, float32 (arXiv 2104.08500).
 
     For a training loop of your own: `loss = task_loss + 1e-4 * vtp.l1_penalty(gated)`.
     """
