@@ -7,9 +7,9 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-# Threads that wait do so asleep. Spinning, as is OpenMP's default, makes every step wait for whatever else
-# runs on one of the cores: beside one busy process training was 17 times slower.
-export OMP_WAIT_POLICY ?= PASSIVE
+# OpenMP threads that wait spin for a while by default, milliseconds in GCC's: beside one busy process on a core
+# that made training 17 times slower. Sleeping at once would slow small models on an idle machine; this is between.
+export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo test lint accuracy baseline clean
 
