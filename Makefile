@@ -24,7 +24,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The accuracy tables of the README: three seeds, about an hour on two cores; continues where it stopped.
+# The accuracy tables of the README: three seeds, about half an hour on two cores; continues where it stopped.
 accuracy: $(VENV)/installed
 	$(BIN)/python bench/accuracy.py --out runs/accuracy
 
