@@ -1,17 +1,16 @@
 """Gates: one learned importance score for each input dimension of each linear projection of a block.
 
-`y = (x * g) @ W.T + b` (Zhu, Tang, Han, "Vision Transformer Pruning", arXiv 2104.08500). The gate is
-applied on the weight side, `x @ (W * g).T + b`, which is the same product: forward and backward then need
-no pass over an activation for the gate, and nothing but `x` is saved for it.
+`y = (x * g) @ W.T + b` (Zhu, Tang, Han, "Vision Transformer Pruning", arXiv 2104.08500), computed by
+`vtp_kernels.gated_linear` at the cost of a plain linear.
 """
 
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtp.architecture import describe, replace_sites
+from vtp_kernels import gated_linear
 
 
 class GatedLinear(nn.Module):
@@ -52,7 +51,7 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to [..., out_features]."""
-        return F.linear(x, self.folded_weight(), self.bias)
+        return gated_linear(x, self.weight, self.gate, self.bias)
 
     @torch.no_grad()
     def accumulate_taylor(self, scale: float = 1.0) -> None:

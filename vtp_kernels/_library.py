@@ -1,0 +1,77 @@
+"""The torch.library namespace `vtp`, and how an op gets into it.
+
+Each op has a plain PyTorch implementation for every device and, where Triton runs, one of its own for CUDA
+(ROCm's PyTorch uses the same dispatch key).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from vtp_kernels import _triton
+
+LIBRARY = torch.library.Library("vtp", "DEF")
+
+
+def define(schema: str, *, plain: Callable, triton: Callable, fake: Callable) -> None:
+    """Register the op `schema`: `plain` for any device, `triton` for CUDA, `fake` for shapes and dtypes.
+
+    Both implementations run outside autocast: the public function has chosen the dtypes already.
+    """
+    name = "vtp::" + schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "CompositeExplicitAutograd", without_autocast(plain), lib=LIBRARY)
+    torch.library.impl(name, "CUDA", without_autocast(_on_gpu(plain, triton)), lib=LIBRARY)
+    torch.library.register_fake(name, fake, lib=LIBRARY)
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # which refuses "meta"
+
+
+def without_autocast(function: Callable) -> Callable:
+    """`function(x, ...)` with autocast off on the device of x; costs nothing where it is off already."""
+
+    @functools.wraps(function)
+    def wrapped(x, *args):
+        if not autocast_is_on(x.device):
+            return function(x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args)
+
+    return wrapped
+
+
+def _on_gpu(plain: Callable, triton: Callable) -> Callable:
+    @functools.wraps(triton)
+    def chosen(x, *args):
+        reason = why_not_triton(x.device)
+        if reason is None:
+            return triton(x, *args)
+        _say_once(reason)
+        return plain(x, *args)
+
+    return chosen
+
+
+@functools.cache
+def why_not_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels do not run on `device`; None where they do."""
+    if not _triton.HAS_TRITON:
+        return "Triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    warnings.warn(
+        f"vtp_kernels: {reason}; its ops run on plain PyTorch operators on this GPU. Results are the same;"
+        " gates and compact models are slower than with the fused kernels.",
+        stacklevel=2,
+    )

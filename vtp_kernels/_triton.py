@@ -1,0 +1,202 @@
+"""What every kernel file needs from Triton: the import, how a kernel is launched, and what can be compiled.
+
+Where Triton is missing (CPU-only builds of PyTorch, macOS) the files still import: `triton.jit` then leaves
+the Python function as it is, nothing launches it, and the ops run on plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # the kernels of a file are still defined, and never launched
+    triton = types.SimpleNamespace(jit=lambda function=None, **_: function or (lambda f: f))
+    tl = types.SimpleNamespace(constexpr=None)
+    TensorDescriptor = None
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
+
+# Names of Triton's types, for signatures and for the ids of variants.
+TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+# The architectures that the kernels are compiled for and checked on: the backend and what it calls the chip.
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),  # A100
+    "sm_90": ("cuda", 90, 32),  # H100
+    "sm_100": ("cuda", 100, 32),  # B200
+    "sm_120": ("cuda", 120, 32),  # RTX 5090
+    "gfx942": ("hip", "gfx942", 64),  # MI300
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and launch options of one kernel: what is constexpr in it besides dtypes and layout.
+
+    Nothing in it may come from the batch size; one entry stands for a whole bucket of shapes.
+    """
+
+    blocks: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.blocks.values()))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of a kernel: all that Triton's own cache is keyed on.
+
+    `signature` has Triton's type of each run-time argument (`*bf16`, `i32`, `tensordesc<bf16[128, 64]>`),
+    `constants` the value of each constexpr, `aligned` the pointer arguments known to be 16-byte aligned.
+    `dot` says what its matrix products must run on: "tensor_core", "fma" (IEEE float32) or None.
+    """
+
+    op: str
+    name: str
+    kernel: Any = field(repr=False)
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    aligned: frozenset[str]
+    num_warps: int
+    num_stages: int
+    dot: str | None = None
+
+    def key(self) -> tuple:
+        """What tells two compilations apart."""
+        kernel = getattr(self.kernel, "__name__", str(self.kernel))
+        return (
+            kernel,
+            tuple(sorted(self.signature.items())),
+            tuple(sorted(self.constants.items())),
+            tuple(sorted(self.aligned)),
+            self.num_warps,
+            self.num_stages,
+        )
+
+
+def is_aligned(*tensors: torch.Tensor) -> bool:
+    """Whether rows of every 2-D tensor start at 16 bytes and have a multiple of 8 elements.
+
+    Only then are 16-byte loads up to the edge, and descriptors (TMA), possible.
+    """
+    return all(
+        t.data_ptr() % 16 == 0
+        and t.shape[1] % 8 == 0
+        and t.stride(0) % 8 == 0
+        and t.stride(0) >= t.shape[1]
+        and t.stride(1) == 1
+        for t in tensors
+    )
+
+
+def has_descriptors(device: torch.device) -> bool:
+    """Whether the device loads tiles by descriptor in hardware (TMA: compute capability 9.0 and later)."""
+    if _recording is not None:
+        backend, chip, _ = TARGETS[_recording.target]
+        return backend == "cuda" and chip >= 90
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config, **constants: Any
+):
+    """Run `kernel` over `grid`, on the device of its tensors.
+
+    Floating-point contraction is on, explicitly: its default changes in Triton 3.10.
+    """
+    if _recording is not None:
+        _recording.add(kernel, arguments, config, constants)
+        return
+    device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel[grid](
+            **arguments,
+            **constants,
+            **config.blocks,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+
+
+class _Recording:
+    """The variants that launches ask for while it is in force, each once."""
+
+    def __init__(self, op: str, target: str) -> None:
+        self.op, self.target = op, target
+        self.variants: dict[tuple, Variant] = {}
+
+    def add(self, kernel: Any, arguments: Mapping[str, Any], config: Config, constants: dict) -> None:
+        constants = {**constants, **config.blocks}
+        signature, aligned = {}, set()
+        for name, value in arguments.items():
+            if value is None:  # Triton compiles a missing pointer as a constant
+                constants[name] = None
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + TYPE_NAMES[value.dtype]
+                aligned.add(name)
+            elif isinstance(value, TensorDescriptor):
+                signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+        dot = None
+        if "PRECISION" in constants:
+            dot = "fma" if constants["PRECISION"] == "ieee" else "tensor_core"
+        variant = Variant(
+            op=self.op,
+            name=_variant_name(kernel, signature, constants, config),
+            kernel=kernel,
+            signature=signature,
+            constants=constants,
+            aligned=frozenset(aligned),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            dot=dot,
+        )
+        self.variants.setdefault(variant.key(), variant)
+
+
+_recording: _Recording | None = None
+
+
+@contextlib.contextmanager
+def recording(op: str, target: str) -> Iterator[dict[tuple, Variant]]:
+    """Within it launches compile and run nothing: they are noted, as they would be on `target`.
+
+    So the list of what can be compiled is made by the code that launches, on meta tensors, and cannot drift
+    from it.
+    """
+    global _recording
+    outer, _recording = _recording, _Recording(op, target)
+    try:
+        yield _recording.variants
+    finally:
+        _recording = outer
+
+
+def _variant_name(kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], config: Config):
+    """As in `gated_linear_fwd-bf16.fp32-64x128x64-aligned-descriptors`: distinct for distinct variants."""
+    types = [re.sub(r"\*|tensordesc<|\[.*", "", t) for t in signature.values() if t not in ("i32", "fp32")]
+    flags = [
+        f"{name.lower()}" if value is True else f"{name.lower()}_{value}"
+        for name, value in constants.items()
+        if name not in config.blocks and value not in (False, None)
+    ]
+    parts = [kernel.__name__.strip("_").removesuffix("_kernel"), ".".join(types), str(config), *flags]
+    return "-".join(parts)

@@ -1,0 +1,813 @@
+"""Linear projection whose input dimensions are scaled by a learned gate: `y = (x * g) W^T + b`.
+
+x [..., K], W [N, K], g [K], b [N]; M is the number of rows of x (Zhu, Tang, Han, arXiv 2104.08500).
+
+The gate stands on the weight side, `(x * g) W^T = x (W diag g)^T`. With `G = dY^T X`, the weight gradient
+that a plain linear computes anyway:
+
+    dX = dY (W diag g)    dW = G diag g    dg[k] = sum_n G[n, k] W[n, k] + l1 sign(g[k])    db = sum_m dY[m]
+
+so the gate costs no pass over an M x K activation. The penalty `l1 * sum |g|` enters as its subgradient.
+Two cases are cheaper on the activation side, where `E = dY W` gives `dX = E diag g` and
+`dg[k] = sum_m E[m, k] X[m, k] + l1 sign(g[k])`: fewer rows than outputs (M < N, one image), and a frozen
+weight, which then needs no G at all.
+
+Numbers: products are accumulated in float32; `W diag g` is formed in float32 and rounded once, to the dtype
+of x. Saved for backward: x, W and g. The folded weight `W diag g` is saved too where x is bfloat16 or float16
+and W float32, because a plain linear keeps its cast copy of W there just the same; where the dtypes are equal
+it would be memory that a plain linear does not hold, and it is made again.
+
+Deterministic: every sum over rows or columns is made in two stages of fixed order; there are no atomics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vtp_kernels import _triton
+from vtp_kernels._library import LIBRARY, autocast_is_on, define
+from vtp_kernels._triton import Config, TensorDescriptor, Variant, launch, tl, triton
+
+# ------------------------------------------------------------------------------------------------ reference
+
+
+def gated_linear_ref(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The definition, for autograd to differentiate: `(x * gate) @ weight.T + bias`, all of one dtype."""
+    return F.linear(x * gate, weight, bias)
+
+
+# -------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _grouped_tile(i_program, rows, columns, GROUP: tl.constexpr):
+    """Tile (row, column) of a program: GROUP rows of tiles at a time, so that their operands stay in L2."""
+    per_group = GROUP * columns
+    first = i_program // per_group * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    within = i_program % per_group
+    return first + within % height, within // height
+
+
+@triton.jit
+def _load_tile(
+    source, o_row, o_column, rows, columns, stride, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
+):
+    """source[o_row, o_column], 0 beyond the masked edges."""
+    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
+    if MASK_ROWS and MASK_COLUMNS:
+        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] < columns), other=0.0)
+    if MASK_ROWS:
+        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] >= 0), other=0.0)
+    if MASK_COLUMNS:
+        return tl.load(p_tile, mask=(o_column[None, :] < columns) & (o_row[:, None] >= 0), other=0.0)
+    return tl.load(p_tile)
+
+
+@triton.jit
+def _fwd_step(
+    acc, x, weight, gate, o_m, o_n, i_m, i_n, k, M, N, K, stride_x, stride_w,
+    BLOCK_K: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    o_k = k + tl.arange(0, BLOCK_K)
+    if DESCRIPTORS:  # tiles are clipped, and filled with 0, by the hardware
+        b_x = x.load([i_m, k])
+        b_w = weight.load([i_n, k])
+        b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0)
+    else:
+        b_x = _load_tile(x, o_m, o_k, M, K, stride_x, False, TAIL)
+        b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, False, TAIL)
+        b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0) if TAIL else tl.load(gate + o_k)
+    b_folded = (b_w.to(tl.float32) * b_g.to(tl.float32)[None, :]).to(b_x.dtype)
+    return tl.dot(b_x, tl.trans(b_folded), acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["M", "N", "K", "stride_x", "stride_w"])
+def _gated_linear_fwd_kernel(
+    x, weight, gate, bias, y, M, N, K, stride_x, stride_w,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = x (W diag g)^T + b, one [BLOCK_M, BLOCK_N] tile; the W tile is scaled on chip."""
+    if ALIGNED:  # tells the compiler that rows start at 16 bytes: `multiple_of` has no effect on arguments
+        N, K, stride_x, stride_w = N // 8 * 8, K // 8 * 8, stride_x // 8 * 8, stride_w // 8 * 8
+    i_m, i_n = _grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
+    i_m, i_n = i_m * BLOCK_M, i_n * BLOCK_N
+    o_m, o_n = i_m + tl.arange(0, BLOCK_M), i_n + tl.arange(0, BLOCK_N)
+    # Rows beyond the end read the last row again and are dropped at the store: no mask in the loop.
+    r_m, r_n = tl.minimum(o_m, M - 1), tl.minimum(o_n, N - 1)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    full = tl.cdiv(K, BLOCK_K) * BLOCK_K if DESCRIPTORS else K // BLOCK_K * BLOCK_K
+    for k in range(0, full, BLOCK_K):
+        acc = _fwd_step(acc, x, weight, gate, r_m, r_n, i_m, i_n, k, M, N, K, stride_x, stride_w,
+                        BLOCK_K, False, DESCRIPTORS, PRECISION)  # fmt: skip
+    if full < K:
+        acc = _fwd_step(acc, x, weight, gate, r_m, r_n, i_m, i_n, full, M, N, K, stride_x, stride_w,
+                        BLOCK_K, True, DESCRIPTORS, PRECISION)  # fmt: skip
+    if HAS_BIAS:
+        acc += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+    m_y = (o_m[:, None] < M) & (o_n[None, :] < N)
+    p_y = y + o_m[:, None].to(tl.int64) * N + o_n[None, :]
+    tl.store(p_y, acc.to(y.dtype.element_ty), mask=m_y)
+
+
+@triton.jit
+def _dx_step(
+    acc, dy, weight, o_m, o_k, i_m, i_k, n, M, N, K, stride_dy, stride_w,
+    BLOCK_N: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    if DESCRIPTORS:
+        b_dy = dy.load([i_m, n])
+        b_w = weight.load([n, i_k])
+    else:
+        o_n = n + tl.arange(0, BLOCK_N)
+        b_dy = _load_tile(dy, o_m, o_n, M, N, stride_dy, False, TAIL)
+        b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, TAIL, True)
+    return tl.dot(b_dy, b_w.to(b_dy.dtype), acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["M", "N", "K", "stride_dy", "stride_w", "stride_x"])
+def _gated_linear_dx_kernel(
+    dy, weight, gate, x, dx, partial, M, N, K, stride_dy, stride_w, stride_x,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GATE_GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """E = dY W, one [BLOCK_M, BLOCK_K] tile; dX = E diag g and, if asked, this tile's sum_m E[m, k] X[m, k].
+
+    The gate scales columns of the result, so it is applied once, to the accumulator, not to every W tile.
+    """
+    if ALIGNED:
+        N, K = N // 8 * 8, K // 8 * 8
+        stride_dy, stride_w, stride_x = stride_dy // 8 * 8, stride_w // 8 * 8, stride_x // 8 * 8
+    t_m, i_k = _grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), 8)
+    i_m, i_k = t_m * BLOCK_M, i_k * BLOCK_K
+    o_m, o_k = i_m + tl.arange(0, BLOCK_M), i_k + tl.arange(0, BLOCK_K)
+    r_m = tl.minimum(o_m, M - 1)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    full = tl.cdiv(N, BLOCK_N) * BLOCK_N if DESCRIPTORS else N // BLOCK_N * BLOCK_N
+    for n in range(0, full, BLOCK_N):
+        acc = _dx_step(acc, dy, weight, r_m, o_k, i_m, i_k, n, M, N, K, stride_dy, stride_w,
+                       BLOCK_N, False, DESCRIPTORS, PRECISION)  # fmt: skip
+    if full < N:
+        acc = _dx_step(acc, dy, weight, r_m, o_k, i_m, i_k, full, M, N, K, stride_dy, stride_w,
+                       BLOCK_N, True, DESCRIPTORS, PRECISION)  # fmt: skip
+    m_tile = (o_m[:, None] < M) & (o_k[None, :] < K)
+    if GATE_GRADIENT:
+        # x is 0 beyond the last row, so the repeated rows of the accumulator add nothing.
+        b_x = _load_tile(x, o_m, o_k, M, K, stride_x, True, True).to(tl.float32)
+        tl.store(partial + t_m.to(tl.int64) * K + o_k, tl.sum(acc * b_x, axis=0), mask=o_k < K)
+    b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+    p_dx = dx + o_m[:, None].to(tl.int64) * K + o_k[None, :]
+    tl.store(p_dx, (acc * b_g[None, :]).to(dx.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def _dw_step(
+    acc, dy, x, o_n, o_k, i_n, i_k, m, M, N, K, stride_dy, stride_x,
+    BLOCK_M: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    if DESCRIPTORS:
+        b_dy = dy.load([m, i_n])
+        b_x = x.load([m, i_k])
+    else:
+        o_m = m + tl.arange(0, BLOCK_M)
+        b_dy = _load_tile(dy, o_m, o_n, M, N, stride_dy, TAIL, True)
+        b_x = _load_tile(x, o_m, o_k, M, K, stride_x, TAIL, True)
+    return tl.dot(tl.trans(b_dy), b_x, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["M", "N", "K", "rows_per_split", "stride_dy", "stride_x", "stride_w"])
+def _gated_linear_dw_kernel(
+    dy, x, weight, gate, product, dw, partial, M, N, K, rows_per_split, stride_dy, stride_x, stride_w,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, GATE_GRADIENT: tl.constexpr,
+    ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """G = dY^T X, one [BLOCK_N, BLOCK_K] tile; dW = G diag g and this tile's sum_n G[n, k] W[n, k].
+
+    With SPLIT the rows are shared among programs: each writes its share of G, [splits, N, K] float32, and
+    `_unfold_kernel` finishes.
+    """
+    if ALIGNED:
+        N, K = N // 8 * 8, K // 8 * 8
+        stride_dy, stride_x, stride_w = stride_dy // 8 * 8, stride_x // 8 * 8, stride_w // 8 * 8
+    t_n, i_k = _grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), 8)
+    i_n, i_k = t_n * BLOCK_N, i_k * BLOCK_K
+    o_n, o_k = i_n + tl.arange(0, BLOCK_N), i_k + tl.arange(0, BLOCK_K)
+    i_split = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(1) * rows_per_split  # a multiple of BLOCK_M
+    stop = tl.minimum(M, start + rows_per_split)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    full = stop if DESCRIPTORS else start + (stop - start) // BLOCK_M * BLOCK_M
+    for m in range(start, full, BLOCK_M):
+        acc = _dw_step(acc, dy, x, o_n, o_k, i_n, i_k, m, M, N, K, stride_dy, stride_x,
+                       BLOCK_M, False, DESCRIPTORS, PRECISION)  # fmt: skip
+    if full < stop:
+        acc = _dw_step(acc, dy, x, o_n, o_k, i_n, i_k, full, M, N, K, stride_dy, stride_x,
+                       BLOCK_M, True, DESCRIPTORS, PRECISION)  # fmt: skip
+    m_tile = (o_n[:, None] < N) & (o_k[None, :] < K)
+    o_tile = o_n[:, None].to(tl.int64) * K + o_k[None, :]
+    if SPLIT:
+        tl.store(product + i_split * N * K + o_tile, acc, mask=m_tile)
+    else:
+        if GATE_GRADIENT:
+            b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)
+            tl.store(partial + t_n.to(tl.int64) * K + o_k, tl.sum(acc * b_w, axis=0), mask=o_k < K)
+        if WEIGHT_GRADIENT:
+            b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+            tl.store(dw + o_tile, (acc * b_g[None, :]).to(dw.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit(do_not_specialize=["N", "K", "stride_w"])
+def _fold_kernel(
+    weight, gate, folded, N, K, stride_w,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """folded = W diag g in the dtype of the activations: the cast that mixed precision makes anyway."""
+    if ALIGNED:
+        K, stride_w = K // 8 * 8, stride_w // 8 * 8
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)
+    b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+    p_folded = folded + o_n[:, None].to(tl.int64) * K + o_k[None, :]
+    m_folded = (o_n[:, None] < N) & (o_k[None, :] < K)
+    tl.store(p_folded, (b_w * b_g[None, :]).to(folded.dtype.element_ty), mask=m_folded)
+
+
+@triton.jit(do_not_specialize=["splits", "N", "K", "rows_per_program", "stride_w"])
+def _unfold_kernel(
+    product, weight, folded, gate, dw, partial, splits, N, K, rows_per_program, stride_w,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FOLDED: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr, GATE_GRADIENT: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """From G, given as [splits, N, K] summands: dW = G diag g and each program's sum_n G[n, k] W[n, k].
+
+    With FOLDED the 16-bit `W diag g` of the forward pass is read in place of the float32 W, half the bytes,
+    and divided by g at the end; columns whose gate is too small to divide by read W itself.
+    """
+    if ALIGNED:
+        K, stride_w = K // 8 * 8, stride_w // 8 * 8
+    i_n, i_k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_K
+    o_k = i_k + tl.arange(0, BLOCK_K)
+    m_k = o_k < K
+    b_g = tl.load(gate + o_k, mask=m_k, other=0.0).to(tl.float32)
+    divide = tl.abs(b_g) > 0.015625
+    b_dg = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    first = tl.program_id(0) * rows_per_program
+    for n in range(first, tl.minimum(N, first + rows_per_program), BLOCK_N):
+        o_n = n + tl.arange(0, BLOCK_N)
+        m_tile = (o_n[:, None] < N) & m_k[None, :]
+        o_tile = o_n[:, None].to(tl.int64) * K + o_k[None, :]
+        b_product = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+        for split in range(0, splits):
+            p_product = product + tl.cast(split, tl.int64) * N * K + o_tile
+            b_product += tl.load(p_product, mask=m_tile, other=0.0).to(tl.float32)
+        if GATE_GRADIENT:
+            p_w = weight + o_n[:, None].to(tl.int64) * stride_w + o_k[None, :]
+            if FOLDED:
+                b_w = tl.load(p_w, mask=m_tile & (divide == 0)[None, :], other=0.0).to(tl.float32)
+                b_folded = tl.load(folded + o_tile, mask=m_tile & divide[None, :], other=0.0).to(tl.float32)
+                b_dg += tl.sum(b_product * (b_w + b_folded), axis=0)
+            else:
+                b_w = tl.load(p_w, mask=m_tile, other=0.0).to(tl.float32)
+                b_dg += tl.sum(b_product * b_w, axis=0)
+        if WEIGHT_GRADIENT:
+            tl.store(dw + o_tile, (b_product * b_g[None, :]).to(dw.dtype.element_ty), mask=m_tile)
+    if GATE_GRADIENT:
+        if FOLDED:
+            b_dg = tl.where(divide, b_dg / tl.where(divide, b_g, 1.0), b_dg)
+        tl.store(partial + i_n * K + o_k, b_dg, mask=m_k)
+
+
+@triton.jit(do_not_specialize=["rows", "K", "l1"])
+def _gate_gradient_kernel(partial, gate, dg, rows, K, l1, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Second stage: dg = sum of the `rows` partial sums + l1 sign(g)."""
+    o_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_k = o_k < K
+    acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    for row in range(0, rows, BLOCK_R):
+        o_r = row + tl.arange(0, BLOCK_R)
+        acc += _load_tile(partial, o_r, o_k, rows, K, K, True, True)
+    b_g = tl.load(gate + o_k, mask=m_k, other=0.0).to(tl.float32)
+    sign = tl.where(b_g > 0, 1.0, 0.0) - tl.where(b_g < 0, 1.0, 0.0)
+    tl.store(dg + o_k, (tl.sum(acc, axis=0) + l1 * sign).to(dg.dtype.element_ty), mask=m_k)
+
+
+# --------------------------------------------------------------------------------------------------- tables
+
+
+def _config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
+    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, num_warps, num_stages)
+
+
+# Tiles [BLOCK_M, BLOCK_N, BLOCK_K], warps and stages, by kernel and by what its operands are: 16-bit, 16-bit
+# with a float32 weight, float32 on tensor cores (TF32), float32 without (IEEE). Nothing here knows the batch size.
+_TILES = {
+    ("fwd", "16"): _config(64, 128, 64, 4, 3),
+    ("fwd", "16/32"): _config(64, 128, 32, 4, 3),
+    ("fwd", "tf32"): _config(64, 64, 32, 4, 3),
+    ("fwd", "ieee"): _config(32, 64, 16, 4, 3),
+    ("dx", "16"): _config(64, 64, 128, 4, 3),
+    ("dx", "16/32"): _config(64, 32, 128, 4, 3),
+    ("dx", "tf32"): _config(64, 32, 64, 4, 3),
+    ("dx", "ieee"): _config(32, 16, 64, 4, 3),
+    ("dw", "16"): _config(64, 64, 128, 4, 3),
+    ("dw", "16/32"): _config(64, 64, 128, 4, 3),
+    ("dw", "tf32"): _config(32, 64, 64, 4, 3),
+    ("dw", "ieee"): _config(16, 64, 64, 4, 3),
+}
+# Rows that do not start at 16 bytes are loaded element by element; smaller tiles keep addresses in registers.
+_UNALIGNED_TILES = {
+    ("fwd", "16"): _config(64, 64, 32, 4, 3),
+    ("fwd", "16/32"): _config(64, 64, 32, 4, 3),
+    ("fwd", "tf32"): _config(64, 64, 32, 4, 3),
+    ("fwd", "ieee"): _config(32, 32, 16, 4, 3),
+    ("dx", "16"): _config(64, 32, 64, 4, 3),
+    ("dx", "16/32"): _config(64, 32, 64, 4, 3),
+    ("dx", "tf32"): _config(64, 32, 64, 4, 3),
+    ("dx", "ieee"): _config(32, 16, 32, 4, 3),
+    ("dw", "16"): _config(32, 64, 64, 4, 3),
+    ("dw", "16/32"): _config(32, 64, 64, 4, 3),
+    ("dw", "tf32"): _config(32, 64, 64, 4, 3),
+    ("dw", "ieee"): _config(16, 32, 64, 4, 3),
+}
+_FOLD = Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=4, num_stages=1)
+_UNFOLD = Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=4, num_stages=1)
+_UNFOLD_ROWS = 128  # of W per program: one partial sum of a column for each
+_GATE_GRADIENT = Config({"BLOCK_R": 16, "BLOCK_K": 64}, num_warps=4, num_stages=1)
+
+# Rows of x up to which a product runs in the fused kernel; with more, it is the vendor's GEMM with N x K
+# kernels around it. Predicted, not measured: to make W diag g takes about 8 bytes of traffic per weight, the
+# fused GEMM perhaps a fifth more time for its 2 M flop per weight. On an H100 (990 TFLOP/s, 3.35 TB/s)
+# the two are equal at M = 5,900 in 16 bits, on an A100 (312, 2.0) at 3,100; in float32 without tensor cores
+# (A100: 19.5) at 200.
+_FUSED_ROWS = {2: 3072, 4: 256}
+
+# Programs that fill a large GPU (132 multiprocessors of an H100, two on each). With fewer tiles of dW than
+# this, the rows are split among several programs for each tile.
+_FULL_GPU = 264
+
+
+def _on_activation_side(M: int, N: int, need_x: bool, need_weight: bool, need_gate: bool) -> bool:
+    """Whether the gate's gradient comes from `dY W` (M x K) rather than from `dY^T X` (N x K)."""
+    return need_gate and need_x and (not need_weight or M < N)
+
+
+# ------------------------------------------------------------------------------------------------- launchers
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K] with contiguous rows that do not overlap; a copy only where it must be."""
+    x = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(math.prod(x.shape[:-1]), 0)
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _layout(*operands: Tensor) -> dict[str, bool | str]:
+    """The constexprs that follow from where the operands lie and from their dtype."""
+    aligned = _triton.is_aligned(*operands)
+    ieee = operands[0].dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return {
+        "ALIGNED": aligned,
+        "DESCRIPTORS": aligned and _triton.has_descriptors(operands[0].device),
+        "PRECISION": "ieee" if ieee else "tf32",
+    }
+
+
+def _tiles(kernel: str, activation: Tensor, weight: Tensor, layout: dict) -> Config:
+    if activation.element_size() == 2:
+        operands = "16" if weight.element_size() == 2 else "16/32"
+    else:
+        operands = layout["PRECISION"]
+    return (_TILES if layout["ALIGNED"] else _UNALIGNED_TILES)[kernel, operands]
+
+
+def _tile(source: Tensor, rows: int, columns: int, layout: dict):
+    """What a kernel loads tiles from: a descriptor, or the pointer."""
+    return TensorDescriptor.from_tensor(source, [rows, columns]) if layout["DESCRIPTORS"] else source
+
+
+def _launch_fwd(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
+    (M, K), N = x.shape, weight.shape[0]
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    layout = _layout(x, weight)
+    config = _tiles("fwd", x, weight, layout)
+    block_m, block_n, block_k = config.blocks.values()
+    launch(
+        _gated_linear_fwd_kernel,
+        (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),),
+        dict(
+            x=_tile(x, block_m, block_k, layout), weight=_tile(weight, block_n, block_k, layout),
+            gate=gate, bias=bias, y=y, M=M, N=N, K=K, stride_x=x.stride(0), stride_w=weight.stride(0),
+        ),
+        config,
+        HAS_BIAS=bias is not None,
+        **layout,
+    )  # fmt: skip
+    return y
+
+
+def _launch_dx(dy: Tensor, weight: Tensor, gate: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """dX [M, K], and from x the partial sums [tiles, K] of the gate's gradient."""
+    (M, N), K = dy.shape, weight.shape[1]
+    layout = _layout(dy, weight, *(() if x is None else (x,)))
+    config = _tiles("dx", dy, weight, layout)
+    block_m, block_n, block_k = config.blocks.values()
+    dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
+    tiles = triton.cdiv(M, block_m)
+    partial = None if x is None else torch.empty((tiles, K), dtype=torch.float32, device=dy.device)
+    launch(
+        _gated_linear_dx_kernel,
+        (tiles * triton.cdiv(K, block_k),),
+        dict(
+            dy=_tile(dy, block_m, block_n, layout), weight=_tile(weight, block_n, block_k, layout),
+            gate=gate, x=x, dx=dx, partial=partial, M=M, N=N, K=K,
+            stride_dy=dy.stride(0), stride_w=weight.stride(0), stride_x=0 if x is None else x.stride(0),
+        ),
+        config,
+        GATE_GRADIENT=x is not None,
+        **layout,
+    )  # fmt: skip
+    return dx, partial
+
+
+def _launch_dw(
+    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor, need_weight: bool, need_gate: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dW [N, K] in the dtype of W, and partial sums [tiles, K] of the gate's gradient; either may be None."""
+    (M, N), K = dy.shape, x.shape[1]
+    layout = _layout(dy, x, weight)
+    config = _tiles("dw", dy, weight, layout)
+    block_m, block_n, block_k = config.blocks.values()
+    tiles_n = triton.cdiv(N, block_n)
+    tiles = tiles_n * triton.cdiv(K, block_k)
+    # At least eight blocks of rows for each split, or the second stage costs more than it gains.
+    splits = max(1, min(triton.cdiv(_FULL_GPU, tiles), M // (8 * block_m)))
+    rows_per_split = triton.cdiv(triton.cdiv(M, splits), block_m) * block_m
+    splits = triton.cdiv(M, rows_per_split)
+
+    def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=dy.device) if wanted else None
+
+    split = splits > 1
+    product = empty(split, splits, N, K)
+    dw = empty(need_weight and not split, N, K, dtype=weight.dtype)
+    partial = empty(need_gate and not split, tiles_n, K)
+    launch(
+        _gated_linear_dw_kernel,
+        (tiles, splits),
+        dict(
+            dy=_tile(dy, block_m, block_n, layout), x=_tile(x, block_m, block_k, layout),
+            weight=None if split else weight, gate=None if split else gate,
+            product=product, dw=dw, partial=partial, M=M, N=N, K=K, rows_per_split=rows_per_split,
+            stride_dy=dy.stride(0), stride_x=x.stride(0), stride_w=weight.stride(0),
+        ),
+        config,
+        SPLIT=split,
+        WEIGHT_GRADIENT=need_weight and not split,
+        GATE_GRADIENT=need_gate and not split,
+        **layout,
+    )  # fmt: skip
+    if split:
+        return _launch_unfold(product, weight, None, gate, need_weight, need_gate)
+    return dw, partial
+
+
+def _launch_fold(weight: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    N, K = weight.shape
+    folded = torch.empty((N, K), dtype=dtype, device=weight.device)
+    grid = (triton.cdiv(N, _FOLD.blocks["BLOCK_N"]), triton.cdiv(K, _FOLD.blocks["BLOCK_K"]))
+    arguments = dict(weight=weight, gate=gate, folded=folded, N=N, K=K, stride_w=weight.stride(0))
+    launch(_fold_kernel, grid, arguments, _FOLD, ALIGNED=_triton.is_aligned(weight))
+    return folded
+
+
+def _launch_unfold(
+    product: Tensor, weight: Tensor, folded: Tensor | None, gate: Tensor, need_weight: bool, need_gate: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """From `product` [splits, N, K], summands of dY^T X: dW and partial sums as `_launch_dw` returns them."""
+    splits, N, K = product.shape
+    programs = triton.cdiv(N, _UNFOLD_ROWS)
+    device = product.device
+    dw = torch.empty((N, K), dtype=weight.dtype, device=device) if need_weight else None
+    partial = torch.empty((programs, K), dtype=torch.float32, device=device) if need_gate else None
+    launch(
+        _unfold_kernel,
+        (programs, triton.cdiv(K, _UNFOLD.blocks["BLOCK_K"])),
+        dict(
+            product=product, weight=weight, folded=folded, gate=gate, dw=dw, partial=partial,
+            splits=splits, N=N, K=K, rows_per_program=_UNFOLD_ROWS, stride_w=weight.stride(0),
+        ),
+        _UNFOLD,
+        FOLDED=folded is not None,
+        WEIGHT_GRADIENT=need_weight,
+        GATE_GRADIENT=need_gate,
+        ALIGNED=_triton.is_aligned(weight),
+    )  # fmt: skip
+    return dw, partial
+
+
+def _launch_gate_gradient(partial: Tensor, gate: Tensor, l1: float) -> Tensor:
+    rows, K = partial.shape
+    dg = torch.empty_like(gate)
+    grid = (triton.cdiv(K, _GATE_GRADIENT.blocks["BLOCK_K"]),)
+    arguments = dict(partial=partial, gate=gate, dg=dg, rows=rows, K=K, l1=float(l1))
+    launch(_gate_gradient_kernel, grid, arguments, _GATE_GRADIENT)
+    return dg
+
+
+def _forward_triton(
+    x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None, l1: float, keep_folded: bool
+) -> tuple[Tensor, Tensor]:
+    N, K = weight.shape
+    rows, weight, gate = _rows(x), _rows(weight), gate.contiguous()
+    if 0 in (len(rows), N, K) or x.dtype == torch.float64:
+        return _forward_plain(x, weight, gate, bias, l1, keep_folded)
+    if not keep_folded and len(rows) <= _FUSED_ROWS[x.element_size()]:
+        folded = x.new_empty(0)
+        y = _launch_fwd(rows, weight, gate, None if bias is None else bias.contiguous())
+    else:
+        folded = _launch_fold(weight, gate, x.dtype)
+        y = F.linear(rows, folded, None if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:-1], N), folded if keep_folded else x.new_empty(0)
+
+
+def _backward_triton(
+    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor, folded: Tensor | None,
+    bias_dtype: torch.dtype | None, l1: float, need_x: bool, need_weight: bool, need_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    N, K = weight.shape
+    if 0 in (dy.numel(), K) or x.dtype == torch.float64:
+        return _backward_plain(dy, x, weight, gate, folded, bias_dtype, l1, need_x, need_weight, need_gate)
+    shape = x.shape
+    dy, x, weight, gate = _rows(dy), _rows(x), _rows(weight), gate.contiguous()
+    M = len(dy)
+    few_rows = _FUSED_ROWS[x.element_size()] >= M
+    dx = dw = dg = partial = None
+    if _on_activation_side(M, N, need_x, need_weight, need_gate):
+        dx, partial = _launch_dx(dy, weight, gate, x)
+        need_gate = False
+    elif need_x and folded is None and few_rows:
+        dx, _ = _launch_dx(dy, weight, gate, None)
+    elif need_x:
+        dx = dy @ (_launch_fold(weight, gate, dy.dtype) if folded is None else folded)
+    if (need_weight or need_gate) and few_rows:
+        dw, from_weight = _launch_dw(dy, x, weight, gate, need_weight, need_gate)
+    elif need_weight or need_gate:
+        product = (dy.t() @ x).unsqueeze(0)
+        dw, from_weight = _launch_unfold(product, weight, folded, gate, need_weight, need_gate)
+    if need_gate:
+        partial = from_weight
+    if partial is not None:
+        dg = _launch_gate_gradient(partial, gate, l1)
+    db = None if bias_dtype is None else dy.sum(0, dtype=torch.float32).to(bias_dtype)
+    return tuple(x.new_empty(0) if t is None else t for t in (_shaped(dx, shape), dw, dg, db))
+
+
+def _shaped(dx: Tensor | None, shape: torch.Size) -> Tensor | None:
+    return None if dx is None else dx.view(shape)
+
+
+def variants(target: str) -> Iterator[Variant]:
+    """Every compilation that the launchers above can ask for on `target`, for `vtp_kernels.aot`.
+
+    A view that starts off a 16-byte boundary is compiled when it is met; all other cases are here.
+    """
+    half = [(x, w) for x in (torch.bfloat16, torch.float16) for w in (x, torch.float32)]
+    cases = [(*pair, "highest") for pair in half]
+    cases += [(torch.float32, torch.float32, precision) for precision in ("highest", "high")]
+    before = torch.get_float32_matmul_precision()
+    try:
+        with _triton.recording("gated_linear", target) as found:
+            for x_dtype, weight_dtype, precision in cases:
+                torch.set_float32_matmul_precision(precision)
+                for width in (768, 461):
+                    _record(x_dtype, weight_dtype, width)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    yield from found.values()
+
+
+def _record(x_dtype: torch.dtype, weight_dtype: torch.dtype, width: int) -> None:
+    """Ask for all that x and W of these dtypes can lead to, at few and at many rows."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weight, gate = empty(width, width, dtype=weight_dtype), empty(width, dtype=torch.float32)
+    for M in (64, 1024, 65536):
+        x = empty(M, width, dtype=x_dtype)
+        for bias in (None, gate.to(weight_dtype)):
+            for keep_folded in (False, True):
+                _forward_triton(x, weight, gate, bias, 0.0, keep_folded)
+        for folded in (None, empty(width, width, dtype=x_dtype)) if x_dtype != weight_dtype else (None,):
+            for needs in [(n & 1, n & 2, n & 4) for n in range(1, 8)]:
+                _backward_triton(x, x, weight, gate, folded, None, 0.0, *map(bool, needs))
+
+
+# ---------------------------------------------------------------------------------- plain PyTorch, any device
+
+
+# Rows whose products are formed at once: the temporaries stay in cache and the peak of memory where it was.
+_CHUNK = 128
+
+
+def _scaled(matrix: Tensor, gate: Tensor, out: Tensor) -> Tensor:
+    """`matrix * gate` rounded once, into `out` (which may be `matrix`)."""
+    if matrix.dtype == out.dtype == gate.dtype:
+        return torch.mul(matrix, gate, out=out)
+    for source, target in zip(matrix.split(_CHUNK), out.split(_CHUNK), strict=True):
+        target.copy_(source * gate)
+    return out
+
+
+def _column_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`sum_i a[i, k] b[i, k]`, [K], in `dtype`."""
+    total = torch.zeros(a.shape[1], dtype=dtype, device=a.device)
+    for a_rows, b_rows in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True):
+        total += (a_rows.to(dtype) * b_rows.to(dtype)).sum(0)
+    return total
+
+
+def _fold(weight: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    return _scaled(weight, gate, torch.empty(weight.shape, dtype=dtype, device=weight.device))
+
+
+def _forward_plain(
+    x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None, l1: float, keep_folded: bool
+) -> tuple[Tensor, Tensor]:
+    bias = None if bias is None else bias.to(x.dtype)
+    few_rows = math.prod(x.shape[:-1]) < len(weight)
+    if few_rows and not keep_folded and x.dtype == weight.dtype:
+        return F.linear((x * gate).to(x.dtype), weight, bias).contiguous(), x.new_empty(0)
+    folded = _fold(weight, gate, x.dtype)
+    return F.linear(x, folded, bias).contiguous(), folded if keep_folded else x.new_empty(0)
+
+
+def _backward_plain(
+    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor, folded: Tensor | None,
+    bias_dtype: torch.dtype | None, l1: float, need_x: bool, need_weight: bool, need_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shape, accumulate = x.shape, torch.promote_types(x.dtype, torch.float32)
+    dy, x = _rows(dy), _rows(x)
+    dx = dw = dg = None
+    # dX first: its folded weight is gone before dW is made, so the peak of memory is a plain linear's.
+    if _on_activation_side(len(dy), len(weight), need_x, need_weight, need_gate):
+        dx = dy @ weight.to(dy.dtype)
+        dg = _column_products(dx, x, accumulate)
+        _scaled(dx, gate, out=dx)
+    elif need_x:
+        dx = dy @ (_fold(weight, gate, dy.dtype) if folded is None else folded)
+    if need_weight or (need_gate and dg is None):
+        product = dy.t() @ x
+        if need_gate and dg is None:
+            dg = _column_products(product, weight, accumulate)
+        if need_weight:
+            same = product.dtype == weight.dtype
+            dw = _scaled(
+                product, gate, out=product if same else torch.empty_like(product, dtype=weight.dtype)
+            )
+    if dg is not None:
+        dg = dg.add_(gate.sign(), alpha=l1).to(gate.dtype)
+    db = None if bias_dtype is None else dy.sum(0, dtype=accumulate).to(bias_dtype)
+    return tuple(x.new_empty(0) if t is None else t for t in (_shaped(dx, shape), dw, dg, db))
+
+
+# ---------------------------------------------------------------------------------------------- registration
+
+
+def _forward_fake(x, weight, gate, bias, l1, keep_folded):
+    folded = x.new_empty(weight.shape) if keep_folded else x.new_empty(0)
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), folded
+
+
+def _backward_fake(dy, x, weight, gate, folded, bias_dtype, l1, need_x, need_weight, need_gate):
+    dx = x.new_empty(x.shape) if need_x else x.new_empty(0)
+    dw = weight.new_empty(weight.shape) if need_weight else x.new_empty(0)
+    dg = gate.new_empty(gate.shape) if need_gate else x.new_empty(0)
+    db = x.new_empty(0) if bias_dtype is None else x.new_empty(weight.shape[0], dtype=bias_dtype)
+    return dx, dw, dg, db
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, gate, bias, l1, keep_folded = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, gate, output[1] if keep_folded else None)
+    ctx.l1 = l1
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, dy, _):
+    if dy is None:
+        return None, None, None, None, None, None
+    needs = ctx.needs_input_grad[:4]
+    bias_dtype = ctx.bias_dtype if needs[3] else None
+    gradients = torch.ops.vtp.gated_linear_backward(dy, *ctx.saved_tensors, bias_dtype, ctx.l1, *needs[:3])
+    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None
+
+
+define(
+    "gated_linear(Tensor x, Tensor weight, Tensor gate, Tensor? bias, float l1, bool keep_folded)"
+    " -> (Tensor, Tensor)",
+    plain=_forward_plain,
+    triton=_forward_triton,
+    fake=_forward_fake,
+)
+define(
+    "gated_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor gate, Tensor? folded,"
+    " ScalarType? bias_dtype, float l1, bool need_x, bool need_weight, bool need_gate)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    plain=_backward_plain,
+    triton=_backward_triton,
+    fake=_backward_fake,
+)
+torch.library.register_autograd("vtp::gated_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+@register_flop_formula(torch.ops.vtp.gated_linear)
+def _forward_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.vtp.gated_linear_backward)
+def _backward_flops(
+    dy_shape, x_shape, weight_shape, gate_shape, folded_shape, bias_dtype, l1, need_x, need_weight, need_gate,
+    out_shape=None, **_,
+) -> int:  # fmt: skip
+    activation_side = _on_activation_side(
+        math.prod(x_shape[:-1]), weight_shape[0], need_x, need_weight, need_gate
+    )
+    products = int(need_x) + int(need_weight or (need_gate and not activation_side))
+    return products * 2 * math.prod(x_shape) * weight_shape[0]
+
+
+# ------------------------------------------------------------------------------------------- public function
+
+
+def gated_linear(
+    x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None = None, *, l1: float = 0.0
+) -> Tensor:
+    """`y = (x * gate) @ weight.T + bias` at the cost of a plain linear, forward and backward.
+
+    Args:
+        x: [..., K], float32, bfloat16, float16 or float64; any strides. Under autocast it is cast to the
+            dtype of autocast, as `torch.nn.functional.linear` casts it.
+        weight: [N, K], in the dtype of x, or float32 beside a 16-bit x.
+        gate: [K], float32 or the dtype of the weight.
+        bias: [N], in the dtype of x or of the weight, or None.
+        l1: factor of the penalty `l1 * sum |gate|`, >= 0: its subgradient, `l1 * sign(gate)`, is added to
+            the gate's gradient. Every call adds it: give it to one call for each gate and step. A loss scaler
+            does not scale it; with one, add `vtp.l1_penalty` to the loss instead.
+
+    Returns:
+        [..., N] in the dtype of x (under autocast: autocast's). Gradients have the dtypes of their inputs.
+        There is no second derivative.
+
+    Raises:
+        TypeError: an argument is not a tensor, or its dtype is not one of those above.
+        ValueError: shapes or devices do not go together, or l1 is negative or not finite.
+
+    Zhu, Tang, Han, "Vision Transformer Pruning", arXiv 2104.08500.
+    """
+    if isinstance(x, Tensor) and autocast_is_on(x.device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    _validate(x, weight, gate, bias, l1)
+    keep_folded = x.dtype != weight.dtype and x.requires_grad and torch.is_grad_enabled()
+    return torch.ops.vtp.gated_linear(x, weight, gate, bias, float(l1), keep_folded)[0]
+
+
+def _validate(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None, l1: float) -> None:
+    tensors = {"x": x, "weight": weight, "gate": gate} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, where x is")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16, float16 or float64")
+    allowed = {
+        "weight": {x.dtype, torch.float32} if x.element_size() == 2 else {x.dtype},
+        "gate": {weight.dtype, torch.float32},
+        "bias": {x.dtype, weight.dtype},
+    }
+    for name, dtypes in allowed.items():
+        if name in tensors and tensors[name].dtype not in dtypes:
+            expected = " or ".join(sorted(map(str, dtypes)))
+            raise TypeError(f"{name}: got {tensors[name].dtype}, expected {expected} beside x of {x.dtype}")
+    if weight.ndim != 2:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [N, K]")
+    N, K = weight.shape
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {K}], as weight is [{N}, {K}]")
+    if gate.shape != (K,):
+        raise ValueError(f"gate: got shape {tuple(gate.shape)}, expected [{K}]")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{N}]")
+    if not 0.0 <= l1 < math.inf:
+        raise ValueError(f"l1: got {l1}, expected a finite number >= 0")
