@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 	$(BIN)/vtp run --out $(DEMO)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

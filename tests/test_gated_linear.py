@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo.config
 import torch.nn.functional as F
+from gated_linear_cases import DTYPES, L1, NAMES, inputs, leaves, reference, references
 from numerics import assert_close_to_float64
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,15 +16,6 @@ import vtp
 from vtp_kernels import gated_linear
 from vtp_kernels.gated_linear import gated_linear_ref
 
-L1 = 0.03
-NAMES = ("y", "dx", "dweight", "dgate", "dbias")
-DTYPES = {
-    "f32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "f16": (torch.float16, torch.float16),
-    "bf16-f32": (torch.bfloat16, torch.float32),
-    "f16-f32": (torch.float16, torch.float32),
-}
 # Rows, inputs, outputs: the odd widths of a pruned model on every axis, fewer rows than outputs and more.
 SHAPES = [
     (1, 1, 1),
@@ -36,49 +28,11 @@ SHAPES = [
 ]
 
 
-def inputs(M, K, N, x_dtype, weight_dtype, seed=0):
-    """x, weight, gate, bias, dy; gates of both signs, of like size as the error rule wants it, and a 0."""
-    g = torch.Generator().manual_seed(seed)
-    x, weight, bias, dy = (torch.randn(s, generator=g) for s in ((M, K), (N, K), (N,), (M, N)))
-    gate = torch.empty(K).uniform_(0.5, 1.5, generator=g) * torch.randn(K, generator=g).sign()
-    gate[K // 2] = 0.0 if K > 1 else gate[0]
-    weight = weight / K**0.5
-    return x.to(x_dtype), weight.to(weight_dtype), gate, bias.to(weight_dtype), dy.to(x_dtype)
-
-
-def leaves(tensors, needs=(True,) * 4):
-    return [t.detach().clone().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-
-
 def run(function, tensors, dy):
     """y and the gradients of x, weight, gate, bias, None where none is needed."""
     y = function(*tensors)
     y.backward(dy)
     return y.detach(), *(t.grad for t in tensors)
-
-
-def reference(x, weight, gate, bias, dy, dtype, function=gated_linear_ref):
-    """The definition in `dtype`, with the penalty as a term of the loss."""
-    tensors = leaves([t.to(dtype) for t in (x, weight, gate, bias)])
-    y = function(*tensors)
-    ((y * dy.to(dtype)).sum() + L1 * tensors[2].abs().sum()).backward()
-    return y.detach(), *(t.grad for t in tensors)
-
-
-def references(x, weight, gate, bias, dy):
-    """In float64, and in the dtype of x the less exact of the two ways to write it in PyTorch, by element.
-
-    `F.linear(x * g, W)` rounds x * g and keeps W; `F.linear(x, W * g)` rounds W * g and keeps x.
-    """
-    given = (x, weight, gate, bias, dy)
-    exact = reference(*given, torch.float64)
-    by_activation = reference(*given, x.dtype)
-    by_weight = reference(*given, x.dtype, lambda x, weight, gate, bias: F.linear(x, weight * gate, bias))
-    same_dtype = [
-        torch.where((a.double() - e).abs() > (w.double() - e).abs(), a, w)
-        for a, w, e in zip(by_activation, by_weight, exact, strict=True)
-    ]
-    return exact, same_dtype
 
 
 def check(function, x, weight, gate, bias, dy):
@@ -259,16 +213,22 @@ class TestTransforms:
     def test_opcheck(self, dtypes, bias):
         x, weight, gate, b, _ = inputs(6, 5, 9, *DTYPES[dtypes])
         b = leaves((b,), (True,))[0] if bias else None
-        mixed = x.dtype != weight.dtype
-        torch.library.opcheck(
-            torch.ops.vtp.gated_linear, (*leaves((x, weight, gate), (True,) * 3), b, L1, mixed)
-        )
+        torch.library.opcheck(torch.ops.vtp.gated_linear, (*leaves((x, weight, gate), (True,) * 3), b, L1))
 
     def test_opcheck_of_the_backward(self):
         x, weight, gate, bias, dy = inputs(6, 5, 9, torch.float32, torch.float32)
         for needs in itertools.product((False, True), repeat=3):
-            arguments = (dy, x, weight, gate, None, bias.dtype, L1, *needs)
+            arguments = (dy, x, weight, gate, bias.dtype, L1, *needs)
             torch.library.opcheck(torch.ops.vtp.gated_linear_backward, arguments)
+
+    def test_opcheck_of_the_folded_weight(self):
+        _, weight, gate, _, _ = inputs(6, 5, 9, *DTYPES["bf16-f32"])
+        weight, gate = leaves((weight, gate), (True, True))
+        torch.library.opcheck(torch.ops.vtp.fold_gate, (weight, gate, torch.bfloat16, L1))
+        folded = (weight * gate).bfloat16().detach()
+        for needs in itertools.product((False, True), repeat=2):
+            arguments = (folded, weight.detach(), folded, gate.detach(), L1, *needs)
+            torch.library.opcheck(torch.ops.vtp.unfold_gate, arguments)
 
     @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["w32", "w16"])
     def test_autocast_computes_in_its_dtype_and_keeps_those_of_parameters(self, weight_dtype):

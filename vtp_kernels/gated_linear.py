@@ -13,9 +13,10 @@ Two cases are cheaper on the activation side, where `E = dY W` gives `dX = E dia
 weight, which then needs no G at all.
 
 Numbers: products are accumulated in float32; `W diag g` is formed in float32 and rounded once, to the dtype
-of x. Saved for backward: x, W and g. The folded weight `W diag g` is saved too where x is bfloat16 or float16
-and W float32, because a plain linear keeps its cast copy of W there just the same; where the dtypes are equal
-it would be memory that a plain linear does not hold, and it is made again.
+of x. Saved for backward: x, W and g. In mixed precision, x 16-bit and W float32, a plain linear makes, saves
+and differentiates a cast copy of W; there the folded weight takes its place, in an op of its own,
+`fold_gate`, around the vendor's linear, so that memory and its peak are a plain linear's. Where the dtypes
+are equal the folded weight would be memory that a plain linear does not hold; what needs it makes it again.
 
 Deterministic: every sum over rows or columns is made in two stages of fixed order; there are no atomics.
 """
@@ -28,6 +29,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _triton
@@ -250,7 +252,7 @@ def _unfold_kernel(
     """From G, given as [splits, N, K] summands: dW = G diag g and each program's sum_n G[n, k] W[n, k].
 
     With FOLDED the 16-bit `W diag g` of the forward pass is read in place of the float32 W, half the bytes,
-    and divided by g at the end; columns whose gate is too small to divide by read W itself.
+    and divided by g at the end; a program with a gate too small to divide by reads W itself.
     """
     if ALIGNED:
         K, stride_w = K // 8 * 8, stride_w // 8 * 8
@@ -258,7 +260,9 @@ def _unfold_kernel(
     o_k = i_k + tl.arange(0, BLOCK_K)
     m_k = o_k < K
     b_g = tl.load(gate + o_k, mask=m_k, other=0.0).to(tl.float32)
-    divide = tl.abs(b_g) > 0.015625
+    divide = FOLDED
+    if FOLDED:
+        divide = tl.min(tl.where(m_k, tl.abs(b_g), 1.0)) > 0.015625
     b_dg = tl.zeros((BLOCK_K,), dtype=tl.float32)
     first = tl.program_id(0) * rows_per_program
     for n in range(first, tl.minimum(N, first + rows_per_program), BLOCK_N):
@@ -270,19 +274,17 @@ def _unfold_kernel(
             p_product = product + tl.cast(split, tl.int64) * N * K + o_tile
             b_product += tl.load(p_product, mask=m_tile, other=0.0).to(tl.float32)
         if GATE_GRADIENT:
-            p_w = weight + o_n[:, None].to(tl.int64) * stride_w + o_k[None, :]
-            if FOLDED:
-                b_w = tl.load(p_w, mask=m_tile & (divide == 0)[None, :], other=0.0).to(tl.float32)
-                b_folded = tl.load(folded + o_tile, mask=m_tile & divide[None, :], other=0.0).to(tl.float32)
-                b_dg += tl.sum(b_product * (b_w + b_folded), axis=0)
+            if divide:
+                b_w = tl.load(folded + o_tile, mask=m_tile, other=0.0).to(tl.float32)
             else:
+                p_w = weight + o_n[:, None].to(tl.int64) * stride_w + o_k[None, :]
                 b_w = tl.load(p_w, mask=m_tile, other=0.0).to(tl.float32)
-                b_dg += tl.sum(b_product * b_w, axis=0)
+            b_dg += tl.sum(b_product * b_w, axis=0)
         if WEIGHT_GRADIENT:
             tl.store(dw + o_tile, (b_product * b_g[None, :]).to(dw.dtype.element_ty), mask=m_tile)
     if GATE_GRADIENT:
-        if FOLDED:
-            b_dg = tl.where(divide, b_dg / tl.where(divide, b_g, 1.0), b_dg)
+        if divide:
+            b_dg = b_dg / tl.where(m_k, b_g, 1.0)
         tl.store(partial + i_n * K + o_k, b_dg, mask=m_k)
 
 
@@ -307,20 +309,20 @@ def _config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages
     return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, num_warps, num_stages)
 
 
-# Tiles [BLOCK_M, BLOCK_N, BLOCK_K], warps and stages, by kernel and by what its operands are: 16-bit, 16-bit
-# with a float32 weight, float32 on tensor cores (TF32), float32 without (IEEE). Nothing here knows the batch size.
+# Tiles [BLOCK_M, BLOCK_N, BLOCK_K], warps and stages, by kernel and by its operands: 16-bit, 16-bit with a
+# float32 weight, float32 on tensor cores (TF32), float32 without (IEEE). The batch size does not enter.
 _TILES = {
     ("fwd", "16"): _config(64, 128, 64, 4, 3),
     ("fwd", "16/32"): _config(64, 128, 32, 4, 3),
     ("fwd", "tf32"): _config(64, 64, 32, 4, 3),
-    ("fwd", "ieee"): _config(32, 64, 16, 4, 3),
+    ("fwd", "ieee"): _config(32, 64, 32, 4, 2),
     ("dx", "16"): _config(64, 64, 128, 4, 3),
     ("dx", "16/32"): _config(64, 32, 128, 4, 3),
     ("dx", "tf32"): _config(64, 32, 64, 4, 3),
     ("dx", "ieee"): _config(32, 16, 64, 4, 3),
     ("dw", "16"): _config(64, 64, 128, 4, 3),
     ("dw", "16/32"): _config(64, 64, 128, 4, 3),
-    ("dw", "tf32"): _config(32, 64, 64, 4, 3),
+    ("dw", "tf32"): _config(64, 64, 64, 8, 2),
     ("dw", "ieee"): _config(16, 64, 64, 4, 3),
 }
 # Rows that do not start at 16 bytes are loaded element by element; smaller tiles keep addresses in registers.
@@ -522,29 +524,26 @@ def _launch_gate_gradient(partial: Tensor, gate: Tensor, l1: float) -> Tensor:
     return dg
 
 
-def _forward_triton(
-    x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None, l1: float, keep_folded: bool
-) -> tuple[Tensor, Tensor]:
+def _forward_triton(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None, l1: float) -> Tensor:
     N, K = weight.shape
     rows, weight, gate = _rows(x), _rows(weight), gate.contiguous()
     if 0 in (len(rows), N, K) or x.dtype == torch.float64:
-        return _forward_plain(x, weight, gate, bias, l1, keep_folded)
-    if not keep_folded and len(rows) <= _FUSED_ROWS[x.element_size()]:
-        folded = x.new_empty(0)
+        return _forward_plain(x, weight, gate, bias, l1)
+    if len(rows) <= _FUSED_ROWS[x.element_size()]:
         y = _launch_fwd(rows, weight, gate, None if bias is None else bias.contiguous())
     else:
         folded = _launch_fold(weight, gate, x.dtype)
         y = F.linear(rows, folded, None if bias is None else bias.to(x.dtype))
-    return y.view(*x.shape[:-1], N), folded if keep_folded else x.new_empty(0)
+    return y.view(*x.shape[:-1], N)
 
 
 def _backward_triton(
-    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor, folded: Tensor | None,
-    bias_dtype: torch.dtype | None, l1: float, need_x: bool, need_weight: bool, need_gate: bool,
+    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor, bias_dtype: torch.dtype | None, l1: float,
+    need_x: bool, need_weight: bool, need_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     N, K = weight.shape
     if 0 in (dy.numel(), K) or x.dtype == torch.float64:
-        return _backward_plain(dy, x, weight, gate, folded, bias_dtype, l1, need_x, need_weight, need_gate)
+        return _backward_plain(dy, x, weight, gate, bias_dtype, l1, need_x, need_weight, need_gate)
     shape = x.shape
     dy, x, weight, gate = _rows(dy), _rows(x), _rows(weight), gate.contiguous()
     M = len(dy)
@@ -553,21 +552,44 @@ def _backward_triton(
     if _on_activation_side(M, N, need_x, need_weight, need_gate):
         dx, partial = _launch_dx(dy, weight, gate, x)
         need_gate = False
-    elif need_x and folded is None and few_rows:
+    elif need_x and few_rows:
         dx, _ = _launch_dx(dy, weight, gate, None)
     elif need_x:
-        dx = dy @ (_launch_fold(weight, gate, dy.dtype) if folded is None else folded)
+        dx = dy @ _launch_fold(weight, gate, dy.dtype)
     if (need_weight or need_gate) and few_rows:
         dw, from_weight = _launch_dw(dy, x, weight, gate, need_weight, need_gate)
     elif need_weight or need_gate:
         product = (dy.t() @ x).unsqueeze(0)
-        dw, from_weight = _launch_unfold(product, weight, folded, gate, need_weight, need_gate)
+        dw, from_weight = _launch_unfold(product, weight, None, gate, need_weight, need_gate)
     if need_gate:
         partial = from_weight
     if partial is not None:
         dg = _launch_gate_gradient(partial, gate, l1)
     db = None if bias_dtype is None else dy.sum(0, dtype=torch.float32).to(bias_dtype)
-    return tuple(x.new_empty(0) if t is None else t for t in (_shaped(dx, shape), dw, dg, db))
+    return _empty_for_none(x, _shaped(dx, shape), dw, dg, db)
+
+
+def _fold_triton(weight: Tensor, gate: Tensor, dtype: torch.dtype, l1: float) -> Tensor:
+    if weight.numel() == 0:
+        return _fold_plain(weight, gate, dtype, l1)
+    return _launch_fold(_rows(weight), gate.contiguous(), dtype)
+
+
+def _unfold_triton(
+    product: Tensor, weight: Tensor, folded: Tensor, gate: Tensor, l1: float,
+    need_weight: bool, need_gate: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if weight.numel() == 0:
+        return _unfold_plain(product, weight, folded, gate, l1, need_weight, need_gate)
+    product, weight, gate = _rows(product).unsqueeze(0), _rows(weight), gate.contiguous()
+    dw, partial = _launch_unfold(product, weight, folded, gate, need_weight, need_gate)
+    dg = None if partial is None else _launch_gate_gradient(partial, gate, l1)
+    return _empty_for_none(product, dw, dg)
+
+
+def _empty_for_none(like: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
+    """An op returns tensors: an empty one stands for a gradient that is not needed."""
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
 
 def _shaped(dx: Tensor | None, shape: torch.Size) -> Tensor | None:
@@ -604,130 +626,184 @@ def _record(x_dtype: torch.dtype, weight_dtype: torch.dtype, width: int) -> None
     for M in (64, 1024, 65536):
         x = empty(M, width, dtype=x_dtype)
         for bias in (None, gate.to(weight_dtype)):
-            for keep_folded in (False, True):
-                _forward_triton(x, weight, gate, bias, 0.0, keep_folded)
-        for folded in (None, empty(width, width, dtype=x_dtype)) if x_dtype != weight_dtype else (None,):
-            for needs in [(n & 1, n & 2, n & 4) for n in range(1, 8)]:
-                _backward_triton(x, x, weight, gate, folded, None, 0.0, *map(bool, needs))
+            _forward_triton(x, weight, gate, bias, 0.0)
+        for needs in [(n & 1, n & 2, n & 4) for n in range(1, 8)]:
+            _backward_triton(x, x, weight, gate, None, 0.0, *map(bool, needs))
+    if x_dtype != weight_dtype:
+        folded = _fold_triton(weight, gate, x_dtype, 0.0)
+        for needs in [(False, True), (True, False), (True, True)]:
+            _unfold_triton(folded, weight, folded, gate, 0.0, *needs)
 
 
 # ---------------------------------------------------------------------------------- plain PyTorch, any device
 
 
-# Rows whose products are formed at once: the temporaries stay in cache and the peak of memory where it was.
-_CHUNK = 128
+# Numbers formed at once: temporaries stay in cache, and the peak of memory where it is without gates.
+_CHUNK = 2**16
+
+
+def _chunks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each [N, K] matrix, `_CHUNK` numbers at a time."""
+    rows = max(1, _CHUNK // max(1, matrices[0].shape[1]))
+    return zip(*(m.split(rows) for m in matrices), strict=True)
 
 
 def _scaled(matrix: Tensor, gate: Tensor, out: Tensor) -> Tensor:
     """`matrix * gate` rounded once, into `out` (which may be `matrix`)."""
     if matrix.dtype == out.dtype == gate.dtype:
         return torch.mul(matrix, gate, out=out)
-    for source, target in zip(matrix.split(_CHUNK), out.split(_CHUNK), strict=True):
+    for source, target in _chunks(matrix, out):
         target.copy_(source * gate)
     return out
 
 
-def _column_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """`sum_i a[i, k] b[i, k]`, [K], in `dtype`."""
+def _column_products(a: Tensor, b: Tensor) -> Tensor:
+    """`sum_i a[i, k] b[i, k]`, [K], in float32 at least."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
     total = torch.zeros(a.shape[1], dtype=dtype, device=a.device)
-    for a_rows, b_rows in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True):
+    for a_rows, b_rows in _chunks(a, b):
         total += (a_rows.to(dtype) * b_rows.to(dtype)).sum(0)
     return total
 
 
-def _fold(weight: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+def _fold_plain(weight: Tensor, gate: Tensor, dtype: torch.dtype, l1: float = 0.0) -> Tensor:
     return _scaled(weight, gate, torch.empty(weight.shape, dtype=dtype, device=weight.device))
 
 
-def _forward_plain(
-    x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None, l1: float, keep_folded: bool
-) -> tuple[Tensor, Tensor]:
+def _unfold_plain(
+    product: Tensor, weight: Tensor, folded: Tensor, gate: Tensor, l1: float,
+    need_weight: bool, need_gate: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dg = _gate_gradient(_column_products(product, weight), gate, l1) if need_gate else None
+    return _empty_for_none(
+        product, _weight_gradient(product, gate, weight.dtype) if need_weight else None, dg
+    )
+
+
+def _weight_gradient(product: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    return _scaled(product, gate, torch.empty(product.shape, dtype=dtype, device=product.device))
+
+
+def _gate_gradient(total: Tensor, gate: Tensor, l1: float) -> Tensor:
+    return total.add_(gate.sign(), alpha=l1).to(gate.dtype)
+
+
+def _forward_plain(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None, l1: float) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    few_rows = math.prod(x.shape[:-1]) < len(weight)
-    if few_rows and not keep_folded and x.dtype == weight.dtype:
-        return F.linear((x * gate).to(x.dtype), weight, bias).contiguous(), x.new_empty(0)
-    folded = _fold(weight, gate, x.dtype)
-    return F.linear(x, folded, bias).contiguous(), folded if keep_folded else x.new_empty(0)
+    if math.prod(x.shape[:-1]) < len(weight) and x.dtype == weight.dtype:
+        return F.linear((x * gate).to(x.dtype), weight, bias).contiguous()
+    return F.linear(x, _fold_plain(weight, gate, x.dtype), bias).contiguous()
 
 
 def _backward_plain(
-    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor, folded: Tensor | None,
-    bias_dtype: torch.dtype | None, l1: float, need_x: bool, need_weight: bool, need_gate: bool,
+    dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor, bias_dtype: torch.dtype | None, l1: float,
+    need_x: bool, need_weight: bool, need_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    shape, accumulate = x.shape, torch.promote_types(x.dtype, torch.float32)
+    shape = x.shape
     dy, x = _rows(dy), _rows(x)
-    dx = dw = dg = None
+    dx = dw = total = None
     # dX first: its folded weight is gone before dW is made, so the peak of memory is a plain linear's.
     if _on_activation_side(len(dy), len(weight), need_x, need_weight, need_gate):
         dx = dy @ weight.to(dy.dtype)
-        dg = _column_products(dx, x, accumulate)
+        total, need_gate = _column_products(dx, x), False
         _scaled(dx, gate, out=dx)
     elif need_x:
-        dx = dy @ (_fold(weight, gate, dy.dtype) if folded is None else folded)
-    if need_weight or (need_gate and dg is None):
+        dx = dy @ _fold_plain(weight, gate, dy.dtype)
+    if need_weight or need_gate:
         product = dy.t() @ x
-        if need_gate and dg is None:
-            dg = _column_products(product, weight, accumulate)
-        if need_weight:
-            same = product.dtype == weight.dtype
-            dw = _scaled(
-                product, gate, out=product if same else torch.empty_like(product, dtype=weight.dtype)
-            )
-    if dg is not None:
-        dg = dg.add_(gate.sign(), alpha=l1).to(gate.dtype)
-    db = None if bias_dtype is None else dy.sum(0, dtype=accumulate).to(bias_dtype)
-    return tuple(x.new_empty(0) if t is None else t for t in (_shaped(dx, shape), dw, dg, db))
+        if need_gate:
+            total = _column_products(product, weight)
+        if need_weight and product.dtype == weight.dtype:
+            dw = _scaled(product, gate, out=product)
+        elif need_weight:
+            dw = _weight_gradient(product, gate, weight.dtype)
+    dg = None if total is None else _gate_gradient(total, gate, l1)
+    # `sum(dtype=)` would copy all of dY to that dtype; without it the sum is still made in float32.
+    db = None if bias_dtype is None else dy.sum(0).to(bias_dtype)
+    return _empty_for_none(x, _shaped(dx, shape), dw, dg, db)
 
 
 # ---------------------------------------------------------------------------------------------- registration
 
 
-def _forward_fake(x, weight, gate, bias, l1, keep_folded):
-    folded = x.new_empty(weight.shape) if keep_folded else x.new_empty(0)
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), folded
+def _forward_fake(x, weight, gate, bias, l1):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _backward_fake(dy, x, weight, gate, folded, bias_dtype, l1, need_x, need_weight, need_gate):
-    dx = x.new_empty(x.shape) if need_x else x.new_empty(0)
-    dw = weight.new_empty(weight.shape) if need_weight else x.new_empty(0)
-    dg = gate.new_empty(gate.shape) if need_gate else x.new_empty(0)
-    db = x.new_empty(0) if bias_dtype is None else x.new_empty(weight.shape[0], dtype=bias_dtype)
-    return dx, dw, dg, db
+def _backward_fake(dy, x, weight, gate, bias_dtype, l1, need_x, need_weight, need_gate):
+    db = None if bias_dtype is None else x.new_empty(weight.shape[0], dtype=bias_dtype)
+    dw = weight.new_empty(weight.shape) if need_weight else None
+    dg = gate.new_empty(gate.shape) if need_gate else None
+    return _empty_for_none(x, x.new_empty(x.shape) if need_x else None, dw, dg, db)
+
+
+def _fold_fake(weight, gate, dtype, l1):
+    return weight.new_empty(weight.shape, dtype=dtype)
+
+
+def _unfold_fake(product, weight, folded, gate, l1, need_weight, need_gate):
+    dw = weight.new_empty(weight.shape) if need_weight else None
+    return _empty_for_none(product, dw, gate.new_empty(gate.shape) if need_gate else None)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, gate, bias, l1, keep_folded = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, gate, output[1] if keep_folded else None)
-    ctx.l1 = l1
+    x, weight, gate, bias, ctx.l1 = inputs
+    ctx.save_for_backward(x, weight, gate)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, dy, _):
-    if dy is None:
-        return None, None, None, None, None, None
+def _backward(ctx, dy):
     needs = ctx.needs_input_grad[:4]
     bias_dtype = ctx.bias_dtype if needs[3] else None
     gradients = torch.ops.vtp.gated_linear_backward(dy, *ctx.saved_tensors, bias_dtype, ctx.l1, *needs[:3])
+    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None
+
+
+def _fold_setup_context(ctx, inputs, output):
+    weight, gate, _, ctx.l1 = inputs
+    ctx.save_for_backward(weight, output, gate)
+
+
+def _fold_backward(ctx, product):
+    needs = ctx.needs_input_grad[:2]
+    gradients = torch.ops.vtp.unfold_gate(product, *ctx.saved_tensors, ctx.l1, *needs)
     return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None
 
 
+def _no_second_derivative(ctx, *_):
+    raise NotImplementedError("gated_linear has no second derivative")
+
+
 define(
-    "gated_linear(Tensor x, Tensor weight, Tensor gate, Tensor? bias, float l1, bool keep_folded)"
-    " -> (Tensor, Tensor)",
+    "gated_linear(Tensor x, Tensor weight, Tensor gate, Tensor? bias, float l1) -> Tensor",
     plain=_forward_plain,
     triton=_forward_triton,
     fake=_forward_fake,
 )
 define(
-    "gated_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor gate, Tensor? folded,"
-    " ScalarType? bias_dtype, float l1, bool need_x, bool need_weight, bool need_gate)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "gated_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor gate, ScalarType? bias_dtype, float l1,"
+    " bool need_x, bool need_weight, bool need_gate) -> (Tensor, Tensor, Tensor, Tensor)",
     plain=_backward_plain,
     triton=_backward_triton,
     fake=_backward_fake,
 )
-torch.library.register_autograd("vtp::gated_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+define(
+    "fold_gate(Tensor weight, Tensor gate, ScalarType dtype, float l1) -> Tensor",
+    plain=_fold_plain,
+    triton=_fold_triton,
+    fake=_fold_fake,
+)
+define(
+    "unfold_gate(Tensor product, Tensor weight, Tensor folded, Tensor gate, float l1,"
+    " bool need_weight, bool need_gate) -> (Tensor, Tensor)",
+    plain=_unfold_plain,
+    triton=_unfold_triton,
+    fake=_unfold_fake,
+)
+register_autograd("vtp::gated_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("vtp::gated_linear_backward", _no_second_derivative, lib=LIBRARY)
+register_autograd("vtp::fold_gate", _fold_backward, setup_context=_fold_setup_context, lib=LIBRARY)
+register_autograd("vtp::unfold_gate", _no_second_derivative, lib=LIBRARY)
 
 
 @register_flop_formula(torch.ops.vtp.gated_linear)
@@ -737,7 +813,7 @@ def _forward_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
 
 @register_flop_formula(torch.ops.vtp.gated_linear_backward)
 def _backward_flops(
-    dy_shape, x_shape, weight_shape, gate_shape, folded_shape, bias_dtype, l1, need_x, need_weight, need_gate,
+    dy_shape, x_shape, weight_shape, gate_shape, bias_dtype, l1, need_x, need_weight, need_gate,
     out_shape=None, **_,
 ) -> int:  # fmt: skip
     activation_side = _on_activation_side(
@@ -778,8 +854,11 @@ def gated_linear(
     if isinstance(x, Tensor) and autocast_is_on(x.device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     _validate(x, weight, gate, bias, l1)
-    keep_folded = x.dtype != weight.dtype and x.requires_grad and torch.is_grad_enabled()
-    return torch.ops.vtp.gated_linear(x, weight, gate, bias, float(l1), keep_folded)[0]
+    l1 = float(l1)
+    if x.dtype != weight.dtype and torch.is_grad_enabled() and x.requires_grad and weight.requires_grad:
+        folded = torch.ops.vtp.fold_gate(weight, gate, x.dtype, l1)
+        return F.linear(x, folded, None if bias is None else bias.to(x.dtype))
+    return torch.ops.vtp.gated_linear(x, weight, gate, bias, l1)
 
 
 def _validate(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None, l1: float) -> None:
