@@ -127,3 +127,21 @@ def test_model_with_a_foreign_part_is_refused(change):
     change(model)
     with pytest.raises(UnsupportedModelError):
         vtp.insert_gates(model)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_a_compiled_training_step_is_the_eager_one_without_a_graph_break(autocast):
+    model = gated(build(dtype=torch.float32)).train()
+    images, targets = image(model, batch=4), torch.tensor([0, 1, 2, 3])
+
+    def gradients(function):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = function(images)
+        loss = nn.functional.cross_entropy(logits.float(), targets) + 1e-4 * vtp.l1_penalty(model)
+        loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    eager, compiled = gradients(model), gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    for name, gradient in eager.items():
+        assert torch.equal(gradient, compiled[name]), name
