@@ -137,7 +137,7 @@ class Trainee:
             torch.autocast, images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"
         )
         groups = _param_groups(self.model, variant.gates, CONFIG)
-        self.optimizer = torch.optim.AdamW(groups, lr=CONFIG.lr)
+        self.optimizer = torch.optim.AdamW(groups, lr=CONFIG.lr, fused=True)  # as vtp.train has it
 
     def step(self) -> Tensor:
         """One training step, whose gradients stay until the next. Returns the task loss, 0-dim."""

@@ -398,7 +398,7 @@ def _tile(source: Tensor, rows: int, columns: int, layout: dict):
 def _launch_fwd(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
     (M, K), N = x.shape, weight.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    layout = _layout(x, weight)
+    layout = _layout(x, weight, y)  # rows of y too must start at 16 bytes
     config = _tiles("fwd", x, weight, layout)
     block_m, block_n, block_k = config.blocks.values()
     launch(
@@ -581,7 +581,7 @@ def _unfold_triton(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if weight.numel() == 0:
         return _unfold_plain(product, weight, folded, gate, l1, need_weight, need_gate)
-    product, weight, gate = _rows(product).unsqueeze(0), _rows(weight), gate.contiguous()
+    product, weight, gate = product.contiguous().unsqueeze(0), _rows(weight), gate.contiguous()
     dw, partial = _launch_unfold(product, weight, folded, gate, need_weight, need_gate)
     dg = None if partial is None else _launch_gate_gradient(partial, gate, l1)
     return _empty_for_none(product, dw, dg)
@@ -623,7 +623,7 @@ def _record(x_dtype: torch.dtype, weight_dtype: torch.dtype, width: int) -> None
         return torch.empty(shape, dtype=dtype, device="meta")
 
     weight, gate = empty(width, width, dtype=weight_dtype), empty(width, dtype=torch.float32)
-    for M in (64, 1024, 65536):
+    for M in (64, _FUSED_ROWS[x_dtype.itemsize], 65536):  # one program a tile, several, the vendor's GEMM
         x = empty(M, width, dtype=x_dtype)
         for bias in (None, gate.to(weight_dtype)):
             _forward_triton(x, weight, gate, bias, 0.0)
