@@ -184,46 +184,36 @@ def _dw_step(
     return tl.dot(tl.trans(b_dy), b_x, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["M", "N", "K", "rows_per_split", "stride_dy", "stride_x", "stride_w"])
+@triton.jit(do_not_specialize=["M", "N", "K", "stride_dy", "stride_x", "stride_w"])
 def _gated_linear_dw_kernel(
-    dy, x, weight, gate, product, dw, partial, M, N, K, rows_per_split, stride_dy, stride_x, stride_w,
+    dy, x, weight, gate, dw, partial, M, N, K, stride_dy, stride_x, stride_w,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, GATE_GRADIENT: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr, GATE_GRADIENT: tl.constexpr,
     ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """G = dY^T X, one [BLOCK_N, BLOCK_K] tile; dW = G diag g and this tile's sum_n G[n, k] W[n, k].
-
-    With SPLIT the rows are shared among programs: each writes its share of G, [splits, N, K] float32, and
-    `_unfold_kernel` finishes.
-    """
+    """G = dY^T X, one [BLOCK_N, BLOCK_K] tile; dW = G diag g and this tile's sum_n G[n, k] W[n, k]."""
     if ALIGNED:
         N, K = N // 8 * 8, K // 8 * 8
         stride_dy, stride_x, stride_w = stride_dy // 8 * 8, stride_x // 8 * 8, stride_w // 8 * 8
     t_n, i_k = _grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), 8)
     i_n, i_k = t_n * BLOCK_N, i_k * BLOCK_K
     o_n, o_k = i_n + tl.arange(0, BLOCK_N), i_k + tl.arange(0, BLOCK_K)
-    i_split = tl.program_id(1).to(tl.int64)
-    start = tl.program_id(1) * rows_per_split  # a multiple of BLOCK_M
-    stop = tl.minimum(M, start + rows_per_split)
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    full = stop if DESCRIPTORS else start + (stop - start) // BLOCK_M * BLOCK_M
-    for m in range(start, full, BLOCK_M):
+    full = M if DESCRIPTORS else M // BLOCK_M * BLOCK_M
+    for m in range(0, full, BLOCK_M):
         acc = _dw_step(acc, dy, x, o_n, o_k, i_n, i_k, m, M, N, K, stride_dy, stride_x,
                        BLOCK_M, False, DESCRIPTORS, PRECISION)  # fmt: skip
-    if full < stop:
+    if full < M:
         acc = _dw_step(acc, dy, x, o_n, o_k, i_n, i_k, full, M, N, K, stride_dy, stride_x,
                        BLOCK_M, True, DESCRIPTORS, PRECISION)  # fmt: skip
-    m_tile = (o_n[:, None] < N) & (o_k[None, :] < K)
-    o_tile = o_n[:, None].to(tl.int64) * K + o_k[None, :]
-    if SPLIT:
-        tl.store(product + i_split * N * K + o_tile, acc, mask=m_tile)
-    else:
-        if GATE_GRADIENT:
-            b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)
-            tl.store(partial + t_n.to(tl.int64) * K + o_k, tl.sum(acc * b_w, axis=0), mask=o_k < K)
-        if WEIGHT_GRADIENT:
-            b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0).to(tl.float32)
-            tl.store(dw + o_tile, (acc * b_g[None, :]).to(dw.dtype.element_ty), mask=m_tile)
+    if GATE_GRADIENT:
+        b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)
+        tl.store(partial + t_n.to(tl.int64) * K + o_k, tl.sum(acc * b_w, axis=0), mask=o_k < K)
+    if WEIGHT_GRADIENT:
+        b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+        p_dw = dw + o_n[:, None].to(tl.int64) * K + o_k[None, :]
+        m_dw = (o_n[:, None] < N) & (o_k[None, :] < K)
+        tl.store(p_dw, (acc * b_g[None, :]).to(dw.dtype.element_ty), mask=m_dw)
 
 
 @triton.jit(do_not_specialize=["N", "K", "stride_w"])
@@ -243,16 +233,17 @@ def _fold_kernel(
     tl.store(p_folded, (b_w * b_g[None, :]).to(folded.dtype.element_ty), mask=m_folded)
 
 
-@triton.jit(do_not_specialize=["splits", "N", "K", "rows_per_program", "stride_w"])
+@triton.jit(do_not_specialize=["N", "K", "rows_per_program", "stride_w"])
 def _unfold_kernel(
-    product, weight, folded, gate, dw, partial, splits, N, K, rows_per_program, stride_w,
+    product, weight, folded, gate, dw, partial, N, K, rows_per_program, stride_w,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FOLDED: tl.constexpr,
     WEIGHT_GRADIENT: tl.constexpr, GATE_GRADIENT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """From G, given as [splits, N, K] summands: dW = G diag g and each program's sum_n G[n, k] W[n, k].
+    """From G: dW = G diag g and each program's sum_n G[n, k] W[n, k].
 
     With FOLDED the 16-bit `W diag g` of the forward pass is read in place of the float32 W, half the bytes,
-    and divided by g at the end; a program with a gate too small to divide by reads W itself.
+    and divided by g at the end; a program with a gate that is 0, or so small that products in float16 lose
+    digits, reads W itself.
     """
     if ALIGNED:
         K, stride_w = K // 8 * 8, stride_w // 8 * 8
@@ -262,17 +253,15 @@ def _unfold_kernel(
     b_g = tl.load(gate + o_k, mask=m_k, other=0.0).to(tl.float32)
     divide = FOLDED
     if FOLDED:
-        divide = tl.min(tl.where(m_k, tl.abs(b_g), 1.0)) > 0.015625
+        smallest = 0.015625 if folded.dtype.element_ty == tl.float16 else 1e-12
+        divide = tl.min(tl.where(m_k, tl.abs(b_g), 1.0)) > smallest
     b_dg = tl.zeros((BLOCK_K,), dtype=tl.float32)
     first = tl.program_id(0) * rows_per_program
     for n in range(first, tl.minimum(N, first + rows_per_program), BLOCK_N):
         o_n = n + tl.arange(0, BLOCK_N)
         m_tile = (o_n[:, None] < N) & m_k[None, :]
         o_tile = o_n[:, None].to(tl.int64) * K + o_k[None, :]
-        b_product = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-        for split in range(0, splits):
-            p_product = product + tl.cast(split, tl.int64) * N * K + o_tile
-            b_product += tl.load(p_product, mask=m_tile, other=0.0).to(tl.float32)
+        b_product = tl.load(product + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         if GATE_GRADIENT:
             if divide:
                 b_w = tl.load(folded + o_tile, mask=m_tile, other=0.0).to(tl.float32)
@@ -346,15 +335,15 @@ _UNFOLD_ROWS = 128  # of W per program: one partial sum of a column for each
 _GATE_GRADIENT = Config({"BLOCK_R": 16, "BLOCK_K": 64}, num_warps=4, num_stages=1)
 
 # Rows of x up to which a product runs in the fused kernel; with more, it is the vendor's GEMM with N x K
-# kernels around it. Predicted, not measured: to make W diag g takes about 8 bytes of traffic per weight, the
-# fused GEMM perhaps a fifth more time for its 2 M flop per weight. On an H100 (990 TFLOP/s, 3.35 TB/s)
-# the two are equal at M = 5,900 in 16 bits, on an A100 (312, 2.0) at 3,100; in float32 without tensor cores
-# (A100: 19.5) at 200.
-_FUSED_ROWS = {2: 3072, 4: 256}
+# kernels around it. Predicted, not measured: those kernels move about 4 bytes per weight and product in 16
+# bits and 8 in float32 (`vtp_kernels.accounting`); the fused GEMM takes perhaps a fifth more time for its 2 M
+# flop per weight. The two are then equal at M = 2,950 on an H100 (990 TFLOP/s, 3.35 TB/s) and 1,530 on an
+# A100 (312, 2.0) in 16 bits, at 400 and 190 in float32 without tensor cores.
+_FUSED_ROWS = {2: 2048, 4: 256}
 
-# Programs that fill a large GPU (132 multiprocessors of an H100, two on each). With fewer tiles of dW than
-# this, the rows are split among several programs for each tile.
-_FULL_GPU = 264
+# Tiles of dW from which the fused kernel fills a large GPU (132 multiprocessors of an H100). With fewer, the
+# vendor's GEMM, which can share the rows among programs, is taken.
+_FULL_GPU = 132
 
 
 def _on_activation_side(M: int, N: int, need_x: bool, need_weight: bool, need_gate: bool) -> bool:
@@ -447,37 +436,22 @@ def _launch_dw(
     layout = _layout(dy, x, weight)
     config = _tiles("dw", dy, weight, layout)
     block_m, block_n, block_k = config.blocks.values()
-    tiles_n = triton.cdiv(N, block_n)
-    tiles = tiles_n * triton.cdiv(K, block_k)
-    # At least eight blocks of rows for each split, or the second stage costs more than it gains.
-    splits = max(1, min(triton.cdiv(_FULL_GPU, tiles), M // (8 * block_m)))
-    rows_per_split = triton.cdiv(triton.cdiv(M, splits), block_m) * block_m
-    splits = triton.cdiv(M, rows_per_split)
-
-    def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        return torch.empty(shape, dtype=dtype, device=dy.device) if wanted else None
-
-    split = splits > 1
-    product = empty(split, splits, N, K)
-    dw = empty(need_weight and not split, N, K, dtype=weight.dtype)
-    partial = empty(need_gate and not split, tiles_n, K)
+    tiles = triton.cdiv(N, block_n)
+    dw = torch.empty((N, K), dtype=weight.dtype, device=dy.device) if need_weight else None
+    partial = torch.empty((tiles, K), dtype=torch.float32, device=dy.device) if need_gate else None
     launch(
         _gated_linear_dw_kernel,
-        (tiles, splits),
+        (tiles * triton.cdiv(K, block_k),),
         dict(
             dy=_tile(dy, block_m, block_n, layout), x=_tile(x, block_m, block_k, layout),
-            weight=None if split else weight, gate=None if split else gate,
-            product=product, dw=dw, partial=partial, M=M, N=N, K=K, rows_per_split=rows_per_split,
+            weight=weight, gate=gate, dw=dw, partial=partial, M=M, N=N, K=K,
             stride_dy=dy.stride(0), stride_x=x.stride(0), stride_w=weight.stride(0),
         ),
         config,
-        SPLIT=split,
-        WEIGHT_GRADIENT=need_weight and not split,
-        GATE_GRADIENT=need_gate and not split,
+        WEIGHT_GRADIENT=need_weight,
+        GATE_GRADIENT=need_gate,
         **layout,
     )  # fmt: skip
-    if split:
-        return _launch_unfold(product, weight, None, gate, need_weight, need_gate)
     return dw, partial
 
 
@@ -493,8 +467,8 @@ def _launch_fold(weight: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
 def _launch_unfold(
     product: Tensor, weight: Tensor, folded: Tensor | None, gate: Tensor, need_weight: bool, need_gate: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """From `product` [splits, N, K], summands of dY^T X: dW and partial sums as `_launch_dw` returns them."""
-    splits, N, K = product.shape
+    """From `product` [N, K], contiguous, dY^T X: dW and partial sums as `_launch_dw` returns them."""
+    N, K = product.shape
     programs = triton.cdiv(N, _UNFOLD_ROWS)
     device = product.device
     dw = torch.empty((N, K), dtype=weight.dtype, device=device) if need_weight else None
@@ -504,7 +478,7 @@ def _launch_unfold(
         (programs, triton.cdiv(K, _UNFOLD.blocks["BLOCK_K"])),
         dict(
             product=product, weight=weight, folded=folded, gate=gate, dw=dw, partial=partial,
-            splits=splits, N=N, K=K, rows_per_program=_UNFOLD_ROWS, stride_w=weight.stride(0),
+            N=N, K=K, rows_per_program=_UNFOLD_ROWS, stride_w=weight.stride(0),
         ),
         _UNFOLD,
         FOLDED=folded is not None,
@@ -524,15 +498,26 @@ def _launch_gate_gradient(partial: Tensor, gate: Tensor, l1: float) -> Tensor:
     return dg
 
 
+def _float32(gate: Tensor) -> Tensor:
+    """The gate as the kernels take it: K numbers are not worth a compilation for each of their dtypes."""
+    return gate.to(torch.float32).contiguous()
+
+
+def _fills_a_gpu(weight: Tensor) -> bool:
+    """Whether dW has a tile, 64 x 128, for every multiprocessor."""
+    return triton.cdiv(weight.shape[0], 64) * triton.cdiv(weight.shape[1], 128) >= _FULL_GPU
+
+
 def _forward_triton(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None, l1: float) -> Tensor:
     N, K = weight.shape
-    rows, weight, gate = _rows(x), _rows(weight), gate.contiguous()
+    rows, weight = _rows(x), _rows(weight)
     if 0 in (len(rows), N, K) or x.dtype == torch.float64:
         return _forward_plain(x, weight, gate, bias, l1)
     if len(rows) <= _FUSED_ROWS[x.element_size()]:
-        y = _launch_fwd(rows, weight, gate, None if bias is None else bias.contiguous())
+        bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        y = _launch_fwd(rows, weight, _float32(gate), bias)
     else:
-        folded = _launch_fold(weight, gate, x.dtype)
+        folded = _launch_fold(weight, _float32(gate), x.dtype)
         y = F.linear(rows, folded, None if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:-1], N)
 
@@ -544,8 +529,8 @@ def _backward_triton(
     N, K = weight.shape
     if 0 in (dy.numel(), K) or x.dtype == torch.float64:
         return _backward_plain(dy, x, weight, gate, bias_dtype, l1, need_x, need_weight, need_gate)
-    shape = x.shape
-    dy, x, weight, gate = _rows(dy), _rows(x), _rows(weight), gate.contiguous()
+    shape, gate_dtype = x.shape, gate.dtype
+    dy, x, weight, gate = _rows(dy), _rows(x), _rows(weight), _float32(gate)
     M = len(dy)
     few_rows = _FUSED_ROWS[x.element_size()] >= M
     dx = dw = dg = partial = None
@@ -556,15 +541,14 @@ def _backward_triton(
         dx, _ = _launch_dx(dy, weight, gate, None)
     elif need_x:
         dx = dy @ _launch_fold(weight, gate, dy.dtype)
-    if (need_weight or need_gate) and few_rows:
+    if (need_weight or need_gate) and few_rows and _fills_a_gpu(weight):
         dw, from_weight = _launch_dw(dy, x, weight, gate, need_weight, need_gate)
     elif need_weight or need_gate:
-        product = (dy.t() @ x).unsqueeze(0)
-        dw, from_weight = _launch_unfold(product, weight, None, gate, need_weight, need_gate)
+        dw, from_weight = _launch_unfold(dy.t() @ x, weight, None, gate, need_weight, need_gate)
     if need_gate:
         partial = from_weight
     if partial is not None:
-        dg = _launch_gate_gradient(partial, gate, l1)
+        dg = _launch_gate_gradient(partial, gate, l1).to(gate_dtype)
     db = None if bias_dtype is None else dy.sum(0, dtype=torch.float32).to(bias_dtype)
     return _empty_for_none(x, _shaped(dx, shape), dw, dg, db)
 
@@ -572,7 +556,7 @@ def _backward_triton(
 def _fold_triton(weight: Tensor, gate: Tensor, dtype: torch.dtype, l1: float) -> Tensor:
     if weight.numel() == 0:
         return _fold_plain(weight, gate, dtype, l1)
-    return _launch_fold(_rows(weight), gate.contiguous(), dtype)
+    return _launch_fold(_rows(weight), _float32(gate), dtype)
 
 
 def _unfold_triton(
@@ -581,9 +565,9 @@ def _unfold_triton(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if weight.numel() == 0:
         return _unfold_plain(product, weight, folded, gate, l1, need_weight, need_gate)
-    product, weight, gate = product.contiguous().unsqueeze(0), _rows(weight), gate.contiguous()
-    dw, partial = _launch_unfold(product, weight, folded, gate, need_weight, need_gate)
-    dg = None if partial is None else _launch_gate_gradient(partial, gate, l1)
+    gate32 = _float32(gate)
+    dw, partial = _launch_unfold(product.contiguous(), _rows(weight), folded, gate32, need_weight, need_gate)
+    dg = None if partial is None else _launch_gate_gradient(partial, gate32, l1).to(gate.dtype)
     return _empty_for_none(product, dw, dg)
 
 
@@ -609,7 +593,7 @@ def variants(target: str) -> Iterator[Variant]:
         with _triton.recording("gated_linear", target) as found:
             for x_dtype, weight_dtype, precision in cases:
                 torch.set_float32_matmul_precision(precision)
-                for width in (768, 461):
+                for width in (1536, 1411):  # aligned and not, both wide enough for the fused dW
                     _record(x_dtype, weight_dtype, width)
     finally:
         torch.set_float32_matmul_precision(before)
