@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # that made training 17 times slower. Sleeping at once would slow small models on an idle machine; this is between.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test lint accuracy baseline clean
+.PHONY: demo test lint accuracy gpu baseline clean
 
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
@@ -27,6 +27,11 @@ lint: $(VENV)/installed-dev
 # The accuracy tables of the README: three seeds, about half an hour on two cores; continues where it stopped.
 accuracy: $(VENV)/installed
 	$(BIN)/python bench/accuracy.py --out runs/accuracy
+
+# Measure on this machine's GPU: numerics, compute-sanitizer where installed, times of the ops and of training
+# steps; writes bench/results/gpu-<name>.json. Without a GPU it says so and fails.
+gpu: $(VENV)/installed-dev
+	$(BIN)/python bench/gpu.py
 
 # The shipped baseline, from the original idx files (make baseline FASHION_MNIST=folder); about an hour.
 baseline: $(VENV)/installed

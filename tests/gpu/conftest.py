@@ -1,0 +1,74 @@
+"""Tests that need a GPU; elsewhere each is skipped, and says what is missing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vtp_kernels._library import why_not_triton
+from vtp_kernels.gated_linear import _FUSED_ROWS
+
+HERE = Path(__file__).parent
+# What to write into `_FUSED_ROWS`, so that a product of any number of rows takes the path.
+FORCED_ROWS = {"fused": 2**62, "vendor": 0}
+
+
+def missing() -> str | None:
+    """What these tests lack here; None where they can run."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return why_not_triton(torch.device("cuda", torch.cuda.current_device()))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "sanitizer: small enough to run under compute-sanitizer")
+
+
+def pytest_collection_modifyitems(items):
+    reason = missing()
+    for item in items:
+        if HERE in item.path.parents:  # this hook is given the items of the whole run
+            skip = pytest.mark.skipif(reason is not None, reason=reason or "nothing is missing")
+            item.add_marker(skip, append=False)  # before a test's own conditions: its reason is the first
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(autouse=True)
+def strict_yardstick():
+    """PyTorch's error in the same dtype is the yardstick: sums in 16 bits would make it a lenient one."""
+    matmul = torch.backends.cuda.matmul  # computes its attributes: monkeypatch could not put them back
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    before = [getattr(matmul, name) for name in names], torch.get_float32_matmul_precision()
+    for name in names:
+        setattr(matmul, name, False)
+    torch.set_float32_matmul_precision("highest")
+    yield
+    for name, value in zip(names, before[0], strict=True):
+        setattr(matmul, name, value)
+    torch.set_float32_matmul_precision(before[1])
+
+
+@pytest.fixture
+def poisoned():
+    """`torch.empty` is full of NaN: an element that no kernel writes is seen. A side effect of this mode."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all(), "this PyTorch does not fill empty memory in deterministic mode"
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(params=["table", *FORCED_ROWS])
+def path(request, monkeypatch):
+    """Which path `gated_linear` takes: what its table says, or one of the two at any number of rows."""
+    if request.param in FORCED_ROWS:
+        for element_size in _FUSED_ROWS:
+            monkeypatch.setitem(_FUSED_ROWS, element_size, FORCED_ROWS[request.param])
+    return request.param
