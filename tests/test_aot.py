@@ -390,3 +390,7 @@ def test_without_triton_or_with_its_interpreter_nothing_is_compiled(toy, monkeyp
     monkeypatch.setattr(aot, "HAS_TRITON", False)
     assert aot.main(["report"]) == 2
     assert "Triton is not installed" in capsys.readouterr().err
+
+
+def test_the_kernels_compile_as_in_the_committed_report(capsys):
+    assert aot.main(["check", "--quick"]) == 0, capsys.readouterr().out

@@ -607,7 +607,7 @@ DW_LOAD_W = f"{LOAD_W}\n        tl.store(partial + t_n"
 FOLD_LOAD_W = f"{LOAD_W}\n    b_g ="
 FOLD_STORE = "tl.store(p_folded, (b_w * b_g[None, :]).to(folded.dtype.element_ty), mask=m_folded)"
 UNFOLD_LOAD = "b_product = tl.load(product + o_tile, mask=m_tile, other=0.0).to(tl.float32)"
-UNFOLD_LOAD_W = "b_w = tl.load(p_w, mask=m_tile, other=0.0)"
+UNFOLD_LOAD_W = "            else:\n                b_w = tl.load(p_w, mask=m_tile, other=0.0)"
 UNFOLD_LOAD_FOLDED = "b_w = tl.load(folded + o_tile, mask=m_tile, other=0.0)"
 UNFOLD_STORE = "tl.store(dw + o_tile, (b_product * b_g[None, :]).to(dw.dtype.element_ty), mask=m_tile)"
 GATE_LOAD = "_load_tile(partial, o_r, o_k, rows, K, K, True, True)"
@@ -748,7 +748,8 @@ DEFECTS = [
         "unfold",
         (READ, "row-mask-removed", "guard-page", "m_tile = (o_n[:, None] < N) & m_k[None, :]",
          "m_tile = (o_n[:, None] >= 0) & m_k[None, :]", options(), "product"),
-        (MASK, "no-mask-on-weight", "guard-page", UNFOLD_LOAD_W, "b_w = tl.load(p_w)",
+        (MASK, "no-mask-on-weight", "guard-page", UNFOLD_LOAD_W,
+         UNFOLD_LOAD_W.replace(", mask=m_tile, other=0.0", ""),
          options(wanted=((False, True),)), "weight"),
         (MASK, "no-mask-on-folded", "guard-page", UNFOLD_LOAD_FOLDED, "b_w = tl.load(folded + o_tile)",
          options(MIXED16, is_folded=True, wanted=((False, True),)), "folded"),
@@ -768,14 +769,14 @@ DEFECTS = [
         (VALUE, "last-rows-dropped", "error-rule", "b_dg += tl.sum(b_product * b_w, axis=0)",
          "b_dg += tl.where(n + BLOCK_N < N, 1.0, 0.0) * tl.sum(b_product * b_w, axis=0)",
          options(wanted=((False, True),))),
-        (VALUE, "gate-not-divided-out", "error-rule", "b_dg = b_dg / tl.where(m_k, b_g, 1.0)",
+        (VALUE, "gate-not-divided-out", "error-rule", "b_dg = b_dg / tl.where(m_k & divide, b_g, 1.0)",
          "b_dg = b_dg * 1.0", options(MIXED16, is_folded=True)),
         (VALUE, "divided-by-a-gate-of-zero", "poison", "1.0)) > smallest", "1.0)) >= 0.0",
          options(MIXED16, is_folded=True, gates="zero")),
-        (VALUE, "sign-of-the-gate-lost", "error-rule", "b_dg = b_dg / tl.where(m_k, b_g, 1.0)",
-         "b_dg = b_dg / tl.where(m_k, tl.abs(b_g), 1.0)", options(MIXED16, is_folded=True)),
-        (VALUE, "divided-though-not-folded", "error-rule", "        if divide:\n            b_dg",
-         "        if True:\n            b_dg"),
+        (VALUE, "sign-of-the-gate-lost", "error-rule", "b_dg = b_dg / tl.where(m_k & divide, b_g, 1.0)",
+         "b_dg = b_dg / tl.where(m_k & divide, tl.abs(b_g), 1.0)", options(MIXED16, is_folded=True)),
+        (VALUE, "divided-though-not-folded", "error-rule", "        if FOLDED:\n            b_dg",
+         "        divide = m_k\n        if True:\n            b_dg"),
         (VALUE, "gate-applied-twice", "error-rule", "(b_product * b_g[None, :])",
          "(b_product * b_g[None, :] * b_g[None, :])"),
         (VALUE, "gate-not-applied", "error-rule", "(b_product * b_g[None, :])", "b_product"),

@@ -24,16 +24,17 @@ Deterministic: every sum over rows or columns is made in two stages of fixed ord
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _triton
-from vtp_kernels._library import LIBRARY, autocast_is_on, define
+from vtp_kernels._library import LIBRARY, autocast_is_on, define, without_autocast
 from vtp_kernels._triton import Config, TensorDescriptor, Variant, launch, tl, triton
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -251,7 +252,6 @@ def _unfold_kernel(
     o_k = i_k + tl.arange(0, BLOCK_K)
     m_k = o_k < K
     b_g = tl.load(gate + o_k, mask=m_k, other=0.0).to(tl.float32)
-    divide = FOLDED
     if FOLDED:
         smallest = 0.015625 if folded.dtype.element_ty == tl.float16 else 1e-12
         divide = tl.min(tl.where(m_k, tl.abs(b_g), 1.0)) > smallest
@@ -263,17 +263,20 @@ def _unfold_kernel(
         o_tile = o_n[:, None].to(tl.int64) * K + o_k[None, :]
         b_product = tl.load(product + o_tile, mask=m_tile, other=0.0).to(tl.float32)
         if GATE_GRADIENT:
-            if divide:
-                b_w = tl.load(folded + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+            p_w = weight + o_n[:, None].to(tl.int64) * stride_w + o_k[None, :]
+            if FOLDED:
+                if divide:
+                    b_w = tl.load(folded + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+                else:
+                    b_w = tl.load(p_w, mask=m_tile, other=0.0).to(tl.float32)
             else:
-                p_w = weight + o_n[:, None].to(tl.int64) * stride_w + o_k[None, :]
                 b_w = tl.load(p_w, mask=m_tile, other=0.0).to(tl.float32)
             b_dg += tl.sum(b_product * b_w, axis=0)
         if WEIGHT_GRADIENT:
             tl.store(dw + o_tile, (b_product * b_g[None, :]).to(dw.dtype.element_ty), mask=m_tile)
     if GATE_GRADIENT:
-        if divide:
-            b_dg = b_dg / tl.where(m_k, b_g, 1.0)
+        if FOLDED:
+            b_dg = b_dg / tl.where(m_k & divide, b_g, 1.0)
         tl.store(partial + i_n * K + o_k, b_dg, mask=m_k)
 
 
@@ -324,8 +327,8 @@ _UNALIGNED_TILES = {
     ("dx", "16/32"): _config(64, 32, 64, 4, 3),
     ("dx", "tf32"): _config(64, 32, 64, 4, 3),
     ("dx", "ieee"): _config(32, 16, 32, 4, 3),
-    ("dw", "16"): _config(32, 64, 64, 4, 3),
-    ("dw", "16/32"): _config(32, 64, 64, 4, 3),
+    ("dw", "16"): _config(32, 64, 64, 8, 3),
+    ("dw", "16/32"): _config(32, 64, 64, 8, 3),
     ("dw", "tf32"): _config(32, 64, 64, 4, 3),
     ("dw", "ieee"): _config(16, 32, 64, 4, 3),
 }
@@ -622,12 +625,14 @@ def _record(x_dtype: torch.dtype, weight_dtype: torch.dtype, width: int) -> None
 # ---------------------------------------------------------------------------------- plain PyTorch, any device
 
 
-# Numbers formed at once: temporaries stay in cache, and the peak of memory where it is without gates.
-_CHUNK = 2**16
+# Numbers formed at once, 1 MB: all of them would raise the peak of memory above that without gates.
+_CHUNK = 2**18
 
 
-def _chunks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _chunks(*matrices: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """The same rows of each [N, K] matrix, `_CHUNK` numbers at a time."""
+    if matrices[0].numel() <= _CHUNK:
+        return (matrices,)
     rows = max(1, _CHUNK // max(1, matrices[0].shape[1]))
     return zip(*(m.split(rows) for m in matrices), strict=True)
 
@@ -644,9 +649,10 @@ def _scaled(matrix: Tensor, gate: Tensor, out: Tensor) -> Tensor:
 def _column_products(a: Tensor, b: Tensor) -> Tensor:
     """`sum_i a[i, k] b[i, k]`, [K], in float32 at least."""
     dtype = torch.promote_types(a.dtype, torch.float32)
-    total = torch.zeros(a.shape[1], dtype=dtype, device=a.device)
+    total = None
     for a_rows, b_rows in _chunks(a, b):
-        total += (a_rows.to(dtype) * b_rows.to(dtype)).sum(0)
+        products = (a_rows.to(dtype) * b_rows.to(dtype)).sum(0)
+        total = products if total is None else total.add_(products)
     return total
 
 
@@ -736,10 +742,11 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, dy):
+def _backward(ctx, dy, backward=None):
     needs = ctx.needs_input_grad[:4]
     bias_dtype = ctx.bias_dtype if needs[3] else None
-    gradients = torch.ops.vtp.gated_linear_backward(dy, *ctx.saved_tensors, bias_dtype, ctx.l1, *needs[:3])
+    backward = backward or torch.ops.vtp.gated_linear_backward
+    gradients = backward(dy, *ctx.saved_tensors, bias_dtype, ctx.l1, *needs[:3])
     return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None
 
 
@@ -748,9 +755,9 @@ def _fold_setup_context(ctx, inputs, output):
     ctx.save_for_backward(weight, output, gate)
 
 
-def _fold_backward(ctx, product):
+def _fold_backward(ctx, product, unfold=None):
     needs = ctx.needs_input_grad[:2]
-    gradients = torch.ops.vtp.unfold_gate(product, *ctx.saved_tensors, ctx.l1, *needs)
+    gradients = (unfold or torch.ops.vtp.unfold_gate)(product, *ctx.saved_tensors, ctx.l1, *needs)
     return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None
 
 
@@ -807,6 +814,39 @@ def _backward_flops(
     return products * 2 * math.prod(x_shape) * weight_shape[0]
 
 
+_backward_on_cpu, _unfold_on_cpu = without_autocast(_backward_plain), without_autocast(_unfold_plain)
+
+
+class _GatedLinear(torch.autograd.Function):
+    """`gated_linear` for eager calls on a CPU, where the dispatcher, which enters Python twice in each pass,
+    would cost a small layer more than its gate does. `setup_context` would cost as much again."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _setup_context(ctx, inputs, None)
+        return _forward_plain(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return _backward(ctx, dy, _backward_on_cpu)
+
+
+class _FoldGate(torch.autograd.Function):
+    """`fold_gate`, likewise."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        folded = _fold_plain(*inputs)
+        _fold_setup_context(ctx, inputs, folded)
+        return folded
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, product):
+        return _fold_backward(ctx, product, _unfold_on_cpu)
+
+
 # ------------------------------------------------------------------------------------------- public function
 
 
@@ -839,10 +879,14 @@ def gated_linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     _validate(x, weight, gate, bias, l1)
     l1 = float(l1)
+    eager_cpu = x.device.type == "cpu" and not (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    )
     if x.dtype != weight.dtype and torch.is_grad_enabled() and x.requires_grad and weight.requires_grad:
-        folded = torch.ops.vtp.fold_gate(weight, gate, x.dtype, l1)
+        fold = _FoldGate.apply if eager_cpu else torch.ops.vtp.fold_gate
+        folded = fold(weight, gate, x.dtype, l1)
         return F.linear(x, folded, None if bias is None else bias.to(x.dtype))
-    return torch.ops.vtp.gated_linear(x, weight, gate, bias, l1)
+    return (_GatedLinear.apply if eager_cpu else torch.ops.vtp.gated_linear)(x, weight, gate, bias, l1)
 
 
 def _validate(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None, l1: float) -> None:
