@@ -198,14 +198,13 @@ def test_infinities_and_nan_go_through_as_in_a_plain_linear():
     assert torch.equal(got.isfinite(), expected.isfinite())
 
 
-def test_there_is_no_second_derivative_and_it_says_so():
-    tensors = leaves(inputs(4, 5, 3, torch.float64, torch.float64)[:4])
-    (dx,) = torch.autograd.grad(gated_linear(*tensors).sum(), tensors[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-    (dx,) = torch.autograd.grad(
-        torch.ops.vtp.gated_linear(*tensors, 0.0).sum(), tensors[:1], create_graph=True
-    )
+@pytest.mark.parametrize("dtypes", ["f32", "bf16-f32"])
+def test_there_is_no_second_derivative_and_it_says_so(dtypes):
+    tensors = leaves(inputs(4, 5, 3, *DTYPES[dtypes])[:4])
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(gated_linear(*tensors).sum(), tensors[:2], create_graph=True)
+    y = torch.ops.vtp.gated_linear(*tensors, 0.0)
+    (dx,) = torch.autograd.grad(y.sum(), tensors[:1], create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         dx.sum().backward()
 
@@ -298,14 +297,6 @@ class TestTransforms:
         gradient, other.gate.grad = other.gate.grad, None
         other(x).sum().backward()
         assert torch.equal(gradient, other.gate.grad)
-
-    def test_gradients_by_torch_func(self):
-        x, weight, gate, bias, _ = inputs(9, 21, 34, torch.float32, torch.float32)
-        function = torch.func.grad(lambda *t: gated_linear(*t).square().sum(), argnums=(0, 1, 2, 3))
-        expected = leaves((x, weight, gate, bias))
-        gated_linear(*expected).square().sum().backward()
-        for got, leaf in zip(function(x, weight, gate, bias), expected, strict=True):
-            torch.testing.assert_close(got, leaf.grad)
 
     def test_data_parallel_ranks_agree_on_the_gradients_bit_for_bit(self, tmp_path):
         torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)

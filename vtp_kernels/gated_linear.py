@@ -29,7 +29,6 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
@@ -827,8 +826,9 @@ class _GatedLinear(torch.autograd.Function):
         return _forward_plain(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        if torch.is_grad_enabled():  # create_graph=True
+            _no_second_derivative(ctx)
         return _backward(ctx, dy, _backward_on_cpu)
 
 
@@ -842,8 +842,9 @@ class _FoldGate(torch.autograd.Function):
         return folded
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, product):
+        if torch.is_grad_enabled():
+            _no_second_derivative(ctx)
         return _fold_backward(ctx, product, _unfold_on_cpu)
 
 
@@ -867,7 +868,7 @@ def gated_linear(
 
     Returns:
         [..., N] in the dtype of x (under autocast: autocast's). Gradients have the dtypes of their inputs.
-        There is no second derivative.
+        There is no second derivative, and of the transforms of `torch.func` only `functional_call` works.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype is not one of those above.
@@ -879,9 +880,7 @@ def gated_linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     _validate(x, weight, gate, bias, l1)
     l1 = float(l1)
-    eager_cpu = x.device.type == "cpu" and not (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    )
+    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if x.dtype != weight.dtype and torch.is_grad_enabled() and x.requires_grad and weight.requires_grad:
         fold = _FoldGate.apply if eager_cpu else torch.ops.vtp.fold_gate
         folded = fold(weight, gate, x.dtype, l1)
