@@ -332,7 +332,10 @@ _UNALIGNED_TILES = {
     ("dw", "ieee"): _config(16, 32, 64, 4, 3),
 }
 _FOLD = Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=4, num_stages=1)
-_UNFOLD = Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=4, num_stages=1)
+_UNFOLD = {  # by whether rows start at 16 bytes
+    True: Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=4, num_stages=1),
+    False: Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=8, num_stages=1),
+}
 _UNFOLD_ROWS = 128  # of W per program: one partial sum of a column for each
 _GATE_GRADIENT = Config({"BLOCK_R": 16, "BLOCK_K": 64}, num_warps=4, num_stages=1)
 
@@ -472,21 +475,23 @@ def _launch_unfold(
     """From `product` [N, K], contiguous, dY^T X: dW and partial sums as `_launch_dw` returns them."""
     N, K = product.shape
     programs = triton.cdiv(N, _UNFOLD_ROWS)
+    aligned = _triton.is_aligned(weight)
+    config = _UNFOLD[aligned]
     device = product.device
     dw = torch.empty((N, K), dtype=weight.dtype, device=device) if need_weight else None
     partial = torch.empty((programs, K), dtype=torch.float32, device=device) if need_gate else None
     launch(
         _unfold_kernel,
-        (programs, triton.cdiv(K, _UNFOLD.blocks["BLOCK_K"])),
+        (programs, triton.cdiv(K, config.blocks["BLOCK_K"])),
         dict(
             product=product, weight=weight, folded=folded, gate=gate, dw=dw, partial=partial,
             N=N, K=K, rows_per_program=_UNFOLD_ROWS, stride_w=weight.stride(0),
         ),
-        _UNFOLD,
+        config,
         FOLDED=folded is not None,
         WEIGHT_GRADIENT=need_weight,
         GATE_GRADIENT=need_gate,
-        ALIGNED=_triton.is_aligned(weight),
+        ALIGNED=aligned,
     )  # fmt: skip
     return dw, partial
 
