@@ -609,6 +609,8 @@ FOLD_STORE = "tl.store(p_folded, (b_w * b_g[None, :]).to(folded.dtype.element_ty
 UNFOLD_LOAD = "b_product = tl.load(product + o_tile, mask=m_tile, other=0.0).to(tl.float32)"
 UNFOLD_LOAD_W = "            else:\n                b_w = tl.load(p_w, mask=m_tile, other=0.0)"
 UNFOLD_LOAD_FOLDED = "b_w = tl.load(folded + o_tile, mask=m_tile, other=0.0)"
+DIVIDE = "        if FOLDED:  # noqa: SIM102 (known when compiling; `divide` is not)\n            if divide:"
+DIVIDE_ALWAYS = "        if True:\n            if True:"
 UNFOLD_STORE = "tl.store(dw + o_tile, (b_product * b_g[None, :]).to(dw.dtype.element_ty), mask=m_tile)"
 GATE_LOAD = "_load_tile(partial, o_r, o_k, rows, K, K, True, True)"
 GATE_LOAD_GATE = "b_g = tl.load(gate + o_k, mask=m_k, other=0.0).to(tl.float32)\n    sign"
@@ -769,14 +771,13 @@ DEFECTS = [
         (VALUE, "last-rows-dropped", "error-rule", "b_dg += tl.sum(b_product * b_w, axis=0)",
          "b_dg += tl.where(n + BLOCK_N < N, 1.0, 0.0) * tl.sum(b_product * b_w, axis=0)",
          options(wanted=((False, True),))),
-        (VALUE, "gate-not-divided-out", "error-rule", "b_dg = b_dg / tl.where(m_k & divide, b_g, 1.0)",
+        (VALUE, "gate-not-divided-out", "error-rule", "b_dg = b_dg / tl.where(m_k, b_g, 1.0)",
          "b_dg = b_dg * 1.0", options(MIXED16, is_folded=True)),
         (VALUE, "divided-by-a-gate-of-zero", "poison", "1.0)) > smallest", "1.0)) >= 0.0",
          options(MIXED16, is_folded=True, gates="zero")),
-        (VALUE, "sign-of-the-gate-lost", "error-rule", "b_dg = b_dg / tl.where(m_k & divide, b_g, 1.0)",
-         "b_dg = b_dg / tl.where(m_k & divide, tl.abs(b_g), 1.0)", options(MIXED16, is_folded=True)),
-        (VALUE, "divided-though-not-folded", "error-rule", "        if FOLDED:\n            b_dg",
-         "        divide = m_k\n        if True:\n            b_dg"),
+        (VALUE, "sign-of-the-gate-lost", "error-rule", "b_dg = b_dg / tl.where(m_k, b_g, 1.0)",
+         "b_dg = b_dg / tl.where(m_k, tl.abs(b_g), 1.0)", options(MIXED16, is_folded=True)),
+        (VALUE, "divided-though-not-folded", "error-rule", DIVIDE, DIVIDE_ALWAYS),
         (VALUE, "gate-applied-twice", "error-rule", "(b_product * b_g[None, :])",
          "(b_product * b_g[None, :] * b_g[None, :])"),
         (VALUE, "gate-not-applied", "error-rule", "(b_product * b_g[None, :])", "b_product"),

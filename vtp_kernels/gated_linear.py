@@ -274,8 +274,9 @@ def _unfold_kernel(
         if WEIGHT_GRADIENT:
             tl.store(dw + o_tile, (b_product * b_g[None, :]).to(dw.dtype.element_ty), mask=m_tile)
     if GATE_GRADIENT:
-        if FOLDED:
-            b_dg = b_dg / tl.where(m_k & divide, b_g, 1.0)
+        if FOLDED:  # noqa: SIM102 (known when compiling; `divide` is not)
+            if divide:
+                b_dg = b_dg / tl.where(m_k, b_g, 1.0)
         tl.store(partial + i_n * K + o_k, b_dg, mask=m_k)
 
 
