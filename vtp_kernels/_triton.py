@@ -28,7 +28,13 @@ else:
     HAS_TRITON = True
 
 # Names of Triton's types, for signatures and for the ids of variants.
-TYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 # The architectures that the kernels are compiled for and checked on: the backend and what it calls the chip.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -100,6 +106,39 @@ def is_aligned(*tensors: torch.Tensor) -> bool:
         and t.stride(1) == 1
         for t in tensors
     )
+
+
+def empty_rows(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialized [..., width] whose rows start at 16 bytes: the stride of a row is the width rounded up to
+    8 elements. A kernel that fills it writes 0 to the padding."""
+    *lead, width = shape
+    return torch.empty((*lead, -(-width // 8) * 8), dtype=dtype, device=device)[..., :width]
+
+
+def has_padded_rows(t: torch.Tensor) -> bool:
+    """Whether rows of t [M, width] start at 16 bytes, and the last one too has room up to a multiple of 8.
+
+    Then a kernel may load whole 16 bytes at the end of a row; what it finds behind the width is undefined.
+    """
+    (rows, width), (stride, step) = t.shape, t.stride()
+    end = t.storage_offset() + (rows - 1) * stride + -(-width // 8) * 8
+    return (
+        t.data_ptr() % 16 == 0
+        and step == 1
+        and stride % 8 == 0
+        and stride >= width
+        and (rows == 0 or end * t.element_size() <= t.untyped_storage().nbytes())
+    )
+
+
+def with_padded_rows(t: torch.Tensor) -> torch.Tensor:
+    """t [M, width] itself if `has_padded_rows`, else a copy that has, with 0 in the padding."""
+    if has_padded_rows(t):
+        return t
+    width = t.shape[1]
+    full = t.new_zeros(len(t), -(-width // 8) * 8)
+    full[:, :width] = t
+    return full[:, :width]
 
 
 def has_descriptors(device: torch.device) -> bool:
