@@ -28,7 +28,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 # Kineto reports on stderr each profile that begins, and a GPU that is not there; it reads this when loaded.
@@ -46,7 +45,7 @@ import vtp
 from vtp.architecture import SITES, replace_sites
 from vtp.files import FileError, write_atomic
 from vtp.pipeline import environment
-from vtp.train import TrainConfig, _gated_linears, _param_groups, _Stage
+from vtp.train import TrainConfig, gate_param_groups, gated_linears, settle_gates
 
 RESULTS = Path(__file__).parent / "results" / "gating_cost.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,19 +95,13 @@ def ungated(dense: nn.Module) -> Variant:
 
 
 def gated(dense: nn.Module) -> Variant:
-    """The project's gates, with the very method of its training loop between backward and update."""
+    """The project's gates, with the very function of its training loop between backward and update."""
     model = vtp.insert_gates(dense)
-    layers = _gated_linears(model)
-    gates = [layer.gate for layer in layers]
-    stage = SimpleNamespace(
-        gated=layers,
-        gates=gates,
-        config=CONFIG,
-        accelerator=SimpleNamespace(scaler=None),
-        updates=0,
-        taylor_from=0,  # Taylor statistics in every step; a real run takes them in the last third
+    layers = gated_linears(model)
+    # Taylor statistics in every step; a real run takes them in the last third.
+    return Variant(
+        model, [layer.gate for layer in layers], after_backward=partial(settle_gates, layers, CONFIG, True)
     )
-    return Variant(model, gates, after_backward=lambda: _Stage._gate_gradients(stage))
 
 
 def naive(dense: nn.Module) -> Variant:
@@ -136,7 +129,7 @@ class Trainee:
         self.autocast = partial(
             torch.autocast, images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"
         )
-        groups = _param_groups(self.model, variant.gates, CONFIG)
+        groups = gate_param_groups(self.model, variant.gates, CONFIG)
         self.optimizer = torch.optim.AdamW(groups, lr=CONFIG.lr, fused=True)  # as vtp.train has it
 
     def step(self) -> Tensor:

@@ -28,7 +28,7 @@ import math
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -290,7 +290,7 @@ class _Stage:
         self.raw = copy.deepcopy(model).to(device)
         self.raw.zero_grad()
         _set_drop_path(self.raw, config.drop_path)
-        self.gated = _gated_linears(self.raw)
+        self.gated = gated_linears(self.raw)
         if config.l1 > 0 and not self.gated:
             raise ValueError(f"config.l1: got {config.l1}, expected 0 as the model has no gates")
         self.gates = [linear.gate for linear in self.gated]
@@ -316,7 +316,7 @@ class _Stage:
             opt=config.opt,
             lr=config.lr,
             weight_decay=config.weight_decay,
-            param_group_fn=lambda m: _param_groups(m, self.gates, config),
+            param_group_fn=lambda m: gate_param_groups(m, self.gates, config),
             **fused,
         )
         self.scheduler, _ = create_scheduler_v2(
@@ -431,7 +431,9 @@ class _Stage:
         accelerator.backward(loss)
         accelerator.unscale_gradients()
         if self.gates:
-            self._gate_gradients()
+            # Gradients that the loss scaler will drop are no statistics.
+            overflow = accelerator.scaler is not None and not all_finite(g.grad for g in self.gates)
+            settle_gates(self.gated, config, self.updates >= self.taylor_from and not overflow)
         if config.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.raw.parameters(), config.clip_grad)
         self.optimizer.step()
@@ -454,16 +456,6 @@ class _Stage:
             teacher_logits = self.teacher(images)
         distilled = distillation_loss(logits.float(), teacher_logits.float(), self.config.distill_temperature)
         return (1 - alpha) * loss + alpha * distilled
-
-    def _gate_gradients(self) -> None:
-        """Take the Taylor statistics from the gradients of the task loss, then add that of the penalty."""
-        overflow = self.accelerator.scaler is not None and not all_finite(g.grad for g in self.gates)
-        if self.updates >= self.taylor_from and not overflow:
-            for linear in self.gated:
-                linear.accumulate_taylor()
-        if self.config.l1 > 0 and self.config.l1_mode == "subgradient":
-            for gate in self.gates:
-                gate.grad.add_(gate.detach().sign(), alpha=self.config.l1)
 
     def _settle(self, losses: list[Tensor]) -> None:
         """Add the losses of the last steps to the epoch's sum; refuse to go on if one is not finite."""
@@ -634,7 +626,9 @@ def _criterion(config: TrainConfig, num_classes: int) -> tuple[Mixup | None, nn.
     return None, nn.CrossEntropyLoss()
 
 
-def _param_groups(model: nn.Module, gates: list[nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+def gate_param_groups(
+    model: nn.Module, gates: list[nn.Parameter], config: TrainConfig
+) -> list[dict[str, Any]]:
     """timm's groups with and without weight decay, and one of the gates: no decay, own learning rate."""
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
@@ -646,13 +640,24 @@ def _param_groups(model: nn.Module, gates: list[nn.Parameter], config: TrainConf
     return groups
 
 
-def _gated_linears(model: nn.Module) -> list[GatedLinear]:
+def gated_linears(model: nn.Module) -> list[GatedLinear]:
     """The modules with a gate; their gates must be float32, in which small l1 steps are not rounded away."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, GatedLinear)}
     for name, module in found.items():
         if module.gate.dtype != torch.float32:
             raise ValueError(f"{name}.gate: got {module.gate.dtype}, expected torch.float32")
     return list(found.values())
+
+
+def settle_gates(layers: Sequence[GatedLinear], config: TrainConfig, take_taylor: bool) -> None:
+    """Between backward and update: the Taylor statistics from the gradients of the task loss, if asked, and
+    then the penalty's own gradient, `l1 sign(g)`."""
+    if take_taylor:
+        for layer in layers:
+            layer.accumulate_taylor()
+    if config.l1 > 0 and config.l1_mode == "subgradient":
+        for layer in layers:
+            layer.gate.grad.add_(layer.gate.detach().sign(), alpha=config.l1)
 
 
 def _check_teacher(teacher: nn.Module, model: nn.Module) -> None:

@@ -11,10 +11,14 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtp_kernels import _triton
 
 LIBRARY = torch.library.Library("vtp", "DEF")
+
+# What each op runs on a GPU with Triton, by its name.
+_TRITON_SIDES: dict[str, Callable] = {}
 
 
 def define(schema: str, *, plain: Callable, triton: Callable, fake: Callable) -> None:
@@ -22,11 +26,23 @@ def define(schema: str, *, plain: Callable, triton: Callable, fake: Callable) ->
 
     Both implementations run outside autocast: the public function has chosen the dtypes already.
     """
-    name = "vtp::" + schema.partition("(")[0]
+    short = schema.partition("(")[0]
+    name, _TRITON_SIDES[short] = f"vtp::{short}", triton
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(name, "CompositeExplicitAutograd", without_autocast(plain), lib=LIBRARY)
     torch.library.impl(name, "CUDA", without_autocast(_on_gpu(plain, triton)), lib=LIBRARY)
     torch.library.register_fake(name, fake, lib=LIBRARY)
+
+
+class TritonSides(TorchDispatchMode):
+    """Within it ops run what they would run on a GPU with Triton, whatever the device of their tensors: to
+    note launches on meta tensors (`_triton.recording`), or to interpret them on the CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "vtp":
+            return func(*args, **(kwargs or {}))
+        with self:  # which is off within its own method
+            return _TRITON_SIDES[func.overloadpacket.__name__](*args)
 
 
 def autocast_is_on(device: torch.device) -> bool:

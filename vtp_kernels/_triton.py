@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,6 +160,7 @@ def launch(
     """
     if _recording is not None:
         _recording.add(kernel, arguments, config, constants)
+        _recording.on_launch(kernel, grid, arguments, config, **constants)
         return
     device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
@@ -177,8 +178,8 @@ def launch(
 class _Recording:
     """The variants that launches ask for while it is in force, each once."""
 
-    def __init__(self, op: str, target: str) -> None:
-        self.op, self.target = op, target
+    def __init__(self, op: str, target: str, on_launch: Callable[..., None] = lambda *_, **__: None) -> None:
+        self.op, self.target, self.on_launch = op, target, on_launch
         self.variants: dict[tuple, Variant] = {}
 
     def add(self, kernel: Any, arguments: Mapping[str, Any], config: Config, constants: dict) -> None:
@@ -215,14 +216,17 @@ _recording: _Recording | None = None
 
 
 @contextlib.contextmanager
-def recording(op: str, target: str) -> Iterator[dict[tuple, Variant]]:
-    """Within it launches compile and run nothing: they are noted, as they would be on `target`.
+def recording(
+    op: str, target: str, on_launch: Callable[..., None] = lambda *_, **__: None
+) -> Iterator[dict[tuple, Variant]]:
+    """Within it launches compile and run nothing: they are noted, as they would be on `target`, and each is
+    passed on to `on_launch`, with the arguments of `launch`.
 
     So the list of what can be compiled is made by the code that launches, on meta tensors, and cannot drift
     from it.
     """
     global _recording
-    outer, _recording = _recording, _Recording(op, target)
+    outer, _recording = _recording, _Recording(op, target, on_launch)
     try:
         yield _recording.variants
     finally:

@@ -3,18 +3,9 @@
     python -m vtp_kernels.accounting [--model deit_base] [--batch 128] [--dtype bf16+fp32] [--out FILE]
     python -m vtp_kernels.accounting --markdown      # the headline alone, for the README; writes nothing
 
-Nothing is measured, and little is modelled: a training step of one linear (forward and backward) runs on meta
-tensors through the op itself, and every launch that it asks for is noted, of Triton kernels and of PyTorch's
-operators alike. So the selection of paths and the tiles are the op's own.
+A training step of one linear (forward and backward) runs through the op itself; how launches are counted, and
+with which assumptions, is in `_accounting.py`. Besides:
 
-Assumptions:
-- DRAM: a launch reads each operand once and writes each result once. Tiles that read an operand again find it
-  in L2, where the grouped order of programs keeps it. What one launch leaves to another (folded weight, G,
-  partial sums) is written and read in full, though a small one would stay in L2.
-- Tiles (L2 to multiprocessors): programs read whole tiles, padding included: an upper bound, since masked
-  lanes fetch nothing. The tiles of a vendor's GEMM are not known and taken as 128 x 128, without padding.
-- FLOPs are those of matrix products, 2 M N K each; as tiled, every dimension is rounded up to its tile.
-- A floor is max(bytes / bandwidth, FLOPs / peak), by launch as tiled, without launch overhead.
 - The plain linear is eager PyTorch's under autocast, which casts W for the step and dW back; it has a bias.
 - No gate is 0 (nor, in float16, below 1/64), so `_unfold_kernel` reads the folded weight. The path "vendor,
   small gates" is the other extreme: every program of it has such a gate, and reads W.
@@ -26,13 +17,9 @@ import argparse
 import contextlib
 import importlib
 import itertools
-import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import prod
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +27,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from vtp_kernels import _triton
+from vtp_kernels._accounting import GPUS, AccountingError, Record, Recorder, floors, save, total
 
 op = importlib.import_module("vtp_kernels.gated_linear")  # the package has a function of that name
 
@@ -61,114 +47,31 @@ RESULTS = Path(__file__).parents[1] / "bench" / "results" / "accounting.json"
 CLAIM = 1.0  # percent of a plain linear's bytes that gating may add
 
 
-class Gpu(NamedTuple):
-    """Data-sheet peaks: bytes/s; dense FLOP/s in 16 bits summed in float32; FLOP/s in float32, not TF32."""
-
-    bandwidth: float
-    peak_16bit: float
-    peak_fp32: float
-
-
-GPUS = {
-    # NVIDIA A100 Tensor Core GPU data sheet (nvidia-a100-datasheet-us-nvidia-1758950-r4), column 80GB SXM.
-    "A100": Gpu(2039e9, 312e12, 19.5e12),
-    # NVIDIA H100 Tensor Core GPU data sheet, column SXM: 1,979 TFLOP/s "with sparsity", half of it dense.
-    "H100": Gpu(3.35e12, 989e12, 67e12),
-    # NVIDIA Ada GPU Architecture white paper, appendix, RTX 4090: dense BF16 with FP32 accumulate.
-    "RTX 4090": Gpu(1008e9, 165.2e12, 82.6e12),
-}
-
-
-class AccountingError(RuntimeError):
-    """Something was launched that nothing here accounts for, or the result cannot be written."""
-
-
-# ---- the kernels of the ops: one account for each, from its arguments and constants ----
-
-
-class Work(NamedTuple):
-    """One launch: its programs; the arguments that they read, with how often all of them together load a tile
-    and its shape; the arguments that they write."""
-
-    programs: int
-    loads: dict[str, tuple[int, ...]]
-    writes: str
-    is_product: bool = False  # of M, N and K
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _size(tensor: Tensor | None, *shape: int) -> int:
-    """Bytes of `shape` in the dtype of `tensor`, without a shape of `tensor` itself; 0 without a tensor."""
-    return 0 if tensor is None else prod(shape or tensor.shape) * tensor.element_size()
-
-
-def _tiles(a: SimpleNamespace) -> tuple[int, int, int]:
-    return cdiv(a.M, a.BLOCK_M), cdiv(a.N, a.BLOCK_N), cdiv(a.K, a.BLOCK_K)
-
-
-def _fwd(a: SimpleNamespace) -> Work:
-    m, n, k = _tiles(a)
-    loads = {"x": (m * n * k, a.BLOCK_M, a.BLOCK_K), "weight": (m * n * k, a.BLOCK_N, a.BLOCK_K)}
-    return Work(m * n, loads | {"gate": (m * n * k, a.BLOCK_K), "bias": (m * n, a.BLOCK_N)}, "y", True)
-
-
-def _dx(a: SimpleNamespace) -> Work:
-    m, n, k = _tiles(a)
-    loads = {"dy": (m * n * k, a.BLOCK_M, a.BLOCK_N), "weight": (m * n * k, a.BLOCK_N, a.BLOCK_K)}
-    loads |= {"gate": (m * k, a.BLOCK_K), "x": (m * k, a.BLOCK_M, a.BLOCK_K)}
-    return Work(m * k, loads, "dx partial", True)
-
-
-def _dw(a: SimpleNamespace) -> Work:
-    m, n, k = _tiles(a)
-    loads = {"dy": (m * n * k, a.BLOCK_M, a.BLOCK_N), "x": (m * n * k, a.BLOCK_M, a.BLOCK_K)}
-    if a.GATE_GRADIENT:  # the weight is given, but not read, without
-        loads["weight"] = n * k, a.BLOCK_N, a.BLOCK_K
-    if a.WEIGHT_GRADIENT:
-        loads["gate"] = n * k, a.BLOCK_K
-    return Work(n * k, loads, "dw partial", True)
-
-
-def _fold(a: SimpleNamespace) -> Work:
-    tiles = cdiv(a.N, a.BLOCK_N) * cdiv(a.K, a.BLOCK_K)
-    return Work(tiles, {"weight": (tiles, a.BLOCK_N, a.BLOCK_K), "gate": (tiles, a.BLOCK_K)}, "folded")
-
-
-def _unfold(a: SimpleNamespace) -> Work:
-    programs, tile = cdiv(a.N, a.rows_per_program) * cdiv(a.K, a.BLOCK_K), (a.rows_per_program, a.BLOCK_K)
-    loads = {"product": (programs, *tile), "gate": (programs, a.BLOCK_K)}
-    if a.GATE_GRADIENT:
-        loads["folded" if a.FOLDED and not a.small_gates else "weight"] = programs, *tile
-    return Work(programs, loads, "dw partial")
-
-
-def _gate_gradient(a: SimpleNamespace) -> Work:
-    programs, rows = cdiv(a.K, a.BLOCK_K), cdiv(a.rows, a.BLOCK_R) * a.BLOCK_R
-    return Work(programs, {"partial": (programs, rows, a.BLOCK_K), "gate": (programs, a.BLOCK_K)}, "dg")
-
-
-# Another op's kernels are added here: by name, the part of a backward pass that they are of, and the account.
-KERNELS: dict[str, tuple[str, Callable[[SimpleNamespace], Work]]] = {
-    "_gated_linear_fwd_kernel": ("forward", _fwd),
-    "_gated_linear_dx_kernel": ("dX", _dx),
-    "_gated_linear_dw_kernel": ("dW", _dw),
-    "_fold_kernel": ("dX", _fold),
-    "_unfold_kernel": ("dW", _unfold),
-    "_gate_gradient_kernel": ("dg", _gate_gradient),
-}
-
-# What an op of the library runs where there is a GPU.
-TRITON_SIDES = {
-    "gated_linear": "_forward_triton",
-    "gated_linear_backward": "_backward_triton",
-    "fold_gate": "_fold_triton",
-    "unfold_gate": "_unfold_triton",
-}
-
 # ---- noting what a step launches ----
+
+
+# The part of a backward pass that a kernel is of.
+KERNEL_PARTS = {
+    "_gated_linear_dx_kernel": "dX",
+    "_gated_linear_dw_kernel": "dW",
+    "_fold_kernel": "dX",
+    "_unfold_kernel": "dW",
+    "_gate_gradient_kernel": "dg",
+}
+
+
+class StepRecorder(Recorder):
+    """Knows which part of a step of one linear a launch is."""
+
+    def __init__(self, M: int, N: int, K: int, small_gates: bool) -> None:
+        super().__init__(small_gates)
+        self.result_parts = {M * K: "dX", N * K: "dW"}
+        self.is_backward = False
+
+    def part(self, kernel: str | None, result: Tensor | None) -> str:
+        if not self.is_backward:
+            return "forward"
+        return KERNEL_PARTS[kernel] if kernel else self.result_parts.get(result.numel(), "db")
 
 
 def _plain(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
@@ -206,84 +109,6 @@ PATHS = {
 }
 
 
-class Record(NamedTuple):
-    """What one launch moves and multiplies."""
-
-    name: str
-    part: str
-    dram_bytes: int
-    tile_bytes: int
-    flops: int
-    tiled_flops: int
-    itemsize: int  # of the operands of its product
-    launch: str = ""  # of a Triton kernel: dtypes, sizes, tile and grid
-
-    def floors(self) -> list[float]:
-        """Microseconds on each GPU."""
-        field = "peak_16bit" if self.itemsize == 2 else "peak_fp32"
-        gpus = GPUS.values()
-        return [1e6 * max(self.dram_bytes / g.bandwidth, self.tiled_flops / getattr(g, field)) for g in gpus]
-
-
-class _Recorder(TorchDispatchMode):
-    """Notes every launch, Triton's by `launch`, PyTorch's by dispatch, while the op runs its Triton side."""
-
-    def __init__(self, M: int, N: int, K: int, small_gates: bool) -> None:
-        super().__init__()
-        self.result_parts = {M * K: "dX", N * K: "dW"}
-        self.small_gates, self.is_backward = small_gates, False
-        self.records: list[Record] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        with self:
-            if func.namespace == "vtp":
-                return getattr(op, TRITON_SIDES[func.overloadpacket.__name__])(*args)
-            result = func.decompose(*args, **kwargs)  # `linear` and `matmul` into what really runs
-        if result is NotImplemented:
-            result = func(*args, **kwargs)
-            if not func.is_view and not func.__name__.startswith(("empty", "new_empty")):
-                self._add_operator(func, args, kwargs, result)
-        return result
-
-    def _add_operator(self, func: Any, args: tuple, kwargs: dict, result: Tensor) -> None:
-        operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        read = loads = sum(map(_size, operands))
-        flops = 0
-        if count := flop_registry.get(func.overloadpacket):
-            flops = count(*args, **kwargs, out_val=result)
-            (rows, columns), inner = result.shape, operands[-1].shape[0]
-            loads = _size(result, cdiv(columns, 128) * rows + cdiv(rows, 128) * columns, inner)
-        part = self.result_parts.get(result.numel(), "db") if self.is_backward else "forward"
-        amounts = read + _size(result), max(loads, read) + _size(result), flops, flops
-        self.records.append(Record(func.overloadpacket.__name__, part, *amounts, result.element_size()))
-
-    def launch(self, kernel: Any, grid: tuple, arguments: Mapping, config: Any, **constants: Any) -> None:
-        """In place of `_triton.launch`."""
-        name = kernel.__name__
-        if name not in KERNELS:
-            raise AccountingError(f"{name}: launched, but not in KERNELS of {__name__}")
-        part, account_for = KERNELS[name]
-        values = {n: v.base if isinstance(v, _triton.TensorDescriptor) else v for n, v in arguments.items()}
-        options = {**constants, **config.blocks, "small_gates": self.small_gates}
-        a = SimpleNamespace(**values, **options)
-        work = account_for(a)
-        if work.programs != prod(grid):
-            raise AccountingError(f"{name}: accounted for {work.programs} programs, launched {prod(grid)}")
-        used = {n: values[n] for n in (*work.loads, *work.writes.split()) if values[n] is not None}
-        written = sum(_size(values[n]) for n in work.writes.split())
-        loaded = sum(_size(values[n], *shape) for n, shape in work.loads.items())
-        flops = 2 * a.M * a.N * a.K if work.is_product else 0
-        tiled = 2 * prod(_tiles(a)) * prod(config.blocks.values()) if work.is_product else 0
-        types = " ".join(f"{n}:{_triton.TYPE_NAMES[tensor.dtype]}" for n, tensor in used.items())
-        dims = " ".join(f"{n}={v}" for n, v in arguments.items() if n in ("M", "N", "K", "rows"))
-        launch = f"{types} {dims} tile={config} grid={'x'.join(map(str, grid))}"
-        amounts = sum(map(_size, used.values())), loaded + written, flops, tiled
-        part = part if self.is_backward else "forward"
-        itemsize = next(iter(used.values())).element_size()
-        self.records.append(Record(name.strip("_").removesuffix("_kernel"), part, *amounts, itemsize, launch))
-
-
 @contextlib.contextmanager
 def _replaced(module: Any, values: Mapping[str, Any]) -> Iterator[None]:
     before = {name: getattr(module, name) for name in values}  # raises if there is no longer such a name
@@ -300,13 +125,8 @@ def step(path: str, M: int, N: int, K: int, dtype: str) -> list[Record]:
     shapes = ((M, K), x_dtype), ((N, K), w_dtype), ((K,), torch.float32), ((N,), w_dtype)
     inputs = [torch.empty(size, dtype=dtype, device="meta", requires_grad=True) for size, dtype in shapes]
     function, replaced, small_gates = PATHS[path]
-    recorder = _Recorder(M, N, K, small_gates)
-    with (
-        _triton.recording("gated_linear", "sm_90"),  # what it asks about the GPU, it is told of an H100
-        _replaced(op, {"launch": recorder.launch, **replaced}),
-        _replaced(torch, {"get_float32_matmul_precision": lambda: "highest"}),  # the default: no TF32
-        recorder,
-    ):
+    recorder = StepRecorder(M, N, K, small_gates)
+    with _replaced(op, replaced), recorder.noting():
         y = function(*inputs)
         recorder.is_backward = True
         torch.autograd.grad(y, inputs, torch.empty_like(y), allow_unused=True)
@@ -334,10 +154,6 @@ def account(model: str, batch: int, dtype: str) -> dict[str, Paths]:
     return block | {"block": {path: [r for p in block.values() for r in p[path]] for path in (LEAST, *PATHS)}}
 
 
-def total(records: Sequence[Record], part: str | None = None, amount: str = "dram_bytes") -> int:
-    return sum(getattr(r, amount) for r in records if part in (None, r.part))
-
-
 def extra(paths: Paths, path: str, part: str | None = None) -> int:
     """DRAM bytes beyond the plain linear's, of a step or of one part of it."""
     return total(paths[path], part) - total(paths[PLAIN], part)
@@ -346,10 +162,6 @@ def extra(paths: Paths, path: str, part: str | None = None) -> int:
 def percent(paths: Paths, path: str, with_db: bool = True) -> float:
     """`extra` of a step, of the plain linear's bytes: all, or without those that make its bias' gradient."""
     return 100 * extra(paths, path) / (total(paths[PLAIN]) - (0 if with_db else total(paths[PLAIN], "db")))
-
-
-def floors(records: Sequence[Record]) -> list[float]:
-    return [round(sum(times), 3) for times in zip(*(r.floors() for r in records), strict=True)]
 
 
 def taken(records: Sequence[Record]) -> str:
@@ -379,24 +191,11 @@ def sweep() -> dict[str, Any]:
                 rows.append([*row, *floors(records), launched])
                 kernels |= {(r.name, r.launch): [*r[2:6], *floors([r])] for r in records if r.launch}
     return {
-        "label": "predicted, not measured; assumptions in vtp_kernels/accounting.py",
+        "label": "predicted, not measured; assumptions in vtp_kernels/_accounting.py",
         "gpus": {name: gpu._asdict() for name, gpu in GPUS.items()},
         "paths": [columns, *rows],
         "kernels": [["kernel", "launch", *amounts, *times], *([*k, *kernels[k]] for k in sorted(kernels))],
     }
-
-
-def save(path: Path, content: Mapping[str, Any]) -> None:
-    """One row per line; the file is whole or untouched."""
-    text = json.dumps(content).replace("], [", "],\n[").replace("[[", "\n[[").replace("]]", "]]\n")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise AccountingError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 Rows = list[list[str]]  # the first is the header

@@ -2,10 +2,12 @@
 
     python -m vtp_kernels.aot report [--targets T ...] [--ops OP ...] [--only TEXT] [--out FILE] [--jobs N]
     python -m vtp_kernels.aot check [--targets T ...] [--ops OP ...] [--quick] [--baseline FILE] [--jobs N]
+    python -m vtp_kernels.aot compile FILE.safetensors --target T [--dtype D] [--cache FOLDER] [--jobs N]
 
 `report` prints what each variant uses; a report of everything is also the baseline, kept beside this file.
 `check` compiles again and fails on what no variant may do (`violations`) and on what got worse
-(`regressions`). Exit codes: 0 fine, 1 something is wrong with a kernel, 2 it could not be checked.
+(`regressions`). `compile` builds what one saved model needs before it is served. Exit codes: 0 fine, 1
+something is wrong with a kernel, 2 it could not be checked.
 
 A second run is quick where Triton's cache is kept; it is keyed on all that the machine code depends on.
 """
@@ -140,11 +142,18 @@ def _compile(variant: Variant, target: str) -> Any:
         raise AotError(
             f"arguments without a type or value: {missing}; not arguments of the kernel: {unknown}"
         )
+    # Keys, order and empty entries are those of Triton's launches: its cache then finds at run time what is
+    # compiled here.
+    attrs = {
+        (i,): [["tt.divisibility", 16]] if name in variant.aligned else []
+        for i, name in enumerate(names)
+        if name in variant.aligned or name in variant.constants
+    }
     source = ASTSource(
         fn=variant.kernel,
         signature={name: variant.signature.get(name, "constexpr") for name in names},
-        constexprs=dict(variant.constants),
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
+        constexprs={name: variant.constants[name] for name in names if name in variant.constants},
+        attrs=attrs,
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
@@ -410,6 +419,32 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
     return _print_failures(console, failures)
 
 
+def compile(arguments: argparse.Namespace, console: Console) -> int:
+    """All kernels of a saved model, for every batch size, into a folder that Triton takes for its cache."""
+    # The one place that knows of the method: a command, not the library.
+    try:
+        engine = importlib.import_module("vtp.engine")
+        names = engine.kernels(arguments.file, arguments.dtype, arguments.target)
+    except ValueError as error:
+        raise AotError(str(error)) from None
+    found = {task.name: task for task in tasks([arguments.target], OPS)}
+    if unknown := sorted(set(names) - set(found)):
+        raise AotError(f"launched, but in no op's `variants`: {', '.join(unknown)}")
+    folder = arguments.cache.absolute()
+    os.environ["TRITON_CACHE_DIR"] = str(folder)  # read by the processes that compile
+    records = compile_all([found[name] for name in sorted(names)], arguments.jobs)
+    if arguments.target in CHIPS:
+        _print_target(console, arguments.target, list(records.values()))
+    failures = [f"{name}: {r['error']}" for name, r in records.items() if "error" in r]
+    console.print(
+        f"{len(records) - len(failures)} distinct kernels for {arguments.target} are in {folder}\n"
+        f"Serve with TRITON_CACHE_DIR={folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return _print_failures(console, failures)
+
+
 def _print_failures(console: Console, failures: Sequence[str]) -> int:
     for line in failures:
         console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
@@ -440,6 +475,13 @@ def _parser() -> argparse.ArgumentParser:
     commands.choices["check"].add_argument(
         "--baseline", type=Path, default=BASELINE, help="a report to compare with"
     )
+    sub = commands.add_parser("compile", help=compile.__doc__, description=compile.__doc__)
+    sub.set_defaults(run=compile)
+    sub.add_argument("file", type=Path, help="a compact model that `vtp.save` wrote")
+    sub.add_argument("--target", choices=TARGETS, required=True, help="the GPU that will serve it")
+    sub.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    sub.add_argument("--cache", type=Path, default=Path("triton_cache"), help="folder: triton_cache")
+    sub.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="compilations at a time")
     return parser
 
 
