@@ -1,10 +1,15 @@
+import collections
+import contextlib
 import copy
 import dataclasses
+import importlib
 import pickle
 
 import pytest
 import timm
 import torch
+from engine_cases import NotedOperators, assert_gradients_close_to_float64
+from guarded_memory import replaced
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import TINY, build, gated, image, randomize, relative_error, with_zeros
@@ -293,3 +298,126 @@ def test_empty_batch_gives_empty_logits():
     model = gated(build())
     for plan in (vtp.make_plan(model, rate=0.0), random_plan(model, 0)):
         assert vtp.compact(model, plan)(image(model, batch=0)).shape == (0, 10)
+
+
+# -- On a GPU the modules run on ops, whose plain PyTorch sides stand for the kernels here ------------------
+
+
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """Modules take the ops; operators are noted."""
+    module = importlib.import_module("vtp.compact")
+    with replaced([(module, "_on_kernels", lambda x: True)]), NotedOperators() as noted:
+        yield noted.names
+
+
+def calls_of_ops(names):
+    """How often each op of the namespace vtp was called."""
+    return collections.Counter(name.removeprefix("vtp::") for name in names if name.startswith("vtp::"))
+
+
+def output_and_gradients(model, x, **arguments):
+    """Logits, and the gradient of every parameter."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(0)
+    out = model(x, **arguments)
+    out.float().square().mean().backward()
+    return {"logits": out.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_equal_to_1e_12(got, expected):
+    largest = max(value.abs().max() for value in expected.values())
+    for name, value in expected.items():
+        # The gradient of a bias that shifts all scores alike is 0, and what is computed is rounding.
+        allowed = 1e-12 * value.abs().max() + 1e-15 * largest
+        assert (got[name] - value).abs().max() <= allowed, name
+
+
+# Changes to the architecture, and the calls of a forward and backward pass of two blocks.
+ON_OPS = {
+    "plain": ({}, {"layer_norm_gather": 4, "compact_linear": 4, "ragged_attention": 2, "compact_mlp": 2}),
+    "qk-norm": (
+        {"qk_norm": True},
+        {"layer_norm_gather": 4, "compact_linear": 4, "ragged_attention": 2, "compact_mlp": 2},
+    ),
+    "another-activation": (
+        {"act_layer": "quick_gelu"},
+        {"layer_norm_gather": 4, "compact_linear": 8, "ragged_attention": 2},
+    ),
+    "dropout": (
+        {"attn_drop_rate": 0.2, "proj_drop_rate": 0.3},
+        {"layer_norm_gather": 4, "compact_linear": 8},
+    ),
+    "layer-scale-and-drop-path": (
+        {"init_values": 0.1, "drop_path_rate": 0.2, "qkv_bias": False, "proj_bias": False},
+        {"layer_norm_gather": 4, "compact_linear": 4, "ragged_attention": 2, "compact_mlp": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ON_OPS)
+def test_training_on_the_ops_is_exact(case):
+    changes, expected_calls = ON_OPS[case]
+    model = gated(build(dataclasses.replace(TINY, **changes)))
+    small, x = vtp.compact(model, random_plan(model, 4)).train(), image(model)
+    expected = output_and_gradients(small, x)
+    with as_on_a_gpu() as names:
+        got = output_and_gradients(small, x)
+    calls = calls_of_ops(names)
+    assert {name: n for name, n in calls.items() if not name.endswith("_backward")} == expected_calls
+    assert {name: calls[f"{name}_backward"] for name in expected_calls} == expected_calls
+    assert_equal_to_1e_12(got, expected)
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast"])
+def test_training_on_the_ops_is_as_close_to_float64_as_on_pytorchs_operators(small, precision):
+    model = copy.deepcopy(small).train()
+    x = image(model)
+    exact = output_and_gradients(model.double(), x.double())
+    model.float()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
+    with autocast:
+        same_dtype = output_and_gradients(model, x)
+    with as_on_a_gpu() as names, autocast:
+        got = output_and_gradients(model, x)
+    calls = calls_of_ops(names)
+    assert calls["layer_norm_gather_backward"] == calls["layer_norm_gather"] > 0
+    assert_gradients_close_to_float64(got, exact, same_dtype)
+
+
+@pytest.mark.parametrize(
+    "mask", [{"is_causal": True}, {"attn_mask": torch.ones(5, 5, dtype=torch.bool).tril(1)}]
+)
+def test_masked_attention_stays_on_pytorchs_operators(mask):
+    model = gated(build())
+    small, x = vtp.compact(model, random_plan(model, 4)), image(model)
+    expected = output_and_gradients(small, x, **mask)
+    with as_on_a_gpu() as names:
+        got = output_and_gradients(small, x, **mask)
+    assert "ragged_attention" not in calls_of_ops(names)
+    assert_equal_to_1e_12(got, expected)
+
+
+class Doubled(torch.nn.Linear):
+    """Stands for an adapter: more than its weight."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("name", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+def test_a_module_in_the_place_of_a_linear_keeps_its_forward_on_a_gpu(name):
+    model = gated(build())
+    small, x = vtp.compact(model, random_plan(model, 4)), image(model)
+    small.blocks[0].get_submodule(name).__class__ = Doubled
+    with as_on_a_gpu():
+        got = small(x)
+    assert relative_error(got, small(x)) <= 1e-12
+
+
+def test_on_a_cpu_and_in_an_exported_program_there_are_no_ops(small):
+    with NotedOperators() as noted:
+        output_and_gradients(small, image(small))
+    assert not calls_of_ops(noted.names)
+    program = torch.export.export(small, (image(small),))
+    assert not [node for node in program.graph.nodes if "vtp" in str(node.target)]

@@ -5,12 +5,14 @@ gated = vtp.insert_gates(timm.create_model("deit_base_patch16_224", pretrained=T
 plan = vtp.make_plan(gated, rate=0.4)   # or macs=10.0e9, or params=48e6
 small = vtp.compact(gated, plan)        # an ordinary, trainable, smaller model
 vtp.save(small, "deit_b_40.safetensors")
+fast = vtp.optimize(small, dtype=torch.bfloat16)    # packed weights, fused kernels, inference only
 """
 
 from vtp.architecture import Architecture, UnsupportedModelError, describe
 from vtp.checkpoint import load, read_metadata, save
 from vtp.compact import CompactViT, compact
 from vtp.cost import Cost, count
+from vtp.engine import OptimizedViT, optimize
 from vtp.files import FileError
 from vtp.gates import GatedLinear, insert_gates, l1_penalty, sites
 from vtp.plan import PlanError, PruningPlan, make_plan
@@ -21,6 +23,7 @@ __all__ = [
     "Cost",
     "FileError",
     "GatedLinear",
+    "OptimizedViT",
     "PlanError",
     "PruningPlan",
     "UnsupportedModelError",
@@ -31,6 +34,7 @@ __all__ = [
     "l1_penalty",
     "load",
     "make_plan",
+    "optimize",
     "read_metadata",
     "save",
     "sites",

@@ -4,6 +4,9 @@ A `CompactViT` is a timm VisionTransformer whose blocks have a width of their ow
 head. Its outputs equal those of the gated model with the removed gates set to 0: kept gate values are
 folded into the weights; a head without values goes with its query and key; a branch whose output no
 longer depends on its input is replaced by the constant that it computes.
+
+On a GPU the modules run on the ops of `vtp_kernels`, forward and backward, which take odd widths at full
+speed; anywhere else, and in an exported program, on PyTorch's own operators.
 """
 
 import dataclasses
@@ -19,6 +22,30 @@ from torch import Tensor, nn
 from vtp.architecture import Architecture, describe
 from vtp.gates import sites
 from vtp.plan import PlanError, PruningPlan
+from vtp_kernels.compact_linear import compact_linear
+from vtp_kernels.compact_mlp import compact_mlp
+from vtp_kernels.layer_norm_gather import layer_norm_gather
+from vtp_kernels.ragged_attention import ragged_attention
+
+_ERF_GELUS = (nn.GELU, get_act_layer("gelu"))
+_WIDEST_HEAD = 256  # that `ragged_attention` takes
+
+
+def _on_kernels(x: Tensor) -> bool:
+    """Whether x is to go through the ops of `vtp_kernels`; an exported program must run without them."""
+    return x.is_cuda and not torch.compiler.is_exporting()
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`; a module that someone put in the place of a linear keeps its own forward."""
+    if _on_kernels(x) and type(layer) is nn.Linear:
+        return compact_linear(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def is_erf_gelu(activation: nn.Module) -> bool:
+    """Whether a module is the exact GELU, which the ops apply themselves."""
+    return type(activation) in _ERF_GELUS and getattr(activation, "approximate", "none") == "none"
 
 
 class LayerNormGather(nn.Module):
@@ -38,6 +65,8 @@ class LayerNormGather(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim] to [..., kept]."""
+        if _on_kernels(x):
+            return layer_norm_gather(x, self.weight, self.bias, self.index, self.eps)
         if self.index is None:
             return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
         normalized = F.layer_norm(x, (self.dim,), None, None, self.eps)
@@ -72,24 +101,37 @@ class CompactAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x [B, N, qkv_inputs] to [B, N, embed_dim]; the masks are those of timm's Attention."""
-        batch, tokens, _ = x.shape
+        out = self.attend(_linear(self.qkv, x), attn_mask, is_causal, on_kernels=_on_kernels(x))
+        return self.proj_drop(_linear(self.proj, out))
+
+    def attend(self, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool, *, on_kernels: bool) -> Tensor:
+        """What is between the two linear layers: qkv as they put it out to [B, N, sum(value_widths)].
+
+        With `on_kernels` it is one op, but for masks and active dropout, which stay on PyTorch's operators,
+        and for norms of queries and keys, which are applied before it.
+        """
+        dropout = self.attn_drop.p if self.training else 0.0
+        widest = max(self.head_dim, *self.value_widths)
+        fused = on_kernels and attn_mask is None and not is_causal and not dropout and widest <= _WIDEST_HEAD
+        if fused and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            return ragged_attention(qkv, self.head_dim, self.value_widths, self.scale)
         query_width = self.num_heads * self.head_dim
-        query, key, value = self.qkv(x).split([query_width, query_width, sum(self.value_widths)], dim=-1)
+        query, key, value = qkv.split([query_width, query_width, sum(self.value_widths)], dim=-1)
         query = self.q_norm(query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
         key = self.k_norm(key.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
+        if fused:
+            qkv = torch.cat([*(t.transpose(1, 2).flatten(2) for t in (query, key)), value], dim=-1)
+            return ragged_attention(qkv, self.head_dim, self.value_widths, self.scale)
         if len(set(self.value_widths)) == 1:
-            dropout = self.attn_drop.p if self.training else 0.0
             value = value.unflatten(-1, (self.num_heads, self.value_widths[0])).transpose(1, 2)
             out = F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout, is_causal=is_causal, scale=self.scale
             )
-            out = out.transpose(1, 2).reshape(batch, tokens, sum(self.value_widths))
-        else:
-            scores = (query * self.scale) @ key.transpose(-2, -1)
-            scores = self.attn_drop(_mask(scores, attn_mask, is_causal).softmax(dim=-1))
-            values = value.split(self.value_widths, dim=-1)
-            out = torch.cat([scores[:, head] @ values[head] for head in range(self.num_heads)], dim=-1)
-        return self.proj_drop(self.proj(out))
+            return out.transpose(1, 2).flatten(2)
+        scores = (query * self.scale) @ key.transpose(-2, -1)
+        scores = self.attn_drop(_mask(scores, attn_mask, is_causal).softmax(dim=-1))
+        values = value.split(self.value_widths, dim=-1)
+        return torch.cat([scores[:, head] @ values[head] for head in range(self.num_heads)], dim=-1)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, value_widths={self.value_widths}"
@@ -118,7 +160,12 @@ class CompactMlp(nn.Module):
         self.drop2 = nn.Dropout(architecture.proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        dropout = self.drop1.p if self.training else 0.0
+        linears = type(self.fc1) is type(self.fc2) is nn.Linear
+        if _on_kernels(x) and linears and is_erf_gelu(self.act) and not dropout:
+            weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            return self.drop2(compact_mlp(x, *weights, None))
+        return self.drop2(_linear(self.fc2, self.drop1(self.act(_linear(self.fc1, x)))))
 
 
 class ConstantBranch(nn.Module):

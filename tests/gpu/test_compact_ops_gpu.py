@@ -1,0 +1,156 @@
+"""The ops of the compact model on a GPU: values, gradients, layouts, whole models, graphs, compilations."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from engine_cases import MODELS, compact_model
+from models import image
+from numerics import assert_close_to_float64
+
+import vtp
+from vtp_kernels.compact_linear import compact_linear, compact_linear_ref
+from vtp_kernels.compact_mlp import compact_mlp, compact_mlp_ref
+from vtp_kernels.layer_norm_gather import layer_norm_gather, layer_norm_gather_ref
+from vtp_kernels.ragged_attention import ragged_attention, ragged_attention_ref
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning"),  # of that fixture
+]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def check(device, dtype, function, reference, *given):
+    """Values and gradients of `function` by the error rule; a gradient for each of `given`, float64."""
+    leaves = [t.to(device, dtype) for t in given]
+
+    def run(function, wanted):
+        tensors = [t.to(wanted).requires_grad_() for t in leaves]
+        out = function(*tensors)
+        dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(device, dtype).to(wanted)
+        return out, *torch.autograd.grad(out, tensors, dy)
+
+    results = run(function, dtype), run(reference, torch.float64), run(reference, dtype)
+    for i, (out, exact, torchs) in enumerate(zip(*results, strict=True)):
+        assert_close_to_float64(out, exact, torchs, f"result {i}")
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@DTYPES
+@pytest.mark.parametrize(("M", "D", "kept"), [(1, 192, 115), (197, 384, 383), (1576, 768, 461), (50, 61, 1)])
+def test_layer_norm_gather(device, dtype, M, D, kept):
+    index = torch.randperm(D, generator=torch.Generator().manual_seed(1))[:kept].sort().values.to(device)
+
+    def op(function):
+        return lambda x, weight, bias: function(x, weight, bias, index, 1e-6)
+
+    given = normal(M, D), 1 + normal(kept, seed=1, scale=0.3), normal(kept, seed=2)
+    check(device, dtype, op(layer_norm_gather), op(layer_norm_gather_ref), *given)
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize(
+    ("M", "K", "N"), [(1, 61, 37), (197, 461, 1411), (1576, 1021, 768), (64, 2048, 115), (5000, 115, 61)]
+)
+def test_compact_linear(device, dtype, activation, M, K, N):
+    given = normal(M, K), normal(N, K, seed=1, scale=K**-0.5), normal(N, seed=2), normal(M, N, seed=3)
+    check(
+        device, dtype,
+        lambda x, weight, bias, residual: compact_linear(
+            x, weight, bias, activation=activation, residual=residual
+        ),
+        lambda x, weight, bias, residual: compact_linear_ref(x, weight, bias, activation, residual),
+        *given,
+    )  # fmt: skip
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("M", "K", "hidden", "N"), [(37, 115, 461, 192), (4300, 115, 197, 192), (64, 61, 37, 15)]
+)
+def test_compact_mlp(device, dtype, M, K, hidden, N):
+    given = (
+        normal(M, K), normal(hidden, K, seed=1, scale=K**-0.5), normal(hidden, seed=2),
+        normal(N, hidden, seed=3, scale=hidden**-0.5), normal(N, seed=4), normal(M, N, seed=5),
+    )  # fmt: skip
+    check(device, dtype, compact_mlp, compact_mlp_ref, *given)
+
+
+@DTYPES
+@pytest.mark.parametrize("N", [1, 17, 197, 257, 577])
+@pytest.mark.parametrize("widths", [(37, 1, 64, 15), (61, 48)], ids=str)
+def test_ragged_attention(device, dtype, N, widths):
+    qkv = normal(2, N, 2 * 64 * len(widths) + sum(widths))
+    arguments = 64, widths, 64**-0.5
+    check(
+        device, dtype, lambda qkv: ragged_attention(qkv, *arguments),
+        lambda qkv: ragged_attention_ref(qkv, *arguments), qkv,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+@DTYPES
+def test_the_optimized_model_equals_the_compact_one(device, name, dtype):
+    small = compact_model(name).to(device)
+    given = image(small).float().to(device)
+    exact = copy.deepcopy(small).double()(given.double())
+    torchs = copy.deepcopy(small).cpu().to(dtype)(given.cpu().to(dtype))  # on PyTorch's own operators
+    out = vtp.optimize(small, dtype)(given.to(dtype))
+    assert_close_to_float64(out, exact, torchs, name)
+
+
+def test_a_captured_graph_gives_what_a_call_gives_and_compiles_nothing(device, monkeypatch):
+    small = compact_model("deit-tiny").to(device)
+    fast = vtp.optimize(small, torch.bfloat16)
+    given = image(small).float().to(device, torch.bfloat16)
+    fast.warmup([len(given)])
+    import triton
+
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **_: pytest.fail("compiled after warmup")
+    )
+    expected = fast(given)
+    graph = torch.cuda.CUDAGraph()
+    static = given.clone()
+    with torch.cuda.graph(graph):
+        out = fast(static)
+    static.copy_(given)
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_model_takes_any_batch_size(device, mode):
+    small = compact_model("deit-tiny").to(device)
+    fast = vtp.optimize(small, torch.bfloat16)
+    compiled = torch.compile(fast, fullgraph=True, dynamic=True, mode=mode)
+    given = image(small).float().to(device, torch.bfloat16)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for batch in (1, 2, 5):
+            several = given[:1].repeat(batch, 1, 1, 1)
+            torch.testing.assert_close(compiled(several), fast(several), rtol=2e-2, atol=2e-2)
+
+
+def test_fine_tuning_runs_on_the_ops(device, monkeypatch):
+    small = compact_model("deit-tiny").to(device).train()
+    called = []
+    for op in ("layer_norm_gather", "compact_linear", "ragged_attention", "compact_mlp"):
+        module = importlib.import_module(f"vtp_kernels.{op}")
+        launch = module.launch
+        monkeypatch.setattr(
+            module,
+            "launch",
+            lambda kernel, *a, launch=launch, **k: (called.append(kernel), launch(kernel, *a, **k)),
+        )
+    given = image(small).float().to(device)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = small(given).float().square().mean()
+    loss.backward()
+    assert len({kernel.__name__ for kernel in called}) >= 6
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters())

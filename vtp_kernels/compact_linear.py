@@ -1,0 +1,790 @@
+"""Linear projection with its epilogue: `out = act(x W^T + b) + residual`, act none or GELU (erf).
+
+x [..., K], W [N, K], b [N], residual [..., N]; M is the number of rows of x. K and N are what pruning left,
+any integers, and cost what they keep: the product is made of full tiles and of two borders in small ones, the
+right border for the last columns and the bottom border for the last rows, and the last inputs in short steps.
+So 461 inputs cost 464, not 512, and 1,411 outputs 1,440, not 1,536.
+
+Numbers: products, bias, GELU and residual are float32; the result is rounded once. Where tiles are too few
+for a GPU the inputs are split among programs; each part is a float32 product of its own, and a second kernel
+adds the parts in order. Saved for backward: x, W and, with GELU, z = x W^T + b in the dtype of x.
+
+    dz = dY gelu'(z)    dx = dz W    dW = dz^T x    db = sum_m dz[m]    d residual = dY
+
+dx and dW are the vendor's GEMM; dz and the first stage of db are one kernel.
+
+Deterministic: every sum over rows or parts is made in stages of fixed order; there are no atomics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import register_autograd
+from torch.utils.flop_counter import register_flop_formula
+
+from vtp_kernels import _triton
+from vtp_kernels._library import LIBRARY, autocast_is_on, define
+from vtp_kernels._triton import Config, TensorDescriptor, Variant, launch, tl, triton
+from vtp_kernels.gated_linear import _grouped_tile
+
+# ------------------------------------------------------------------------------------------------ reference
+
+
+def compact_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The definition, for autograd to differentiate: `act(x @ weight.T + bias) + residual`."""
+    y = F.linear(x, weight, bias)
+    y = F.gelu(y) if activation == "gelu" else y
+    return y if residual is None else y + residual
+
+
+# -------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _load_inputs(source, o_row, o_k, K, stride, TAIL: tl.constexpr):
+    """source[o_row, o_k] of rows that exist; in the tail 0 beyond K, whatever the padding holds."""
+    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_k[None, :]
+    if TAIL:  # whole 16 bytes are loaded
+        b_tile = tl.load(p_tile, mask=(o_k[None, :] < (K + 7) // 8 * 8) & (o_row[:, None] >= 0), other=0.0)
+        return tl.where(o_k[None, :] < K, b_tile, 0.0)
+    return tl.load(p_tile)
+
+
+@triton.jit
+def _add_product(acc, b_x, b_w, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    if TRANSPOSED:  # `else`, because what follows a `return` is compiled too
+        return tl.dot(b_w, tl.trans(b_x), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(b_x, tl.trans(b_w), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _product_tile(
+    x, weight, x_tiles, w_tiles, i_m, i_n, begin, end, M, N, K, stride_x, stride_w,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x[i_m:, begin:end] W[i_n:, begin:end]^T, float32 [TILE_M, TILE_N].
+
+    Tensor cores take 16 rows at least but 8 columns: TRANSPOSED makes W x^T, for a tile of 8 rows.
+    """
+    # Rows beyond the end read the last row again and are dropped at the store: no mask in the loop.
+    r_m = tl.minimum(i_m + tl.arange(0, TILE_M), M - 1)
+    r_n = tl.minimum(i_n + tl.arange(0, TILE_N), N - 1)
+    if TRANSPOSED:
+        acc = tl.zeros((TILE_N, TILE_M), dtype=tl.float32)
+    else:
+        acc = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
+    full = begin + (end - begin) // BLOCK_K * BLOCK_K
+    for k in range(begin, full, BLOCK_K):
+        if DESCRIPTORS:  # rows beyond the end are clipped, and filled with 0, by the hardware
+            b_x = x_tiles.load([i_m, k])
+            b_w = w_tiles.load([i_n, k])
+        else:
+            o_k = k + tl.arange(0, BLOCK_K)
+            b_x = _load_inputs(x, r_m, o_k, K, stride_x, False)
+            b_w = _load_inputs(weight, r_n, o_k, K, stride_w, False)
+        acc = _add_product(acc, b_x, b_w, TRANSPOSED, PRECISION)
+    for k in range(full, end, TAIL_K):
+        o_k = k + tl.arange(0, TAIL_K)
+        b_x = _load_inputs(x, r_m, o_k, K, stride_x, True)
+        b_w = _load_inputs(weight, r_n, o_k, K, stride_w, True)
+        acc = _add_product(acc, b_x, b_w, TRANSPOSED, PRECISION)
+    if TRANSPOSED:
+        acc = tl.trans(acc)
+    return acc
+
+
+@triton.jit
+def _store_result(
+    acc, bias, residual, z, out, o_m, o_n, M, N, bias_width, stride_residual, stride_out, gelu,
+    SAVE: tl.constexpr,
+):  # fmt: skip
+    """out = act(acc + bias) + residual, and with SAVE z = acc + bias; 0 in the padding of both."""
+    m_tile = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)
+    m_padding = o_n[None, :] >= N
+    o_out = o_m[:, None].to(tl.int64) * stride_out + o_n[None, :]
+    acc += tl.load(bias + o_n, mask=o_n < bias_width, other=0.0).to(tl.float32)[None, :]
+    if SAVE:
+        tl.store(z + o_out, tl.where(m_padding, 0.0, acc).to(z.dtype.element_ty), mask=m_tile)
+    if gelu:
+        acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))
+    if residual is not None:
+        p_residual = residual + o_m[:, None].to(tl.int64) * stride_residual + o_n[None, :]
+        acc += tl.load(p_residual, mask=m_tile, other=0.0).to(tl.float32)
+    tl.store(out + o_out, tl.where(m_padding, 0.0, acc).to(out.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def _tile_of_result(
+    x, weight, x_tiles, w_tiles, bias, residual, z, out, partial, i_m, i_n, i_part, inputs_per_part,
+    M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out, gelu,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SAVE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    o_m, o_n = i_m + tl.arange(0, TILE_M), i_n + tl.arange(0, TILE_N)
+    if partial is None:
+        acc = _product_tile(x, weight, x_tiles, w_tiles, i_m, i_n, 0, K, M, N, K, stride_x, stride_w,
+                            TILE_M, TILE_N, BLOCK_K, TAIL_K, TRANSPOSED, DESCRIPTORS, PRECISION)  # fmt: skip
+        _store_result(acc, bias, residual, z, out, o_m, o_n, M, N, bias_width,
+                      stride_residual, stride_out, gelu, SAVE)  # fmt: skip
+    else:
+        begin = i_part * (inputs_per_part // BLOCK_K * BLOCK_K)
+        end = tl.minimum(begin + inputs_per_part, K)
+        acc = _product_tile(x, weight, x_tiles, w_tiles, i_m, i_n, begin, end, M, N, K, stride_x, stride_w,
+                            TILE_M, TILE_N, BLOCK_K, TAIL_K, TRANSPOSED, DESCRIPTORS, PRECISION)  # fmt: skip
+        row = i_part.to(tl.int64) * M + o_m[:, None]
+        m_tile = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)
+        tl.store(partial + row * stride_out + o_n[None, :], acc, mask=m_tile)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "M", "N", "K", "bias_width", "stride_x", "stride_w", "stride_residual", "stride_out", "gelu",
+        "rows", "columns", "border", "bottom_columns", "inputs_per_part",
+    ]
+)  # fmt: skip
+def _compact_linear_fwd_kernel(
+    x, weight, x_tiles, w_tiles, bias, residual, z, out, partial,
+    M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out, gelu,
+    rows, columns, border, bottom_columns, inputs_per_part,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
+    BORDER_N: tl.constexpr, BOTTOM_M: tl.constexpr, BOTTOM_N: tl.constexpr,
+    SAVE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result: of the interior, of the right border or of the bottom one (see `_Grid`).
+
+    x_tiles and w_tiles are descriptors of tiles of the interior, the borders load by pointer. With `partial`
+    the tile is a sum over `inputs_per_part` inputs, for `_compact_linear_parts_kernel`.
+    """
+    stride_x, stride_w = stride_x // 8 * 8, stride_w // 8 * 8  # tells the compiler that rows are padded
+    stride_residual, stride_out = stride_residual // 8 * 8, stride_out // 8 * 8
+    i_tile, i_part = tl.program_id(0), tl.program_id(1)
+    interior = rows * columns
+    if i_tile < interior:
+        i_m, i_n = _grouped_tile(i_tile, rows, columns, 8)
+        _tile_of_result(
+            x, weight, x_tiles, w_tiles, bias, residual, z, out, partial, i_m * BLOCK_M, i_n * BLOCK_N,
+            i_part, inputs_per_part, M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out,
+            gelu, BLOCK_M, BLOCK_N, BLOCK_K, TAIL_K, False, SAVE, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
+    elif i_tile < interior + rows * border:
+        i_m, i_n = _grouped_tile(i_tile - interior, rows, border, 8)
+        _tile_of_result(
+            x, weight, None, None, bias, residual, z, out, partial, i_m * BLOCK_M,
+            columns * BLOCK_N + i_n * BORDER_N,
+            i_part, inputs_per_part, M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out,
+            gelu, BLOCK_M, BORDER_N, BLOCK_K, TAIL_K, False, SAVE, False, PRECISION,
+        )  # fmt: skip
+    else:
+        i_tile -= interior + rows * border
+        _tile_of_result(
+            x, weight, None, None, bias, residual, z, out, partial,
+            rows * BLOCK_M + i_tile // bottom_columns * BOTTOM_M, i_tile % bottom_columns * BOTTOM_N,
+            i_part, inputs_per_part, M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out,
+            gelu, BOTTOM_M, BOTTOM_N, BLOCK_K, TAIL_K, True, SAVE, False, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["parts", "M", "N", "bias_width", "stride_residual", "stride_out", "gelu"]
+)  # fmt: skip
+def _compact_linear_parts_kernel(
+    partial, bias, residual, z, out, parts, M, N, bias_width, stride_residual, stride_out, gelu,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """The sum of `parts` products in float32, in order, with bias, GELU and residual as in one piece."""
+    stride_residual, stride_out = stride_residual // 8 * 8, stride_out // 8 * 8
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_tile = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for part in range(parts):
+        row = tl.cast(part, tl.int64) * M + o_m[:, None]
+        acc += tl.load(partial + row * stride_out + o_n[None, :], mask=m_tile, other=0.0)
+    _store_result(acc, bias, residual, z, out, o_m, o_n, M, N, bias_width,
+                  stride_residual, stride_out, gelu, SAVE)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "N", "rows_per_program", "stride_dy", "stride_z", "stride_dz"])
+def _compact_linear_dz_kernel(
+    dy, z, dz, partial, M, N, rows_per_program, stride_dy, stride_z, stride_dz,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GELU: tl.constexpr, INPUT_GRADIENT: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """dz = dY gelu'(z), or dY without GELU, in the dtype of dz; partial: sums of each program's rows of it.
+
+    gelu'(z) = Phi(z) + z phi(z), with Phi and phi the distribution and the density of a standard normal.
+    """
+    stride_dy, stride_z, stride_dz = stride_dy // 8 * 8, stride_z // 8 * 8, stride_dz // 8 * 8
+    width = (N + 7) // 8 * 8
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_db = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    first = tl.program_id(0) * rows_per_program
+    for m in range(first, tl.minimum(M, first + rows_per_program), BLOCK_M):
+        o_m = m + tl.arange(0, BLOCK_M)
+        m_tile = (o_m[:, None] < M) & (o_n[None, :] < width)
+        p_dy = dy + o_m[:, None].to(tl.int64) * stride_dy + o_n[None, :]
+        b_dz = tl.load(p_dy, mask=m_tile, other=0.0).to(tl.float32)
+        if GELU:
+            p_z = z + o_m[:, None].to(tl.int64) * stride_z + o_n[None, :]
+            b_z = tl.load(p_z, mask=m_tile, other=0.0).to(tl.float32)
+            density = 0.3989422804014327 * tl.exp(-0.5 * b_z * b_z)
+            b_dz *= 0.5 * (1.0 + tl.erf(b_z * 0.7071067811865476)) + b_z * density
+        b_dz = tl.where(o_n[None, :] < N, b_dz, 0.0)
+        if INPUT_GRADIENT:
+            p_dz = dz + o_m[:, None].to(tl.int64) * stride_dz + o_n[None, :]
+            tl.store(p_dz, b_dz.to(dz.dtype.element_ty), mask=m_tile)
+        if BIAS_GRADIENT:
+            b_db += tl.sum(b_dz, axis=0)
+    if BIAS_GRADIENT:
+        tl.store(partial + tl.program_id(0).to(tl.int64) * width + o_n, b_db, mask=o_n < width)
+
+
+@triton.jit(do_not_specialize=["rows", "N"])
+def _compact_linear_db_kernel(partial, db, rows, N, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Second stage: db = sum of the `rows` partial sums."""
+    width = (N + 7) // 8 * 8
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+    for row in range(0, rows, BLOCK_R):
+        o_r = row + tl.arange(0, BLOCK_R)
+        p_partial = partial + o_r[:, None].to(tl.int64) * width + o_n[None, :]
+        acc += tl.load(p_partial, mask=(o_r[:, None] < rows) & (o_n[None, :] < width), other=0.0)
+    tl.store(db + o_n, tl.sum(acc, axis=0).to(db.dtype.element_ty), mask=o_n < N)
+
+
+# --------------------------------------------------------------------------------------------------- tables
+
+
+def _config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    return Config(
+        blocks | {"TAIL_K": 16, "BORDER_N": 32, "BOTTOM_M": 8, "BOTTOM_N": 64}, num_warps, num_stages
+    )
+
+
+# Tiles of the interior [BLOCK_M, BLOCK_N, BLOCK_K], warps and stages, by operands: 16-bit, float32 on tensor
+# cores (TF32), float32 without (IEEE). The borders have the same sizes everywhere:
+# - TAIL_K: a matrix product of 16-bit numbers takes 16 inputs at least.
+# - BORDER_N: tiles of the border load x again. For half a tile, as there is on average, borders of 32 load as
+#   much from L2 as one padded tile (2 times 64 + 32 rows of inputs, and 64 + 128); borders of 16 load 1.7
+#   times as much, to save 1 % of the multiplications at N = 768.
+# - BOTTOM_M, BOTTOM_N: W x^T on NVIDIA's tensor cores takes 8 rows of x; AMD's take 16.
+_TILES = {
+    "16": _config(64, 128, 64, 4, 3),
+    "tf32": _config(64, 64, 32, 4, 3),
+    "ieee": _config(32, 64, 32, 4, 2),
+}
+_PARTS = Config({"BLOCK_M": 4, "BLOCK_N": 128}, num_warps=4, num_stages=1)
+_DZ = Config({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=4, num_stages=1)
+_DZ_ROWS = 128  # of dY per program: one partial sum of a column for each
+_DB = Config({"BLOCK_R": 16, "BLOCK_N": 64}, num_warps=4, num_stages=1)
+
+# The bottom border is for as many rows, and only where padding them to a full tile would be more than this
+# part of M. Predicted, not measured: a tile of it loads 8 + 64 rows of inputs for 8 x 64 results, so that two
+# rows of such tiles load 1.5 times as much as one padded row of tiles (64 + 128 for 64 x 128) and multiply a
+# quarter; with more of them loads from L2, which bound these tiles, would outweigh what is saved.
+_BOTTOM_ROWS = 16
+_BOTTOM_PART = 0.02
+
+# Inputs are split where tiles leave multiprocessors idle (132 of an H100), but into parts of 512 at least.
+# Predicted, not measured: a step of 64 inputs takes about 0.3 us where latency bounds it, so that 512 inputs
+# take 2.4 us; a second launch, which reads the parts from L2, takes 2 to 3 us.
+_FULL_GPU = 132
+_LEAST_INPUTS = 512
+
+# Rows of x from which the vendor's GEMM is taken, with elementwise operators after it, if there are as many
+# inputs for each pass that those add: reading or writing the result once more than the kernel above does.
+# Predicted, not measured, for an H100: of 990 TFLOP/s in 16 bits the kernel above reaches perhaps 50 % with
+# 3 % more multiplications than there are, the vendor's 70 % with 8 % more (its tiles at N = 768). That saves
+# 1.04 fs for each input of a result; a pass takes 2 bytes at 3.35 TB/s, 597 fs: equal at 571 inputs. TF32, at
+# half the speed with twice the bytes, is the same; float32 without tensor cores is 15 times slower.
+_VENDOR_ROWS = 4096
+_VENDOR_INPUTS = {"16": 576, "tf32": 576, "ieee": 80}
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The tiles of a result: of the interior and of the right border in each of `rows` rows of tiles, and of
+    the bottom border, for what is left below them."""
+
+    rows: int
+    columns: int
+    border: int
+    bottom_rows: int
+    bottom_columns: int
+
+    @property
+    def tiles(self) -> int:
+        return self.rows * (self.columns + self.border) + self.bottom_rows * self.bottom_columns
+
+
+def _grid(M: int, N: int, config: Config) -> _Grid:
+    block = config.blocks
+    bottom = M % block["BLOCK_M"]
+    if bottom > _BOTTOM_ROWS or block["BLOCK_M"] - bottom <= _BOTTOM_PART * M:
+        bottom = 0
+    return _Grid(
+        rows=triton.cdiv(M - bottom, block["BLOCK_M"]),
+        columns=N // block["BLOCK_N"],
+        border=triton.cdiv(N % block["BLOCK_N"], block["BORDER_N"]),
+        bottom_rows=triton.cdiv(bottom, block["BOTTOM_M"]),
+        bottom_columns=triton.cdiv(N, block["BOTTOM_N"]),
+    )
+
+
+def tiled_flops(M: int, N: int, K: int, config: Config) -> int:
+    """What `_compact_linear_fwd_kernel` multiplies and adds, padding of its tiles included."""
+    grid, block = _grid(M, N, config), config.blocks
+    columns = grid.columns * block["BLOCK_N"] + grid.border * block["BORDER_N"]
+    results = grid.rows * block["BLOCK_M"] * columns
+    results += grid.bottom_rows * block["BOTTOM_M"] * grid.bottom_columns * block["BOTTOM_N"]
+    full = K // block["BLOCK_K"] * block["BLOCK_K"]
+    return 2 * results * (full + triton.cdiv(K - full, block["TAIL_K"]) * block["TAIL_K"])
+
+
+def _inputs_per_part(tiles: int, K: int, config: Config) -> int:
+    """K, or where the inputs are split how many each part has but the last, which may have fewer."""
+    parts = min(_FULL_GPU // tiles, K // _LEAST_INPUTS)
+    if parts < 2:
+        return K
+    return triton.cdiv(triton.cdiv(K, config.blocks["BLOCK_K"]), parts) * config.blocks["BLOCK_K"]
+
+
+def _takes_vendor(M: int, K: int, operands: str, passes: int) -> bool:
+    return M >= _VENDOR_ROWS and passes * _VENDOR_INPUTS[operands] <= K
+
+
+# ------------------------------------------------------------------------------------------------- launchers
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t [..., width] as [M, width] in padded rows; a copy only where it must be."""
+    return _triton.with_padded_rows(t.reshape(math.prod(t.shape[:-1]), t.shape[-1]))
+
+
+def _empty_rows(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`_triton.empty_rows`, and the same memory as [M, width] with the stride of a row even if M is 1."""
+    out = _triton.empty_rows(*shape, dtype=dtype, device=device)
+    return out, out.as_strided((shape[:-1].numel(), shape[-1]), (-(-shape[-1] // 8) * 8, 1))
+
+
+def _operands(x: Tensor) -> str:
+    """What products are made of: the key of the tables."""
+    if x.element_size() == 2:
+        return "16"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _tiles(x: Tensor) -> Config:
+    config = _TILES[_operands(x)]
+    if _is_amd(x.device):
+        return dataclasses.replace(config, blocks={**config.blocks, "BOTTOM_M": 16})
+    return config
+
+
+def _is_amd(device: torch.device) -> bool:
+    if _triton._recording is not None:
+        return _triton.TARGETS[_triton._recording.target][0] == "hip"
+    return device.type == "cuda" and torch.version.hip is not None
+
+
+def _epilogue(
+    bias: Tensor | None, gelu: bool, residual: Tensor | None, z: Tensor | None, out: Tensor, unread: Tensor
+) -> dict:
+    """Arguments of the kernels that finish a result. `unread` stands for a bias that there is not: its width
+    is 0, so that a bias is no constexpr."""
+    if bias is not None:
+        bias = bias.contiguous()
+        bias = bias if bias.data_ptr() % 16 == 0 else bias.clone()
+    return dict(
+        bias=unread if bias is None else bias, residual=residual, z=z, out=out,
+        bias_width=0 if bias is None else len(bias), gelu=int(gelu),
+        stride_residual=0 if residual is None else residual.stride(0), stride_out=out.stride(0),
+    )  # fmt: skip
+
+
+def _launch_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None, out: Tensor,
+    z: Tensor | None,
+) -> None:  # fmt: skip
+    """Fill out [M, N], and z [M, N] if it is given; all in padded rows, z in those of out."""
+    (M, K), N = x.shape, weight.shape[0]
+    config = _tiles(x)
+    block = config.blocks
+    grid = _grid(M, N, config)
+    inputs = _inputs_per_part(grid.tiles, K, config)
+    parts = triton.cdiv(K, inputs)
+    finish = _epilogue(bias, gelu, residual, z, out, weight)
+    partial = None
+    if parts > 1:
+        shape = parts, M, out.stride(0)
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+        unfinished = finish | dict(bias=None, residual=None, z=None, out=None, bias_width=0, gelu=0)
+    elif z is not None and x.element_size() == 2:
+        config = dataclasses.replace(
+            config, num_warps=8
+        )  # two results: with 4 a few registers spill on sm_120
+    descriptors = _triton.has_descriptors(x.device)
+    launch(
+        _compact_linear_fwd_kernel,
+        (grid.tiles, parts),
+        dict(
+            x=x, weight=weight, partial=partial,
+            x_tiles=_descriptor(x, block["BLOCK_M"], block["BLOCK_K"]) if descriptors else None,
+            w_tiles=_descriptor(weight, block["BLOCK_N"], block["BLOCK_K"]) if descriptors else None,
+            M=M, N=N, K=K, stride_x=x.stride(0), stride_w=weight.stride(0), rows=grid.rows,
+            columns=grid.columns, border=grid.border, bottom_columns=grid.bottom_columns,
+            inputs_per_part=inputs, **(finish if partial is None else unfinished),
+        ),
+        config,
+        SAVE=z is not None and partial is None,
+        DESCRIPTORS=descriptors,
+        PRECISION="ieee" if _operands(x) == "ieee" else "tf32",
+    )  # fmt: skip
+    if partial is not None:
+        _launch_parts(partial, M, N, finish)
+
+
+def _descriptor(source: Tensor, rows: int, columns: int):
+    return TensorDescriptor.from_tensor(source, [rows, columns])
+
+
+def _launch_parts(partial: Tensor, M: int, N: int, finish: dict) -> None:
+    grid = triton.cdiv(M, _PARTS.blocks["BLOCK_M"]), triton.cdiv(N, _PARTS.blocks["BLOCK_N"])
+    arguments = dict(partial=partial, parts=len(partial), M=M, N=N, **finish)
+    launch(_compact_linear_parts_kernel, grid, arguments, _PARTS, SAVE=finish["z"] is not None)
+
+
+def _launch_dz(
+    dy: Tensor, z: Tensor | None, dtype: torch.dtype, need_dz: bool, need_db: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dz [M, N] in `dtype`, and sums [programs, N rounded up to 8] of its columns; either may be None."""
+    M, N = dy.shape
+    programs = triton.cdiv(M, _DZ_ROWS)
+    dz = _triton.empty_rows(M, N, dtype=dtype, device=dy.device) if need_dz else None
+    partial = None
+    if need_db:
+        partial = torch.empty((programs, triton.cdiv(N, 8) * 8), dtype=torch.float32, device=dy.device)
+    launch(
+        _compact_linear_dz_kernel,
+        (programs, triton.cdiv(N, _DZ.blocks["BLOCK_N"])),
+        dict(
+            dy=dy, z=z, dz=dz, partial=partial, M=M, N=N, rows_per_program=_DZ_ROWS,
+            stride_dy=dy.stride(0), stride_z=0 if z is None else z.stride(0),
+            stride_dz=0 if dz is None else dz.stride(0),
+        ),
+        _DZ,
+        GELU=z is not None,
+        INPUT_GRADIENT=need_dz,
+        BIAS_GRADIENT=need_db,
+    )  # fmt: skip
+    return dz, partial
+
+
+def _launch_db(partial: Tensor, N: int, dtype: torch.dtype) -> Tensor:
+    db = torch.empty(N, dtype=dtype, device=partial.device)
+    arguments = dict(partial=partial, db=db, rows=len(partial), N=N)
+    launch(_compact_linear_db_kernel, (triton.cdiv(N, _DB.blocks["BLOCK_N"]),), arguments, _DB)
+    return db
+
+
+def _product(a: Tensor, b: Tensor, shape: torch.Size, bias: Tensor | None = None) -> Tensor:
+    """a @ b + bias by the vendor's GEMM, in padded rows (it leaves the padding as it is)."""
+    out, rows = _empty_rows(shape, a.dtype, a.device)
+    if bias is None:
+        torch.mm(a, b, out=rows)
+    else:
+        torch.addmm(bias, a, b, out=rows)
+    return out
+
+
+def _forward_vendor(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The result and z, which are one where there is neither GELU nor residual."""
+    N = len(weight)
+    z = out = _product(x, weight.t(), torch.Size((len(x), N)), bias)
+    # Elementwise operators are quicker on rows with their padding than on rows with gaps.
+    if gelu:
+        out = F.gelu(_whole(out))[:, :N]
+    if residual is not None:
+        out = (_whole(out) + _whole(residual))[:, :N]
+    return out, z
+
+
+def _whole(t: Tensor) -> Tensor:
+    return t.as_strided((len(t), -(-t.shape[1] // 8) * 8), t.stride())
+
+
+def _forward_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor]:
+    N, K = weight.shape
+    if 0 in (x.numel(), N) or x.dtype == torch.float64:
+        return _forward_plain(x, weight, bias, gelu, residual, save)
+    shape = torch.Size((*x.shape[:-1], N))
+    x, weight = _rows(x), _rows(weight)
+    residual = None if residual is None else _rows(residual)
+    passes = (1 if save else 2 * gelu) + 2 * (residual is not None)
+    if _takes_vendor(len(x), K, _operands(x), passes):
+        out, z = _forward_vendor(x, weight, bias, gelu, residual)
+        return out.view(shape), z.view(shape) if save else x.new_empty(0)
+    out, out_rows = _empty_rows(shape, x.dtype if residual is None else residual.dtype, x.device)
+    z, z_rows = _empty_rows(shape, x.dtype, x.device) if save else (x.new_empty(0), None)
+    _launch_fwd(x, weight, bias, gelu, residual, out_rows, z_rows)
+    return out, z
+
+
+def _backward_triton(
+    dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None,
+    need_x: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if 0 in (x.numel(), dy.numel()) or x.dtype == torch.float64:
+        return _backward_plain(dy, x, weight, z, need_x, need_weight, need_bias)
+    shape = x.shape
+    dz, x, weight = _rows(dy), _rows(x), _rows(weight)
+    need_dz = (need_x or need_weight) and (z is not None or dy.dtype != x.dtype)
+    db = None
+    if need_dz or need_bias:
+        made, partial = _launch_dz(dz, None if z is None else _rows(z), x.dtype, need_dz, need_bias)
+        dz = made if need_dz else dz
+        db = _launch_db(partial, len(weight), x.dtype) if need_bias else None
+    dx = _product(dz, weight, shape) if need_x else None
+    dw = _product(dz.t(), x, weight.shape) if need_weight else None
+    return _empty_for_none(x, dx, dw, db)
+
+
+def variants(target: str) -> Iterator[Variant]:
+    """Every compilation that the launchers above can ask for on `target`, for `vtp_kernels.aot`."""
+    cases = [(dtype, "highest") for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    cases += [(torch.float32, "high")]
+    before = torch.get_float32_matmul_precision()
+    try:
+        with _triton.recording("compact_linear", target) as found:
+            for dtype, precision in cases:
+                torch.set_float32_matmul_precision(precision)
+                for inputs in (768, 4096):  # in one piece, and with inputs split
+                    _record(dtype, inputs)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    yield from found.values()
+
+
+def _record(dtype: torch.dtype, inputs: int) -> None:
+    """Ask for all that x of this dtype can lead to, at so few rows that none goes to the vendor's GEMM."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weight, bias, y = empty(64, inputs), empty(768, inputs), empty(768), empty(64, 768)
+    of_results = {dtype: y, torch.float32: empty(64, 768, dtype=torch.float32)}.values()
+    for residual in (None, *of_results):
+        _forward_triton(x, weight, bias, True, residual, False)
+    _forward_triton(x, weight, bias, True, None, True)
+    for need_weight, need_bias in ((True, True), (True, False), (False, True)):
+        _backward_triton(y, x, weight, y, False, need_weight, need_bias)
+        for dy in of_results:
+            _backward_triton(dy, x, weight, None, False, need_weight, need_bias)
+
+
+# ---------------------------------------------------------------------------------- plain PyTorch, any device
+
+
+def _in_padded_rows(t: Tensor) -> Tensor:
+    """t itself if its rows lie as those of `empty_rows`, else a copy that does."""
+    if t.shape[-1] % 8 == 0:
+        return t.contiguous()
+    return _triton.empty_rows(*t.shape, dtype=t.dtype, device=t.device).copy_(t)
+
+
+def _forward_plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor]:
+    z = F.linear(x, weight, bias)
+    out = F.gelu(z) if gelu else z
+    if residual is not None:
+        out = out + residual
+    return _in_padded_rows(out), _in_padded_rows(z) if save else x.new_empty(0)
+
+
+def _backward_plain(
+    dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None,
+    need_x: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    N, K = weight.shape
+    dz = dy if z is None else torch.ops.aten.gelu_backward(dy, z.to(dy.dtype))
+    dz = dz.to(x.dtype)
+    rows = dz.reshape(math.prod(dz.shape[:-1]), N)
+    dx = _in_padded_rows(dz @ weight) if need_x else None
+    dw = _in_padded_rows(rows.t() @ x.reshape(len(rows), K)) if need_weight else None
+    return _empty_for_none(x, dx, dw, rows.sum(0) if need_bias else None)
+
+
+def _empty_for_none(like: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
+    """An op returns tensors: an empty one stands for a gradient that is not needed."""
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+
+
+# ---------------------------------------------------------------------------------------------- registration
+
+
+def _like_rows(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return _triton.empty_rows(*shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _forward_fake(x, weight, bias, gelu, residual, save):
+    shape = (*x.shape[:-1], weight.shape[0])
+    out = _like_rows(x, *shape, dtype=None if residual is None else residual.dtype)
+    return out, _like_rows(x, *shape) if save else x.new_empty(0)
+
+
+def _backward_fake(dy, x, weight, z, need_x, need_weight, need_bias):
+    dx = _like_rows(x, *x.shape) if need_x else None
+    dw = _like_rows(x, *weight.shape) if need_weight else None
+    return _empty_for_none(x, dx, dw, x.new_empty(weight.shape[0]) if need_bias else None)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, ctx.gelu, _, save = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, output[1] if ctx.gelu and save else None)
+
+
+def _backward(ctx, dy, _):
+    if dy is None:  # the result has no part in what is differentiated
+        return (None,) * 6
+    need_x, need_weight, need_bias, _, need_residual, _ = ctx.needs_input_grad
+    needs = (need_x, need_weight, need_bias)
+    dx = dw = db = None
+    if any(needs):
+        if ctx.gelu and ctx.saved_tensors[2] is None:
+            raise RuntimeError("compact_linear: called with save=False, which has no gradient through GELU")
+        gradients = torch.ops.vtp.compact_linear_backward(dy, *ctx.saved_tensors, *needs)
+        dx, dw, db = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+    return dx, dw, db, None, dy if need_residual else None, None
+
+
+def _no_second_derivative(ctx, *_):
+    raise NotImplementedError("compact_linear has no second derivative")
+
+
+define(
+    "compact_linear(Tensor x, Tensor weight, Tensor? bias, bool gelu, Tensor? residual, bool save)"
+    " -> (Tensor, Tensor)",
+    plain=_forward_plain,
+    triton=_forward_triton,
+    fake=_forward_fake,
+)
+define(
+    "compact_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? z,"
+    " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    plain=_backward_plain,
+    triton=_backward_triton,
+    fake=_backward_fake,
+)
+register_autograd("vtp::compact_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("vtp::compact_linear_backward", _no_second_derivative, lib=LIBRARY)
+
+
+@register_flop_formula(torch.ops.vtp.compact_linear)
+def _forward_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.vtp.compact_linear_backward)
+def _backward_flops(
+    dy_shape, x_shape, weight_shape, z_shape, need_x, need_weight, need_bias, out_shape=None, **_
+) -> int:
+    return (int(need_x) + int(need_weight)) * 2 * math.prod(x_shape) * weight_shape[0]
+
+
+# ------------------------------------------------------------------------------------------- public function
+
+
+def compact_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`act(x @ weight.T + bias) + residual`.
+
+    Args:
+        x: [..., K], float32, bfloat16, float16 or float64; any strides, rows that are padded to a multiple of
+            8 elements are read without a copy. Under autocast x, weight and bias are cast to its dtype, as
+            `torch.nn.functional.linear` casts them.
+        weight: [N, K], in the dtype of x.
+        bias: [N], in the dtype of x, or None.
+        activation: None, or "gelu" for `z / 2 * (1 + erf(z / sqrt(2)))`.
+        residual: [..., N], in the dtype of x, or float32 beside a 16-bit x, or None. Autocast leaves it.
+
+    Returns:
+        [..., N] in the dtype of the residual if there is one, else of x; the rows lie in memory a multiple of
+        8 elements apart. Gradients have the dtypes of their inputs. There is no second derivative.
+
+    Raises:
+        TypeError: an argument is not a tensor, or its dtype is not one of those above.
+        ValueError: shapes or devices do not go together, or the activation is not known.
+    """
+    if isinstance(x, Tensor) and autocast_is_on(x.device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (t.to(dtype) if isinstance(t, Tensor) else t for t in (x, weight, bias))
+    _validate(x, weight, bias, activation, residual)
+    gelu = activation == "gelu"
+    operands = [t for t in (x, weight, bias) if t is not None]
+    save = gelu and torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    if save and residual is not None:  # in no model: not worth compilations that store three results
+        return residual + compact_linear(x, weight, bias, activation=activation)
+    out, _ = torch.ops.vtp.compact_linear(x, weight, bias, gelu, residual, save)
+    return out
+
+
+def _validate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> None:
+    optional = {"bias": bias, "residual": residual}
+    tensors = {"x": x, "weight": weight} | {name: t for name, t in optional.items() if t is not None}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, where x is")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16, float16 or float64")
+    for name, tensor in tensors.items():
+        allowed = {x.dtype, torch.float32} if name == "residual" and x.element_size() == 2 else {x.dtype}
+        if tensor.dtype not in allowed:
+            expected = " or ".join(sorted(map(str, allowed)))
+            raise TypeError(f"{name}: got {tensor.dtype}, expected {expected} beside x of {x.dtype}")
+    if weight.ndim != 2:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [N, K]")
+    N, K = weight.shape
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {K}], as weight is [{N}, {K}]")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{N}]")
+    if residual is not None and residual.shape != (*x.shape[:-1], N):
+        expected = (*x.shape[:-1], N)
+        raise ValueError(
+            f"residual: got shape {tuple(residual.shape)}, expected {expected}, that of the result"
+        )
+    if activation not in (None, "gelu"):
+        raise ValueError(f"activation: got {activation!r}, expected None or 'gelu'")

@@ -1,0 +1,658 @@
+"""The feed-forward branch of a compact block: `residual + (gelu(x W1^T + b1) W2^T + b2)`, GELU by erf.
+
+x [..., K], W1 [hidden, K], b1 [hidden], W2 [N, hidden], b2 [N], residual [..., N]; M is the number of rows of
+x. K, hidden and N are any integers, as pruning leaves them.
+
+With z = x W1^T + b1, h = gelu(z) = z Phi(z), Phi and phi the distribution function and the density of the
+standard normal distribution, and dy the gradient of the branch:
+
+    dh = dy W2    dz = dh (Phi(z) + z phi(z))    dx = dz W1    dW1 = dz^T x    db1 = sum_m dz
+    dW2 = dy^T h    db2 = sum_m dy
+
+Where a row of outputs fits on chip (N of at most 256) and there are rows enough, one kernel makes it all:
+a program keeps [BLOCK_M, N] sums in registers and passes over `hidden` in tiles, each of which it makes, puts
+through GELU and multiplies by its columns of W2. The [M, hidden] activation is then never in memory. Else two
+launches of `compact_linear`.
+
+Saved for backward: x, z, W1 and W2; h is made again from z, by the kernel that makes dz, in one pass over
+both. The products are the vendor's, of operands padded with zeros to multiples of 8.
+
+Numbers: products and sums are float32; h is rounded once, to the dtype of x. Where z is kept for backward, h
+is made of the rounded z, in both passes the same.
+
+Deterministic: sums over rows are made in two stages of fixed order; there are no atomics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import register_autograd
+from torch.utils.flop_counter import register_flop_formula
+
+from vtp_kernels import _triton
+from vtp_kernels._library import LIBRARY, autocast_is_on, define
+from vtp_kernels._triton import (
+    Config,
+    TensorDescriptor,
+    Variant,
+    empty_rows,
+    launch,
+    tl,
+    triton,
+    with_padded_rows,
+)
+from vtp_kernels.compact_linear import compact_linear
+
+# ------------------------------------------------------------------------------------------------ reference
+
+
+def compact_mlp_ref(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """The definition, for autograd to differentiate."""
+    out = F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    return out if residual is None else residual + out
+
+
+# -------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _load_tile(source, o_row, o_column, columns, stride, TAIL: tl.constexpr):
+    """source[o_row, o_column], rows all valid; with TAIL it is 0 from `columns` on.
+
+    Whole 16 bytes are loaded at the end of a row, and what lies behind its width may be anything.
+    """
+    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
+    if TAIL:
+        m_tile = (o_column[None, :] < (columns + 7) // 8 * 8) & (o_row[:, None] >= 0)
+        b_tile = tl.load(p_tile, mask=m_tile, other=0.0)
+        return tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))
+    return tl.load(p_tile)
+
+
+@triton.jit
+def _fc1_step(
+    b_z, x, fc1_weight, r_m, r_h, i_m, i_h, k, K, stride_x, stride_w1,
+    BLOCK_K: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    if DESCRIPTORS:  # tiles are clipped, and filled with 0, by the hardware
+        b_x = x.load([i_m, k])
+        b_w = fc1_weight.load([i_h, k])
+    else:
+        o_k = k + tl.arange(0, BLOCK_K)
+        b_x = _load_tile(x, r_m, o_k, K, stride_x, TAIL)
+        b_w = _load_tile(fc1_weight, r_h, o_k, K, stride_w1, TAIL)
+    return tl.dot(b_x, tl.trans(b_w), b_z, input_precision=PRECISION)
+
+
+@triton.jit
+def _normal_cdf(b_z):
+    return 0.5 + 0.5 * tl.erf(b_z * 0.7071067811865476)
+
+
+@triton.jit
+def _fc2_step(
+    acc, b_h, fc2_weight, o_n, i_n, i_h, N, hidden, stride_w2,
+    BLOCK_H: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    if DESCRIPTORS:
+        b_w = fc2_weight.load([i_n, i_h])
+    else:
+        o_h = i_h + tl.arange(0, BLOCK_H)
+        b_w = _load_tile(fc2_weight, tl.minimum(o_n, N - 1), o_h, hidden, stride_w2, TAIL)
+    return tl.dot(b_h, tl.trans(b_w), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _hidden_step(
+    acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, o_m, i_m, i_h, M, K, hidden, N,
+    stride_x, stride_w1, stride_w2, stride_z,
+    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MORE: tl.constexpr,
+    KEEP_Z: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc += gelu(x W1^T + b1) W2^T over one tile of hidden columns."""
+    o_h = i_h + tl.arange(0, BLOCK_H)
+    # Rows beyond the end read the last row again: those of h and z are dropped, of W1 set to 0 below.
+    r_m, r_h = tl.minimum(o_m, M - 1), tl.minimum(o_h, hidden - 1)
+    b_z = tl.zeros((o_m.shape[0], BLOCK_H), dtype=tl.float32)
+    full = tl.cdiv(K, BLOCK_K) * BLOCK_K if DESCRIPTORS else K // BLOCK_K * BLOCK_K
+    for k in range(0, full, BLOCK_K):
+        b_z = _fc1_step(b_z, x, fc1_weight, r_m, r_h, i_m, i_h, k, K, stride_x, stride_w1,
+                        BLOCK_K, False, DESCRIPTORS, PRECISION)  # fmt: skip
+    if full < K:
+        b_z = _fc1_step(b_z, x, fc1_weight, r_m, r_h, i_m, i_h, full, K, stride_x, stride_w1,
+                        BLOCK_K, True, DESCRIPTORS, PRECISION)  # fmt: skip
+    b_z += tl.load(fc1_bias + o_h, mask=o_h < hidden, other=0.0).to(tl.float32)[None, :]
+    if TAIL:
+        b_z = tl.where(o_h[None, :] < hidden, b_z, 0.0)
+    if KEEP_Z:
+        b_kept = b_z.to(z.dtype.element_ty)
+        p_z = z + o_m[:, None].to(tl.int64) * stride_z + o_h[None, :]
+        tl.store(p_z, b_kept, mask=(o_m[:, None] < M) & (o_h[None, :] < (hidden + 7) // 8 * 8))
+        b_z = b_kept.to(tl.float32)
+    b_h = (b_z * _normal_cdf(b_z)).to(fc1_bias.dtype.element_ty)
+    o_n = tl.arange(0, BLOCK_N)
+    acc = _fc2_step(acc, b_h, fc2_weight, o_n, 0, i_h, N, hidden, stride_w2,
+                    BLOCK_H, TAIL, DESCRIPTORS, PRECISION)  # fmt: skip
+    if BLOCK_MORE:
+        o_n = BLOCK_N + tl.arange(0, BLOCK_MORE)
+        acc_more = _fc2_step(acc_more, b_h, fc2_more, o_n, BLOCK_N, i_h, N, hidden, stride_w2,
+                             BLOCK_H, TAIL, DESCRIPTORS, PRECISION)  # fmt: skip
+    return acc, acc_more
+
+
+@triton.jit
+def _finish(
+    acc, fc2_bias, residual, out, o_m, o_n, M, N, stride_residual, stride_out, HAS_RESIDUAL: tl.constexpr
+):
+    """out[o_m, o_n] = acc + b2 + residual, and 0 in the padding of the rows."""
+    acc += tl.load(fc2_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+    m_out = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)
+    if HAS_RESIDUAL:
+        p_residual = residual + o_m[:, None].to(tl.int64) * stride_residual + o_n[None, :]
+        acc += tl.load(p_residual, mask=m_out, other=0.0).to(tl.float32)
+    b_out = tl.where(o_n[None, :] < N, acc, 0.0).to(out.dtype.element_ty)
+    tl.store(out + o_m[:, None].to(tl.int64) * stride_out + o_n[None, :], b_out, mask=m_out)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "M", "K", "hidden", "N", "stride_x", "stride_w1", "stride_w2", "stride_residual", "stride_z",
+        "stride_out",
+    ]
+)  # fmt: skip
+def _compact_mlp_fwd_kernel(
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_more, fc2_bias, residual, z, out, M, K, hidden, N,
+    stride_x, stride_w1, stride_w2, stride_residual, stride_z, stride_out,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MORE: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KEEP_Z: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M whole rows of out, N <= BLOCK_N + BLOCK_MORE.
+
+    BLOCK_MORE is 0, or the columns of a second accumulator: the width of a tile is a power of two, and 192
+    columns must not cost those of 256. fc2_more: fc2_weight once more, or its descriptor for these columns.
+    """
+    stride_x, stride_w1, stride_w2 = stride_x // 8 * 8, stride_w1 // 8 * 8, stride_w2 // 8 * 8
+    stride_residual, stride_z, stride_out = stride_residual // 8 * 8, stride_z // 8 * 8, stride_out // 8 * 8
+    i_m = tl.program_id(0) * BLOCK_M
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc_more = tl.zeros((BLOCK_M, BLOCK_MORE if BLOCK_MORE else 1), dtype=tl.float32)
+    full = tl.cdiv(hidden, BLOCK_H) * BLOCK_H if DESCRIPTORS else hidden // BLOCK_H * BLOCK_H
+    for i_h in range(0, full, BLOCK_H):
+        acc, acc_more = _hidden_step(
+            acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, o_m, i_m, i_h, M, K, hidden, N,
+            stride_x, stride_w1, stride_w2, stride_z,
+            BLOCK_K, BLOCK_H, BLOCK_N, BLOCK_MORE, KEEP_Z, False, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
+    if full < hidden:
+        acc, acc_more = _hidden_step(
+            acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, o_m, i_m, full, M, K, hidden, N,
+            stride_x, stride_w1, stride_w2, stride_z,
+            BLOCK_K, BLOCK_H, BLOCK_N, BLOCK_MORE, KEEP_Z, True, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
+    _finish(acc, fc2_bias, residual, out, o_m, tl.arange(0, BLOCK_N), M, N,
+            stride_residual, stride_out, HAS_RESIDUAL)  # fmt: skip
+    if BLOCK_MORE:
+        _finish(acc_more, fc2_bias, residual, out, o_m, BLOCK_N + tl.arange(0, BLOCK_MORE), M, N,
+                stride_residual, stride_out, HAS_RESIDUAL)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "hidden", "rows_per_program", "stride_dh", "stride_z", "stride_out"])
+def _gelu_bwd_kernel(
+    dh, z, dz, h, partial, M, hidden, rows_per_program, stride_dh, stride_z, stride_out,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """dz = dh gelu'(z) and h = gelu(z), 0 in the padding of their rows; partial [programs, hidden]: this
+    program's sum of dz over its `rows_per_program` rows, a multiple of BLOCK_M."""
+    stride_dh, stride_z, stride_out = stride_dh // 8 * 8, stride_z // 8 * 8, stride_out // 8 * 8
+    o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    b_sum = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    first = tl.program_id(0) * rows_per_program
+    for row in range(first, tl.minimum(M, first + rows_per_program), BLOCK_M):
+        o_m = row + tl.arange(0, BLOCK_M)
+        # Whole 16 bytes are loaded at the end of a row; what lies behind its width may be anything.
+        m_tile = (o_m[:, None] < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)
+        o_row = o_m[:, None].to(tl.int64)
+        b_z = tl.load(z + o_row * stride_z + o_h[None, :], mask=m_tile, other=0.0).to(tl.float32)
+        b_dh = tl.load(dh + o_row * stride_dh + o_h[None, :], mask=m_tile, other=0.0).to(tl.float32)
+        b_z, b_dh = tl.where(o_h[None, :] < hidden, b_z, 0.0), tl.where(o_h[None, :] < hidden, b_dh, 0.0)
+        b_cdf = _normal_cdf(b_z)
+        b_dz = b_dh * (b_cdf + b_z * (0.3989422804014327 * tl.exp(-0.5 * b_z * b_z)))
+        b_sum += tl.sum(b_dz, axis=0)
+        o_out = o_row * stride_out + o_h[None, :]
+        tl.store(dz + o_out, b_dz.to(dz.dtype.element_ty), mask=m_tile)
+        tl.store(h + o_out, (b_z * b_cdf).to(h.dtype.element_ty), mask=m_tile)
+    tl.store(partial + tl.program_id(0).to(tl.int64) * hidden + o_h, b_sum, mask=o_h < hidden)
+
+
+# --------------------------------------------------------------------------------------------------- tables
+
+
+def _config(
+    block_n: int, block_more: int, block_h: int, block_k: int, num_warps: int, num_stages: int
+) -> Config:
+    blocks = dict(BLOCK_M=64, BLOCK_N=block_n, BLOCK_MORE=block_more, BLOCK_H=block_h, BLOCK_K=block_k)
+    return Config(blocks, num_warps, num_stages)
+
+
+# By the bytes of a number and the largest output width of a bucket. Float32 runs on tensor cores (TF32) here:
+# without them (IEEE) the products take five times as long as reading and writing the hidden activation,
+# nothing is won by keeping it on chip, and it is two launches. Two accumulators of it spill on sm_80 and
+# sm_100, so there 192 columns do cost those of 256.
+_FWD = {
+    2: {
+        128: _config(128, 0, 64, 64, 8, 2),
+        192: _config(128, 64, 32, 64, 8, 2),
+        256: _config(256, 0, 64, 64, 8, 2),
+    },
+    4: {
+        128: _config(128, 0, 32, 32, 8, 2),
+        256: _config(256, 0, 32, 32, 8, 2),
+    },
+}
+_WIDEST = 256
+# Rows of x from which the fused kernel is taken. Predicted, not measured: it writes and reads 2 M hidden
+# numbers less, for DeiT-tiny (K = N = 192) 4 bytes for 768 FLOP, 1.2 ns and 0.8 ns per 1,000 hidden numbers
+# on an H100 (3.35 TB/s, 989 TFLOP/s), so half of the time and more. But it has only one program for 64 rows,
+# where two launches share the columns of a result among programs too: with fewer than half of the 132
+# multiprocessors at work that half is lost again.
+_FUSED_ROWS = 64 * 66
+
+_GELU_BWD = Config({"BLOCK_M": 16, "BLOCK_H": 128}, num_warps=4, num_stages=1)
+_GELU_BWD_ROWS = 128  # per program: one partial sum of a column for each
+
+
+def _is_fused(dtype: torch.dtype, M: int, N: int) -> bool:
+    """Whether one kernel makes the whole branch."""
+    return N <= _WIDEST and M >= _FUSED_ROWS and (dtype.itemsize == 2 or _precision(dtype) == "tf32")
+
+
+# ------------------------------------------------------------------------------------------------- launchers
+
+
+def _precision(dtype: torch.dtype) -> str:
+    ieee = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if ieee else "tf32"
+
+
+def _launch_fwd(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor,
+    residual: Tensor | None, keep_z: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """out [M, N] and z [M, hidden] or None; all matrices with padded rows."""
+    (M, K), (N, hidden) = x.shape, fc2_weight.shape
+    table = _FWD[x.element_size()]
+    config = table[next(width for width in table if width >= N)]
+    block_m, block_n, block_more, block_h, block_k = config.blocks.values()
+    dtype = x.dtype if residual is None else residual.dtype
+    out = empty_rows(M, N, dtype=dtype, device=x.device)
+    z = empty_rows(M, hidden, dtype=x.dtype, device=x.device) if keep_z else None
+    descriptors = _triton.has_descriptors(x.device)
+
+    def tiles_of(source: Tensor, rows: int, columns: int):
+        """What a kernel loads tiles from: a descriptor, or the pointer."""
+        return TensorDescriptor.from_tensor(source, [rows, columns]) if descriptors else source
+
+    launch(
+        _compact_mlp_fwd_kernel,
+        (triton.cdiv(M, block_m),),
+        dict(
+            x=tiles_of(x, block_m, block_k), fc1_weight=tiles_of(fc1_weight, block_h, block_k),
+            fc1_bias=fc1_bias, fc2_weight=tiles_of(fc2_weight, block_n, block_h),
+            fc2_more=tiles_of(fc2_weight, block_more, block_h) if block_more else None,
+            fc2_bias=fc2_bias, residual=residual, z=z, out=out, M=M, K=K, hidden=hidden, N=N,
+            stride_x=x.stride(0), stride_w1=fc1_weight.stride(0), stride_w2=fc2_weight.stride(0),
+            stride_residual=0 if residual is None else residual.stride(0),
+            stride_z=0 if z is None else z.stride(0), stride_out=out.stride(0),
+        ),
+        config,
+        HAS_RESIDUAL=residual is not None,
+        KEEP_Z=keep_z,
+        DESCRIPTORS=descriptors,
+        PRECISION=_precision(x.dtype),
+    )  # fmt: skip
+    return out, z
+
+
+def _launch_gelu_bwd(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dz and h [M, hidden], partial [programs, hidden]; dh and z with padded rows."""
+    M, hidden = z.shape
+    block_h = _GELU_BWD.blocks["BLOCK_H"]
+    programs = triton.cdiv(M, _GELU_BWD_ROWS)
+    dz, h = (empty_rows(M, hidden, dtype=z.dtype, device=z.device) for _ in range(2))
+    partial = torch.empty((programs, hidden), dtype=torch.float32, device=z.device)
+    launch(
+        _gelu_bwd_kernel,
+        (programs, triton.cdiv(hidden, block_h)),
+        dict(
+            dh=dh, z=z, dz=dz, h=h, partial=partial, M=M, hidden=hidden, rows_per_program=_GELU_BWD_ROWS,
+            stride_dh=dh.stride(0), stride_z=z.stride(0), stride_out=dz.stride(0),
+        ),
+        _GELU_BWD,
+    )  # fmt: skip
+    return dz, h, partial
+
+
+def _whole_rows(t: Tensor) -> Tensor:
+    """t [..., width] of padded rows together with their padding, up to a multiple of 8 columns."""
+    return t.as_strided((*t.shape[:-1], -(-t.shape[-1] // 8) * 8), t.stride())
+
+
+def _zero_padded(matrix: Tensor, rows: bool = False) -> Tensor:
+    """matrix with zeros up to a multiple of 8 columns, and of rows if asked: sums over them stay exact."""
+    padding = (0, -matrix.shape[1] % 8, 0, -len(matrix) % 8 if rows else 0)
+    return F.pad(matrix, padding) if any(padding) else matrix
+
+
+def _forward_triton(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
+    residual: Tensor | None, keep_z: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    (hidden, K), N, lead = fc1_weight.shape, len(fc2_weight), x.shape[:-1]
+    M = math.prod(lead)
+    if 0 in (M, K, hidden, N) or x.dtype == torch.float64:
+        return _forward_plain(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z)
+    if not _is_fused(x.dtype, M, N):
+        return _two_launches(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z)
+    # A bias that is not there is not worth a compilation.
+    fc1_bias = x.new_zeros(hidden) if fc1_bias is None else fc1_bias.contiguous()
+    fc2_bias = x.new_zeros(N) if fc2_bias is None else fc2_bias.contiguous()
+    residual = None if residual is None else with_padded_rows(residual.reshape(M, N))
+    rows, fc1_weight, fc2_weight = map(with_padded_rows, (x.reshape(M, K), fc1_weight, fc2_weight))
+    out, z = _launch_fwd(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z)
+    return out.view(*lead, N), x.new_empty(0) if z is None else z.view(*lead, hidden)
+
+
+def _two_launches(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
+    residual: Tensor | None, keep_z: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    with torch.no_grad():  # so that compact_linear keeps nothing
+        if not keep_z:
+            h = compact_linear(x, fc1_weight, fc1_bias, activation="gelu")
+            return compact_linear(h, fc2_weight, fc2_bias, residual=residual), x.new_empty(0)
+        z = compact_linear(x, fc1_weight, fc1_bias)
+        h = F.gelu(_whole_rows(z))[..., : z.shape[-1]]  # with its padding: so that its rows are padded too
+        return compact_linear(h, fc2_weight, fc2_bias, residual=residual), z
+
+
+def _backward_triton(
+    dy: Tensor, x: Tensor, z: Tensor, fc1_weight: Tensor, fc2_weight: Tensor,
+    need_x: bool, need_fc1: bool, need_fc1_bias: bool, need_fc2: bool, need_fc2_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (hidden, K), N, M = fc1_weight.shape, len(fc2_weight), math.prod(x.shape[:-1])
+    needs = need_x, need_fc1, need_fc1_bias, need_fc2, need_fc2_bias
+    if 0 in (M, K, hidden, N) or x.dtype == torch.float64:
+        return _backward_plain(dy, x, z, fc1_weight, fc2_weight, *needs)
+    dx = dw1 = db1 = dw2 = None
+    dy = dy.reshape(M, N)
+    db2 = dy.sum(0, dtype=torch.float32).to(x.dtype) if need_fc2_bias else None
+    if any(needs[:4]):
+        dy = _zero_padded(dy.to(x.dtype))
+        dh = (dy @ _zero_padded(fc2_weight, rows=True))[:, :hidden]
+        dz, h, partial = _launch_gelu_bwd(dh, with_padded_rows(z.reshape(M, hidden)))
+        dz, h = _whole_rows(dz), _whole_rows(h)
+        if need_fc2:
+            dw2 = (dy.t() @ h)[:N, :hidden]
+        if need_fc1_bias:
+            db1 = partial.sum(0).to(x.dtype)
+        if need_x:
+            dx = (dz @ _zero_padded(fc1_weight, rows=True))[:, :K].view(x.shape)
+        if need_fc1:  # what lies behind the width of x makes columns that are cut off
+            dw1 = (dz.t() @ _whole_rows(with_padded_rows(x.reshape(M, K))))[:hidden, :K]
+    return _empty_for_none(x, dx, dw1, db1, dw2, db2)
+
+
+def _empty_for_none(like: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
+    """An op returns tensors: an empty one stands for a gradient that is not needed."""
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+
+
+def variants(target: str) -> Iterator[Variant]:
+    """Every compilation that the launchers above can ask for on `target`, for `vtp_kernels.aot`.
+
+    Those of the two launches are `compact_linear`'s.
+    """
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with _triton.recording("compact_mlp", target) as found:
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                _record(dtype)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    yield from found.values()
+
+
+def _record(dtype: torch.dtype) -> None:
+    """Ask for all that an x of this dtype can lead to in the fused kernel, and in the backward pass."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    M, K, hidden = _FUSED_ROWS, 64, 128
+    for N in _FWD[dtype.itemsize]:
+        weights = empty(hidden, K), empty(hidden), empty(N, hidden), empty(N)
+        for residual in (None, empty(M, N), empty(M, N, dtype=torch.float32)):
+            for keep_z in (False, True):
+                _forward_triton(empty(M, K), *weights, residual, keep_z)
+        _backward_triton(empty(M, N), empty(M, K), empty(M, hidden), weights[0], weights[2], *(True,) * 5)
+
+
+# ---------------------------------------------------------------------------------- plain PyTorch, any device
+
+
+def _in_padded_rows(t: Tensor) -> Tensor:
+    """t [..., width] with the strides that the kernels' results have."""
+    if t.shape[-1] % 8 == 0:
+        return t.contiguous()
+    return empty_rows(*t.shape, dtype=t.dtype, device=t.device).copy_(t)
+
+
+def _forward_plain(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
+    residual: Tensor | None, keep_z: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    z = F.linear(x, fc1_weight, fc1_bias)
+    out = F.linear(F.gelu(z), fc2_weight, fc2_bias)
+    if residual is not None:
+        out = residual + out
+    return _in_padded_rows(out), _in_padded_rows(z) if keep_z else x.new_empty(0)
+
+
+def _backward_plain(
+    dy: Tensor, x: Tensor, z: Tensor, fc1_weight: Tensor, fc2_weight: Tensor,
+    need_x: bool, need_fc1: bool, need_fc1_bias: bool, need_fc2: bool, need_fc2_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (hidden, K), N, M = fc1_weight.shape, len(fc2_weight), math.prod(x.shape[:-1])
+    dx = dw1 = db1 = dw2 = None
+    dy = dy.reshape(M, N)
+    db2 = dy.sum(0).to(x.dtype) if need_fc2_bias else None
+    dy, z = dy.to(x.dtype), z.reshape(M, hidden)
+    if need_fc2:
+        dw2 = _in_padded_rows(dy.t() @ F.gelu(z))
+    if need_x or need_fc1 or need_fc1_bias:
+        dz = torch.ops.aten.gelu_backward(dy @ fc2_weight, z)
+        db1 = dz.sum(0) if need_fc1_bias else None
+        dx = _in_padded_rows((dz @ fc1_weight).view(x.shape)) if need_x else None
+        dw1 = _in_padded_rows(dz.t() @ x.reshape(M, K)) if need_fc1 else None
+    return _empty_for_none(x, dx, dw1, db1, dw2, db2)
+
+
+# ---------------------------------------------------------------------------------------------- registration
+
+
+def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return empty_rows(*shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _forward_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z):
+    lead = x.shape[:-1]
+    out = _like(x, *lead, fc2_weight.shape[0], dtype=None if residual is None else residual.dtype)
+    return out, _like(x, *lead, fc1_weight.shape[0]) if keep_z else x.new_empty(0)
+
+
+def _backward_fake(
+    dy, x, z, fc1_weight, fc2_weight, need_x, need_fc1, need_fc1_bias, need_fc2, need_fc2_bias
+):
+    return _empty_for_none(
+        x,
+        _like(x, *x.shape) if need_x else None,
+        _like(x, *fc1_weight.shape) if need_fc1 else None,
+        x.new_empty(fc1_weight.shape[0]) if need_fc1_bias else None,
+        _like(x, *fc2_weight.shape) if need_fc2 else None,
+        x.new_empty(fc2_weight.shape[0]) if need_fc2_bias else None,
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, fc1_weight, _, fc2_weight, _, _, ctx.keep_z = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], fc1_weight, fc2_weight)
+
+
+def _backward(ctx, dy, _):
+    *needs, need_residual, _ = ctx.needs_input_grad
+    gradients = (None,) * 5
+    if dy is not None and any(needs):
+        if not ctx.keep_z:
+            raise ValueError("keep_z: got False, expected True where the branch is to be differentiated")
+        gradients = torch.ops.vtp.compact_mlp_backward(dy, *ctx.saved_tensors, *needs)
+        gradients = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+    return *gradients, dy if need_residual else None, None
+
+
+def _no_second_derivative(ctx, *_):
+    raise NotImplementedError("compact_mlp has no second derivative")
+
+
+define(
+    "compact_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias,"
+    " Tensor? residual, bool keep_z) -> (Tensor, Tensor)",
+    plain=_forward_plain,
+    triton=_forward_triton,
+    fake=_forward_fake,
+)
+define(
+    "compact_mlp_backward(Tensor dy, Tensor x, Tensor z, Tensor fc1_weight, Tensor fc2_weight, bool need_x,"
+    " bool need_fc1, bool need_fc1_bias, bool need_fc2, bool need_fc2_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    plain=_backward_plain,
+    triton=_backward_triton,
+    fake=_backward_fake,
+)
+register_autograd("vtp::compact_mlp", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("vtp::compact_mlp_backward", _no_second_derivative, lib=LIBRARY)
+
+
+@register_flop_formula(torch.ops.vtp.compact_mlp)
+def _forward_flops(x_shape, fc1_shape, fc1_bias_shape, fc2_shape, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(x_shape[:-1]) * (math.prod(fc1_shape) + math.prod(fc2_shape))
+
+
+@register_flop_formula(torch.ops.vtp.compact_mlp_backward)
+def _backward_flops(
+    dy_shape, x_shape, z_shape, fc1_shape, fc2_shape, need_x, need_fc1, need_fc1_bias, need_fc2, *_,
+    out_shape=None, **__,
+) -> int:  # fmt: skip
+    fc1_products = int(need_x) + int(need_fc1)
+    fc2_products = int(need_fc2) + int(need_x or need_fc1 or need_fc1_bias)
+    return (
+        2
+        * math.prod(x_shape[:-1])
+        * (fc1_products * math.prod(fc1_shape) + fc2_products * math.prod(fc2_shape))
+    )
+
+
+# ------------------------------------------------------------------------------------------- public function
+
+
+def compact_mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`residual + (gelu(x @ fc1_weight.T + fc1_bias) @ fc2_weight.T + fc2_bias)`, GELU by erf.
+
+    Args:
+        x: [..., K], float32, bfloat16, float16 or float64; any strides, rows that are padded to a multiple of
+            8 elements are read without a copy. Under autocast x, weights and biases are cast to its dtype, as
+            `torch.nn.functional.linear` casts them.
+        fc1_weight: [hidden, K], in the dtype of x.
+        fc1_bias: [hidden], in the dtype of x, or None.
+        fc2_weight: [N, hidden], in the dtype of x.
+        fc2_bias: [N], in the dtype of x, or None.
+        residual: [..., N], in the dtype of x, or float32 beside a 16-bit x, or None. Autocast leaves it.
+
+    Returns:
+        [..., N] in the dtype of the residual if there is one, else of x; the rows lie in memory a multiple of
+        8 elements apart. Gradients have the dtypes of their inputs. There is no second derivative.
+
+    Raises:
+        TypeError: an argument is not a tensor, or its dtype is not one of those above.
+        ValueError: shapes or devices do not go together.
+    """
+    if isinstance(x, Tensor) and autocast_is_on(x.device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = (
+            t.to(dtype) if isinstance(t, Tensor) else t
+            for t in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        )
+    _validate(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
+    operands = [t for t in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias) if t is not None]
+    keep_z = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    out, _ = torch.ops.vtp.compact_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z)
+    return out
+
+
+def _validate(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
+    residual: Tensor | None,
+) -> None:  # fmt: skip
+    optional = {"fc1_bias": fc1_bias, "fc2_bias": fc2_bias, "residual": residual}
+    tensors = {"x": x, "fc1_weight": fc1_weight, "fc2_weight": fc2_weight}
+    tensors |= {name: t for name, t in optional.items() if t is not None}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, where x is")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16, float16 or float64")
+    for name, tensor in tensors.items():
+        allowed = {x.dtype, torch.float32} if name == "residual" and x.element_size() == 2 else {x.dtype}
+        if tensor.dtype not in allowed:
+            expected = " or ".join(sorted(map(str, allowed)))
+            raise TypeError(f"{name}: got {tensor.dtype}, expected {expected} beside x of {x.dtype}")
+    for name, axes in (("fc1_weight", "[hidden, K]"), ("fc2_weight", "[N, hidden]")):
+        if tensors[name].ndim != 2:
+            raise ValueError(f"{name}: got shape {tuple(tensors[name].shape)}, expected {axes}")
+    (hidden, K), N = fc1_weight.shape, fc2_weight.shape[0]
+    if x.ndim == 0 or x.shape[-1] != K:
+        expected = f"[..., {K}], as fc1_weight is [{hidden}, {K}]"
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected {expected}")
+    if fc2_weight.shape[1] != hidden:
+        expected = f"[N, {hidden}], as fc1_weight is [{hidden}, {K}]"
+        raise ValueError(f"fc2_weight: got shape {tuple(fc2_weight.shape)}, expected {expected}")
+    shapes = {"fc1_bias": (hidden,), "fc2_bias": (N,), "residual": (*x.shape[:-1], N)}
+    for name, shape in shapes.items():
+        if name in tensors and tensors[name].shape != shape:
+            got, expected = tuple(tensors[name].shape), list(map(int, shape))
+            raise ValueError(f"{name}: got shape {got}, expected {expected}")

@@ -1,0 +1,475 @@
+"""LayerNorm over all columns that puts out the kept ones: `(x[index] - mean) * rstd * weight + bias`.
+
+x [..., D], index [kept], weight and bias [kept]: `out[..., j] = (x[..., index[j]] - mean) * rstd * weight[j]
++ bias[j]`, with the statistics of all D columns (Zhu, Tang, Han, arXiv 2104.08500, gate the output of
+LayerNorm; the residual stream that it reads keeps its width). With xhat = (x - mean) * rstd, and g [..., D]
+that is `dy * weight` at the kept columns and 0 at the removed ones,
+
+    dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd    dweight = sum_m dy * xhat[index]    dbias = sum_m dy
+
+so removed columns have a gradient too: that of the statistics.
+
+Bytes: x is read from DRAM once and the kept columns are written once. A program holds whole rows, makes the
+statistics of them in registers (mean first, then squared deviations), and then loads x[row, index[j]]: lines
+that it has just loaded, so this second load is served by the L1 or L2 cache. The backward pass works on the
+columns of x instead, and loads dy[row, position of the column]; dy is read once.
+
+Numbers: statistics and sums are float32. Saved for backward: x, weight and index. The statistics are never
+written: the backward pass holds the same rows in registers and makes the same statistics again.
+
+The values of `index` are never looked at on the host (that would wait for the GPU): they must be distinct
+and from 0 to D - 1, as those of a `PruningPlan` are.
+
+Deterministic: sums over rows are made in two stages of fixed order; there are no atomics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import register_autograd
+
+from vtp_kernels import _triton
+from vtp_kernels._library import LIBRARY, autocast_is_on, define
+from vtp_kernels._triton import Config, Variant, empty_rows, launch, tl, triton, with_padded_rows
+
+# ------------------------------------------------------------------------------------------------ reference
+
+
+def layer_norm_gather_ref(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float
+) -> Tensor:
+    """The definition, for autograd to differentiate; all tensors of one dtype, index int64."""
+    out = F.layer_norm(x, x.shape[-1:], None, None, eps)
+    if index is not None:
+        out = out.index_select(-1, index)
+    return out if weight is None else out * weight + bias
+
+
+# -------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _load_rows(source, o_m, o_d, M, D, stride):
+    """source[o_m, o_d] in float32, 0 beyond the edges.
+
+    Whole 16 bytes are loaded at the end of a row, and what lies behind its width may be anything.
+    """
+    m_tile = (o_m[:, None] < M) & (o_d[None, :] < (D + 7) // 8 * 8)
+    p_tile = source + o_m[:, None].to(tl.int64) * stride + o_d[None, :]
+    b_rows = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+    return tl.where(o_d[None, :] < D, b_rows, 0.0)
+
+
+@triton.jit
+def _statistics(b_x, o_d, D, eps):
+    """Mean and reciprocal standard deviation of rows b_x, which are 0 from D on."""
+    b_mean = tl.sum(b_x, axis=1) / D
+    b_deviation = tl.where(o_d[None, :] < D, b_x - b_mean[:, None], 0.0)
+    return b_mean, 1.0 / tl.sqrt(tl.sum(b_deviation * b_deviation, axis=1) / D + eps)
+
+
+@triton.jit
+def _scale_and_store(b_xhat, weight, bias, out, o_m, o_j, M, kept, stride_out, AFFINE: tl.constexpr):
+    """out[o_m, o_j] = xhat * weight + bias, and 0 in the padding of the rows."""
+    if AFFINE:
+        b_weight = tl.load(weight + o_j, mask=o_j < kept, other=0.0)
+        b_bias = tl.load(bias + o_j, mask=o_j < kept, other=0.0)
+        b_xhat = b_xhat * b_weight[None, :] + b_bias[None, :]
+    b_out = tl.where(o_j[None, :] < kept, b_xhat, 0.0).to(out.dtype.element_ty)
+    p_out = out + o_m[:, None].to(tl.int64) * stride_out + o_j[None, :]
+    tl.store(p_out, b_out, mask=(o_m[:, None] < M) & (o_j[None, :] < (kept + 7) // 8 * 8))
+
+
+@triton.jit(do_not_specialize=["M", "D", "kept", "stride_x", "stride_out", "eps"])
+def _layer_norm_gather_fwd_kernel(
+    x, weight, bias, index, out, M, D, kept, stride_x, stride_out, eps,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr,
+    AFFINE: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of out; x [M, D], D <= BLOCK_D, and the kept columns BLOCK_J at a time."""
+    stride_x, stride_out = stride_x // 8 * 8, stride_out // 8 * 8  # tells the compiler that they are
+    o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_d = tl.arange(0, BLOCK_D)
+    b_x = _load_rows(x, o_m, o_d, M, D, stride_x)
+    b_mean, b_rstd = _statistics(b_x, o_d, D, eps)
+    if GATHER:
+        for j in range(0, kept, BLOCK_J):
+            o_j = j + tl.arange(0, BLOCK_J)
+            b_index = tl.load(index + o_j, mask=o_j < kept, other=0)
+            p_kept = x + o_m[:, None].to(tl.int64) * stride_x + b_index[None, :]
+            m_kept = (o_m[:, None] < M) & (o_j[None, :] < kept)
+            b_kept = tl.load(p_kept, mask=m_kept, other=0.0).to(tl.float32)
+            b_xhat = (b_kept - b_mean[:, None]) * b_rstd[:, None]
+            _scale_and_store(b_xhat, weight, bias, out, o_m, o_j, M, kept, stride_out, AFFINE)
+    else:
+        b_xhat = (b_x - b_mean[:, None]) * b_rstd[:, None]
+        _scale_and_store(b_xhat, weight, bias, out, o_m, o_d, M, kept, stride_out, AFFINE)
+
+
+@triton.jit(
+    do_not_specialize=["M", "D", "kept", "rows_per_program", "stride_dy", "stride_x", "stride_dx", "eps"]
+)
+def _layer_norm_gather_bwd_kernel(
+    dy, x, weight, position, dx, partial, M, D, kept, rows_per_program, stride_dy, stride_x, stride_dx, eps,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
+    """dx of `rows_per_program` rows, a multiple of ROWS, and their sums of dy * xhat and of dy.
+
+    Everything stands at the columns of x; position [D] says which column of dy that is, -1 for none.
+    partial [programs, 2, kept]: the sums for dweight, then those for dbias.
+    """
+    stride_dy, stride_x, stride_dx = stride_dy // 8 * 8, stride_x // 8 * 8, stride_dx // 8 * 8
+    o_d = tl.arange(0, BLOCK_D)
+    o_j = tl.load(position + o_d, mask=o_d < D, other=-1) if GATHER else o_d
+    m_j = o_j >= 0 if GATHER else o_j < D
+    b_weight = tl.load(weight + o_j, mask=m_j, other=0.0)
+    b_dweight = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
+    b_dbias = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
+    first = tl.program_id(0) * rows_per_program
+    for row in range(first, tl.minimum(M, first + rows_per_program), ROWS):
+        o_m = row + tl.arange(0, ROWS)
+        b_x = _load_rows(x, o_m, o_d, M, D, stride_x)
+        if GATHER:
+            p_dy = dy + o_m[:, None].to(tl.int64) * stride_dy + o_j[None, :]
+            m_dy = (o_m[:, None] < M) & m_j[None, :]
+            b_dy = tl.load(p_dy, mask=m_dy, other=0.0).to(tl.float32)
+        else:
+            b_dy = _load_rows(dy, o_m, o_d, M, D, stride_dy)
+        b_mean, b_rstd = _statistics(b_x, o_d, D, eps)
+        b_xhat = tl.where(o_d[None, :] < D, (b_x - b_mean[:, None]) * b_rstd[:, None], 0.0)
+        b_dweight += b_dy * b_xhat
+        b_dbias += b_dy
+        b_g = b_dy * b_weight[None, :]
+        b_mean_g, b_mean_gx = tl.sum(b_g, axis=1) / D, tl.sum(b_g * b_xhat, axis=1) / D
+        b_dx = (b_g - b_mean_g[:, None] - b_xhat * b_mean_gx[:, None]) * b_rstd[:, None]
+        b_dx = tl.where(o_d[None, :] < D, b_dx, 0.0).to(dx.dtype.element_ty)
+        p_dx = dx + o_m[:, None].to(tl.int64) * stride_dx + o_d[None, :]
+        tl.store(p_dx, b_dx, mask=(o_m[:, None] < M) & (o_d[None, :] < (D + 7) // 8 * 8))
+    p_partial = partial + tl.program_id(0).to(tl.int64) * 2 * kept + o_j
+    tl.store(p_partial, tl.sum(b_dweight, axis=0), mask=m_j)
+    tl.store(p_partial + kept, tl.sum(b_dbias, axis=0), mask=m_j)
+
+
+# --------------------------------------------------------------------------------------------------- tables
+
+
+def _config(num_warps: int, **blocks: int) -> Config:
+    return Config(blocks, num_warps, num_stages=1)
+
+
+# By the largest D of a bucket. Rows in registers, 8 to 32 numbers of each a thread: small ones share a
+# program, for which then one load of the index does.
+_FWD = {
+    256: _config(4, ROWS=8, BLOCK_D=256, BLOCK_J=128),
+    512: _config(4, ROWS=4, BLOCK_D=512, BLOCK_J=256),
+    1024: _config(4, ROWS=4, BLOCK_D=1024, BLOCK_J=256),
+    2048: _config(4, ROWS=2, BLOCK_D=2048, BLOCK_J=512),
+    4096: _config(8, ROWS=1, BLOCK_D=4096, BLOCK_J=1024),
+}
+_BWD = {
+    256: _config(4, ROWS=8, BLOCK_D=256),
+    512: _config(4, ROWS=4, BLOCK_D=512),
+    1024: _config(8, ROWS=2, BLOCK_D=1024),
+    2048: _config(8, ROWS=1, BLOCK_D=2048),
+    4096: _config(8, ROWS=1, BLOCK_D=4096),
+}
+_WIDEST = max(_FWD)
+# Programs of the backward pass: four for each multiprocessor of a large GPU (132 of an H100). Each writes one
+# pair of partial sums a column: 3 MB for 768 columns.
+_BWD_PROGRAMS = 528
+
+
+def _bucket(table: dict[int, Config], D: int) -> Config:
+    return table[next(width for width in table if width >= D)]
+
+
+# ------------------------------------------------------------------------------------------------- launchers
+
+
+def _launch_fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """x [M, D] with padded rows; weight and bias float32."""
+    (M, D), kept = x.shape, x.shape[1] if index is None else len(index)
+    out = empty_rows(M, kept, dtype=dtype, device=x.device)
+    config = _bucket(_FWD, D)
+    launch(
+        _layer_norm_gather_fwd_kernel,
+        (triton.cdiv(M, config.blocks["ROWS"]),),
+        dict(
+            x=x, weight=weight, bias=bias, index=index, out=out, M=M, D=D, kept=kept,
+            stride_x=x.stride(0), stride_out=out.stride(0), eps=eps,
+        ),
+        config,
+        AFFINE=weight is not None,
+        GATHER=index is not None,
+    )  # fmt: skip
+    return out
+
+
+def _launch_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, index: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """dx [M, D] and partial [programs, 2, kept]; dy and x with padded rows, weight float32."""
+    (M, D), kept = x.shape, dy.shape[1]
+    config = _bucket(_BWD, D)
+    rows = config.blocks["ROWS"]
+    rows_per_program = triton.cdiv(M, _BWD_PROGRAMS * rows) * rows
+    programs = triton.cdiv(M, rows_per_program)
+    dx = empty_rows(M, D, dtype=x.dtype, device=x.device)
+    partial = torch.empty((programs, 2, kept), dtype=torch.float32, device=x.device)
+    launch(
+        _layer_norm_gather_bwd_kernel,
+        (programs,),
+        dict(
+            dy=dy, x=x, weight=weight, position=None if index is None else _position(index, D), dx=dx,
+            partial=partial, M=M, D=D, kept=kept, rows_per_program=rows_per_program,
+            stride_dy=dy.stride(0), stride_x=x.stride(0), stride_dx=dx.stride(0), eps=eps,
+        ),
+        config,
+        GATHER=index is not None,
+    )  # fmt: skip
+    return dx, partial
+
+
+def _position(index: Tensor, D: int) -> Tensor:
+    """The inverse of index: [D] int32, where in the output each column of x stands, -1 for nowhere."""
+    position = torch.full((D,), -1, dtype=torch.int32, device=index.device)
+    return position.index_copy_(0, index, torch.arange(len(index), dtype=torch.int32, device=index.device))
+
+
+def _float32(vector: Tensor | None) -> Tensor | None:
+    """As the kernels take it: a vector is not worth a compilation for each of its dtypes."""
+    return None if vector is None else vector.to(torch.float32).contiguous()
+
+
+def _is_for_kernels(x: Tensor, kept: int) -> bool:
+    return x.dtype != torch.float64 and x.numel() > 0 and kept > 0 and x.shape[-1] <= _WIDEST
+
+
+def _forward_triton(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    D = x.shape[-1]
+    kept = D if index is None else len(index)
+    if not _is_for_kernels(x, kept):
+        return _forward_plain(x, weight, bias, index, eps, dtype)
+    rows = with_padded_rows(x.reshape(-1, D))
+    index = None if index is None else index.contiguous()
+    out = _launch_fwd(rows, _float32(weight), _float32(bias), index, eps, dtype)
+    return out.view(*x.shape[:-1], kept)
+
+
+def _backward_triton(
+    dy: Tensor, x: Tensor, weight: Tensor | None, index: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    D, kept = x.shape[-1], dy.shape[-1]
+    if not _is_for_kernels(x, kept):
+        return _backward_plain(dy, x, weight, index, eps)
+    rows, dy = with_padded_rows(x.reshape(-1, D)), with_padded_rows(dy.reshape(-1, kept))
+    # Without weight (folded into the next linear for inference) no kernel is compiled for a gradient alone.
+    weight32 = torch.ones(kept, device=x.device) if weight is None else _float32(weight)
+    dx, partial = _launch_bwd(dy, rows, weight32, index, eps)
+    dx = dx.view(x.shape)
+    if weight is None:
+        return dx, x.new_empty(0), x.new_empty(0)
+    return dx, partial[:, 0].sum(0).to(weight.dtype), partial[:, 1].sum(0).to(weight.dtype)
+
+
+def variants(target: str) -> Iterator[Variant]:
+    """Every compilation that the launchers above can ask for on `target`, for `vtp_kernels.aot`.
+
+    A 16-bit x under an autocast to the other 16-bit dtype is compiled when it is met; all else is here.
+    """
+    dtypes = [(dtype, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    dtypes += [(torch.float32, dtype) for dtype in (torch.bfloat16, torch.float16)]  # under autocast
+    with _triton.recording("layer_norm_gather", target) as found:
+        for x_dtype, dtype in dtypes:
+            for D in _FWD:
+                x = torch.empty((64, D), dtype=x_dtype, device="meta")
+                weight = torch.empty(D, device="meta")
+                for index in (None, torch.empty(D, dtype=torch.int64, device="meta")):
+                    for vector in (None, weight):
+                        _forward_triton(x, vector, vector, index, 1e-6, dtype)
+                    _backward_triton(x.to(dtype), x, weight, index, 1e-6)
+    yield from found.values()
+
+
+# ---------------------------------------------------------------------------------- plain PyTorch, any device
+
+
+def _in_padded_rows(t: Tensor) -> Tensor:
+    """t [..., width] with the strides that the kernels' results have."""
+    if t.shape[-1] % 8 == 0:
+        return t.contiguous()
+    return empty_rows(*t.shape, dtype=t.dtype, device=t.device).copy_(t)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What statistics and sums are made in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _at_all_columns(kept: Tensor, index: Tensor | None, D: int) -> Tensor:
+    """kept [..., kept] at its columns of [..., D], 0 at the others."""
+    if index is None:
+        return kept
+    return kept.new_zeros(*kept.shape[:-1], D).index_copy_(-1, index, kept)
+
+
+def _forward_plain(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    D = x.shape[-1]
+    if weight is not None:
+        weight, bias = (_at_all_columns(t.to(_wide(x.dtype)), index, D) for t in (weight, bias))
+    out = F.layer_norm(x.to(_wide(x.dtype)), (D,), weight, bias, eps)
+    if index is not None:
+        out = out.index_select(-1, index)
+    return _in_padded_rows(out.to(dtype))
+
+
+def _backward_plain(
+    dy: Tensor, x: Tensor, weight: Tensor | None, index: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    D, wide = x.shape[-1], _wide(x.dtype)
+    rows = x.reshape(math.prod(x.shape[:-1]), D).to(wide)
+    dy = _at_all_columns(dy.reshape(len(rows), dy.shape[-1]).to(wide), index, D)
+    scale = None if weight is None else _at_all_columns(weight.to(wide), index, D)
+    _, mean, rstd = torch.native_layer_norm(rows, (D,), None, None, eps)
+    needs = [True, weight is not None, weight is not None]
+    dx, *gradients = torch.ops.aten.native_layer_norm_backward(
+        dy, rows, (D,), mean, rstd, scale, scale, needs
+    )
+    dx = _in_padded_rows(dx.to(x.dtype).view(x.shape))
+    if weight is None:
+        return dx, x.new_empty(0), x.new_empty(0)
+    if index is not None:
+        gradients = [g.index_select(0, index) for g in gradients]
+    return dx, *(g.to(weight.dtype) for g in gradients)
+
+
+# ---------------------------------------------------------------------------------------------- registration
+
+
+def _forward_fake(x, weight, bias, index, eps, dtype):
+    kept = x.shape[-1] if index is None else index.shape[0]
+    return empty_rows(*x.shape[:-1], kept, dtype=dtype, device=x.device)
+
+
+def _backward_fake(dy, x, weight, index, eps):
+    like = x.new_empty(0) if weight is None else weight
+    dx = empty_rows(*x.shape, dtype=x.dtype, device=x.device)
+    return dx, like.new_empty(like.shape), like.new_empty(like.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, index, ctx.eps, _ = inputs
+    ctx.save_for_backward(x, weight, index)
+
+
+def _backward(ctx, dy):
+    gradients = torch.ops.vtp.layer_norm_gather_backward(dy, *ctx.saved_tensors, ctx.eps)
+    needs = ctx.needs_input_grad[:3]
+    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None, None
+
+
+def _no_second_derivative(ctx, *_):
+    raise NotImplementedError("layer_norm_gather has no second derivative")
+
+
+define(
+    "layer_norm_gather(Tensor x, Tensor? weight, Tensor? bias, Tensor? index, float eps, ScalarType dtype)"
+    " -> Tensor",
+    plain=_forward_plain,
+    triton=_forward_triton,
+    fake=_forward_fake,
+)
+define(
+    "layer_norm_gather_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? index, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    plain=_backward_plain,
+    triton=_backward_triton,
+    fake=_backward_fake,
+)
+register_autograd("vtp::layer_norm_gather", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("vtp::layer_norm_gather_backward", _no_second_derivative, lib=LIBRARY)
+
+
+# ------------------------------------------------------------------------------------------- public function
+
+
+def layer_norm_gather(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float
+) -> Tensor:
+    """LayerNorm with the statistics of all columns of x, of which those of `index` are put out.
+
+    Args:
+        x: [..., D], float32, bfloat16, float16 or float64; any strides.
+        weight, bias: [kept], both of the dtype of x or both float32; or both None, where they are folded into
+            the linear that follows.
+        index: [kept], int64: the columns that are kept, distinct and from 0 to D - 1. Its values are not
+            checked: that would wait for the GPU. None keeps all D in order.
+        eps: what is added to the variance, >= 0.
+
+    Returns:
+        [..., kept] in the dtype of x, or under autocast in autocast's, though x is read as it is. Rows start
+        at multiples of 8 elements. There is no second derivative.
+
+    Raises:
+        TypeError: an argument is not a tensor, or its dtype is not one of those above.
+        ValueError: shapes or devices do not go together, only one of weight and bias is given, or eps is
+            negative or not finite.
+
+    Zhu, Tang, Han, "Vision Transformer Pruning", arXiv 2104.08500.
+    """
+    _validate(x, weight, bias, index, eps)
+    dtype = x.dtype
+    if autocast_is_on(x.device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return torch.ops.vtp.layer_norm_gather(x, weight, bias, index, float(eps), dtype)
+
+
+def _validate(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float
+) -> None:
+    optional = {"weight": weight, "bias": bias, "index": index}
+    tensors = {"x": x} | {name: t for name, t in optional.items() if t is not None}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, where x is")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16, float16 or float64")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., D] with D of at least 1")
+    kept = D = x.shape[-1]
+    if index is not None:
+        if index.dtype != torch.int64:
+            raise TypeError(f"index: got {index.dtype}, expected int64")
+        if index.ndim != 1 or index.shape[0] > D:
+            raise ValueError(f"index: got shape {tuple(index.shape)}, expected [kept], at most [{D}]")
+        kept = index.shape[0]
+    if (weight is None) != (bias is None):
+        given, missing = ("bias", "weight") if weight is None else ("weight", "bias")
+        raise ValueError(f"{missing}: got None beside a {given}, expected both or none")
+    if weight is not None:
+        if weight.dtype not in (x.dtype, _wide(x.dtype)):
+            expected = " or ".join(sorted({str(x.dtype), str(_wide(x.dtype))}))
+            raise TypeError(f"weight: got {weight.dtype}, expected {expected} beside x of {x.dtype}")
+        if bias.dtype != weight.dtype:
+            raise TypeError(f"bias: got {bias.dtype}, expected {weight.dtype}, that of weight")
+        for name in ("weight", "bias"):
+            if tensors[name].shape != (kept,):
+                raise ValueError(f"{name}: got shape {tuple(tensors[name].shape)}, expected [{kept}]")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps: got {eps}, expected a finite number >= 0")

@@ -1,0 +1,981 @@
+"""Self-attention whose heads have value widths of their own, straight from the packed buffer of qkv.
+
+qkv [B, N, 2 H d + V]: the queries of all H heads, d wide each, their keys, then the values of each head,
+value_widths[h] wide, V in sum. out [B, N, V]. For each head, with the scale of the dense model for all:
+
+    S = scale Q K^T    P = softmax(S)    out = P V
+
+With `delta = sum_c dout[n, c] out[n, c]` the gradients are
+
+    dP = dout V^T    dS = P (dP - delta)    dV = P^T dout    dQ = scale dS K    dK = scale dS^T Q
+
+(Dao et al., "FlashAttention", arXiv 2205.14135). Saved for backward: qkv, out and the log-sum-exp of the
+rows of S, [B, H, N]; P is made again from it. Statistics are float32; P is rounded to the dtype of qkv before
+it meets V, and the rows of out are divided by their sum, which is not rounded, at the end.
+
+16-bit numbers and up to 256 tokens take one pass, with whole rows of scores on chip. More tokens, and float32
+(whose rows have no room beside its products), go over tiles of keys with running statistics ("online").
+
+What is computed is near what is kept. Rows and keys are rounded up to 16: 197 tokens are 208, in row tiles of
+64 + 64 + 64 + 16 and pieces of 128 + 64 + 16 keys. A tile of 16 rows for the last 5 tokens costs less than
+tiles of 16 throughout, which would load all keys and values 13 times instead of 4. Values are taken in 32
+columns at a time and a rest of 16. They are loaded 16 bytes at a time, from the last multiple of 8 elements
+before a head's first column; what comes along of the neighbour is dropped at the store, or masked where
+columns are summed.
+
+Deterministic: each number is written by one program, in one order; there are no atomics.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import register_autograd
+from torch.utils.flop_counter import register_flop_formula
+
+from vtp_kernels import _triton
+from vtp_kernels._library import LIBRARY, autocast_is_on, define
+from vtp_kernels._triton import Config, Variant, launch, tl, triton
+
+# ------------------------------------------------------------------------------------------------ reference
+
+
+def ragged_attention_ref(qkv: Tensor, head_dim: int, value_widths: Sequence[int], scale: float) -> Tensor:
+    """The definition, for autograd to differentiate."""
+    query, key, values = _split(qkv, head_dim, value_widths)
+    weights = ((query @ key.transpose(-2, -1)) * scale).softmax(dim=-1)
+    return torch.cat([weights[:, head] @ value for head, value in enumerate(values)], dim=-1)
+
+
+# -------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _program(table, B, N, BLOCK_M: tl.constexpr):
+    """What a program does: its row of the table, its image, its first token, and if it has BLOCK_M of them.
+
+    Tokens that fill no tile of BLOCK_M are shared out in tiles of 16. The rows of the table are the slowest
+    index: the heads with the most work start first.
+    """
+    rows = tl.cdiv(N, 16) * 16
+    full = rows // BLOCK_M
+    tiles = full + rows % BLOCK_M // 16
+    i_program = tl.program_id(0)
+    i_tile = i_program % tiles
+    first = tl.minimum(i_tile, full) * BLOCK_M + tl.maximum(i_tile - full, 0) * 16
+    return table + i_program // (tiles * B) * 5, (i_program // tiles % B).to(tl.int64), first, i_tile < full
+
+
+@triton.jit
+def _load_tile(
+    source, o_row, o_column, rows, columns, stride, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
+):
+    """source[o_row, o_column], 0 beyond the masked edges."""
+    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
+    if MASK_ROWS and MASK_COLUMNS:
+        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] < columns), other=0.0)
+    if MASK_ROWS:
+        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] >= 0), other=0.0)
+    if MASK_COLUMNS:
+        return tl.load(p_tile, mask=(o_column[None, :] < columns) & (o_row[:, None] >= 0), other=0.0)
+    return tl.load(p_tile)
+
+
+@triton.jit
+def _load_head(source, o_row, N, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr):
+    """The query or key [rows, BLOCK_D] at `source`, 0 beyond HEAD_DIM and, if MASK, beyond the last token."""
+    o_d = tl.arange(0, BLOCK_D)
+    return _load_tile(source, o_row, o_d, N, HEAD_DIM, stride, MASK, HEAD_DIM < BLOCK_D)
+
+
+@triton.jit
+def _load_own(source, o_row, o_column, begin, end, N, columns, stride, MASK: tl.constexpr):
+    """Columns [begin, end) only of what lies in whole 16 bytes around them, 0 elsewhere."""
+    b_tile = _load_tile(source, o_row, o_column, N, columns, stride, MASK, True)
+    own = (o_column[None, :] - begin).to(tl.uint32) < (end - begin)
+    return tl.where(own, b_tile, tl.zeros_like(b_tile))
+
+
+@triton.jit
+def _readable(V, HEAD_DIM: tl.constexpr):
+    """The columns of values that may be loaded: whole 16 bytes, where a row of values starts at 16 bytes."""
+    return (V + 7) // 8 * 8 if HEAD_DIM % 4 == 0 else V
+
+
+@triton.jit
+def _store_rows(target, acc, o_row, o_column, begin, end, N, V, padded, stride):
+    """acc to columns [begin, end) of rows below N; the head that ends the row writes 0 up to `padded`."""
+    last = tl.where(end == V, padded, end)
+    m_tile = (o_row[:, None] < N) & ((o_column[None, :] >= begin) & (o_column[None, :] < last))
+    acc = tl.where(o_column[None, :] < V, acc, 0.0)
+    p_tile = target + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
+    tl.store(p_tile, acc.to(target.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def _store_head(target, acc, o_row, N, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The gradient of a query or key to HEAD_DIM columns of rows below N."""
+    o_d = tl.arange(0, BLOCK_D)
+    p_tile = target + o_row[:, None].to(tl.int64) * stride + o_d[None, :]
+    tl.store(p_tile, acc.to(target.dtype.element_ty), mask=(o_row[:, None] < N) & (o_d[None, :] < HEAD_DIM))
+
+
+@triton.jit
+def _keys_of_piece(KEYS: tl.constexpr, SIZE: tl.constexpr):
+    """The keys of the piece of this size: KEYS is a sum of powers of two, and larger ones come first."""
+    return KEYS // (2 * SIZE) * (2 * SIZE) + tl.arange(0, SIZE)
+
+
+@triton.jit
+def _value_columns(
+    weights, values, out, total, o_m, column, begin, end, N, V, readable, stride_qkv, stride_out,
+    KEYS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS of out from `column` on, from weights whose rows sum to `total`."""
+    o_column = column + tl.arange(0, COLUMNS)
+    acc = tl.zeros((o_m.shape[0], COLUMNS), dtype=tl.float32)
+    for i in tl.static_range(5):
+        if KEYS & (256 >> i):
+            o_n = _keys_of_piece(KEYS, 256 >> i)
+            b_v = _load_tile(values, o_n, o_column, N, readable, stride_qkv, KEYS % (256 >> i) == 0, True)
+            acc = tl.dot(weights[i], b_v, acc, input_precision=PRECISION)
+    acc = acc / total[:, None]
+    _store_rows(out, acc, o_m, o_column, begin, end, N, V, (V + 7) // 8 * 8, stride_out)
+
+
+@triton.jit
+def _attend(
+    qkv, out, lse, head, begin, end, first, N, H, V, stride_qkv, stride_out, factor,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of one head, in one pass: the scores of all keys are on chip at once.
+
+    They are pieces of power-of-two sizes, 256 >> i for the bits of KEYS. Only the last has keys beyond N.
+    """
+    o_m = first + tl.arange(0, BLOCK_M)
+    # Rows beyond the end read the last row again and are dropped at the store.
+    b_q = _load_head(qkv + head * HEAD_DIM, tl.minimum(o_m, N - 1), N, stride_qkv, HEAD_DIM, BLOCK_D, False)
+    keys = qkv + (H + head) * HEAD_DIM
+    highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    scores = ()
+    for i in tl.static_range(5):
+        if KEYS & (256 >> i):
+            o_n = _keys_of_piece(KEYS, 256 >> i)
+            b_k = _load_head(keys, o_n, N, stride_qkv, HEAD_DIM, BLOCK_D, KEYS % (256 >> i) == 0)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * factor
+            if KEYS % (256 >> i) == 0:
+                b_s = tl.where(o_n[None, :] < N, b_s, float("-inf"))
+            highest = tl.maximum(highest, tl.max(b_s, axis=1))
+            scores = scores + (b_s,)  # noqa: RUF005 (Triton knows no starred tuple)
+        else:
+            scores = scores + (0,)  # noqa: RUF005
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    weights = ()
+    for i in tl.static_range(5):
+        if KEYS & (256 >> i):
+            b_p = tl.exp2(scores[i] - highest[:, None])
+            total += tl.sum(b_p, axis=1)
+            weights = weights + (b_p.to(b_q.dtype),)  # noqa: RUF005
+        else:
+            weights = weights + (0,)  # noqa: RUF005
+    if lse is not None:
+        tl.store(lse + o_m, (highest + tl.log2(total)) * 0.6931471805599453, mask=o_m < N)
+    column = begin // 8 * 8
+    last = tl.where(end == V, (V + 7) // 8 * 8, end)
+    width = tl.cdiv(last - column, 16) * 16
+    values = qkv + 2 * H * HEAD_DIM
+    readable = _readable(V, HEAD_DIM)
+    for c in range(0, width // 32 * 32, 32):
+        _value_columns(weights, values, out, total, o_m, column + c, begin, end, N, V, readable,
+                       stride_qkv, stride_out, KEYS, 32, PRECISION)  # fmt: skip
+    if width % 32 > 0:
+        _value_columns(weights, values, out, total, o_m, column + width // 32 * 32, begin, end, N, V,
+                       readable, stride_qkv, stride_out, KEYS, 16, PRECISION)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["B", "N", "H", "V", "stride_qkv", "stride_out"])
+def _ragged_attention_fwd_kernel(
+    qkv, table, out, lse, B, N, H, V, stride_qkv, stride_out, factor,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows of one head with N <= KEYS <= 256; `factor` is the scale times log2(e)."""
+    # Tells the compiler that rows start at 16 bytes: `multiple_of` has no effect on arguments.
+    stride_qkv, stride_out = stride_qkv // 8 * 8, stride_out // 8 * 8
+    p_unit, i_batch, first, is_full = _program(table, B, N, BLOCK_M)
+    head, begin, end = tl.load(p_unit), tl.load(p_unit + 1), tl.load(p_unit + 2)
+    qkv += i_batch * N * stride_qkv
+    out += i_batch * N * stride_out
+    if lse is not None:
+        lse += (i_batch * H + head) * N
+    if is_full:
+        _attend(qkv, out, lse, head, begin, end, first, N, H, V, stride_qkv, stride_out, factor,
+                HEAD_DIM, BLOCK_D, KEYS, BLOCK_M, PRECISION)  # fmt: skip
+    else:
+        _attend(qkv, out, lse, head, begin, end, first, N, H, V, stride_qkv, stride_out, factor,
+                HEAD_DIM, BLOCK_D, KEYS, 16, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _online_step(
+    b_q, acc_wide, acc_narrow, highest, total, keys, values, n, column, N, readable, stride_qkv, factor,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
+    WIDE: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    o_n = n + tl.arange(0, BLOCK_N)
+    b_k = _load_head(keys, o_n, N, stride_qkv, HEAD_DIM, BLOCK_D, MASK)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * factor
+    if MASK:
+        b_s = tl.where(o_n[None, :] < N, b_s, float("-inf"))
+    higher = tl.maximum(highest, tl.max(b_s, axis=1))
+    # As long as all scores are -inf they are not subtracted from themselves: a later key may be finite.
+    reference = tl.where(higher == float("-inf"), 0.0, higher)
+    b_p = tl.exp2(b_s - reference[:, None])
+    shrink = tl.exp2(highest - reference)
+    total = total * shrink + tl.sum(b_p, axis=1)
+    b_p = b_p.to(b_q.dtype)
+    o_wide = column + tl.arange(0, WIDE)
+    b_v = _load_tile(values, o_n, o_wide, N, readable, stride_qkv, MASK, True)
+    acc_wide = tl.dot(b_p, b_v, acc_wide * shrink[:, None], input_precision=PRECISION)
+    if NARROW:
+        o_narrow = column + WIDE + tl.arange(0, NARROW)
+        b_v = _load_tile(values, o_n, o_narrow, N, readable, stride_qkv, MASK, True)
+        acc_narrow = tl.dot(b_p, b_v, acc_narrow * shrink[:, None], input_precision=PRECISION)
+    return acc_wide, acc_narrow, higher, total
+
+
+@triton.jit
+def _attend_online(
+    qkv, out, lse, head, begin, end, head_begin, first, N, H, V, stride_qkv, stride_out, factor,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of WIDE + NARROW columns of one head, over tiles of BLOCK_N keys and at the end of 16."""
+    o_m = first + tl.arange(0, BLOCK_M)
+    b_q = _load_head(qkv + head * HEAD_DIM, tl.minimum(o_m, N - 1), N, stride_qkv, HEAD_DIM, BLOCK_D, False)
+    keys, values = qkv + (H + head) * HEAD_DIM, qkv + 2 * H * HEAD_DIM
+    column, readable = begin // 8 * 8, _readable(V, HEAD_DIM)
+    highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc_wide = tl.zeros((BLOCK_M, WIDE), dtype=tl.float32)
+    acc_narrow = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
+    full = N // BLOCK_N * BLOCK_N
+    for n in range(0, full, BLOCK_N):
+        acc_wide, acc_narrow, highest, total = _online_step(
+            b_q, acc_wide, acc_narrow, highest, total, keys, values, n, column, N, readable, stride_qkv,
+            factor, HEAD_DIM, BLOCK_D, BLOCK_N, False, WIDE, NARROW, PRECISION)  # fmt: skip
+    for n in range(full, N, 16):
+        acc_wide, acc_narrow, highest, total = _online_step(
+            b_q, acc_wide, acc_narrow, highest, total, keys, values, n, column, N, readable, stride_qkv,
+            factor, HEAD_DIM, BLOCK_D, 16, True, WIDE, NARROW, PRECISION)  # fmt: skip
+    if lse is not None:
+        m_lse = o_m < tl.where(begin == head_begin, N, 0)  # written once, by the first group
+        tl.store(lse + o_m, (highest + tl.log2(total)) * 0.6931471805599453, mask=m_lse)
+    padded = (V + 7) // 8 * 8
+    o_wide = column + tl.arange(0, WIDE)
+    _store_rows(out, acc_wide / total[:, None], o_m, o_wide, begin, end, N, V, padded, stride_out)
+    if NARROW:
+        o_narrow = column + WIDE + tl.arange(0, NARROW)
+        _store_rows(out, acc_narrow / total[:, None], o_m, o_narrow, begin, end, N, V, padded, stride_out)
+
+
+@triton.jit(do_not_specialize=["B", "N", "H", "V", "stride_qkv", "stride_out"])
+def _ragged_attention_online_kernel(
+    qkv, table, out, lse, B, N, H, V, stride_qkv, stride_out, factor,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows of a group of up to 80 columns of one head, for any N, with accumulators for what is kept."""
+    stride_qkv, stride_out = stride_qkv // 8 * 8, stride_out // 8 * 8
+    p_unit, i_batch, first, is_full = _program(table, B, N, BLOCK_M)
+    head, begin, end, head_begin = (
+        tl.load(p_unit), tl.load(p_unit + 1), tl.load(p_unit + 2), tl.load(p_unit + 3)
+    )  # fmt: skip
+    qkv += i_batch * N * stride_qkv
+    out += i_batch * N * stride_out
+    if lse is not None:
+        lse += (i_batch * H + head) * N
+    last = tl.where(end == V, (V + 7) // 8 * 8, end)
+    width = last - begin // 8 * 8
+    if is_full:
+        if width <= 32:
+            _attend_online(qkv, out, lse, head, begin, end, head_begin, first, N, H, V, stride_qkv,
+                           stride_out, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, 32, 0,
+                           PRECISION)  # fmt: skip
+        elif width <= 48:
+            _attend_online(qkv, out, lse, head, begin, end, head_begin, first, N, H, V, stride_qkv,
+                           stride_out, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, 32, 16,
+                           PRECISION)  # fmt: skip
+        elif width <= 64:
+            _attend_online(qkv, out, lse, head, begin, end, head_begin, first, N, H, V, stride_qkv,
+                           stride_out, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, 64, 0,
+                           PRECISION)  # fmt: skip
+        else:
+            _attend_online(qkv, out, lse, head, begin, end, head_begin, first, N, H, V, stride_qkv,
+                           stride_out, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, 64, 16,
+                           PRECISION)  # fmt: skip
+    else:
+        _attend_online(qkv, out, lse, head, begin, end, head_begin, first, N, H, V, stride_qkv,
+                       stride_out, factor, HEAD_DIM, BLOCK_D, 16, BLOCK_N, 64, 16,
+                       PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _chunked_dp(
+    dp, rows, o_row, columns_of_rows, stride_rows, others, o_other, columns_of_others, stride_others,
+    begin, end, N, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dp + the product of columns [begin, end) of `rows` and of `others`, 32 of them at a time.
+
+    For heads that are too wide to be held whole. With MASK tokens of `others` may be beyond the last.
+    """
+    for c in range(begin // 8 * 8, end, 32):
+        o_c = c + tl.arange(0, 32)
+        b_row = _load_own(rows, o_row, o_c, begin, end, N, columns_of_rows, stride_rows, False)
+        b_other = _load_own(others, o_other, o_c, begin, end, N, columns_of_others, stride_others, MASK)
+        dp = tl.dot(b_row, tl.trans(b_other), dp, input_precision=PRECISION)
+    return dp
+
+
+@triton.jit
+def _dq_step(
+    dq, b_q, b_do_wide, b_do_narrow, b_lse, b_delta, keys, values, dout, r_m, n, begin, end, N, V, readable,
+    stride_qkv, stride_dout, factor,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
+    WIDE: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    o_n = n + tl.arange(0, BLOCK_N)
+    o_wide = begin // 8 * 8 + tl.arange(0, WIDE)
+    o_narrow = begin // 8 * 8 + WIDE + tl.arange(0, 16)
+    b_k = _load_head(keys, o_n, N, stride_qkv, HEAD_DIM, BLOCK_D, MASK)
+    b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * factor - b_lse[:, None])
+    if WHOLE:
+        b_v = _load_own(values, o_n, o_wide, begin, end, N, readable, stride_qkv, MASK)
+        b_dp = tl.dot(b_do_wide, tl.trans(b_v), input_precision=PRECISION)
+        b_v = _load_own(values, o_n, o_narrow, begin, end, N, readable, stride_qkv, MASK)
+        b_dp = tl.dot(b_do_narrow, tl.trans(b_v), b_dp, input_precision=PRECISION)
+    else:
+        b_dp = tl.zeros((b_q.shape[0], BLOCK_N), dtype=tl.float32)
+        b_dp = _chunked_dp(b_dp, dout, r_m, (V + 7) // 8 * 8, stride_dout, values, o_n, readable, stride_qkv,
+                           begin, end, N, MASK, PRECISION)  # fmt: skip
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    if MASK:
+        b_ds = tl.where(o_n[None, :] < N, b_ds, 0.0)
+    return tl.dot(b_ds.to(b_k.dtype), b_k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _dq_rows(
+    dout, qkv, out, lse, delta, dqkv, head, begin, end, first, N, H, V, stride_dout, stride_qkv, stride_out,
+    stride_dqkv, scale, factor,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ and delta of BLOCK_M rows of one head, whose values WIDE + 16 columns hold, or not: not WHOLE."""
+    o_m = first + tl.arange(0, BLOCK_M)
+    r_m = tl.minimum(o_m, N - 1)
+    columns = (V + 7) // 8 * 8
+    o_wide = begin // 8 * 8 + tl.arange(0, WIDE)
+    o_narrow = begin // 8 * 8 + WIDE + tl.arange(0, 16)
+    b_do_wide, b_do_narrow = None, None
+    if WHOLE:
+        b_do_wide = _load_own(dout, r_m, o_wide, begin, end, N, columns, stride_dout, False)
+        b_o = _load_own(out, r_m, o_wide, begin, end, N, columns, stride_out, False)
+        b_delta = tl.sum(b_do_wide.to(tl.float32) * b_o.to(tl.float32), axis=1)
+        b_do_narrow = _load_own(dout, r_m, o_narrow, begin, end, N, columns, stride_dout, False)
+        b_o = _load_own(out, r_m, o_narrow, begin, end, N, columns, stride_out, False)
+        b_delta += tl.sum(b_do_narrow.to(tl.float32) * b_o.to(tl.float32), axis=1)
+    else:
+        b_delta = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for c in range(begin // 8 * 8, end, 32):
+            o_c = c + tl.arange(0, 32)
+            b_do = _load_own(dout, r_m, o_c, begin, end, N, columns, stride_dout, False)
+            b_o = _load_own(out, r_m, o_c, begin, end, N, columns, stride_out, False)
+            b_delta += tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
+    tl.store(delta + o_m, b_delta, mask=o_m < N)
+
+    b_q = _load_head(qkv + head * HEAD_DIM, r_m, N, stride_qkv, HEAD_DIM, BLOCK_D, False)
+    b_lse = tl.load(lse + r_m) * 1.4426950408889634
+    keys, values = qkv + (H + head) * HEAD_DIM, qkv + 2 * H * HEAD_DIM
+    readable = _readable(V, HEAD_DIM)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    full = N // BLOCK_N * BLOCK_N
+    for n in range(0, full, BLOCK_N):
+        dq = _dq_step(dq, b_q, b_do_wide, b_do_narrow, b_lse, b_delta, keys, values, dout, r_m, n, begin, end,
+                      N, V, readable, stride_qkv, stride_dout, factor, HEAD_DIM, BLOCK_D, BLOCK_N, False,
+                      WIDE, WHOLE, PRECISION)  # fmt: skip
+    for n in range(full, N, 16):
+        dq = _dq_step(dq, b_q, b_do_wide, b_do_narrow, b_lse, b_delta, keys, values, dout, r_m, n, begin, end,
+                      N, V, readable, stride_qkv, stride_dout, factor, HEAD_DIM, BLOCK_D, 16, True,
+                      WIDE, WHOLE, PRECISION)  # fmt: skip
+    _store_head(dqkv + head * HEAD_DIM, dq * scale, o_m, N, stride_dqkv, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["B", "N", "H", "V", "stride_dout", "stride_qkv", "stride_out", "stride_dqkv"])
+def _ragged_attention_dq_kernel(
+    dout, qkv, out, table, lse, delta, dqkv, B, N, H, V, stride_dout, stride_qkv, stride_out, stride_dqkv,
+    scale, factor,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of rows of one head, for any N and any width, and their delta for the kernel that comes next."""
+    stride_dout, stride_qkv = stride_dout // 8 * 8, stride_qkv // 8 * 8
+    stride_out, stride_dqkv = stride_out // 8 * 8, stride_dqkv // 8 * 8
+    p_unit, i_batch, first, is_full = _program(table, B, N, BLOCK_M)
+    head, begin, end = tl.load(p_unit), tl.load(p_unit + 1), tl.load(p_unit + 2)
+    dout += i_batch * N * stride_dout
+    qkv += i_batch * N * stride_qkv
+    out += i_batch * N * stride_out
+    dqkv += i_batch * N * stride_dqkv
+    lse += (i_batch * H + head) * N
+    delta += (i_batch * H + head) * N
+    width = end - begin // 8 * 8
+    if is_full:
+        if width <= 48:
+            _dq_rows(dout, qkv, out, lse, delta, dqkv, head, begin, end, first, N, H, V, stride_dout,
+                     stride_qkv, stride_out, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                     32, True, PRECISION)  # fmt: skip
+        elif width <= 80:
+            _dq_rows(dout, qkv, out, lse, delta, dqkv, head, begin, end, first, N, H, V, stride_dout,
+                     stride_qkv, stride_out, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                     64, True, PRECISION)  # fmt: skip
+        else:
+            _dq_rows(dout, qkv, out, lse, delta, dqkv, head, begin, end, first, N, H, V, stride_dout,
+                     stride_qkv, stride_out, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+                     64, False, PRECISION)  # fmt: skip
+    else:
+        _dq_rows(dout, qkv, out, lse, delta, dqkv, head, begin, end, first, N, H, V, stride_dout,
+                 stride_qkv, stride_out, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, 16, BLOCK_N,
+                 64, False, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _dkdv_step(
+    dk, dv_wide, dv_narrow, b_k, b_v_wide, b_v_narrow, queries, values, dout, lse, delta, r_n, m,
+    begin, end, head_end, N, V, readable, stride_qkv, stride_dout, factor,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
+    KEYS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    o_m = m + tl.arange(0, BLOCK_N)
+    columns = (V + 7) // 8 * 8
+    o_wide = begin // 8 * 8 + tl.arange(0, WIDE)
+    o_narrow = begin // 8 * 8 + WIDE + tl.arange(0, 16)
+    b_q = _load_head(queries, o_m, N, stride_qkv, HEAD_DIM, BLOCK_D, MASK)
+    b_lse = tl.load(lse + o_m, mask=o_m < N, other=0.0) if MASK else tl.load(lse + o_m)
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * factor
+    b_p = tl.exp2(b_s - b_lse[None, :] * 1.4426950408889634)
+    if MASK:
+        b_p = tl.where(o_m[None, :] < N, b_p, 0.0)
+    b_do_wide = _load_own(dout, o_m, o_wide, begin, end, N, columns, stride_dout, MASK)
+    b_do_narrow = _load_own(dout, o_m, o_narrow, begin, end, N, columns, stride_dout, MASK)
+    dv_wide = tl.dot(b_p.to(b_q.dtype), b_do_wide, dv_wide, input_precision=PRECISION)
+    dv_narrow = tl.dot(b_p.to(b_q.dtype), b_do_narrow, dv_narrow, input_precision=PRECISION)
+    if KEYS:
+        if WHOLE:
+            b_dp = tl.dot(b_v_wide, tl.trans(b_do_wide), input_precision=PRECISION)
+            b_dp = tl.dot(b_v_narrow, tl.trans(b_do_narrow), b_dp, input_precision=PRECISION)
+        else:
+            b_dp = tl.zeros((b_k.shape[0], BLOCK_N), dtype=tl.float32)
+            b_dp = _chunked_dp(b_dp, values, r_n, readable, stride_qkv, dout, o_m, columns, stride_dout,
+                               begin, head_end, N, MASK, PRECISION)  # fmt: skip
+        b_delta = tl.load(delta + o_m, mask=o_m < N, other=0.0) if MASK else tl.load(delta + o_m)
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        if MASK:
+            b_ds = tl.where(o_m[None, :] < N, b_ds, 0.0)
+        dk = tl.dot(b_ds.to(b_q.dtype), b_q, dk, input_precision=PRECISION)
+    return dk, dv_wide, dv_narrow
+
+
+@triton.jit
+def _dkdv_rows(
+    dout, qkv, lse, delta, dqkv, head, begin, end, head_end, first, N, H, V, stride_dout, stride_qkv,
+    stride_dqkv, scale, factor,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEYS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dV of BLOCK_M keys and WIDE + 16 columns of one head, and with KEYS dK; WHOLE as above."""
+    o_n = first + tl.arange(0, BLOCK_M)
+    r_n = tl.minimum(o_n, N - 1)
+    o_wide = begin // 8 * 8 + tl.arange(0, WIDE)
+    o_narrow = begin // 8 * 8 + WIDE + tl.arange(0, 16)
+    values, readable = qkv + 2 * H * HEAD_DIM, _readable(V, HEAD_DIM)
+    b_k = _load_head(qkv + (H + head) * HEAD_DIM, r_n, N, stride_qkv, HEAD_DIM, BLOCK_D, False)
+    b_v_wide, b_v_narrow = None, None
+    if KEYS and WHOLE:
+        b_v_wide = _load_own(values, r_n, o_wide, begin, end, N, readable, stride_qkv, False)
+        b_v_narrow = _load_own(values, r_n, o_narrow, begin, end, N, readable, stride_qkv, False)
+    dk = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    dv_wide = tl.zeros((BLOCK_M, WIDE), dtype=tl.float32)
+    dv_narrow = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
+    queries = qkv + head * HEAD_DIM
+    full = N // BLOCK_N * BLOCK_N
+    for m in range(0, full, BLOCK_N):
+        dk, dv_wide, dv_narrow = _dkdv_step(
+            dk, dv_wide, dv_narrow, b_k, b_v_wide, b_v_narrow, queries, values, dout, lse, delta, r_n, m,
+            begin, end, head_end, N, V, readable, stride_qkv, stride_dout, factor,
+            HEAD_DIM, BLOCK_D, BLOCK_N, False, KEYS, WIDE, WHOLE, PRECISION)  # fmt: skip
+    for m in range(full, N, 16):
+        dk, dv_wide, dv_narrow = _dkdv_step(
+            dk, dv_wide, dv_narrow, b_k, b_v_wide, b_v_narrow, queries, values, dout, lse, delta, r_n, m,
+            begin, end, head_end, N, V, readable, stride_qkv, stride_dout, factor,
+            HEAD_DIM, BLOCK_D, 16, True, KEYS, WIDE, WHOLE, PRECISION)  # fmt: skip
+    if KEYS:
+        _store_head(dqkv + (H + head) * HEAD_DIM, dk * scale, o_n, N, stride_dqkv, HEAD_DIM, BLOCK_D)
+    dvalues = dqkv + 2 * H * HEAD_DIM
+    padded = (2 * H * HEAD_DIM + V + 7) // 8 * 8 - 2 * H * HEAD_DIM
+    _store_rows(dvalues, dv_wide, o_n, o_wide, begin, end, N, V, padded, stride_dqkv)
+    _store_rows(dvalues, dv_narrow, o_n, o_narrow, begin, end, N, V, padded, stride_dqkv)
+
+
+@triton.jit(do_not_specialize=["B", "N", "H", "V", "stride_dout", "stride_qkv", "stride_dqkv"])
+def _ragged_attention_dkdv_kernel(
+    dout, qkv, table, lse, delta, dqkv, B, N, H, V, stride_dout, stride_qkv, stride_dqkv, scale, factor,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dV of keys of one head and up to 80 of its columns; with the first of these, dK. For any N."""
+    stride_dout, stride_qkv, stride_dqkv = stride_dout // 8 * 8, stride_qkv // 8 * 8, stride_dqkv // 8 * 8
+    p_unit, i_batch, first, is_full = _program(table, B, N, BLOCK_M)
+    head, begin, end, head_begin, head_end = (
+        tl.load(p_unit), tl.load(p_unit + 1), tl.load(p_unit + 2), tl.load(p_unit + 3), tl.load(p_unit + 4)
+    )  # fmt: skip
+    dout += i_batch * N * stride_dout
+    qkv += i_batch * N * stride_qkv
+    dqkv += i_batch * N * stride_dqkv
+    lse += (i_batch * H + head) * N
+    delta += (i_batch * H + head) * N
+    padded = (2 * H * HEAD_DIM + V + 7) // 8 * 8 - 2 * H * HEAD_DIM
+    width = tl.where(head_end == V, padded, head_end) - begin // 8 * 8
+    if is_full:
+        if begin > head_begin:
+            _dkdv_rows(dout, qkv, lse, delta, dqkv, head, begin, end, head_end, first, N, H, V, stride_dout,
+                       stride_qkv, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, 64,
+                       False, PRECISION)  # fmt: skip
+        elif width <= 48:
+            _dkdv_rows(dout, qkv, lse, delta, dqkv, head, begin, end, head_end, first, N, H, V, stride_dout,
+                       stride_qkv, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, 32,
+                       True, PRECISION)  # fmt: skip
+        elif width <= 80:
+            _dkdv_rows(dout, qkv, lse, delta, dqkv, head, begin, end, head_end, first, N, H, V, stride_dout,
+                       stride_qkv, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, 64,
+                       True, PRECISION)  # fmt: skip
+        else:
+            _dkdv_rows(dout, qkv, lse, delta, dqkv, head, begin, end, head_end, first, N, H, V, stride_dout,
+                       stride_qkv, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, 64,
+                       False, PRECISION)  # fmt: skip
+    elif begin > head_begin:
+        _dkdv_rows(dout, qkv, lse, delta, dqkv, head, begin, end, head_end, first, N, H, V, stride_dout,
+                   stride_qkv, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, 16, BLOCK_N, False, 64,
+                   False, PRECISION)  # fmt: skip
+    else:
+        _dkdv_rows(dout, qkv, lse, delta, dqkv, head, begin, end, head_end, first, N, H, V, stride_dout,
+                   stride_qkv, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, 16, BLOCK_N, True, 64,
+                   False, PRECISION)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- tables
+
+
+# Tiles by what a product multiplies: 16-bit numbers, float32 on tensor cores (TF32), float32 without (IEEE).
+# BLOCK_M: rows that a program writes. BLOCK_N: rows that it takes at a time, where not all are on chip.
+def _config(num_warps: int, num_stages: int, **blocks: int) -> Config:
+    return Config(blocks, num_warps, num_stages)
+
+
+_ONE_PASS = _config(4, 2, BLOCK_M=64)  # 16-bit only: beside float32 weights a row of scores has no room
+_ONLINE = {
+    "16": _config(4, 2, BLOCK_M=64, BLOCK_N=64),
+    "tf32": _config(8, 2, BLOCK_M=64, BLOCK_N=32),
+    "ieee": _config(4, 2, BLOCK_M=32, BLOCK_N=32),
+}
+_DQ = {
+    "16": _config(4, 2, BLOCK_M=64, BLOCK_N=64),
+    "tf32": _config(8, 2, BLOCK_M=64, BLOCK_N=16),
+    "ieee": _config(8, 2, BLOCK_M=32, BLOCK_N=16),
+}
+_DKDV = {
+    "16": _config(4, 2, BLOCK_M=64, BLOCK_N=32),
+    "tf32": _config(8, 2, BLOCK_M=64, BLOCK_N=32),
+    "ieee": _config(4, 2, BLOCK_M=32, BLOCK_N=16),
+}
+# Columns of values that a head may have.
+_MOST_VALUES = 256
+# Tokens up to which a row of scores is on chip at once.
+_MOST_KEYS = 256
+# Columns of values for which a program has accumulators: 64 that start at any element take 71, that is 80.
+_GROUP = 80
+
+
+def _units(value_widths: Sequence[int], grouped: bool, padded: int) -> list[tuple[int, int, int, int, int]]:
+    """(head, first column, last column + 1, and these two of the whole head), the most work first.
+
+    A unit is a head, or if `grouped` up to `_GROUP` of its columns, counted from a multiple of 8. The last
+    head is taken to `padded`, where the row ends: a last unit may have no columns but padding.
+    """
+    units = []
+    V, begin = sum(value_widths), 0
+    for head, width in enumerate(value_widths):
+        end = begin + width
+        starts = range(begin // 8 * 8, padded if end == V else end, _GROUP) if grouped else [begin]
+        for first, following in itertools.pairwise([begin, *starts[1:], end]):
+            units.append((head, first, min(following, end), begin, end))
+        begin = end
+    return sorted(units, key=lambda unit: (unit[1] == unit[3], unit[2] - unit[1]), reverse=True)
+
+
+@functools.cache
+def _table(value_widths: tuple[int, ...], grouped: bool, padded: int, device: torch.device) -> Tensor:
+    """`_units` as int32 on the device, copied there once: a captured graph must not copy from the host."""
+    return torch.tensor(_units(value_widths, grouped, padded), dtype=torch.int32, device=device)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _row_tiles(N: int, block: int) -> list[int]:
+    """Rows of each tile: full ones, and tiles of 16 for what is left of N rounded up to 16."""
+    full, rest = divmod(_round_up(N, 16), block)
+    return [block] * full + [16] * (rest // 16)
+
+
+# ------------------------------------------------------------------------------------------------- launchers
+
+
+def _products(dtype: torch.dtype) -> str:
+    """The key of the tables above."""
+    if dtype.itemsize == 2:
+        return "16"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _constants(head_dim: int, products: str) -> dict[str, int | str]:
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "PRECISION": "ieee" if products == "ieee" else "tf32",
+    }
+
+
+def _choice(N: int, products: str) -> tuple[object, Config, bool]:
+    """The forward kernel for N tokens, its configuration, and whether it takes them in one pass."""
+    if N <= _MOST_KEYS and products == "16":
+        return _ragged_attention_fwd_kernel, _ONE_PASS, True
+    return _ragged_attention_online_kernel, _ONLINE[products], False
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t [B, N, width] as [B * N, width] with padded rows; a copy only where it must be."""
+    return _triton.with_padded_rows(t.reshape(-1, t.shape[-1]))
+
+
+def _forward_triton(
+    qkv: Tensor, head_dim: int, value_widths: Sequence[int], scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor]:
+    if not qkv.numel() or qkv.dtype == torch.float64:
+        return _forward_plain(qkv, head_dim, value_widths, scale, need_lse)
+    (B, N, _), V, rows = qkv.shape, sum(value_widths), _rows(qkv)
+    out, lse = _results(qkv, value_widths, need_lse)
+    products = _products(qkv.dtype)
+    constants = _constants(head_dim, products)
+    kernel, config, one_pass = _choice(N, products)
+    if one_pass:
+        constants["KEYS"] = _round_up(N, 16)
+    table = _table(tuple(value_widths), not one_pass, _round_up(V, 8), qkv.device)
+    launch(
+        kernel,
+        (len(table) * B * len(_row_tiles(N, config.blocks["BLOCK_M"])),),
+        dict(
+            qkv=rows, table=table, out=out, lse=lse if need_lse else None, B=B, N=N, H=len(value_widths),
+            V=V, stride_qkv=rows.stride(0), stride_out=out.stride(1),
+            factor=scale * math.log2(math.e),
+        ),
+        config,
+        **constants,
+    )  # fmt: skip
+    return out, lse
+
+
+def _backward_triton(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, head_dim: int, value_widths: Sequence[int],
+    scale: float,
+) -> Tensor:  # fmt: skip
+    if not qkv.numel() or qkv.dtype == torch.float64:
+        return _backward_plain(dout, qkv, out, lse, head_dim, value_widths, scale)
+    (B, N, width), H, V = qkv.shape, len(value_widths), sum(value_widths)
+    padded = _round_up(width, 8) - 2 * H * head_dim
+    dqkv = _empty_like_rows(qkv, width)
+    delta = torch.empty_like(lse)
+    dout_rows, qkv_rows, out_rows = _rows(dout), _rows(qkv), _rows(out)
+    products = _products(qkv.dtype)
+    common = dict(
+        lse=lse, delta=delta, dqkv=dqkv, B=B, N=N, H=H, V=V, stride_dout=dout_rows.stride(0),
+        stride_qkv=qkv_rows.stride(0), stride_dqkv=dqkv.stride(1), scale=scale,
+        factor=scale * math.log2(math.e),
+    )  # fmt: skip
+    for kernel, configs, grouped, own in (
+        (_ragged_attention_dq_kernel, _DQ, False, dict(out=out_rows, stride_out=out_rows.stride(0))),
+        (_ragged_attention_dkdv_kernel, _DKDV, True, {}),
+    ):
+        config, table = configs[products], _table(tuple(value_widths), grouped, padded, qkv.device)
+        launch(
+            kernel,
+            (len(table) * B * len(_row_tiles(N, config.blocks["BLOCK_M"])),),
+            dict(dout=dout_rows, qkv=qkv_rows, table=table, **own, **common),
+            config,
+            **_constants(head_dim, products),
+        )
+    return dqkv
+
+
+def _tiled_flops(
+    B: int, N: int, head_dim: int, value_widths: Sequence[int], dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """The FLOPs of a forward launch as tiled: rows, keys, head_dim and columns rounded up."""
+    products = _products(dtype)
+    _, config, one_pass = _choice(N, products)
+    keys, V = _round_up(N, 16), sum(value_widths)
+    flops = 0
+    for _, begin, end, _, _ in _units(value_widths, not one_pass, _round_up(V, 8)):
+        last = _round_up(V, 8) if end == V else end
+        columns = _round_up(last - begin // 8 * 8, 16)
+        for rows in _row_tiles(N, config.blocks["BLOCK_M"]):
+            # The small tiles of the online kernel have accumulators for a whole group.
+            kept = columns if one_pass else max(columns, 32)
+            kept = kept if one_pass or rows == config.blocks["BLOCK_M"] else _GROUP
+            flops += 2 * B * rows * keys * (_constants(head_dim, products)["BLOCK_D"] + kept)
+    return flops
+
+
+def variants(target: str) -> Iterator[Variant]:
+    """The compilations for `vtp_kernels.aot`: what usual models ask for, in `_COMPILED`.
+
+    Others are the same kernels with other values of two constants: head_dim, and the tokens rounded up to 16
+    where they are 256 or fewer.
+    """
+    before = torch.get_float32_matmul_precision()
+    try:
+        with _triton.recording("ragged_attention", target) as found:
+            for dtype, precision, head_dim, N in _COMPILED:
+                torch.set_float32_matmul_precision(precision)
+                _record(dtype, head_dim, N)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    yield from found.values()
+
+
+# Heads of 64 with 197 and 577 tokens (224 and 384 pixels in patches of 16), and wider ones.
+_COMPILED = [
+    (torch.bfloat16, "highest", 64, 197),
+    (torch.bfloat16, "highest", 64, 577),
+    (torch.bfloat16, "highest", 80, 257),
+    (torch.bfloat16, "highest", 128, 197),
+    (torch.float16, "highest", 64, 197),
+    (torch.float32, "high", 64, 197),
+    (torch.float32, "highest", 64, 197),
+]
+
+
+def _record(dtype: torch.dtype, head_dim: int, N: int) -> None:
+    """Ask for what qkv of this dtype, head_dim and N can lead to."""
+    qkv = torch.empty((2, N, 4 * head_dim + 240), dtype=dtype, device="meta")[..., : 4 * head_dim + 237]
+    arguments = head_dim, (37, 200), head_dim**-0.5
+    for need_lse in (False, True):
+        out, lse = _forward_triton(qkv, *arguments, need_lse)
+    _backward_triton(out, qkv, out, lse, *arguments)
+
+
+# ---------------------------------------------------------------------------------- plain PyTorch, any device
+
+
+def _split(
+    qkv: Tensor, head_dim: int, value_widths: Sequence[int]
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Views of qkv: queries and keys [B, H, N, head_dim], and the values [B, N, width] of each head."""
+    H = len(value_widths)
+    query, key, value = qkv.split([H * head_dim, H * head_dim, sum(value_widths)], dim=-1)
+    query, key = (t.unflatten(-1, (H, head_dim)).transpose(1, 2) for t in (query, key))
+    return query, key, value.split(tuple(value_widths), dim=-1)
+
+
+def _forward_plain(
+    qkv: Tensor, head_dim: int, value_widths: Sequence[int], scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor]:
+    query, key, values = _split(qkv, head_dim, value_widths)
+    out, lse = _results(qkv, value_widths, need_lse)
+    if not out.numel():
+        return out, lse
+    if len(set(value_widths)) == 1 and not need_lse:
+        value = torch.stack(values, dim=1)
+        heads = F.scaled_dot_product_attention(query, key, value, scale=scale)
+        out.unflatten(-1, (len(values), -1)).copy_(heads.transpose(1, 2))
+        return out, lse
+    scores = (query @ key.transpose(-2, -1)).mul_(scale)
+    if need_lse:
+        torch.logsumexp(scores.to(lse.dtype), dim=-1, out=lse)
+    weights = scores.softmax(dim=-1)
+    for head, columns in enumerate(out.split(tuple(value_widths), dim=-1)):
+        columns.copy_(weights[:, head] @ values[head])
+    return out, lse
+
+
+def _backward_plain(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, head_dim: int, value_widths: Sequence[int],
+    scale: float,
+) -> Tensor:  # fmt: skip
+    dqkv = _empty_like_rows(qkv, qkv.shape[-1])
+    if not dqkv.numel():
+        return dqkv
+    query, key, values = _split(qkv, head_dim, value_widths)
+    dquery, dkey, dvalues = _split(dqkv, head_dim, value_widths)
+    for head, do in enumerate(dout.split(tuple(value_widths), dim=-1)):
+        q, k = query[:, head], key[:, head]
+        scores = (q @ k.transpose(-2, -1)).mul_(scale)
+        weights = scores.softmax(dim=-1)
+        dvalues[head].copy_(weights.transpose(-2, -1) @ do)
+        weights, dweights = (t.to(lse.dtype) for t in (weights, do @ values[head].transpose(-2, -1)))
+        delta = (weights * dweights).sum(-1, keepdim=True)
+        dscores = (weights * (dweights - delta)).to(qkv.dtype)
+        dquery[:, head] = (dscores @ k).mul_(scale)
+        dkey[:, head] = (dscores.transpose(-2, -1) @ q).mul_(scale)
+    return dqkv
+
+
+# ---------------------------------------------------------------------------------------------- registration
+
+
+def _empty_like_rows(like: Tensor, width: int) -> Tensor:
+    """`_triton.empty_rows` with the leading axes of `like`."""
+    return _triton.empty_rows(*like.shape[:-1], width, dtype=like.dtype, device=like.device)
+
+
+def _results(qkv: Tensor, value_widths: Sequence[int], need_lse: bool) -> tuple[Tensor, Tensor]:
+    """out [B, N, sum(value_widths)] and lse [B, H, N], uninitialized; an empty lse if it is not needed."""
+    (B, N, _), H = qkv.shape, len(value_widths)
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    lse = qkv.new_empty((B, H, N) if need_lse else 0, dtype=dtype)
+    return _empty_like_rows(qkv, sum(value_widths)), lse
+
+
+def _forward_fake(qkv, head_dim, value_widths, scale, need_lse):
+    return _results(qkv, value_widths, need_lse)
+
+
+def _backward_fake(dout, qkv, out, lse, head_dim, value_widths, scale):
+    return _empty_like_rows(qkv, qkv.shape[-1])
+
+
+def _setup_context(ctx, inputs, output):
+    qkv, ctx.head_dim, ctx.value_widths, ctx.scale, need_lse = inputs
+    if need_lse:
+        ctx.save_for_backward(qkv, *output)
+    ctx.need_lse = need_lse
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dout, _):
+    if not ctx.need_lse:
+        raise RuntimeError("need_lse: got False, expected True where a gradient is needed")
+    arguments = *ctx.saved_tensors, ctx.head_dim, ctx.value_widths, ctx.scale
+    return torch.ops.vtp.ragged_attention_backward(dout, *arguments), None, None, None, None
+
+
+def _no_second_derivative(ctx, *_):
+    raise NotImplementedError("ragged_attention has no second derivative")
+
+
+define(
+    "ragged_attention(Tensor qkv, int head_dim, int[] value_widths, float scale, bool need_lse)"
+    " -> (Tensor, Tensor)",
+    plain=_forward_plain,
+    triton=_forward_triton,
+    fake=_forward_fake,
+)
+define(
+    "ragged_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int head_dim,"
+    " int[] value_widths, float scale) -> Tensor",
+    plain=_backward_plain,
+    triton=_backward_triton,
+    fake=_backward_fake,
+)
+register_autograd("vtp::ragged_attention", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("vtp::ragged_attention_backward", _no_second_derivative, lib=LIBRARY)
+
+
+@register_flop_formula(torch.ops.vtp.ragged_attention)
+def _forward_flops(qkv_shape, head_dim, value_widths, *_, out_shape=None, **__) -> int:
+    B, N, _ = qkv_shape
+    return 2 * B * N * N * (len(value_widths) * head_dim + sum(value_widths))
+
+
+@register_flop_formula(torch.ops.vtp.ragged_attention_backward)
+def _backward_flops(
+    dout_shape, qkv_shape, out_shape_, lse_shape, head_dim, value_widths, scale, out_shape=None, **_
+) -> int:
+    """Five products: scores again, gradients of the weights, of values, of queries and of keys."""
+    B, N, _ = qkv_shape
+    return 2 * B * N * N * (3 * len(value_widths) * head_dim + 2 * sum(value_widths))
+
+
+# ------------------------------------------------------------------------------------------- public function
+
+
+def ragged_attention(qkv: Tensor, head_dim: int, value_widths: Sequence[int], scale: float) -> Tensor:
+    """`softmax(scale * q k^T) v` for each head, with a value width of its own, straight from packed qkv.
+
+    Args:
+        qkv: [B, N, 2 * H * head_dim + sum(value_widths)]: the queries of all heads, their keys, then the
+            values of each head. float32, bfloat16, float16 or float64; any strides. Rows that start at 16
+            bytes, with room up to a multiple of 8 elements, are read where they are, others are copied first.
+            Under autocast it is cast to the dtype of autocast, as the attention of PyTorch casts its inputs.
+        head_dim: width of each head's query and key.
+        value_widths: width of each head's values, H integers from 1 to 256.
+        scale: factor of the scores; that of the dense model, whatever is left of the values.
+
+    Returns:
+        [B, N, sum(value_widths)] in the dtype of qkv; its rows are padded to a multiple of 8 elements. There
+        is no second derivative.
+
+    Raises:
+        TypeError: qkv is not a tensor, or not of a dtype above; head_dim or a width is not an integer.
+        ValueError: the shape of qkv is not that of head_dim and value_widths, a width is not from 1 to 256,
+            head_dim is not positive, or scale is not finite.
+    """
+    if isinstance(qkv, Tensor) and autocast_is_on(qkv.device) and qkv.dtype != torch.float64:
+        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+    _validate(qkv, head_dim, value_widths, scale)
+    need_lse = torch.is_grad_enabled() and qkv.requires_grad
+    out, _ = torch.ops.vtp.ragged_attention(qkv, head_dim, value_widths, float(scale), need_lse)
+    return out
+
+
+def _validate(qkv: Tensor, head_dim: int, value_widths: Sequence[int], scale: float) -> None:
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"qkv: got {type(qkv).__name__}, expected a tensor")
+    if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"qkv: got {qkv.dtype}, expected float32, bfloat16, float16 or float64")
+    if not isinstance(head_dim, int):
+        raise TypeError(f"head_dim: got {type(head_dim).__name__}, expected an integer")
+    if head_dim < 1:
+        raise ValueError(f"head_dim: got {head_dim}, expected a positive integer")
+    if not isinstance(value_widths, (tuple, list)) or not all(isinstance(w, int) for w in value_widths):
+        raise TypeError(f"value_widths: got {value_widths!r}, expected a tuple of integers")
+    if not value_widths or not all(1 <= w <= _MOST_VALUES for w in value_widths):
+        raise ValueError(
+            f"value_widths: got {tuple(value_widths)}, expected a number from 1 to {_MOST_VALUES} a head"
+        )
+    width = 2 * len(value_widths) * head_dim + sum(value_widths)
+    if qkv.ndim != 3 or qkv.shape[-1] != width:
+        raise ValueError(
+            f"qkv: got shape {tuple(qkv.shape)}, expected [B, N, {width}] for {len(value_widths)} heads of "
+            f"{head_dim} and {sum(value_widths)} values"
+        )
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale: got {scale}, expected a finite number")
