@@ -163,24 +163,17 @@ FREE = {
     "aten::view",
 }
 VENDOR = {"aten::mm.out", "aten::addmm.out"}
-# What a product adds where its inputs are split, or where the vendor's GEMM takes it.
-BEHIND = {"_compact_linear_parts_kernel", "aten::gelu", "aten::add.Tensor"}
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("batch", [1, 64])
 @pytest.mark.parametrize("name", ["deit-tiny", "deit-small", "deit-base"])
-def test_a_block_is_seven_launches_and_what_stands_behind_split_products(name, batch, dtype, target):
+def test_a_block_is_at_most_seven_launches(name, batch, dtype, target):
     launched, _, operators = recorded(compact_model(name, depth=1), DTYPES[dtype], batch, target)
     everything = launched + [operator for operator in operators if operator not in FREE]
-    alone = [kernel for kernel in everything if kernel not in BEHIND]
-    products = [kernel for kernel in alone if "compact_linear" in kernel or kernel in VENDOR]
-    assert 5 <= len(alone) <= 7, everything
-    assert all(kernel in launched or kernel in VENDOR for kernel in alone), everything
-    assert len(everything) - len(alone) <= len(products)
-    if name != "deit-base" and batch == 1:
-        assert len(everything) <= 7, everything
+    assert 5 <= len(everything) <= 7, everything
+    assert set(everything) - set(launched) <= VENDOR
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

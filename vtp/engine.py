@@ -8,8 +8,7 @@ stream before. A block is then six or seven launches:
     layer_norm_gather, compact_linear (qkv), ragged_attention, compact_linear (proj + residual),
     layer_norm_gather, compact_mlp (fc1 + GELU, fc2 + residual: one launch or two)
 
-A product adds one where its inputs are split among programs (one image, a wide layer), or where it goes to
-the vendor's GEMM and GELU or residual follow it.
+A product of few rows and 2,048 inputs or more adds one: its inputs are split among programs.
 
 Plain PyTorch operators remain where no op applies: the norms of queries and keys (qk_norm) with the
 concatenation behind them, attention under a mask or with heads wider than 256, activations other than the
@@ -33,7 +32,8 @@ from vtp.compact import (
     LayerNormGather,
     is_erf_gelu,
 )
-from vtp_kernels._library import autocast_is_on
+from vtp_kernels import _triton
+from vtp_kernels._library import TritonSides, autocast_is_on
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
@@ -296,3 +296,21 @@ class OptimizedViT(nn.Module):
             self(weight.new_zeros(batch, patch.proj.in_channels, height, width))
         if weight.is_cuda:
             torch.cuda.synchronize(weight.device)
+
+
+@torch.no_grad()
+def kernel_names(model: CompactViT, dtype: torch.dtype, target: str) -> set[str]:
+    """Names of the variants (`vtp_kernels.aot`) that `optimize(model, dtype)` launches, at any batch size.
+
+    Args:
+        target: the GPU, a key of `vtp_kernels._triton.TARGETS`. Nothing runs on it: the packed model runs on
+            meta tensors, while its launches are noted.
+    """
+    packed = optimize(model, dtype).to("meta")
+    patch = packed.vit.patch_embed
+    images = torch.empty(1, patch.proj.in_channels, *patch.img_size, dtype=dtype, device="meta")
+    with _triton.recording("compact model", target) as found, TritonSides():
+        # Batch sizes choose between a product in one piece or in parts, and the vendor's.
+        for batch in (1, 2, 4, 8, 16, 32, 64, 256):
+            packed(images.expand(batch, -1, -1, -1))
+    return {variant.name for variant in found.values()}

@@ -1,5 +1,9 @@
 """Kernels of Vision Transformer Pruning: one op, one file."""
 
+from vtp_kernels.compact_linear import compact_linear
+from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.gated_linear import gated_linear
+from vtp_kernels.layer_norm_gather import layer_norm_gather
+from vtp_kernels.ragged_attention import ragged_attention
 
-__all__ = ["gated_linear"]
+__all__ = ["compact_linear", "compact_mlp", "gated_linear", "layer_norm_gather", "ragged_attention"]

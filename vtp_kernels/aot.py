@@ -38,7 +38,10 @@ from vtp_kernels._disassembly import CHIPS, measure, tensor_families
 from vtp_kernels._triton import HAS_TRITON, TARGETS, Variant
 
 # Each op and the module whose `variants(target)` yields all compilations that its launchers can ask for.
-OPS = {"gated_linear": "vtp_kernels.gated_linear"}
+OPS = {
+    name: f"vtp_kernels.{name}"
+    for name in ("gated_linear", "layer_norm_gather", "compact_linear", "ragged_attention", "compact_mlp")
+}
 
 BASELINE = Path(__file__).with_name("aot_report.json")
 
@@ -422,10 +425,13 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
 def compile(arguments: argparse.Namespace, console: Console) -> int:
     """All kernels of a saved model, for every batch size, into a folder that Triton takes for its cache."""
     # The one place that knows of the method: a command, not the library.
+    import torch
+
+    checkpoint, engine = (importlib.import_module(f"vtp.{name}") for name in ("checkpoint", "engine"))
     try:
-        engine = importlib.import_module("vtp.engine")
-        names = engine.kernels(arguments.file, arguments.dtype, arguments.target)
-    except ValueError as error:
+        model = checkpoint.load(arguments.file)
+        names = engine.kernel_names(model, getattr(torch, arguments.dtype), arguments.target)
+    except (ValueError, TypeError) as error:
         raise AotError(str(error)) from None
     found = {task.name: task for task in tasks([arguments.target], OPS)}
     if unknown := sorted(set(names) - set(found)):

@@ -301,20 +301,17 @@ _DB = Config({"BLOCK_R": 16, "BLOCK_N": 64}, num_warps=4, num_stages=1)
 _BOTTOM_ROWS = 16
 _BOTTOM_PART = 0.02
 
-# Inputs are split where tiles leave multiprocessors idle (132 of an H100), but into parts of 512 at least.
-# Predicted, not measured: a step of 64 inputs takes about 0.3 us where latency bounds it, so that 512 inputs
-# take 2.4 us; a second launch, which reads the parts from L2, takes 2 to 3 us.
+# Inputs are split where tiles leave multiprocessors idle (132 of an H100), but into parts of 1,024 at least.
+# Predicted, not measured: a step of 64 inputs takes about 0.3 us where latency bounds it, so that 1,024 of
+# them take 4.8 us; a second launch, which reads the parts from L2, takes 2 to 3 us and should save more.
 _FULL_GPU = 132
-_LEAST_INPUTS = 512
+_LEAST_INPUTS = 1024
 
-# Rows of x from which the vendor's GEMM is taken, with elementwise operators after it, if there are as many
-# inputs for each pass that those add: reading or writing the result once more than the kernel above does.
-# Predicted, not measured, for an H100: of 990 TFLOP/s in 16 bits the kernel above reaches perhaps 50 % with
-# 3 % more multiplications than there are, the vendor's 70 % with 8 % more (its tiles at N = 768). That saves
-# 1.04 fs for each input of a result; a pass takes 2 bytes at 3.35 TB/s, 597 fs: equal at 571 inputs. TF32, at
-# half the speed with twice the bytes, is the same; float32 without tensor cores is 15 times slower.
+# Rows of x from which a product without GELU or residual is the vendor's. Predicted, not measured: with so
+# many tiles it reaches perhaps 70 % of 990 TFLOP/s in 16 bits on an H100, the kernel above 50 %. With an
+# epilogue the vendor's needs passes over the result, at two reads or writes each: with fewer than about 1,150
+# inputs they take longer than it saves, and they add a tenth to the bytes of a compact DeiT-B.
 _VENDOR_ROWS = 4096
-_VENDOR_INPUTS = {"16": 576, "tf32": 576, "ieee": 80}
 
 
 @dataclass(frozen=True)
@@ -363,10 +360,6 @@ def _inputs_per_part(tiles: int, K: int, config: Config) -> int:
     if parts < 2:
         return K
     return triton.cdiv(triton.cdiv(K, config.blocks["BLOCK_K"]), parts) * config.blocks["BLOCK_K"]
-
-
-def _takes_vendor(M: int, K: int, operands: str, passes: int) -> bool:
-    return M >= _VENDOR_ROWS and passes * _VENDOR_INPUTS[operands] <= K
 
 
 # ------------------------------------------------------------------------------------------------- launchers
@@ -513,37 +506,17 @@ def _product(a: Tensor, b: Tensor, shape: torch.Size, bias: Tensor | None = None
     return out
 
 
-def _forward_vendor(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The result and z, which are one where there is neither GELU nor residual."""
-    N = len(weight)
-    z = out = _product(x, weight.t(), torch.Size((len(x), N)), bias)
-    # Elementwise operators are quicker on rows with their padding than on rows with gaps.
-    if gelu:
-        out = F.gelu(_whole(out))[:, :N]
-    if residual is not None:
-        out = (_whole(out) + _whole(residual))[:, :N]
-    return out, z
-
-
-def _whole(t: Tensor) -> Tensor:
-    return t.as_strided((len(t), -(-t.shape[1] // 8) * 8), t.stride())
-
-
 def _forward_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor]:
-    N, K = weight.shape
+    N = len(weight)
     if 0 in (x.numel(), N) or x.dtype == torch.float64:
         return _forward_plain(x, weight, bias, gelu, residual, save)
     shape = torch.Size((*x.shape[:-1], N))
     x, weight = _rows(x), _rows(weight)
     residual = None if residual is None else _rows(residual)
-    passes = (1 if save else 2 * gelu) + 2 * (residual is not None)
-    if _takes_vendor(len(x), K, _operands(x), passes):
-        out, z = _forward_vendor(x, weight, bias, gelu, residual)
-        return out.view(shape), z.view(shape) if save else x.new_empty(0)
+    if len(x) >= _VENDOR_ROWS and residual is None and not (gelu or save):
+        return _product(x, weight.t(), shape, bias), x.new_empty(0)
     out, out_rows = _empty_rows(shape, x.dtype if residual is None else residual.dtype, x.device)
     z, z_rows = _empty_rows(shape, x.dtype, x.device) if save else (x.new_empty(0), None)
     _launch_fwd(x, weight, bias, gelu, residual, out_rows, z_rows)

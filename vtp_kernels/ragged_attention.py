@@ -9,9 +9,10 @@ With `delta = sum_c dout[n, c] out[n, c]` the gradients are
 
     dP = dout V^T    dS = P (dP - delta)    dV = P^T dout    dQ = scale dS K    dK = scale dS^T Q
 
-(Dao et al., "FlashAttention", arXiv 2205.14135). Saved for backward: qkv, out and the log-sum-exp of the
-rows of S, [B, H, N]; P is made again from it. Statistics are float32; P is rounded to the dtype of qkv before
-it meets V, and the rows of out are divided by their sum, which is not rounded, at the end.
+(Dao et al., "FlashAttention", arXiv 2205.14135). Saved for backward: qkv, out and the base-2 logarithm of
+sum_n exp(S[m, n]), [B, H, N], with which the kernels, which take powers of 2, make P again. Statistics are
+float32; P is rounded to the dtype of qkv before it meets V, and the rows of out are divided by their sum,
+which is not rounded, at the end.
 
 16-bit numbers and up to 256 tokens take one pass, with whole rows of scores on chip. More tokens, and float32
 (whose rows have no room beside its products), go over tiles of keys with running statistics ("online").
@@ -186,7 +187,7 @@ def _attend(
         else:
             weights = weights + (0,)  # noqa: RUF005
     if lse is not None:
-        tl.store(lse + o_m, (highest + tl.log2(total)) * 0.6931471805599453, mask=o_m < N)
+        tl.store(lse + o_m, highest + tl.log2(total), mask=o_m < N)
     column = begin // 8 * 8
     last = tl.where(end == V, (V + 7) // 8 * 8, end)
     width = tl.cdiv(last - column, 16) * 16
@@ -277,7 +278,7 @@ def _attend_online(
             factor, HEAD_DIM, BLOCK_D, 16, True, WIDE, NARROW, PRECISION)  # fmt: skip
     if lse is not None:
         m_lse = o_m < tl.where(begin == head_begin, N, 0)  # written once, by the first group
-        tl.store(lse + o_m, (highest + tl.log2(total)) * 0.6931471805599453, mask=m_lse)
+        tl.store(lse + o_m, highest + tl.log2(total), mask=m_lse)
     padded = (V + 7) // 8 * 8
     o_wide = column + tl.arange(0, WIDE)
     _store_rows(out, acc_wide / total[:, None], o_m, o_wide, begin, end, N, V, padded, stride_out)
@@ -402,7 +403,7 @@ def _dq_rows(
     tl.store(delta + o_m, b_delta, mask=o_m < N)
 
     b_q = _load_head(qkv + head * HEAD_DIM, r_m, N, stride_qkv, HEAD_DIM, BLOCK_D, False)
-    b_lse = tl.load(lse + r_m) * 1.4426950408889634
+    b_lse = tl.load(lse + r_m)
     keys, values = qkv + (H + head) * HEAD_DIM, qkv + 2 * H * HEAD_DIM
     readable = _readable(V, HEAD_DIM)
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
@@ -470,7 +471,7 @@ def _dkdv_step(
     b_q = _load_head(queries, o_m, N, stride_qkv, HEAD_DIM, BLOCK_D, MASK)
     b_lse = tl.load(lse + o_m, mask=o_m < N, other=0.0) if MASK else tl.load(lse + o_m)
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * factor
-    b_p = tl.exp2(b_s - b_lse[None, :] * 1.4426950408889634)
+    b_p = tl.exp2(b_s - b_lse[None, :])
     if MASK:
         b_p = tl.where(o_m[None, :] < N, b_p, 0.0)
     b_do_wide = _load_own(dout, o_m, o_wide, begin, end, N, columns, stride_dout, MASK)
@@ -819,7 +820,7 @@ def _forward_plain(
         return out, lse
     scores = (query @ key.transpose(-2, -1)).mul_(scale)
     if need_lse:
-        torch.logsumexp(scores.to(lse.dtype), dim=-1, out=lse)
+        torch.logsumexp(scores.to(lse.dtype), dim=-1, out=lse).mul_(math.log2(math.e))
     weights = scores.softmax(dim=-1)
     for head, columns in enumerate(out.split(tuple(value_widths), dim=-1)):
         columns.copy_(weights[:, head] @ values[head])
