@@ -89,8 +89,9 @@ def launches(model: nn.Module, layers: dict[tuple[str, bool], str], batch: int) 
                     register(begin(layer))
         if i + 1 == len(getattr(model, "vit", model).blocks):
             block.register_forward_hook(begin(LayerRecorder.layer))
-    size = getattr(model, "vit", model).patch_embed.img_size
-    images = torch.empty((batch, 3, *size), dtype=torch.bfloat16, device="meta")
+    patch = getattr(model, "vit", model).patch_embed
+    size = batch, patch.proj.in_channels, *patch.img_size
+    images = torch.empty(size, dtype=torch.bfloat16, device="meta")
     with torch.no_grad(), recorder.noting():
         model(images)
     return [record for record in recorder.records if record.part in LAYERS]

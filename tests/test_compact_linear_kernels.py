@@ -495,6 +495,7 @@ def test_a_model_of_any_widths_needs_five_compilations(dtype):
                 linear(M, 768, width, residual=residual)
                 linear(M, 4 * width, width, activation="gelu")
                 linear(M, 768, 4 * width, residual=residual)
+                linear(M, 192, 4 * width)
 
     _, variants = launches(model)
     assert len(variants) == 5, [variant.name for variant in variants.values()]

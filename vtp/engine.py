@@ -299,8 +299,8 @@ class OptimizedViT(nn.Module):
 
 
 @torch.no_grad()
-def kernel_names(model: CompactViT, dtype: torch.dtype, target: str) -> set[str]:
-    """Names of the variants (`vtp_kernels.aot`) that `optimize(model, dtype)` launches, at any batch size.
+def kernels(model: CompactViT, dtype: torch.dtype, target: str) -> list[_triton.Variant]:
+    """The compilations that `optimize(model, dtype)` launches, at any batch size; see `vtp_kernels.aot`.
 
     Args:
         target: the GPU, a key of `vtp_kernels._triton.TARGETS`. Nothing runs on it: the packed model runs on
@@ -313,4 +313,4 @@ def kernel_names(model: CompactViT, dtype: torch.dtype, target: str) -> set[str]
         # Batch sizes choose between a product in one piece or in parts, and the vendor's.
         for batch in (1, 2, 4, 8, 16, 32, 64, 256):
             packed(images.expand(batch, -1, -1, -1))
-    return {variant.name for variant in found.values()}
+    return list(found.values())

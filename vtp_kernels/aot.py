@@ -2,7 +2,7 @@
 
     python -m vtp_kernels.aot report [--targets T ...] [--ops OP ...] [--only TEXT] [--out FILE] [--jobs N]
     python -m vtp_kernels.aot check [--targets T ...] [--ops OP ...] [--quick] [--baseline FILE] [--jobs N]
-    python -m vtp_kernels.aot compile FILE.safetensors --target T [--dtype D] [--cache FOLDER] [--jobs N]
+    python -m vtp_kernels.aot compile FILE.safetensors --target T [--dtype D] [--cache FOLDER]
 
 `report` prints what each variant uses; a report of everything is also the baseline, kept beside this file.
 `check` compiles again and fails on what no variant may do (`violations`) and on what got worse
@@ -136,6 +136,14 @@ def compile_variant(variant: Variant, target: str) -> Record:
 def _compile(variant: Variant, target: str) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    return triton.compile(_source(variant), target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def _source(variant: Variant) -> Any:
+    """What Triton compiles, with the keys, order and empty entries of its launches: so its cache finds at run
+    time what was compiled here."""
     from triton.compiler import ASTSource
 
     names = variant.kernel.arg_names
@@ -145,21 +153,16 @@ def _compile(variant: Variant, target: str) -> Any:
         raise AotError(
             f"arguments without a type or value: {missing}; not arguments of the kernel: {unknown}"
         )
-    # Keys, order and empty entries are those of Triton's launches: its cache then finds at run time what is
-    # compiled here.
-    attrs = {
-        (i,): [["tt.divisibility", 16]] if name in variant.aligned else []
-        for i, name in enumerate(names)
-        if name in variant.aligned or name in variant.constants
-    }
-    source = ASTSource(
+    return ASTSource(
         fn=variant.kernel,
         signature={name: variant.signature.get(name, "constexpr") for name in names},
         constexprs={name: variant.constants[name] for name in names if name in variant.constants},
-        attrs=attrs,
+        attrs={
+            (i,): [["tt.divisibility", 16]] if name in variant.aligned else []
+            for i, name in enumerate(names)
+            if name in variant.aligned or name in variant.constants
+        },
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
 def _tile_bytes(kind: str) -> int:
@@ -430,17 +433,14 @@ def compile(arguments: argparse.Namespace, console: Console) -> int:
     checkpoint, engine = (importlib.import_module(f"vtp.{name}") for name in ("checkpoint", "engine"))
     try:
         model = checkpoint.load(arguments.file)
-        names = engine.kernel_names(model, getattr(torch, arguments.dtype), arguments.target)
+        needed = engine.kernels(model, getattr(torch, arguments.dtype), arguments.target)
     except (ValueError, TypeError) as error:
         raise AotError(str(error)) from None
-    found = {task.name: task for task in tasks([arguments.target], OPS)}
-    if unknown := sorted(set(names) - set(found)):
-        raise AotError(f"launched, but in no op's `variants`: {', '.join(unknown)}")
     folder = arguments.cache.absolute()
-    os.environ["TRITON_CACHE_DIR"] = str(folder)  # read by the processes that compile
-    records = compile_all([found[name] for name in sorted(names)], arguments.jobs)
-    if arguments.target in CHIPS:
-        _print_target(console, arguments.target, list(records.values()))
+    os.environ["TRITON_CACHE_DIR"] = str(folder)  # read by Triton whenever it compiles
+    shown = track(needed, "Compiling", console=Console(stderr=True), transient=True)
+    records = {key(record): record for record in (compile_variant(v, arguments.target) for v in shown)}
+    _print_target(console, arguments.target, list(records.values()))
     failures = [f"{name}: {r['error']}" for name, r in records.items() if "error" in r]
     console.print(
         f"{len(records) - len(failures)} distinct kernels for {arguments.target} are in {folder}\n"
@@ -487,7 +487,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--target", choices=TARGETS, required=True, help="the GPU that will serve it")
     sub.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     sub.add_argument("--cache", type=Path, default=Path("triton_cache"), help="folder: triton_cache")
-    sub.add_argument("--jobs", type=_positive, default=os.cpu_count(), help="compilations at a time")
     return parser
 
 
