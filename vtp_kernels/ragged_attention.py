@@ -14,8 +14,9 @@ sum_n exp(S[m, n]), [B, H, N], with which the kernels, which take powers of 2, m
 float32; P is rounded to the dtype of qkv before it meets V, and the rows of out are divided by their sum,
 which is not rounded, at the end.
 
-16-bit numbers and up to 256 tokens take one pass, with whole rows of scores on chip. More tokens, and float32
-(whose rows have no room beside its products), go over tiles of keys with running statistics ("online").
+Up to 256 tokens of 16-bit numbers in heads of up to 64 take one pass, with whole rows of scores on chip. All
+else, for which rows have no room beside the products, goes over tiles of keys with running statistics
+("online").
 
 What is computed is near what is kept. Rows and keys are rounded up to 16: 197 tokens are 208, in row tiles of
 64 + 64 + 64 + 16 and pieces of 128 + 64 + 16 keys. A tile of 16 rows for the last 5 tokens costs less than
@@ -590,21 +591,21 @@ def _config(num_warps: int, num_stages: int, **blocks: int) -> Config:
     return Config(blocks, num_warps, num_stages)
 
 
-_ONE_PASS = _config(4, 2, BLOCK_M=64)  # 16-bit only: beside float32 weights a row of scores has no room
+_ONE_PASS = _config(4, 2, BLOCK_M=64)
 _ONLINE = {
     "16": _config(4, 2, BLOCK_M=64, BLOCK_N=64),
     "tf32": _config(8, 2, BLOCK_M=64, BLOCK_N=32),
     "ieee": _config(4, 2, BLOCK_M=32, BLOCK_N=32),
 }
 _DQ = {
-    "16": _config(4, 2, BLOCK_M=64, BLOCK_N=64),
+    "16": _config(4, 2, BLOCK_M=32, BLOCK_N=32),
     "tf32": _config(8, 2, BLOCK_M=64, BLOCK_N=16),
-    "ieee": _config(8, 2, BLOCK_M=32, BLOCK_N=16),
+    "ieee": _config(8, 2, BLOCK_M=16, BLOCK_N=16),
 }
 _DKDV = {
-    "16": _config(4, 2, BLOCK_M=64, BLOCK_N=32),
-    "tf32": _config(8, 2, BLOCK_M=64, BLOCK_N=32),
-    "ieee": _config(4, 2, BLOCK_M=32, BLOCK_N=16),
+    "16": _config(4, 2, BLOCK_M=32, BLOCK_N=16),
+    "tf32": _config(8, 2, BLOCK_M=32, BLOCK_N=16),
+    "ieee": _config(8, 2, BLOCK_M=32, BLOCK_N=16),
 }
 # Columns of values that a head may have.
 _MOST_VALUES = 256
@@ -665,9 +666,12 @@ def _constants(head_dim: int, products: str) -> dict[str, int | str]:
     }
 
 
-def _choice(N: int, products: str) -> tuple[object, Config, bool]:
-    """The forward kernel for N tokens, its configuration, and whether it takes them in one pass."""
-    if N <= _MOST_KEYS and products == "16":
+def _choice(N: int, head_dim: int, products: str) -> tuple[object, Config, bool]:
+    """The forward kernel for N tokens, its configuration, and whether it takes them in one pass.
+
+    Rows of scores have no room beside float32 weights, nor beside queries and keys wider than 64.
+    """
+    if N <= _MOST_KEYS and head_dim <= 64 and products == "16":
         return _ragged_attention_fwd_kernel, _ONE_PASS, True
     return _ragged_attention_online_kernel, _ONLINE[products], False
 
@@ -686,7 +690,7 @@ def _forward_triton(
     out, lse = _results(qkv, value_widths, need_lse)
     products = _products(qkv.dtype)
     constants = _constants(head_dim, products)
-    kernel, config, one_pass = _choice(N, products)
+    kernel, config, one_pass = _choice(N, head_dim, products)
     if one_pass:
         constants["KEYS"] = _round_up(N, 16)
     table = _table(tuple(value_widths), not one_pass, _round_up(V, 8), qkv.device)
@@ -741,7 +745,7 @@ def _tiled_flops(
 ) -> int:
     """The FLOPs of a forward launch as tiled: rows, keys, head_dim and columns rounded up."""
     products = _products(dtype)
-    _, config, one_pass = _choice(N, products)
+    _, config, one_pass = _choice(N, head_dim, products)
     keys, V = _round_up(N, 16), sum(value_widths)
     flops = 0
     for _, begin, end, _, _ in _units(value_widths, not one_pass, _round_up(V, 8)):
@@ -777,7 +781,7 @@ _COMPILED = [
     (torch.bfloat16, "highest", 64, 197),
     (torch.bfloat16, "highest", 64, 577),
     (torch.bfloat16, "highest", 80, 257),
-    (torch.bfloat16, "highest", 128, 197),
+    (torch.bfloat16, "highest", 128, 197),  # as any number of tokens
     (torch.float16, "highest", 64, 197),
     (torch.float32, "high", 64, 197),
     (torch.float32, "highest", 64, 197),
