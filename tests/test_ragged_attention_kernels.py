@@ -417,7 +417,7 @@ STORE_ROWS = [
 STORE_HEAD = "mask=(o_row[:, None] < N) & (o_d[None, :] < HEAD_DIM))"
 OWN = "own = (o_column[None, :] - begin).to(tl.uint32) < (end - begin)"
 CLAMP = "tl.minimum(o_m, N - 1), N, stride_qkv, HEAD_DIM, BLOCK_D, False"
-LSE = "(highest + tl.log2(total))"
+LSE = "highest + tl.log2(total)"
 FACTOR = "            factor=scale * math.log2(math.e),\n"
 NO_LSE_MASK = "b_lse = tl.load(lse + o_m)\n"
 ONLINE_VALUES = "b_v = _load_tile(values, o_n, o_wide, N, readable, stride_qkv, MASK, True)"
@@ -450,7 +450,7 @@ DEFECTS = [
         (VALUE, "scale-of-the-head-that-is-left", "error-rule", FACTOR,
          FACTOR.replace("=scale", "=value_widths[0] ** -0.5")),
         (VALUE, "log-sum-exp-without-the-maximum", "error-rule", LSE, "tl.log2(total)", dict(count=2)),
-        (VALUE, "log-sum-exp-in-base-2", "error-rule", f"{LSE} * 0.6931471805599453", LSE, dict(count=2)),
+        (VALUE, "log-sum-exp-in-base-e", "error-rule", LSE, f"({LSE}) * 0.6931471805599453", dict(count=2)),
     ),
     *in_kernel(
         "online", TILES, *COMMON, *FULL_TILES, *overrun(STORE_ROWS, "out"),
