@@ -597,15 +597,14 @@ _ONLINE = {
     "tf32": _config(8, 2, BLOCK_M=64, BLOCK_N=32),
     "ieee": _config(4, 2, BLOCK_M=32, BLOCK_N=32),
 }
+# Not without tensor cores: their operands would be spilled. That backward pass is PyTorch's, head by head.
 _DQ = {
     "16": _config(4, 2, BLOCK_M=32, BLOCK_N=32),
     "tf32": _config(8, 2, BLOCK_M=64, BLOCK_N=16),
-    "ieee": _config(8, 2, BLOCK_M=16, BLOCK_N=16),
 }
 _DKDV = {
-    "16": _config(4, 2, BLOCK_M=32, BLOCK_N=16),
+    "16": _config(8, 1, BLOCK_M=32, BLOCK_N=16),
     "tf32": _config(8, 2, BLOCK_M=32, BLOCK_N=16),
-    "ieee": _config(8, 2, BLOCK_M=32, BLOCK_N=16),
 }
 # Columns of values that a head may have.
 _MOST_VALUES = 256
@@ -712,14 +711,14 @@ def _backward_triton(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, head_dim: int, value_widths: Sequence[int],
     scale: float,
 ) -> Tensor:  # fmt: skip
-    if not qkv.numel() or qkv.dtype == torch.float64:
+    products = _products(qkv.dtype)
+    if not qkv.numel() or qkv.dtype == torch.float64 or products not in _DQ:
         return _backward_plain(dout, qkv, out, lse, head_dim, value_widths, scale)
     (B, N, width), H, V = qkv.shape, len(value_widths), sum(value_widths)
     padded = _round_up(width, 8) - 2 * H * head_dim
     dqkv = _empty_like_rows(qkv, width)
     delta = torch.empty_like(lse)
     dout_rows, qkv_rows, out_rows = _rows(dout), _rows(qkv), _rows(out)
-    products = _products(qkv.dtype)
     common = dict(
         lse=lse, delta=delta, dqkv=dqkv, B=B, N=N, H=H, V=V, stride_dout=dout_rows.stride(0),
         stride_qkv=qkv_rows.stride(0), stride_dqkv=dqkv.stride(1), scale=scale,
