@@ -95,7 +95,8 @@ def test_a_kernel_moves_and_multiplies_what_one_counts_by_hand(name):
 
 
 def test_every_kernel_is_counted_by_hand():
-    assert {launch[0].__name__ for launch in LAUNCHES.values()} == set(_accounting.KERNELS)
+    own = {name for name in _accounting.KERNELS if hasattr(op, name)}
+    assert {launch[0].__name__ for launch in LAUNCHES.values()} == own
 
 
 def test_with_small_gates_unfold_reads_the_weight_itself():

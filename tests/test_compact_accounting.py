@@ -17,6 +17,7 @@ from models import TINY, build, gated
 import vtp
 from vtp_kernels._accounting import Recorder, cdiv, total
 from vtp_kernels.compact_linear import compact_linear
+from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
 from vtp_kernels.ragged_attention import ragged_attention
 
@@ -65,6 +66,15 @@ def test_attention_multiplies_what_its_heads_keep_rounded_up_to_16():
     assert found.flops == 2 * B * N * N * (2 * d + 80)
     assert found.tiled_flops == 2 * B * 208 * 208 * (2 * d + 80)
     assert found.dram_bytes == 2 * B * N * (4 * d + 80 + 80) + 4 * 2 * 5  # and the table of heads
+
+
+def test_a_fused_branch_moves_no_hidden_activation():
+    M, K, hidden, N = 64 * 70, 115, 461, 192
+    x, fc1, fc2 = half(M, 120)[:, :K], half(hidden, 120)[:, :K], half(N, 464)[:, :hidden]
+    (found,) = recorded(lambda: compact_mlp(x, fc1, half(hidden), fc2, half(N), None))
+    assert found.dram_bytes == 2 * (M * 120 + hidden * 120 + hidden + N * 464 + N + M * N)
+    assert found.flops == 2 * M * hidden * (K + N)
+    assert found.tiled_flops == 2 * M * 480 * (128 + 192)
 
 
 def test_operators_of_pytorch_are_counted_without_views_and_outputs_given():

@@ -166,13 +166,13 @@ def _config(num_warps: int, **blocks: int) -> Config:
 # program, for which then one load of the index does.
 _FWD = {
     256: _config(4, ROWS=8, BLOCK_D=256, BLOCK_J=128),
-    512: _config(4, ROWS=4, BLOCK_D=512, BLOCK_J=256),
+    512: _config(4, ROWS=4, BLOCK_D=512, BLOCK_J=128),
     1024: _config(4, ROWS=4, BLOCK_D=1024, BLOCK_J=256),
     2048: _config(4, ROWS=2, BLOCK_D=2048, BLOCK_J=512),
     4096: _config(8, ROWS=1, BLOCK_D=4096, BLOCK_J=1024),
 }
 _BWD = {
-    256: _config(4, ROWS=8, BLOCK_D=256),
+    256: _config(4, ROWS=4, BLOCK_D=256),
     512: _config(4, ROWS=4, BLOCK_D=512),
     1024: _config(8, ROWS=2, BLOCK_D=1024),
     2048: _config(8, ROWS=1, BLOCK_D=2048),
