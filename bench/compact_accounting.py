@@ -191,7 +191,8 @@ def waste(content: dict[str, Any]) -> Rows:
     rows = [
         [
             "batch", "kept FLOPs", "as tiled", "padded", "least bytes", "packed", "of it partial sums",
-            "padded", "eager PyTorch", "folded norms: bytes", "reads of L2", "launches per block: packed", "folded", "eager",
+            "padded", "eager PyTorch", "folded norms: bytes", "reads of L2",
+            "launches per block: packed", "folded", "eager",
         ]
     ]  # fmt: skip
     for batch, found in content["batches"].items():
