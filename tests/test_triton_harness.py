@@ -383,6 +383,18 @@ def test_mutated_copy_of_an_op_module_registers_nothing(tmp_path, monkeypatch):
         )  # guarded inside a custom op
 
 
+def check_mutated_op():
+    from vtp_kernels import _library
+
+    before = dict(_library._TRITON_SIDES)
+    mutated("vtp_kernels.compact_linear", [])
+    assert before and before == _library._TRITON_SIDES
+
+
+def test_what_an_op_runs_on_a_gpu_is_not_that_of_a_copy(interpreter):
+    interpreter.run(check_mutated_op)
+
+
 # -- Guarded memory -----------------------------------------------------------------------------------------
 
 
