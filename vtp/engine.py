@@ -279,7 +279,7 @@ class OptimizedViT(nn.Module):
             raise ValueError(f"images: on {images.device}, expected {weight.device}, where the model is")
 
     @torch.no_grad()
-    def warmup(self, batch_sizes: Iterable[int] = (1,), image_size: tuple[int, int] | None = None) -> None:
+    def warmup(self, batch_sizes: Sequence[int] = (1,), image_size: tuple[int, int] | None = None) -> None:
         """Compile every kernel and fill every cache, by running on zeros.
 
         Afterwards nothing is compiled and nothing copied from the host for these sizes: requests are answered
@@ -288,7 +288,12 @@ class OptimizedViT(nn.Module):
         Args:
             batch_sizes: of the requests to come. Kernels depend on it in few coarse steps, if at all.
             image_size: (height, width); None takes the model's own.
+
+        Raises:
+            ValueError: a batch size is not an integer from 0, or the model takes no images of that size.
         """
+        if isinstance(batch_sizes, int) or not all(isinstance(b, int) and b >= 0 for b in batch_sizes):
+            raise ValueError(f"batch_sizes: got {batch_sizes}, expected integers from 0, as in [1, 8]")
         patch = self.vit.patch_embed
         weight = patch.proj.weight
         height, width = image_size or patch.img_size
