@@ -45,6 +45,11 @@ class TritonSides(TorchDispatchMode):
             return _TRITON_SIDES[func.overloadpacket.__name__](*args)
 
 
+def empty_for_none(like: torch.Tensor, *gradients: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """An op returns tensors: an empty one stands for a gradient that is not needed."""
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+
+
 def autocast_is_on(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)  # which refuses "meta"
 

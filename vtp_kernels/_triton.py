@@ -115,6 +115,13 @@ def empty_rows(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.T
     return torch.empty((*lead, -(-width // 8) * 8), dtype=dtype, device=device)[..., :width]
 
 
+def in_padded_rows(t: torch.Tensor) -> torch.Tensor:
+    """t [..., width] with the strides of `empty_rows`, as kernels return it; a copy only where it must be."""
+    if t.shape[-1] % 8 == 0:
+        return t.contiguous()
+    return empty_rows(*t.shape, dtype=t.dtype, device=t.device).copy_(t)
+
+
 def has_padded_rows(t: torch.Tensor) -> bool:
     """Whether rows of t [M, width] start at 16 bytes, and the last one too has room up to a multiple of 8.
 

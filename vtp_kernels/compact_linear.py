@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from vtp_kernels import _triton
+from vtp_kernels import _library, _triton
 from vtp_kernels._library import LIBRARY, autocast_is_on, define
 from vtp_kernels._triton import Config, TensorDescriptor, Variant, launch, tl, triton
 from vtp_kernels.gated_linear import _grouped_tile
@@ -539,7 +539,7 @@ def _backward_triton(
         db = _launch_db(partial, len(weight), x.dtype) if need_bias else None
     dx = _product(dz, weight, shape) if need_x else None
     dw = _product(dz.t(), x, weight.shape) if need_weight else None
-    return _empty_for_none(x, dx, dw, db)
+    return _library.empty_for_none(x, dx, dw, db)
 
 
 def variants(target: str) -> Iterator[Variant]:
@@ -578,13 +578,6 @@ def _record(dtype: torch.dtype, inputs: int) -> None:
 # ---------------------------------------------------------------------------------- plain PyTorch, any device
 
 
-def _in_padded_rows(t: Tensor) -> Tensor:
-    """t itself if its rows lie as those of `empty_rows`, else a copy that does."""
-    if t.shape[-1] % 8 == 0:
-        return t.contiguous()
-    return _triton.empty_rows(*t.shape, dtype=t.dtype, device=t.device).copy_(t)
-
-
 def _forward_plain(
     x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor]:
@@ -592,7 +585,7 @@ def _forward_plain(
     out = F.gelu(z) if gelu else z
     if residual is not None:
         out = out + residual
-    return _in_padded_rows(out), _in_padded_rows(z) if save else x.new_empty(0)
+    return _triton.in_padded_rows(out), _triton.in_padded_rows(z) if save else x.new_empty(0)
 
 
 def _backward_plain(
@@ -603,14 +596,9 @@ def _backward_plain(
     dz = dy if z is None else torch.ops.aten.gelu_backward(dy, z.to(dy.dtype))
     dz = dz.to(x.dtype)
     rows = dz.reshape(math.prod(dz.shape[:-1]), N)
-    dx = _in_padded_rows(dz @ weight) if need_x else None
-    dw = _in_padded_rows(rows.t() @ x.reshape(len(rows), K)) if need_weight else None
-    return _empty_for_none(x, dx, dw, rows.sum(0) if need_bias else None)
-
-
-def _empty_for_none(like: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
-    """An op returns tensors: an empty one stands for a gradient that is not needed."""
-    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+    dx = _triton.in_padded_rows(dz @ weight) if need_x else None
+    dw = _triton.in_padded_rows(rows.t() @ x.reshape(len(rows), K)) if need_weight else None
+    return _library.empty_for_none(x, dx, dw, rows.sum(0) if need_bias else None)
 
 
 # ---------------------------------------------------------------------------------------------- registration
@@ -629,7 +617,7 @@ def _forward_fake(x, weight, bias, gelu, residual, save):
 def _backward_fake(dy, x, weight, z, need_x, need_weight, need_bias):
     dx = _like_rows(x, *x.shape) if need_x else None
     dw = _like_rows(x, *weight.shape) if need_weight else None
-    return _empty_for_none(x, dx, dw, x.new_empty(weight.shape[0]) if need_bias else None)
+    return _library.empty_for_none(x, dx, dw, x.new_empty(weight.shape[0]) if need_bias else None)
 
 
 def _setup_context(ctx, inputs, output):

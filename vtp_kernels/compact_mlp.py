@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from vtp_kernels import _triton
+from vtp_kernels import _library, _triton
 from vtp_kernels._library import LIBRARY, autocast_is_on, define
 from vtp_kernels._triton import (
     Config,
@@ -413,12 +413,7 @@ def _backward_triton(
             dx = (dz @ _zero_padded(fc1_weight, rows=True))[:, :K].view(x.shape)
         if need_fc1:  # what lies behind the width of x makes columns that are cut off
             dw1 = (dz.t() @ _whole_rows(with_padded_rows(x.reshape(M, K))))[:hidden, :K]
-    return _empty_for_none(x, dx, dw1, db1, dw2, db2)
-
-
-def _empty_for_none(like: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
-    """An op returns tensors: an empty one stands for a gradient that is not needed."""
-    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+    return _library.empty_for_none(x, dx, dw1, db1, dw2, db2)
 
 
 def variants(target: str) -> Iterator[Variant]:
@@ -455,13 +450,6 @@ def _record(dtype: torch.dtype) -> None:
 # ---------------------------------------------------------------------------------- plain PyTorch, any device
 
 
-def _in_padded_rows(t: Tensor) -> Tensor:
-    """t [..., width] with the strides that the kernels' results have."""
-    if t.shape[-1] % 8 == 0:
-        return t.contiguous()
-    return empty_rows(*t.shape, dtype=t.dtype, device=t.device).copy_(t)
-
-
 def _forward_plain(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
     residual: Tensor | None, keep_z: bool,
@@ -470,7 +458,7 @@ def _forward_plain(
     out = F.linear(F.gelu(z), fc2_weight, fc2_bias)
     if residual is not None:
         out = residual + out
-    return _in_padded_rows(out), _in_padded_rows(z) if keep_z else x.new_empty(0)
+    return _triton.in_padded_rows(out), _triton.in_padded_rows(z) if keep_z else x.new_empty(0)
 
 
 def _backward_plain(
@@ -483,13 +471,13 @@ def _backward_plain(
     db2 = dy.sum(0).to(x.dtype) if need_fc2_bias else None
     dy, z = dy.to(x.dtype), z.reshape(M, hidden)
     if need_fc2:
-        dw2 = _in_padded_rows(dy.t() @ F.gelu(z))
+        dw2 = _triton.in_padded_rows(dy.t() @ F.gelu(z))
     if need_x or need_fc1 or need_fc1_bias:
         dz = torch.ops.aten.gelu_backward(dy @ fc2_weight, z)
         db1 = dz.sum(0) if need_fc1_bias else None
-        dx = _in_padded_rows((dz @ fc1_weight).view(x.shape)) if need_x else None
-        dw1 = _in_padded_rows(dz.t() @ x.reshape(M, K)) if need_fc1 else None
-    return _empty_for_none(x, dx, dw1, db1, dw2, db2)
+        dx = _triton.in_padded_rows((dz @ fc1_weight).view(x.shape)) if need_x else None
+        dw1 = _triton.in_padded_rows(dz.t() @ x.reshape(M, K)) if need_fc1 else None
+    return _library.empty_for_none(x, dx, dw1, db1, dw2, db2)
 
 
 # ---------------------------------------------------------------------------------------------- registration
@@ -508,7 +496,7 @@ def _forward_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_
 def _backward_fake(
     dy, x, z, fc1_weight, fc2_weight, need_x, need_fc1, need_fc1_bias, need_fc2, need_fc2_bias
 ):
-    return _empty_for_none(
+    return _library.empty_for_none(
         x,
         _like(x, *x.shape) if need_x else None,
         _like(x, *fc1_weight.shape) if need_fc1 else None,

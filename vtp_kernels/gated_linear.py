@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from vtp_kernels import _triton
+from vtp_kernels import _library, _triton
 from vtp_kernels._library import LIBRARY, autocast_is_on, define, without_autocast
 from vtp_kernels._triton import Config, TensorDescriptor, Variant, launch, tl, triton
 
@@ -558,7 +558,7 @@ def _backward_triton(
     if partial is not None:
         dg = _launch_gate_gradient(partial, gate, l1).to(gate_dtype)
     db = None if bias_dtype is None else dy.sum(0, dtype=torch.float32).to(bias_dtype)
-    return _empty_for_none(x, _shaped(dx, shape), dw, dg, db)
+    return _library.empty_for_none(x, _shaped(dx, shape), dw, dg, db)
 
 
 def _fold_triton(weight: Tensor, gate: Tensor, dtype: torch.dtype, l1: float) -> Tensor:
@@ -576,12 +576,7 @@ def _unfold_triton(
     gate32 = _float32(gate)
     dw, partial = _launch_unfold(product.contiguous(), _rows(weight), folded, gate32, need_weight, need_gate)
     dg = None if partial is None else _launch_gate_gradient(partial, gate32, l1).to(gate.dtype)
-    return _empty_for_none(product, dw, dg)
-
-
-def _empty_for_none(like: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
-    """An op returns tensors: an empty one stands for a gradient that is not needed."""
-    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+    return _library.empty_for_none(product, dw, dg)
 
 
 def _shaped(dx: Tensor | None, shape: torch.Size) -> Tensor | None:
@@ -670,7 +665,7 @@ def _unfold_plain(
     need_weight: bool, need_gate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dg = _gate_gradient(_column_products(product, weight), gate, l1) if need_gate else None
-    return _empty_for_none(
+    return _library.empty_for_none(
         product, _weight_gradient(product, gate, weight.dtype) if need_weight else None, dg
     )
 
@@ -715,7 +710,7 @@ def _backward_plain(
     dg = None if total is None else _gate_gradient(total, gate, l1)
     # `sum(dtype=)` would copy all of dY to that dtype; without it the sum is still made in float32.
     db = None if bias_dtype is None else dy.sum(0).to(bias_dtype)
-    return _empty_for_none(x, _shaped(dx, shape), dw, dg, db)
+    return _library.empty_for_none(x, _shaped(dx, shape), dw, dg, db)
 
 
 # ---------------------------------------------------------------------------------------------- registration
@@ -729,7 +724,7 @@ def _backward_fake(dy, x, weight, gate, bias_dtype, l1, need_x, need_weight, nee
     db = None if bias_dtype is None else x.new_empty(weight.shape[0], dtype=bias_dtype)
     dw = weight.new_empty(weight.shape) if need_weight else None
     dg = gate.new_empty(gate.shape) if need_gate else None
-    return _empty_for_none(x, x.new_empty(x.shape) if need_x else None, dw, dg, db)
+    return _library.empty_for_none(x, x.new_empty(x.shape) if need_x else None, dw, dg, db)
 
 
 def _fold_fake(weight, gate, dtype, l1):
@@ -738,7 +733,7 @@ def _fold_fake(weight, gate, dtype, l1):
 
 def _unfold_fake(product, weight, folded, gate, l1, need_weight, need_gate):
     dw = weight.new_empty(weight.shape) if need_weight else None
-    return _empty_for_none(product, dw, gate.new_empty(gate.shape) if need_gate else None)
+    return _library.empty_for_none(product, dw, gate.new_empty(gate.shape) if need_gate else None)
 
 
 def _setup_context(ctx, inputs, output):

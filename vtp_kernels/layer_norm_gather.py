@@ -305,13 +305,6 @@ def variants(target: str) -> Iterator[Variant]:
 # ---------------------------------------------------------------------------------- plain PyTorch, any device
 
 
-def _in_padded_rows(t: Tensor) -> Tensor:
-    """t [..., width] with the strides that the kernels' results have."""
-    if t.shape[-1] % 8 == 0:
-        return t.contiguous()
-    return empty_rows(*t.shape, dtype=t.dtype, device=t.device).copy_(t)
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """What statistics and sums are made in: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
@@ -334,7 +327,7 @@ def _forward_plain(
     out = F.layer_norm(x.to(_wide(x.dtype)), (D,), weight, bias, eps)
     if index is not None:
         out = out.index_select(-1, index)
-    return _in_padded_rows(out.to(dtype))
+    return _triton.in_padded_rows(out.to(dtype))
 
 
 def _backward_plain(
@@ -349,7 +342,7 @@ def _backward_plain(
     dx, *gradients = torch.ops.aten.native_layer_norm_backward(
         dy, rows, (D,), mean, rstd, scale, scale, needs
     )
-    dx = _in_padded_rows(dx.to(x.dtype).view(x.shape))
+    dx = _triton.in_padded_rows(dx.to(x.dtype).view(x.shape))
     if weight is None:
         return dx, x.new_empty(0), x.new_empty(0)
     if index is not None:
