@@ -13,11 +13,11 @@ export GOMP_SPINCOUNT ?= 10000
 
 .PHONY: demo test lint accuracy gpu baseline clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/built
 	rm -rf $(DEMO)
 	$(BIN)/vtp run --out $(DEMO)
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev $(VENV)/built
 	$(BIN)/python -m pytest -q $(ARGS)
 
 lint: $(VENV)/installed-dev
@@ -48,5 +48,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
 	touch $@
 
+# The C++ operators; without a compiler, or with VTP_BUILD_CPP=0, there are none, and everything works without.
+$(VENV)/built: $(VENV)/installed setup.py $(wildcard csrc/cpu/*)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build *.egg-info vtp_kernels/_cpu*.so

@@ -1,9 +1,80 @@
 """Build of the package; metadata is in pyproject.toml.
 
-The C++ operators are not part of the package yet: this builds pure Python, with or without
-VTP_BUILD_CPP=0 in the environment.
+Where PyTorch is installed already, the C++ operators of `csrc/cpu` are built into `vtp_kernels/_cpu.abi3.so`:
+
+    python setup.py build_ext --inplace              # in a checkout
+    pip install --no-build-isolation .               # as part of the package
+
+`pip install .` alone builds in an environment without PyTorch: the package is then pure Python and says at first
+use what is slower for it. So it is without a compiler, and with VTP_BUILD_CPP=0 in the environment.
 """
 
-from setuptools import setup
+import importlib.util
+import os
+import platform
+import sys
+from pathlib import Path
 
-setup()
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CPU = Path("csrc/cpu")
+
+# Each file of an instruction set has its own flags: nothing is built for the machine that builds it.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+X86_FLAGS = {
+    "avx2.cpp": ["-mavx2", "-mfma"],
+    "avx512.cpp": AVX512,
+    "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+}
+# GCC 12 warns of its own AVX-512 headers.
+FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wno-maybe-uninitialized"]
+# The oldest PyTorch whose stable interface is used, 2.10: one binary runs with it and all that follow.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+class BuildKernels(build_ext):
+    """Adds flags by file, and goes on without the operators where there is no compiler."""
+
+    def build_extension(self, extension: Extension) -> None:
+        compile_one = self.compiler._compile
+
+        def with_flags(obj, source, ext, arguments, extra, options):
+            flags = X86_FLAGS.get(Path(source).name, [])
+            compile_one(obj, source, ext, arguments, [*extra, *flags], options)
+
+        self.compiler._compile = with_flags
+        super().build_extension(extension)
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:  # of the compiler, whose output is above
+            if os.environ.get("VTP_BUILD_CPP") == "1":
+                raise
+            print(f"vtp: C++ operators not built ({error}); vtp works without them, slower on a CPU", file=sys.stderr)
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("VTP_BUILD_CPP") == "0" or os.name == "nt" or not importlib.util.find_spec("torch"):
+        return []
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    sources = [path for path in sorted(CPU.glob("*.cpp")) if x86 or path.name not in X86_FLAGS]
+    return [
+        Extension(
+            "vtp_kernels._cpu",
+            [str(path) for path in sources],
+            include_dirs=include_paths(),
+            library_dirs=library_paths(),
+            libraries=["torch_cpu"],
+            depends=[str(path) for path in CPU.glob("*.h")],
+            extra_compile_args=[*FLAGS, TORCH_TARGET],
+            extra_link_args=["-Wl,-z,defs"] if sys.platform == "linux" else [],
+            py_limited_api=True,
+        )
+    ]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})

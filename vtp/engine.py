@@ -16,13 +16,16 @@ exact GELU, and everything outside the blocks, which is timm's own.
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerScale
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vtp import cpu_engine
 from vtp.compact import (
     CompactAttention,
     CompactBlock,
@@ -62,12 +65,23 @@ def optimize(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedV
     if dtype not in DTYPES:
         raise TypeError(f"dtype: got {dtype}, expected one of {', '.join(map(str, DTYPES))}")
     _refuse_changed_blocks(model)
+    images, vit = ImageSpec.of(model), _packed(model, dtype)
+    if model.patch_embed.proj.weight.device.type != "cpu":
+        return OptimizedViT(vit.to(dtype), images, "ops of vtp_kernels")
+    reason = cpu_engine.why_not(vit.blocks, dtype)
+    if reason is not None:
+        return OptimizedViT(vit.to(dtype), images, f"plain PyTorch: {reason}")
+    return OptimizedViT(cpu_engine.pack(vit, dtype), images, f"C++, {torch.ops.vtp.cpu_isa()}")
+
+
+def _packed(model: CompactViT, dtype: torch.dtype) -> CompactViT:
+    """The model with packed blocks, weights in `dtype`, biases still in float64."""
     blocks = nn.Sequential(*[PackedBlock(block, dtype) for block in model.blocks])
     _absorb_constants(model.blocks, blocks)
     # deepcopy takes what `memo` has for an object: everything but the blocks is copied.
     vit = copy.deepcopy(model, {id(model.blocks): blocks})
     vit.set_grad_checkpointing(False)
-    return OptimizedViT(vit.to(dtype))
+    return vit.eval()
 
 
 def _refuse_changed_blocks(model: CompactViT) -> None:
@@ -219,6 +233,39 @@ def _absorb_constants(blocks: Iterable[CompactBlock], packed: Sequence[PackedBlo
                 stream += branch.bias
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """What images a model takes: `channels`, and (height, width) of an image and of a patch, in pixels."""
+
+    channels: int
+    size: tuple[int, int]
+    patch_size: tuple[int, int]
+    any_size: bool  # that is a multiple of patch_size
+    padded: bool  # to such a multiple by the model
+
+    @classmethod
+    def of(cls, vit: VisionTransformer) -> "ImageSpec":
+        patch = vit.patch_embed
+        return cls(
+            patch.proj.in_channels,
+            tuple(patch.img_size),
+            tuple(patch.patch_size),
+            vit.dynamic_img_size,
+            patch.dynamic_img_pad,
+        )
+
+    def refuse_others(self, images: Tensor) -> None:
+        """Raise ValueError, which says what was expected, if the shape is not such."""
+        if images.ndim != 4 or images.shape[1] != self.channels:
+            raise ValueError(f"images: got shape {tuple(images.shape)}, expected [B, {self.channels}, H, W]")
+        size, step = tuple(images.shape[2:]), self.patch_size
+        if not self.any_size:
+            if size != self.size:
+                raise ValueError(f"images: got height and width {size}, expected {self.size}")
+        elif not self.padded and (size[0] % step[0] or size[1] % step[1]):
+            raise ValueError(f"images: got height and width {size}, expected multiples of {step}")
+
+
 class OptimizedViT(nn.Module):
     """A CompactViT packed for inference: images to logits, no gradients, always in eval mode.
 
@@ -227,13 +274,28 @@ class OptimizedViT(nn.Module):
     where it runs.
 
     Attributes:
-        vit: the CompactViT that it was made from, with packed blocks.
+        vit: the CompactViT that it was made from, with packed blocks; on the CPU's C++ engine a `CpuViT`.
+        images: what images it takes.
+        engine: what it runs on, in words, with the reason where that is not the fastest there is.
     """
 
-    def __init__(self, vit: CompactViT) -> None:
+    def __init__(self, vit: nn.Module, images: ImageSpec, engine: str) -> None:
         super().__init__()
         self.vit = vit.requires_grad_(False)
+        self.images, self.engine = images, engine
         self.train(False)
+
+    def extra_repr(self) -> str:
+        return f"engine={self.engine!r}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what it computes in, and of logits."""
+        return self._weight.dtype if hasattr(self.vit, "patch_embed") else self.vit.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        return self.vit.patch_embed.proj.weight if hasattr(self.vit, "patch_embed") else self.vit.weights
 
     def train(self, mode: bool = True) -> "OptimizedViT":
         """Stays in eval mode, also as a teacher inside a model that is being trained."""
@@ -245,14 +307,14 @@ class OptimizedViT(nn.Module):
         Args:
             images: [B, C, H, W] on the model's device, in any memory format; float32, bfloat16 and float16
                 are cast to the model's dtype. Autocast has no say.
-            attn_mask, is_causal: of every attention, as timm takes them.
+            attn_mask, is_causal: of every attention, as timm takes them; not on the C++ engine.
 
         Raises:
             TypeError: the images are no tensor, or integers, or float64 for another model.
-            ValueError: their shape or device is not the model's.
+            ValueError: their shape or device is not the model's; a mask on the C++ engine.
         """
         self._validate(images)
-        images = images.detach().to(self.vit.patch_embed.proj.weight.dtype)
+        images = images.detach().to(self.dtype)
         if not autocast_is_on(images.device):
             return self.vit(images, attn_mask, is_causal)
         with torch.autocast(images.device.type, enabled=False):
@@ -261,22 +323,13 @@ class OptimizedViT(nn.Module):
     def _validate(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):
             raise TypeError(f"images: got {type(images).__name__}, expected a tensor")
-        patch = self.vit.patch_embed
-        weight = patch.proj.weight
-        if images.dtype not in (*DTYPES[:3], weight.dtype):
+        if images.dtype not in (*DTYPES[:3], self.dtype):
             expected = "float32, bfloat16 or float16, normalized as for training"
             raise TypeError(f"images: got {images.dtype}, expected {expected}")
-        channels = patch.proj.in_channels
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(f"images: got shape {tuple(images.shape)}, expected [B, {channels}, H, W]")
-        size, own, step = tuple(images.shape[2:]), tuple(patch.img_size), tuple(patch.patch_size)
-        if not self.vit.dynamic_img_size:
-            if size != own:
-                raise ValueError(f"images: got height and width {size}, expected {own}")
-        elif not patch.dynamic_img_pad and (size[0] % step[0] or size[1] % step[1]):
-            raise ValueError(f"images: got height and width {size}, expected multiples of {step}")
-        if images.device != weight.device:
-            raise ValueError(f"images: on {images.device}, expected {weight.device}, where the model is")
+        self.images.refuse_others(images)
+        device = self._weight.device
+        if images.device != device:
+            raise ValueError(f"images: on {images.device}, expected {device}, where the model is")
 
     @torch.no_grad()
     def warmup(self, batch_sizes: Sequence[int] = (1,), image_size: tuple[int, int] | None = None) -> None:
@@ -294,13 +347,11 @@ class OptimizedViT(nn.Module):
         """
         if isinstance(batch_sizes, int) or not all(isinstance(b, int) and b >= 0 for b in batch_sizes):
             raise ValueError(f"batch_sizes: got {batch_sizes}, expected integers from 0, as in [1, 8]")
-        patch = self.vit.patch_embed
-        weight = patch.proj.weight
-        height, width = image_size or patch.img_size
+        size, device = image_size or self.images.size, self._weight.device
         for batch in batch_sizes:
-            self(weight.new_zeros(batch, patch.proj.in_channels, height, width))
-        if weight.is_cuda:
-            torch.cuda.synchronize(weight.device)
+            self(torch.zeros(batch, self.images.channels, *size, dtype=self.dtype, device=device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
@@ -311,10 +362,10 @@ def kernels(model: CompactViT, dtype: torch.dtype, target: str) -> list[_triton.
         target: the GPU, a key of `vtp_kernels._triton.TARGETS`. Nothing runs on it: the packed model runs on
             meta tensors, while its launches are noted.
     """
-    packed = optimize(model, dtype).to("meta")
-    patch = packed.vit.patch_embed
-    images = torch.empty(1, patch.proj.in_channels, *patch.img_size, dtype=dtype, device="meta")
-    with _triton.recording("compact model", target) as found, TritonSides():
+    spec = ImageSpec.of(model)
+    packed = OptimizedViT(_packed(model, dtype).to(device="meta", dtype=dtype), spec, "ops of vtp_kernels")
+    images = torch.empty(1, spec.channels, *spec.size, dtype=dtype, device="meta")
+    with _triton.recording("model", target) as found, TritonSides():
         # Batch sizes choose between a product in one piece or in parts, and the vendor's.
         for batch in (1, 2, 4, 8, 16, 32, 64, 256):
             packed(images.expand(batch, -1, -1, -1))

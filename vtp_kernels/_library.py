@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vtp_kernels import _triton
 
 LIBRARY = torch.library.Library("vtp", "DEF")
+
+
+@functools.cache
+def why_no_cpp() -> str | None:
+    """Loads the C++ operators. Why they are not there, said once as a warning too; None if they are.
+
+    Raises:
+        RuntimeError: the environment variable VTP_CPU_ISA names no instruction set of this machine.
+    """
+    files = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    reason = None if files else "the C++ extension is not built"
+    try:
+        for file in files[:1]:
+            torch.ops.load_library(file)
+    except OSError as error:
+        reason = f"the C++ extension does not load: {error}"
+    if reason is None:
+        torch.ops.vtp.cpu_isa()
+        torch.library.register_fake("vtp::cpu_vit", _cpu_vit_fake, lib=LIBRARY)
+        torch.library.register_fake("vtp::cpu_blocks", lambda tokens, *_: torch.empty_like(tokens), lib=LIBRARY)
+    else:
+        warnings.warn(
+            f"vtp_kernels: {reason}; vtp.optimize runs on plain PyTorch operators on a CPU. Results are the "
+            "same; compact models are slower. `python setup.py build_ext --inplace` builds it.",
+            stacklevel=2,
+        )
+    return reason
+
+
+def _cpu_vit_fake(images: torch.Tensor, weights, layout, outputs: int) -> torch.Tensor:
+    return images.new_empty(images.shape[0], outputs)
+
 
 # What each op runs on a GPU with Triton, by its name.
 _TRITON_SIDES: dict[str, Callable] = {}

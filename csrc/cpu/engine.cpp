@@ -1,0 +1,440 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <thread>
+
+namespace vtp_cpu {
+
+namespace {
+
+// Measured on 2 cores of an AMD EPYC (Zen 3, 512 KB of second-level cache a core), DeiT-B and DeiT-T.
+constexpr int64_t kRowsAtOnce = 200;     // of A in one tile: with 384 inputs they fill 300 KB
+constexpr int64_t kPanelsAtOnce = 4;     // of W in one tile
+constexpr int64_t kTasksPerThread = 4;   // wanted of a stage, so that threads end together
+constexpr int64_t kChunkRows = 400;      // tokens per thread between reading all weights and reading them again
+constexpr int64_t kNormRows = 16;        // of a task
+
+constexpr int64_t kCacheLine = 64;
+
+// Elements between rows of `width` elements: whole cache lines, an odd number of them, so that rows above one
+// another fall into different sets of the first-level cache.
+int64_t row_stride(int64_t width, int64_t bytes) {
+  const int64_t lines = divide_up(round_up(width, kPanel) * bytes, kCacheLine) | 1;
+  return lines * kCacheLine / bytes;
+}
+
+float widen(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float out;
+  std::memcpy(&out, &wide, 4);
+  return out;
+}
+
+uint16_t narrow(float x) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+}  // namespace
+
+struct Stage {
+  enum Kind { kPatches, kEmbed, kTokensIn, kOffset, kNorm, kLinear, kAttention, kPool, kLogitsOut, kTokensOut };
+  Kind kind;
+  int64_t tasks;
+  // kOffset, kAttention: of the block; kNorm, kLinear, kEmbed: the layer
+  const Block* block;
+  const Norm* norm;
+  const Linear* layer;
+  const void* from;
+  int64_t from_stride;
+  void* to;
+  int64_t to_stride;
+  bool gelu, to_float, add;          // of a linear layer; add: to what is there
+  int64_t rows, row_block, panel_block;  // of a linear layer; of one image for kEmbed
+  int64_t parts;                     // of a head's rows, for kAttention
+};
+
+// Of one stage, on a cache line each. Tasks are handed out and counted when done: a stage ends when its last
+// task has, whatever the number of threads that came to help, even if it is one.
+struct Workspace::Counters {
+  alignas(kCacheLine) std::atomic<int64_t> next;
+  alignas(kCacheLine) std::atomic<int64_t> done;
+};
+
+Workspace::Workspace() = default;
+Workspace::~Workspace() { std::free(memory_); }
+
+char* Workspace::bytes(size_t size) {
+  if (size > size_) {
+    std::free(memory_);
+    memory_ = nullptr;
+    size_ = 0;
+    const size_t rounded = (size + kCacheLine - 1) / kCacheLine * kCacheLine;
+    memory_ = static_cast<char*>(std::aligned_alloc(kCacheLine, rounded));
+    if (!memory_) throw std::bad_alloc();
+    size_ = rounded;
+  }
+  return memory_;
+}
+
+class Engine {
+ public:
+  Engine(Workspace& workspace, const Call& call, int64_t threads)
+      : w_(workspace), m_(workspace.model), k_(kernels(m_.dtype)), call_(call), threads_(threads) {
+    tokens_ = m_.from_images ? m_.tokens : call.tokens;
+    chunk_ = std::min(call.images, std::max<int64_t>(1, kChunkRows * threads / tokens_));
+    lay_out_memory();
+  }
+
+  void run(Parallel parallel) {
+    for (int64_t first = 0; first < call_.images; first += chunk_) {
+      first_image_ = first;
+      plan_stages(std::min(chunk_, call_.images - first));
+      workers_.store(0);
+      parallel(threads_, [](void* self) { static_cast<Engine*>(self)->work(); }, this);
+    }
+  }
+
+ private:
+  // ------------------------------------------------------------------------------------------- memory
+
+  void lay_out_memory() {
+    const int64_t act = k_.activation_bytes, rows = chunk_ * tokens_;
+    x_stride_ = row_stride(m_.embed_dim, 4);
+    input_stride_ = row_stride(std::max(m_.widest_input(), m_.to_logits ? m_.head.inputs : 1), act);
+    hidden_stride_ = row_stride(std::max<int64_t>(m_.widest_hidden(), 1), act);
+    logits_stride_ = m_.to_logits ? m_.head.panels() * kPanel : 0;
+    int64_t scratch = (kRowsAtOnce + 2 * k_.row_step) * kPanelsAtOnce * kPanel;
+    for (const Block& b : m_.blocks)
+      if (b.has_attention)
+        for (int64_t width : b.attention.value_widths)
+          scratch = std::max(scratch, k_.attention_scratch(tokens_, m_.head_dim, width));
+    scratch_stride_ = round_up(scratch, 2 * kCacheLine / 4);
+
+    const int64_t sizes[] = {rows * x_stride_ * 4, rows * input_stride_ * act, rows * hidden_stride_ * act,
+                             chunk_ * logits_stride_ * 4, threads_ * scratch_stride_ * 4};
+    int64_t total = 0;
+    for (int64_t size : sizes) total += round_up(size, kCacheLine);
+    char* at = w_.bytes(static_cast<size_t>(total));
+    char* parts[5];
+    for (int i = 0; i < 5; ++i) {
+      parts[i] = at;
+      at += round_up(sizes[i], kCacheLine);
+    }
+    x_ = reinterpret_cast<float*>(parts[0]);
+    input_ = parts[1];
+    hidden_ = parts[2];
+    logits_ = reinterpret_cast<float*>(parts[3]);
+    scratch_ = reinterpret_cast<float*>(parts[4]);
+  }
+
+  // ------------------------------------------------------------------------------------------- stages
+
+  void plan_stages(int64_t images) {
+    images_ = images;
+    const int64_t rows = images * tokens_;
+    std::vector<Stage>& s = w_.stages_;
+    s.clear();
+    if (m_.from_images) {
+      add(Stage::kPatches, images * (m_.height / m_.patch_height));
+      Stage& embed = linear(m_.patches, input_, input_stride_, x_, x_stride_, tokens_ - m_.prefix, true);
+      embed.kind = Stage::kEmbed;
+      embed.tasks *= images;
+    } else {
+      add(Stage::kTokensIn, divide_up(rows, kNormRows));
+    }
+    for (const Block& b : m_.blocks) {
+      if (b.offset) add(Stage::kOffset, divide_up(rows, kNormRows)).block = &b;
+      if (b.has_attention) {
+        norm(b.attention.norm, rows);
+        linear(b.attention.qkv, input_, input_stride_, hidden_, hidden_stride_, rows, false);
+        attention(b);
+        linear(b.attention.proj, input_, input_stride_, x_, x_stride_, rows, true).add = true;
+      }
+      if (b.has_mlp) {
+        norm(b.mlp.norm, rows);
+        linear(b.mlp.fc1, input_, input_stride_, hidden_, hidden_stride_, rows, false).gelu = true;
+        linear(b.mlp.fc2, hidden_, hidden_stride_, x_, x_stride_, rows, true).add = true;
+      }
+    }
+    if (m_.to_logits) {
+      add(Stage::kPool, images);
+      linear(m_.head, input_, input_stride_, logits_, logits_stride_, images, true);
+      add(Stage::kLogitsOut, images);
+    } else {
+      add(Stage::kTokensOut, divide_up(rows, kNormRows));
+    }
+    if (s.size() > w_.counters_size_) {
+      w_.counters_.reset(new Workspace::Counters[s.size()]);
+      w_.counters_size_ = s.size();
+    }
+    for (size_t i = 0; i < s.size(); ++i) {
+      w_.counters_[i].next.store(0, std::memory_order_relaxed);
+      w_.counters_[i].done.store(0, std::memory_order_relaxed);
+    }
+  }
+
+  Stage& add(Stage::Kind kind, int64_t tasks) {
+    Stage stage{};
+    stage.kind = kind;
+    stage.tasks = tasks;
+    w_.stages_.push_back(stage);
+    return w_.stages_.back();
+  }
+
+  void norm(const Norm& layer, int64_t rows) {
+    Stage& s = add(Stage::kNorm, divide_up(rows, kNormRows));
+    s.norm = &layer;
+    s.rows = rows;
+  }
+
+  Stage& linear(const Linear& layer, const void* from, int64_t from_stride, void* to, int64_t to_stride,
+                int64_t rows, bool to_float) {
+    Stage& s = add(Stage::kLinear, 0);
+    s.layer = &layer;
+    s.from = from;
+    s.from_stride = from_stride;
+    s.to = to;
+    s.to_stride = to_stride;
+    s.to_float = to_float;
+    s.rows = rows;
+    s.panel_block = std::min(kPanelsAtOnce, layer.panels());
+    const int64_t columns = divide_up(layer.panels(), s.panel_block);
+    int64_t blocks = divide_up(rows, kRowsAtOnce);
+    while (blocks * columns < kTasksPerThread * threads_ && rows / blocks > 8 * k_.row_step) blocks *= 2;
+    s.row_block = round_up(divide_up(rows, blocks), k_.row_step);
+    s.tasks = divide_up(rows, s.row_block) * columns;
+    return s;
+  }
+
+  void attention(const Block& block) {
+    const int64_t heads = images_ * static_cast<int64_t>(block.attention.value_widths.size());
+    int64_t parts = 1;
+    while (heads * parts < kTasksPerThread * threads_ && tokens_ / parts > 8 * k_.row_step) parts *= 2;
+    Stage& s = add(Stage::kAttention, heads * parts);
+    s.block = &block;
+    s.parts = parts;
+  }
+
+  // --------------------------------------------------------------------------------------------- work
+
+  void work() {
+    const int64_t worker = workers_.fetch_add(1);
+    if (worker >= threads_) return;
+    float* scratch = scratch_ + worker * scratch_stride_;
+    for (size_t i = 0; i < w_.stages_.size(); ++i) {
+      const Stage& stage = w_.stages_[i];
+      Workspace::Counters& counters = w_.counters_[i];
+      int64_t task;
+      while ((task = counters.next.fetch_add(1, std::memory_order_relaxed)) < stage.tasks) {
+        do_task(stage, task, scratch);
+        counters.done.fetch_add(1, std::memory_order_acq_rel);
+      }
+      for (int spins = 0; counters.done.load(std::memory_order_acquire) < stage.tasks; ++spins)
+        if (spins < 4096)
+          pause();
+        else
+          std::this_thread::yield();
+    }
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  void do_task(const Stage& s, int64_t task, float* scratch) {
+    switch (s.kind) {
+      case Stage::kPatches: return copy_patches(task);
+      case Stage::kEmbed: return do_embed(s, task, scratch);
+      case Stage::kTokensIn: return copy_tokens_in(task);
+      case Stage::kOffset: return add_offset(s, task);
+      case Stage::kNorm: return do_norm(s, task);
+      case Stage::kLinear: return do_linear(s, task, scratch);
+      case Stage::kAttention: return do_attention(s, task, scratch);
+      case Stage::kPool: return pool(task);
+      case Stage::kLogitsOut: return copy_out(logits_ + task * logits_stride_, m_.head.outputs, task);
+      case Stage::kTokensOut: return copy_tokens_out(task);
+    }
+  }
+
+  void copy_patches(int64_t task) {
+    const int64_t rows = m_.height / m_.patch_height, columns = m_.width / m_.patch_width;
+    const int64_t image = task / rows, row = task % rows;
+    const int64_t pixel = call_.input_bfloat16 ? 2 : 4;
+    PatchRow t{};
+    t.image = static_cast<const char*>(call_.input) +
+              ((first_image_ + image) * m_.channels * m_.height + row * m_.patch_height) * m_.width * pixel;
+    t.bfloat16 = call_.input_bfloat16;
+    t.channels = m_.channels;
+    t.height = m_.height;
+    t.width = m_.width;
+    t.patch_height = m_.patch_height;
+    t.patch_width = m_.patch_width;
+    t.out = activation(input_, (image * rows + row) * columns * input_stride_);
+    t.out_stride = input_stride_;
+    t.padded = round_up(m_.patches.inputs, 2);
+    k_.patches(t);
+    if (row == 0)
+      for (int64_t token = 0; token < m_.prefix; ++token)
+        std::memcpy(x_row(image * tokens_ + token), m_.positions + token * round_up(m_.embed_dim, kPanel),
+                    round_up(m_.embed_dim, kPanel) * 4);
+  }
+
+  LinearTile tile(const Stage& s, int64_t task, float* scratch) const {
+    const int64_t columns = divide_up(s.layer->panels(), s.panel_block);
+    const int64_t row = task / columns * s.row_block, panel = task % columns * s.panel_block;
+    LinearTile t{};
+    t.a = static_cast<const char*>(s.from) + row * s.from_stride * k_.activation_bytes;
+    t.a_stride = s.from_stride;
+    t.weight = static_cast<const char*>(s.layer->weight) + panel * panel_bytes(m_.dtype, s.layer->inputs);
+    t.bias = s.layer->bias + panel * kPanel;
+    t.inputs = s.layer->inputs;
+    t.rows = std::min(s.row_block, s.rows - row);
+    t.panels = std::min(s.panel_block, s.layer->panels() - panel);
+    t.gelu = s.gelu;
+    t.out = static_cast<char*>(s.to) +
+            (row * s.to_stride + panel * kPanel) * (s.to_float ? 4 : k_.activation_bytes);
+    t.out_float = s.to_float;
+    t.out_stride = s.to_stride;
+    t.scratch = scratch;
+    if (s.add) {
+      t.residual = static_cast<const float*>(t.out);
+      t.residual_stride = s.to_stride;
+    }
+    return t;
+  }
+
+  void do_linear(const Stage& s, int64_t task, float* scratch) { k_.linear(tile(s, task, scratch)); }
+
+  void do_embed(const Stage& s, int64_t task, float* scratch) {
+    const int64_t per_image = s.tasks / images_, image = task / per_image;
+    LinearTile t = tile(s, task % per_image, scratch);
+    const int64_t at = static_cast<float*>(t.out) - x_;
+    const int64_t row = at / x_stride_, column = at % x_stride_, width = round_up(m_.embed_dim, kPanel);
+    t.a = static_cast<const char*>(t.a) + image * s.rows * s.from_stride * k_.activation_bytes;
+    t.out = x_row(image * tokens_ + m_.prefix + row) + column;
+    t.residual = m_.positions + (m_.prefix + row) * width + column;
+    t.residual_stride = width;
+    k_.linear(t);
+  }
+
+  void do_norm(const Stage& s, int64_t task) {
+    const int64_t first = task * kNormRows;
+    k_.norm(norm_rows(*s.norm, x_, input_, input_stride_, round_up(s.norm->kept, 2)), first,
+            std::min(first + kNormRows, s.rows));
+  }
+
+  NormRows norm_rows(const Norm& norm, const float* x, void* out, int64_t out_stride, int64_t padded) const {
+    return {x, x_stride_, m_.embed_dim, norm.index, norm.kept, m_.eps, out, out_stride, padded};
+  }
+
+  void do_attention(const Stage& s, int64_t task, float* scratch) {
+    const Attention& a = s.block->attention;
+    const int64_t heads = static_cast<int64_t>(a.value_widths.size()), d = m_.head_dim;
+    const int64_t part = task % s.parts, head = task / s.parts % heads, image = task / s.parts / heads;
+    int64_t before = 0;  // value columns of the heads before this one
+    for (int64_t h = 0; h < head; ++h) before += a.value_widths[static_cast<size_t>(h)];
+    const int64_t row = image * tokens_ * hidden_stride_;
+    AttentionRows t{};
+    t.q = activation(hidden_, row + head * d);
+    t.k = activation(hidden_, row + (heads + head) * d);
+    t.v = activation(hidden_, row + 2 * heads * d + before);
+    t.stride = hidden_stride_;
+    t.tokens = tokens_;
+    t.head_dim = d;
+    t.value_width = a.value_widths[static_cast<size_t>(head)];
+    t.scale = m_.scale;
+    const int64_t block = round_up(divide_up(tokens_, s.parts), k_.row_step);
+    t.first_row = std::min(part * block, tokens_);
+    t.last_row = std::min(t.first_row + block, tokens_);
+    t.out = activation(input_, image * tokens_ * input_stride_ + before);
+    t.out_stride = input_stride_;
+    t.padding = head + 1 == heads ? a.total_width % 2 : 0;
+    t.scratch = scratch;
+    if (a.head_norms) {
+      t.q_weight = a.head_norms;
+      t.q_bias = a.head_norms + d;
+      t.k_weight = a.head_norms + 2 * d;
+      t.k_bias = a.head_norms + 3 * d;
+    }
+    t.eps = m_.eps;
+    if (t.first_row < t.last_row) k_.attention(t);
+  }
+
+  void pool(int64_t image) {
+    const Norm all{m_.embed_dim, nullptr};
+    for (int64_t token = 0; token < m_.pooled; ++token) {
+      const bool last = token + 1 == m_.pooled;
+      k_.norm(norm_rows(all, x_row(image * tokens_ + token),
+                        activation(input_, image * input_stride_ + token * m_.embed_dim), 0,
+                        m_.embed_dim + (last ? m_.head.inputs % 2 : 0)),
+              0, 1);
+    }
+  }
+
+  void copy_tokens_in(int64_t task) {
+    for_rows(task, [&](int64_t row) {
+      float* to = x_row(row);
+      const int64_t from = (first_image_ * tokens_ + row) * m_.embed_dim;
+      if (call_.input_bfloat16)
+        for (int64_t j = 0; j < m_.embed_dim; ++j) to[j] = widen(static_cast<const uint16_t*>(call_.input)[from + j]);
+      else
+        std::memcpy(to, static_cast<const float*>(call_.input) + from, static_cast<size_t>(m_.embed_dim) * 4);
+      for (int64_t j = m_.embed_dim; j < round_up(m_.embed_dim, kPanel); ++j) to[j] = 0;
+    });
+  }
+
+  void copy_tokens_out(int64_t task) {
+    for_rows(task, [&](int64_t row) { copy_row(x_row(row), m_.embed_dim, first_image_ * tokens_ + row); });
+  }
+
+  void add_offset(const Stage& s, int64_t task) {
+    for_rows(task, [&](int64_t row) {
+      for (int64_t j = 0; j < m_.embed_dim; ++j) x_row(row)[j] += s.block->offset[j];
+    });
+  }
+
+  template <class F>
+  void for_rows(int64_t task, const F& f) const {
+    for (int64_t row = task * kNormRows; row < std::min((task + 1) * kNormRows, images_ * tokens_); ++row) f(row);
+  }
+
+  void copy_out(const float* from, int64_t width, int64_t image) { copy_row(from, width, first_image_ + image); }
+
+  void copy_row(const float* from, int64_t width, int64_t row) {
+    if (!call_.output_bfloat16) {
+      std::memcpy(static_cast<float*>(call_.output) + row * width, from, static_cast<size_t>(width) * 4);
+      return;
+    }
+    uint16_t* to = static_cast<uint16_t*>(call_.output) + row * width;
+    for (int64_t j = 0; j < width; ++j) to[j] = narrow(from[j]);
+  }
+
+  float* x_row(int64_t row) const { return x_ + row * x_stride_; }
+  char* activation(char* base, int64_t elements) const { return base + elements * k_.activation_bytes; }
+
+  Workspace& w_;
+  const Model& m_;
+  const Kernels& k_;
+  const Call& call_;
+  const int64_t threads_;
+  int64_t tokens_, chunk_, images_ = 0, first_image_ = 0;
+  int64_t x_stride_, input_stride_, hidden_stride_, logits_stride_, scratch_stride_;
+  float *x_, *logits_, *scratch_;  // the residual stream; the head's results; a part for each worker
+  char *input_, *hidden_;          // activations: what linear layers read; what qkv and fc1 put out
+  std::atomic<int64_t> workers_{0};
+};
+
+void run(Workspace& workspace, const Call& call, int64_t threads, Parallel parallel) {
+  if (call.images == 0) return;
+  Engine(workspace, call, threads).run(parallel);
+}
+
+}  // namespace vtp_cpu

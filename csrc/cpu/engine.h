@@ -1,0 +1,53 @@
+// Runs a packed model on some images or tokens: cuts the work into stages and tasks for several threads.
+
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "model.h"
+
+namespace vtp_cpu {
+
+// Calls `body(context)` on up to `threads` threads at once, at least on one, and returns when all are done.
+using Parallel = void (*)(int64_t threads, void (*body)(void*), void* context);
+
+// Pixels [images][channels][height][width] or tokens [images][tokens][embed_dim] in, logits [images][outputs] or
+// tokens out, all contiguous.
+struct Call {
+  const void* input;
+  bool input_bfloat16;
+  int64_t images, tokens;
+  void* output;
+  bool output_bfloat16;
+};
+
+struct Stage;
+
+// Memory that calls use one after another, so that a steady stream of them allocates nothing.
+class Workspace {
+ public:
+  Workspace();
+  ~Workspace();
+  Model model;
+
+ private:
+  friend class Engine;
+  char* bytes(size_t size);
+
+  char* memory_ = nullptr;
+  size_t size_ = 0;
+  std::vector<Stage> stages_;
+  struct Counters;
+  std::unique_ptr<Counters[]> counters_;
+  size_t counters_size_ = 0;
+};
+
+// Computes `workspace.model`, which must have been read, on `call`.
+void run(Workspace& workspace, const Call& call, int64_t threads, Parallel parallel);
+
+}  // namespace vtp_cpu

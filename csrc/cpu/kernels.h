@@ -1,0 +1,109 @@
+// What the CPU engine asks of an instruction set, and how it finds the best one of this machine.
+//
+// The engine (engine.cpp) decides who computes what; the kernels compute one piece each, on one thread.
+// kernels_impl.h has their one source; portable.cpp, avx2.cpp, avx512.cpp and avx512_bf16.cpp compile it for
+// an instruction set each. A new one (AMX, NEON) is one more such file and a row in instruction_sets.cpp.
+
+#pragma once
+
+#include <cstdint>
+
+namespace vtp_cpu {
+
+// Columns of a panel of packed weights, the same for every instruction set, so that a packed model can be
+// copied to another machine.
+//   float32:  [ceil(N / 16)] panels of [K][16]
+//   bfloat16: [ceil(N / 16)] panels of [ceil(K / 2)][16][2]: two inputs side by side, as bf16 dot products
+//             read them
+// Columns beyond N and the input beyond an odd K are zeros.
+constexpr int64_t kPanel = 16;
+
+// Elements to which rows of activations are padded: a whole cache line of bfloat16.
+constexpr int64_t kRowAlign = 32;
+
+enum class Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1 };
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Bytes of one panel of weights with `inputs` inputs.
+inline int64_t panel_bytes(Dtype dtype, int64_t inputs) {
+  return dtype == Dtype::kFloat32 ? inputs * kPanel * 4 : divide_up(inputs, 2) * kPanel * 4;
+}
+
+// A tile of C = act(A W^T + bias) + residual. Rows of A and C are padded to kRowAlign; C's columns are whole
+// panels, of which those beyond N become zeros (activations) or what the residual has there.
+struct LinearTile {
+  const void* a;           // activations of the first row
+  int64_t a_stride;        // elements between rows
+  const void* weight;      // the first panel
+  const float* bias;       // of the first panel's columns, or null
+  int64_t inputs;          // K
+  int64_t rows, panels;    // of the tile
+  bool gelu;               // exact GELU of A W^T + bias
+  const float* residual;   // of the first element, or null; may be what is written
+  int64_t residual_stride;
+  void* out;               // first element: float32 with `out_float`, else activations
+  bool out_float;
+  int64_t out_stride;
+  float* scratch;          // rows * panels * kPanel floats
+};
+
+// Rows [first, last) of `(x - mean) / sqrt(var + eps)` at the columns `index`.
+struct NormRows {
+  const float* x;
+  int64_t x_stride;
+  int64_t width;           // over which the statistics are
+  const int32_t* index;    // [kept] or null: all columns
+  int64_t kept;
+  float eps;
+  void* out;               // activations
+  int64_t out_stride;      // columns from `kept` up to `padded` are written as zeros
+  int64_t padded;
+};
+
+// Rows [first_row, last_row) of one head's softmax(scale q k^T) v.
+struct AttentionRows {
+  const void *q, *k, *v;   // activations of token 0
+  int64_t stride;          // elements between tokens
+  int64_t tokens, head_dim, value_width;
+  float scale;
+  int64_t first_row, last_row;
+  void* out;               // activations of token 0
+  int64_t out_stride;
+  int64_t padding;         // columns behind the head's that are written as zeros
+  float* scratch;          // attention_scratch(tokens, head_dim, value_width) floats
+  // LayerNorm of queries and keys (qk_norm) or null: weight and bias [head_dim] each
+  const float *q_weight, *q_bias, *k_weight, *k_bias;
+  float eps;
+};
+
+// Pixels of one row of patches, in the order of a convolution's weight: [channels][patch height][patch width].
+struct PatchRow {
+  const void* image;       // [channels][height][width] of the image, at the first pixel of the row of patches
+  bool bfloat16;           // else float32
+  int64_t channels, height, width, patch_height, patch_width;
+  void* out;               // activations [width / patch_width][out_stride]
+  int64_t out_stride, padded;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t activation_bytes;  // 4: float32; 2: bfloat16
+  int64_t row_step;          // rows of a tile are best multiples of it
+  void (*linear)(const LinearTile&);
+  void (*norm)(const NormRows&, int64_t first, int64_t last);
+  void (*attention)(const AttentionRows&);
+  void (*patches)(const PatchRow&);
+  int64_t (*attention_scratch)(int64_t tokens, int64_t head_dim, int64_t value_width);
+};
+
+// One of each file; those of x86 exist on x86 alone.
+extern const Kernels kPortableFloat32, kPortableBFloat16, kAvx2Float32, kAvx2BFloat16, kAvx512Float32,
+    kAvx512BFloat16, kAvx512Bf16BFloat16;
+
+// The kernels for weights of `dtype` on this machine: the best instruction set that it has, or the one that
+// the environment variable VTP_CPU_ISA names. Throws std::runtime_error if it names none that runs here.
+const Kernels& kernels(Dtype dtype);
+
+}  // namespace vtp_cpu

@@ -1,0 +1,436 @@
+// The one source of the kernels. A file of an instruction set defines, in an unnamed namespace,
+//
+//   Vector        `kWidth` floats: load, store, broadcast, fma, gather, ...
+//   kRows         rows of a tile held in registers
+//   kPanels       panels of 16 columns held in registers beside each other
+//   store_as      of a vector as bfloat16, if activations are
+//
+// and includes this file. Nothing here may be shared between instruction sets (no inline function of a
+// library): the linker would keep one copy, perhaps one that this machine cannot run.
+
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace vtp_cpu {
+namespace {
+
+constexpr int kVectors = kPanel / Vector::kWidth;  // of a panel
+
+// Inputs between two visits to a tile of results: a panel of them (24 KB) stays in the first-level cache.
+constexpr int64_t kInputChunk = 384;
+
+// ----------------------------------------------------------------------------------------------- elements
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) {
+  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+
+template <class T>
+inline T from_float(float x);
+template <>
+inline float from_float<float>(float x) { return x; }
+template <>
+inline BFloat16 from_float<BFloat16>(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if (x != x) return BFloat16{static_cast<uint16_t>((bits >> 16) | 0x40)};  // a quiet NaN stays one
+  bits += 0x7fff + ((bits >> 16) & 1);                                      // to nearest, ties to even
+  return BFloat16{static_cast<uint16_t>(bits >> 16)};
+}
+
+// ----------------------------------------------------------------------------------------------- functions
+
+// e^x to 1 ulp or so; 0 below -87.3 in effect, NaN for NaN. Degree 6, fitted to |x| <= ln 2 / 2.
+inline Vector exponential(Vector x) {
+  x = Vector::max(Vector::broadcast(-87.33f), Vector::min(Vector::broadcast(88.0f), x));
+  const Vector magic = Vector::broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vector shifted = Vector::fma(x, Vector::broadcast(1.44269504f), magic);
+  const Vector n = shifted - magic;
+  Vector r = Vector::fma(n, Vector::broadcast(-0.693359375f), x);  // ln 2 in two parts
+  r = Vector::fma(n, Vector::broadcast(2.12194440e-4f), r);
+  Vector p = Vector::broadcast(1.381457310e-03f);
+  p = Vector::fma(p, r, Vector::broadcast(8.368703736e-03f));
+  p = Vector::fma(p, r, Vector::broadcast(4.166838747e-02f));
+  p = Vector::fma(p, r, Vector::broadcast(1.666652074e-01f));
+  p = Vector::fma(p, r, Vector::broadcast(4.999999345e-01f));
+  p = Vector::fma(p * r, r, r) + Vector::broadcast(1.0f);
+  return p * Vector::power_of_two(shifted);
+}
+
+// x Phi(x), exact GELU. Phi(-a) = R(a) e^(-a^2 / 2) for a = |x|, where R, half of the scaled complementary
+// error function, is a polynomial in (1 - pa) / (1 + pa); fitted on [0, 14] to 3e-8 relative.
+inline Vector gelu(Vector x) {
+  const Vector a = Vector::min(Vector::abs(x), Vector::broadcast(14.0f));
+  const Vector pa = a * Vector::broadcast(0.45f), one = Vector::broadcast(1.0f);
+  const Vector u = (one - pa) / (one + pa);
+  Vector r = Vector::broadcast(7.577169603e-05f);
+  r = Vector::fma(r, u, Vector::broadcast(-2.092335345e-04f));
+  r = Vector::fma(r, u, Vector::broadcast(-1.610943038e-04f));
+  r = Vector::fma(r, u, Vector::broadcast(1.444886581e-03f));
+  r = Vector::fma(r, u, Vector::broadcast(-8.335114399e-04f));
+  r = Vector::fma(r, u, Vector::broadcast(-8.762946262e-03f));
+  r = Vector::fma(r, u, Vector::broadcast(1.012769684e-02f));
+  r = Vector::fma(r, u, Vector::broadcast(1.023805937e-01f));
+  r = Vector::fma(r, u, Vector::broadcast(2.407942135e-01f));
+  r = Vector::fma(r, u, Vector::broadcast(1.551436082e-01f));
+  const Vector below = r * exponential(a * a * Vector::broadcast(-0.5f));
+  return x * Vector::where_negative(x, below, one - below);
+}
+
+// ------------------------------------------------------------------------------------------------ products
+
+// C [Rows, Panels * 16] (+)= A [Rows, inputs] B, with C in registers meanwhile.
+template <class Dot, int Rows, int Panels>
+inline void multiply_tile(const typename Dot::Activation* a, int64_t a_stride, const char* b, int64_t b_stride,
+                          int64_t inputs, float* c, int64_t c_stride, bool add) {
+  Vector sum[Rows][Panels * kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < Panels * kVectors; ++j)
+      sum[i][j] = add ? Vector::load(c + i * c_stride + j * Vector::kWidth) : Vector::broadcast(0.0f);
+  Dot::template run<Rows, Panels>(a, a_stride, b, b_stride, inputs, sum);
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < Panels * kVectors; ++j) sum[i][j].store(c + i * c_stride + j * Vector::kWidth);
+}
+
+// All rows against `Panels` panels: tiles of kRows, and what is left in one smaller tile.
+template <class Dot, int Panels, int Rows = kRows>
+inline void multiply_rows(const typename Dot::Activation* a, int64_t a_stride, int64_t rows, const char* b,
+                          int64_t b_stride, int64_t inputs, float* c, int64_t c_stride, bool add) {
+  if constexpr (Rows > 0) {
+    for (; rows >= Rows; rows -= Rows, a += Rows * a_stride, c += Rows * c_stride)
+      multiply_tile<Dot, Rows, Panels>(a, a_stride, b, b_stride, inputs, c, c_stride, add);
+    if (rows) multiply_rows<Dot, Panels, Rows - 1>(a, a_stride, rows, b, b_stride, inputs, c, c_stride, add);
+  }
+}
+
+// C [rows, panels * 16] = A B. B is [panels], `b_stride` bytes apart, of [inputs / Dot::kStep][16] units of
+// Dot::kUnit bytes. Chunks of inputs outside, panels inside: A's chunk stays in the second-level cache, the
+// panel's in the first.
+template <class Dot>
+void multiply(const typename Dot::Activation* a, int64_t a_stride, int64_t rows, const char* b,
+              int64_t b_stride, int64_t panels, int64_t inputs, float* c, int64_t c_stride) {
+  const int64_t chunks = divide_up(inputs, kInputChunk);
+  const int64_t chunk = round_up(divide_up(inputs, chunks), 2);
+  for (int64_t k = 0; k < inputs; k += chunk) {
+    const int64_t size = inputs - k < chunk ? inputs - k : chunk;
+    const char* from = b + k / Dot::kStep * kPanel * Dot::kUnit;
+    for (int64_t p = 0; p < panels; p += kPanels) {
+      if constexpr (kPanels == 2) {
+        if (p + 1 == panels) {
+          multiply_rows<Dot, 1>(a + k, a_stride, rows, from + p * b_stride, b_stride, size, c + p * kPanel,
+                                c_stride, k > 0);
+          continue;
+        }
+      }
+      multiply_rows<Dot, kPanels>(a + k, a_stride, rows, from + p * b_stride, b_stride, size, c + p * kPanel,
+                                  c_stride, k > 0);
+    }
+  }
+}
+
+inline void store_as(float* out, Vector x) { x.store(out); }
+
+template <class Out>
+void finish_tile(const LinearTile& t) {
+  const int64_t columns = t.panels * kPanel;
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const float* from = t.scratch + i * columns;
+    Out* to = static_cast<Out*>(t.out) + i * t.out_stride;
+    for (int64_t j = 0; j < columns; j += Vector::kWidth) {
+      Vector x = Vector::load(from + j);
+      if (t.bias) x = x + Vector::load(t.bias + j);
+      if (t.gelu) x = gelu(x);
+      if (t.residual) x = x + Vector::load(t.residual + i * t.residual_stride + j);
+      store_as(to + j, x);
+    }
+  }
+}
+
+template <class Dot>
+void linear(const LinearTile& t) {
+  using Activation = typename Dot::Activation;
+  const int64_t stride = divide_up(t.inputs, Dot::kStep) * kPanel * Dot::kUnit;
+  multiply<Dot>(static_cast<const Activation*>(t.a), t.a_stride, t.rows, static_cast<const char*>(t.weight),
+                stride, t.panels, t.inputs, t.scratch, t.panels * kPanel);
+  if (t.out_float)
+    finish_tile<float>(t);
+  else
+    finish_tile<Activation>(t);
+}
+
+// ----------------------------------------------------------------------------------------------- LayerNorm
+
+// Mean and 1 / sqrt(var + eps) of x [width], in two passes.
+inline void statistics(const float* x, int64_t width, float eps, float& mean, float& rstd) {
+  const int64_t whole = width / Vector::kWidth * Vector::kWidth;
+  Vector total = Vector::broadcast(0.0f);
+  for (int64_t j = 0; j < whole; j += Vector::kWidth) total = total + Vector::load(x + j);
+  float sum = total.sum();
+  for (int64_t j = whole; j < width; ++j) sum += x[j];
+  mean = sum / static_cast<float>(width);
+  const Vector center = Vector::broadcast(mean);
+  Vector squares = Vector::broadcast(0.0f);
+  for (int64_t j = 0; j < whole; j += Vector::kWidth) {
+    const Vector d = Vector::load(x + j) - center;
+    squares = Vector::fma(d, d, squares);
+  }
+  sum = squares.sum();
+  for (int64_t j = whole; j < width; ++j) sum += (x[j] - mean) * (x[j] - mean);
+  rstd = 1.0f / __builtin_sqrtf(sum / static_cast<float>(width) + eps);
+}
+
+template <class Activation>
+void norm(const NormRows& t, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) {
+    const float* x = t.x + row * t.x_stride;
+    Activation* out = static_cast<Activation*>(t.out) + row * t.out_stride;
+    float mean, rstd;
+    statistics(x, t.width, t.eps, mean, rstd);
+    const Vector center = Vector::broadcast(mean), scale = Vector::broadcast(rstd);
+    int64_t j = 0;
+    for (; j + Vector::kWidth <= t.kept; j += Vector::kWidth) {
+      const Vector v = t.index ? Vector::gather(x, t.index + j) : Vector::load(x + j);
+      store_as(out + j, (v - center) * scale);
+    }
+    for (; j < t.kept; ++j) out[j] = from_float<Activation>((x[t.index ? t.index[j] : j] - mean) * rstd);
+    for (; j < t.padded; ++j) out[j] = from_float<Activation>(0.0f);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------- attention
+
+// Rows of queries whose scores are in memory at once.
+constexpr int64_t kQueryRows = 4 * kRows > 24 ? 4 * kRows : 24;
+
+struct AttentionLayout {  // of the scratch memory, in bytes
+  int64_t keys, values, scores, weights, sums, queries, end;
+};
+
+template <class Dot>
+inline AttentionLayout attention_layout(int64_t tokens, int64_t head_dim, int64_t value_width) {
+  const int64_t columns = round_up(tokens, kPanel), value_columns = round_up(value_width, kPanel);
+  const int64_t scores = columns > value_columns ? columns : value_columns;
+  AttentionLayout at;
+  at.keys = 0;
+  at.values = at.keys + columns * round_up(head_dim, 2) * 4;
+  at.scores = at.values + value_columns * round_up(tokens, 2) * 4;
+  at.weights = at.scores + kQueryRows * scores * 4;
+  at.sums = at.weights + kQueryRows * columns * 4;
+  at.queries = at.sums + round_up(kQueryRows, kPanel) * 4;
+  at.end = at.queries + kQueryRows * round_up(head_dim, kPanel) * 4 + round_up(head_dim, kPanel) * 4;
+  return at;
+}
+
+// A token's query or key, with LayerNorm if there is one (then in `room`), else as it is.
+template <class Activation>
+inline const Activation* normalized(const Activation* x, int64_t width, const float* weight, const float* bias,
+                                    float eps, float* row, Activation* room) {
+  if (!weight) return x;
+  for (int64_t j = 0; j < width; ++j) row[j] = to_float(x[j]);
+  float mean, rstd;
+  statistics(row, width, eps, mean, rstd);
+  for (int64_t j = 0; j < width; ++j)
+    room[j] = from_float<Activation>((row[j] - mean) * rstd * weight[j] + bias[j]);
+  return room;
+}
+
+template <class Dot>
+void attention(const AttentionRows& t) {
+  using Activation = typename Dot::Activation;
+  constexpr int64_t kStep = Dot::kStep;
+  const int64_t N = t.tokens, d = t.head_dim, w = t.value_width;
+  const AttentionLayout at = attention_layout<Dot>(N, d, w);
+  char* memory = reinterpret_cast<char*>(t.scratch);
+  auto* keys = reinterpret_cast<Activation*>(memory + at.keys);
+  auto* values = reinterpret_cast<Activation*>(memory + at.values);
+  auto* scores = reinterpret_cast<float*>(memory + at.scores);
+  auto* weights = reinterpret_cast<Activation*>(memory + at.weights);
+  auto* sums = reinterpret_cast<float*>(memory + at.sums);
+  auto* queries = reinterpret_cast<Activation*>(memory + at.queries);
+  auto* row = reinterpret_cast<float*>(memory + at.end) - round_up(d, kPanel);
+  const auto *q = static_cast<const Activation*>(t.q), *k = static_cast<const Activation*>(t.k),
+             *v = static_cast<const Activation*>(t.v);
+  auto* out = static_cast<Activation*>(t.out);
+  const Activation zero = from_float<Activation>(0.0f);
+
+  // Keys as weights of a linear layer from d to N, values from N to w: panels of 16 columns.
+  const int64_t units = divide_up(d, kStep), key_panel = units * kPanel * kStep;
+  for (int64_t token = 0; token < round_up(N, kPanel); ++token) {
+    Activation* to = keys + token / kPanel * key_panel + token % kPanel * kStep;
+    if (token >= N) {
+      for (int64_t u = 0; u < units; ++u)
+        for (int64_t s = 0; s < kStep; ++s) to[u * kPanel * kStep + s] = zero;
+      continue;
+    }
+    const Activation* from = normalized(k + token * t.stride, d, t.k_weight, t.k_bias, t.eps, row, queries);
+    for (int64_t j = 0; j < d / kStep; ++j)
+      memcpy(to + j * kPanel * kStep, from + j * kStep, kStep * sizeof(Activation));
+    if (d % kStep) {
+      to[d / kStep * kPanel * kStep] = from[d - 1];
+      to[d / kStep * kPanel * kStep + 1] = zero;
+    }
+  }
+  const int64_t value_panels = divide_up(w, kPanel), value_panel = divide_up(N, kStep) * kPanel * kStep;
+  for (int64_t p = 0; p < value_panels; ++p) {
+    const int64_t size = w - p * kPanel < kPanel ? w - p * kPanel : kPanel;
+    for (int64_t token = 0; token < round_up(N, kStep); ++token) {
+      Activation* to = values + p * value_panel + token / kStep * kPanel * kStep + token % kStep;
+      const Activation* from = v + token * t.stride + p * kPanel;
+      const int64_t filled = token < N ? size : 0;
+      for (int64_t j = 0; j < filled; ++j) to[j * kStep] = from[j];
+      for (int64_t j = filled; j < kPanel; ++j) to[j * kStep] = zero;
+    }
+  }
+
+  const int64_t key_panels = divide_up(N, kPanel), columns = key_panels * kPanel;
+  for (int64_t first = t.first_row; first < t.last_row; first += kQueryRows) {
+    const int64_t rows = t.last_row - first < kQueryRows ? t.last_row - first : kQueryRows;
+    const Activation* a = q + first * t.stride;
+    int64_t a_stride = t.stride;
+    if (t.q_weight) {
+      a_stride = round_up(d, kPanel);
+      for (int64_t i = 0; i < rows; ++i)
+        normalized(q + (first + i) * t.stride, d, t.q_weight, t.q_bias, t.eps, row, queries + i * a_stride);
+      a = queries;
+    }
+    multiply<Dot>(a, a_stride, rows, reinterpret_cast<const char*>(keys), key_panel * sizeof(Activation),
+                  key_panels, d, scores, columns);
+    for (int64_t i = 0; i < rows; ++i) {
+      float* s = scores + i * columns;
+      for (int64_t j = N; j < columns; ++j) s[j] = -__builtin_inff();
+      Vector top = Vector::load(s);
+      for (int64_t j = Vector::kWidth; j < columns; j += Vector::kWidth) top = Vector::max(top, Vector::load(s + j));
+      // A NaN among the scores may be lost here, but not below: its own weight, and with it the sum, is NaN.
+      const Vector shift = Vector::broadcast(-top.max() * t.scale), scale = Vector::broadcast(t.scale);
+      Vector total = Vector::broadcast(0.0f);
+      Activation* to = weights + i * columns;
+      for (int64_t j = 0; j < columns; j += Vector::kWidth) {
+        const Vector e = exponential(Vector::fma(Vector::load(s + j), scale, shift));
+        store_as(to + j, e);
+        total = total + e;
+      }
+      for (int64_t j = N; j < columns; ++j) to[j] = zero;
+      sums[i] = total.sum();
+    }
+    multiply<Dot>(weights, columns, rows, reinterpret_cast<const char*>(values),
+                  value_panel * sizeof(Activation), value_panels, N, scores, value_panels * kPanel);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* from = scores + i * value_panels * kPanel;
+      Activation* to = out + (first + i) * t.out_stride;
+      const float inverse = 1.0f / sums[i];
+      const Vector factor = Vector::broadcast(inverse);
+      int64_t j = 0;
+      for (; j + Vector::kWidth <= w; j += Vector::kWidth) store_as(to + j, Vector::load(from + j) * factor);
+      for (; j < w; ++j) to[j] = from_float<Activation>(from[j] * inverse);
+      for (; j < w + t.padding; ++j) to[j] = zero;
+    }
+  }
+}
+
+template <class Dot>
+int64_t attention_scratch(int64_t tokens, int64_t head_dim, int64_t value_width) {
+  return attention_layout<Dot>(tokens, head_dim, value_width).end / 4;
+}
+
+// --------------------------------------------------------------------------------------- patch embedding
+
+template <class Pixel, class Activation>
+void copy_patches(const PatchRow& t) {
+  const auto* image = static_cast<const Pixel*>(t.image);
+  auto* out = static_cast<Activation*>(t.out);
+  const int64_t patches = t.width / t.patch_width, size = t.channels * t.patch_height * t.patch_width;
+  for (int64_t p = 0; p < patches; ++p) {
+    Activation* to = out + p * t.out_stride;
+    for (int64_t c = 0; c < t.channels; ++c)
+      for (int64_t y = 0; y < t.patch_height; ++y) {
+        const Pixel* from = image + (c * t.height + y) * t.width + p * t.patch_width;
+        for (int64_t x = 0; x < t.patch_width; ++x) *to++ = from_float<Activation>(to_float(from[x]));
+      }
+    for (int64_t j = size; j < t.padded; ++j) *to++ = from_float<Activation>(0.0f);
+  }
+}
+
+template <class Activation>
+void patches(const PatchRow& t) {
+  if (t.bfloat16)
+    copy_patches<BFloat16, Activation>(t);
+  else
+    copy_patches<float, Activation>(t);
+}
+
+// What an instruction set offers for one dtype of weights. `Inner` is how activations meet one another.
+template <class Dot, class Inner>
+constexpr Kernels make_kernels(const char* name) {
+  using Activation = typename Dot::Activation;
+  return {name,           sizeof(Activation), kRows, linear<Dot>, norm<Activation>, attention<Inner>,
+          patches<Activation>, attention_scratch<Inner>};
+}
+
+// ---------------------------------------------------------------------- dot products of float32 activations
+
+struct Float32Dot {
+  using Activation = float;
+  static constexpr int64_t kStep = 1, kUnit = 4;
+
+  template <int Rows, int Panels>
+  static inline void run(const float* a, int64_t a_stride, const char* b, int64_t b_stride, int64_t inputs,
+                         Vector (&sum)[Rows][Panels * kVectors]) {
+    for (int64_t k = 0; k < inputs; ++k) {
+      Vector w[Panels * kVectors];
+#pragma GCC unroll 16
+      for (int j = 0; j < Panels * kVectors; ++j)
+        w[j] = Vector::load(reinterpret_cast<const float*>(b + j / kVectors * b_stride) + k * kPanel +
+                            j % kVectors * Vector::kWidth);
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+        const Vector x = Vector::broadcast(a[i * a_stride + k]);
+#pragma GCC unroll 16
+        for (int j = 0; j < Panels * kVectors; ++j) sum[i][j] = Vector::fma(x, w[j], sum[i][j]);
+      }
+    }
+  }
+};
+
+// bfloat16 weights widened in registers: exact, and half the memory traffic of float32.
+struct WideningDot {
+  using Activation = float;
+  static constexpr int64_t kStep = 2, kUnit = 4;
+
+  template <int Rows, int Panels>
+  static inline void run(const float* a, int64_t a_stride, const char* b, int64_t b_stride, int64_t inputs,
+                         Vector (&sum)[Rows][Panels * kVectors]) {
+    // Rows of activations are padded, and an odd last input meets a weight of zero.
+    for (int64_t k = 0; k < inputs; k += 2) {
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        Vector w[Panels * kVectors];
+#pragma GCC unroll 16
+        for (int j = 0; j < Panels * kVectors; ++j) {
+          const char* from = b + j / kVectors * b_stride + (k * kPanel / 2 + j % kVectors * Vector::kWidth) * 4;
+          w[j] = odd ? Vector::load_high_halves(from) : Vector::load_low_halves(from);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < Rows; ++i) {
+          const Vector x = Vector::broadcast(a[i * a_stride + k + odd]);
+#pragma GCC unroll 16
+          for (int j = 0; j < Panels * kVectors; ++j) sum[i][j] = Vector::fma(x, w[j], sum[i][j]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace vtp_cpu

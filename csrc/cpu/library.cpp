@@ -1,0 +1,131 @@
+// The engine as PyTorch operators, on the stable ABI: one binary for torch 2.10 and later.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "engine.h"
+
+namespace vtp_cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Workspaces of finished calls wait here for the next one; several calls at once take one each.
+class WorkspacePool {
+ public:
+  std::unique_ptr<Workspace> take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (idle_.empty()) return std::make_unique<Workspace>();
+    std::unique_ptr<Workspace> out = std::move(idle_.back());
+    idle_.pop_back();
+    return out;
+  }
+  void give_back(std::unique_ptr<Workspace> workspace) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    idle_.push_back(std::move(workspace));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Workspace>> idle_;
+};
+
+WorkspacePool& pool() {
+  static WorkspacePool* pool = new WorkspacePool;  // never destroyed: threads may outlive static objects
+  return *pool;
+}
+
+void in_parallel(int64_t threads, void (*body)(void*), void* context) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { body(context); });
+}
+
+std::string shape_of(const Tensor& t) {
+  std::string out = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) out += (i ? ", " : "") + std::to_string(t.size(i));
+  return out + "]";
+}
+
+void expect(bool good, const std::string& message) { STD_TORCH_CHECK(good, message); }
+
+void expect_memory(const Tensor& t, const char* name, ScalarType dtype, const char* dtype_name) {
+  expect(t.is_cpu(), std::string(name) + ": not on the CPU");
+  expect(t.scalar_type() == dtype && t.dim() == 1 && t.is_contiguous(),
+         std::string(name) + ": got shape " + shape_of(t) + ", expected a contiguous vector of " + dtype_name);
+}
+
+void expect_input(const Tensor& t, const char* name, int64_t rank) {
+  expect(t.is_cpu(), std::string(name) + ": not on the CPU");
+  expect(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16,
+         std::string(name) + ": expected float32 or bfloat16");
+  expect(t.dim() == rank, std::string(name) + ": got shape " + shape_of(t) + ", expected " + std::to_string(rank) +
+                              " dimensions");
+}
+
+// Reads the model, calls `check` on it, which gives the shape of the result, and runs it.
+template <class Check>
+Tensor run_model(const Tensor& input, const Tensor& weights, const Tensor& layout, const Check& check) {
+  expect_memory(weights, "weights", ScalarType::Byte, "uint8");
+  expect_memory(layout, "layout", ScalarType::Long, "int64");
+  std::unique_ptr<Workspace> workspace = pool().take();
+  workspace->model.read(layout.const_data_ptr<int64_t>(), layout.size(0),
+                        static_cast<const char*>(weights.const_data_ptr()), weights.size(0));
+  const std::vector<int64_t> shape = check(workspace->model);
+  const Tensor in = torch::stable::contiguous(input);
+  Tensor out = torch::stable::new_empty(in, shape);
+  const bool bfloat16 = in.scalar_type() == ScalarType::BFloat16;
+  const Call call{in.const_data_ptr(), bfloat16,
+                  in.size(0),          workspace->model.from_images ? 0 : in.size(1),
+                  out.mutable_data_ptr(), bfloat16};
+  if (out.numel() > 0) run(*workspace, call, torch::stable::get_num_threads(), in_parallel);
+  pool().give_back(std::move(workspace));
+  return out;
+}
+
+Tensor cpu_vit(const Tensor& images, const Tensor& weights, const Tensor& layout, int64_t outputs) {
+  expect_input(images, "images", 4);
+  return run_model(images, weights, layout, [&](const Model& m) {
+    expect(m.from_images && m.to_logits, "layout: it is not that of a whole model");
+    expect(images.size(1) == m.channels && images.size(2) == m.height && images.size(3) == m.width,
+           "images: got shape " + shape_of(images) + ", expected [B, " + std::to_string(m.channels) + ", " +
+               std::to_string(m.height) + ", " + std::to_string(m.width) + "]");
+    expect(outputs == m.head.outputs, "outputs: got " + std::to_string(outputs) + ", expected " +
+                                          std::to_string(m.head.outputs));
+    return std::vector<int64_t>{images.size(0), outputs};
+  });
+}
+
+Tensor cpu_blocks(const Tensor& tokens, const Tensor& weights, const Tensor& layout) {
+  expect_input(tokens, "tokens", 3);
+  return run_model(tokens, weights, layout, [&](const Model& m) {
+    expect(!m.from_images && !m.to_logits, "layout: it is not that of blocks alone");
+    expect(tokens.size(2) == m.embed_dim, "tokens: got shape " + shape_of(tokens) + ", expected [B, N, " +
+                                              std::to_string(m.embed_dim) + "]");
+    return std::vector<int64_t>{tokens.size(0), tokens.size(1), tokens.size(2)};
+  });
+}
+
+// Number of the instruction set in use would need a table on both sides; its name is what people ask for.
+std::string cpu_isa() { return kernels(Dtype::kBFloat16).name; }
+
+}  // namespace
+}  // namespace vtp_cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vtp, m) {
+  m.def("cpu_vit(Tensor images, Tensor weights, Tensor layout, int outputs) -> Tensor");
+  m.def("cpu_blocks(Tensor tokens, Tensor weights, Tensor layout) -> Tensor");
+  m.def("cpu_isa() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vtp, CPU, m) {
+  m.impl("cpu_vit", TORCH_BOX(&vtp_cpu::cpu_vit));
+  m.impl("cpu_blocks", TORCH_BOX(&vtp_cpu::cpu_blocks));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vtp, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&vtp_cpu::cpu_isa)); }

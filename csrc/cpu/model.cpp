@@ -1,0 +1,166 @@
+#include "model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace vtp_cpu {
+namespace {
+
+constexpr int64_t kFormat = 1;        // of the list; vtp/cpu_engine.py has the same
+constexpr int64_t kMost = 1 << 24;    // of any width or count: products of two stay far from overflow
+
+[[noreturn]] void refuse(const std::string& why) {
+  throw std::runtime_error("layout: " + why + "; expected the one that vtp.optimize made with the weights");
+}
+
+class Reader {
+ public:
+  Reader(const int64_t* layout, int64_t length, const char* bytes, int64_t size)
+      : at_(layout), end_(layout + length), bytes_(bytes), size_(size) {}
+
+  int64_t next() {
+    if (at_ == end_) refuse("it ends too early");
+    return *at_++;
+  }
+
+  int64_t count(const char* what, int64_t least = 0) {
+    const int64_t n = next();
+    if (n < least || n > kMost) refuse(std::string(what) + " is " + std::to_string(n));
+    return n;
+  }
+
+  template <class T>
+  const T* memory(int64_t count, const char* what) {
+    const int64_t offset = next();
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    if (offset < 0 || offset % 4 || offset > size_ || bytes > size_ - offset)
+      refuse(std::string(what) + " lies at byte " + std::to_string(offset) + " of " + std::to_string(size_));
+    return reinterpret_cast<const T*>(bytes_ + offset);
+  }
+
+  void expect_end() const {
+    if (at_ != end_) refuse("it goes on behind its end");
+  }
+
+  Linear linear(Dtype dtype, int64_t inputs, int64_t outputs) {
+    Linear out;
+    out.inputs = count("the inputs of a layer", 1);
+    out.outputs = count("the outputs of a layer", 1);
+    if (out.inputs != inputs || (outputs && out.outputs != outputs))
+      refuse("a layer has " + std::to_string(out.inputs) + " inputs and " + std::to_string(out.outputs) +
+             " outputs where " + std::to_string(inputs) + " and " + std::to_string(outputs) + " belong");
+    out.weight = memory<char>(out.panels() * panel_bytes(dtype, out.inputs), "a weight");
+    out.bias = memory<float>(out.panels() * kPanel, "a bias");
+    return out;
+  }
+
+  Norm norm(int64_t width) {
+    Norm out{count("the kept columns of a norm", 1), nullptr};
+    if (out.kept > width) refuse("a norm keeps " + std::to_string(out.kept) + " of " + std::to_string(width));
+    if (next()) {
+      out.index = memory<int32_t>(out.kept, "an index");
+      for (int64_t j = 0; j < out.kept; ++j)
+        if (out.index[j] < 0 || out.index[j] >= width) refuse("an index is " + std::to_string(out.index[j]));
+    } else if (out.kept != width) {
+      refuse("a norm without an index keeps " + std::to_string(out.kept) + " of " + std::to_string(width));
+    }
+    return out;
+  }
+
+ private:
+  const int64_t *at_, *end_;
+  const char* bytes_;
+  int64_t size_;
+};
+
+float float_of(int64_t bits) {  // floats travel as their bits
+  const uint32_t low = static_cast<uint32_t>(bits);
+  float out;
+  std::memcpy(&out, &low, 4);
+  return out;
+}
+
+}  // namespace
+
+void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64_t size) {
+  Reader in(layout, length, bytes, size);
+  const int64_t format = in.next();
+  if (format != kFormat) refuse("its format is " + std::to_string(format));
+  const int64_t kind = in.next();
+  if (kind != 0 && kind != 1) refuse("its dtype is " + std::to_string(kind));
+  dtype = static_cast<Dtype>(kind);
+  embed_dim = in.count("the embedding width", 1);
+  head_dim = in.count("the head width");
+  eps = float_of(in.next());
+  scale = float_of(in.next());
+
+  from_images = in.next() != 0;
+  if (from_images) {
+    channels = in.count("channels", 1);
+    height = in.count("the height", 1);
+    width = in.count("the width", 1);
+    patch_height = in.count("the height of a patch", 1);
+    patch_width = in.count("the width of a patch", 1);
+    prefix = in.count("the number of prefix tokens");
+    if (height % patch_height || width % patch_width) refuse("patches do not fill the image");
+    const int64_t rows = height / patch_height, columns = width / patch_width;
+    if (channels > kMost / patch_height / patch_width || rows > kMost / columns) refuse("patches are too many");
+    tokens = prefix + rows * columns;
+    patches = in.linear(dtype, channels * patch_height * patch_width, embed_dim);
+    positions = in.memory<float>(tokens * round_up(embed_dim, kPanel), "the positions");
+  }
+
+  blocks.resize(in.count("the number of blocks"));
+  for (Block& block : blocks) {
+    block.offset = in.next() ? in.memory<float>(embed_dim, "an offset") : nullptr;
+    block.has_attention = in.next() != 0;
+    if (block.has_attention) {
+      Attention& a = block.attention;
+      a.norm = in.norm(embed_dim);
+      a.value_widths.resize(in.count("the number of heads", 1));
+      a.total_width = 0;
+      for (int64_t& w : a.value_widths) a.total_width += w = in.count("a value width", 1);
+      const int64_t heads = static_cast<int64_t>(a.value_widths.size());
+      if (head_dim < 1 || heads > kMost / head_dim || a.total_width > kMost) refuse("heads are too wide");
+      a.qkv = in.linear(dtype, a.norm.kept, 2 * heads * head_dim + a.total_width);
+      a.head_norms = in.next() ? in.memory<float>(4 * head_dim, "the norms of heads") : nullptr;
+      a.proj = in.linear(dtype, a.total_width, embed_dim);
+    }
+    block.has_mlp = in.next() != 0;
+    if (block.has_mlp) {
+      block.mlp.norm = in.norm(embed_dim);
+      block.mlp.fc1 = in.linear(dtype, block.mlp.norm.kept, 0);
+      block.mlp.fc2 = in.linear(dtype, block.mlp.fc1.outputs, embed_dim);
+    }
+  }
+
+  to_logits = in.next() != 0;
+  if (to_logits) {
+    pooled = in.count("the number of pooled tokens", 1);
+    if (from_images && pooled > tokens) refuse("more tokens are pooled than there are");
+    head = in.linear(dtype, pooled * embed_dim, 0);
+  }
+  in.expect_end();
+}
+
+int64_t Model::widest_input() const {
+  int64_t widest = from_images ? patches.inputs : 0;
+  for (const Block& b : blocks) {
+    if (b.has_attention) widest = std::max({widest, b.attention.qkv.inputs, b.attention.proj.inputs});
+    if (b.has_mlp) widest = std::max(widest, b.mlp.fc1.inputs);
+  }
+  return widest;
+}
+
+int64_t Model::widest_hidden() const {
+  int64_t widest = 0;
+  for (const Block& b : blocks) {
+    if (b.has_attention) widest = std::max(widest, b.attention.qkv.outputs);
+    if (b.has_mlp) widest = std::max(widest, b.mlp.fc1.outputs);
+  }
+  return widest;
+}
+
+}  // namespace vtp_cpu

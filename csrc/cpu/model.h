@@ -1,0 +1,71 @@
+// A packed model: one block of bytes with all weights, and a list of integers that says what lies where.
+// vtp/cpu_engine.py writes both; the numbers below are the contract between the two.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace vtp_cpu {
+
+struct Linear {
+  int64_t inputs, outputs;
+  const void* weight;  // panels
+  const float* bias;   // [panels * kPanel], zeros beyond `outputs`
+  int64_t panels() const { return divide_up(outputs, kPanel); }
+};
+
+struct Norm {
+  int64_t kept;
+  const int32_t* index;  // or null
+};
+
+struct Attention {
+  Norm norm;
+  Linear qkv, proj;
+  std::vector<int64_t> value_widths;
+  int64_t total_width;             // their sum
+  const float* head_norms;         // [4][head_dim]: weight and bias for q, then for k; or null
+};
+
+struct Mlp {
+  Norm norm;
+  Linear fc1, fc2;
+};
+
+struct Block {
+  bool has_attention, has_mlp;
+  Attention attention;
+  Mlp mlp;
+  const float* offset;  // [embed_dim], added to the input, or null
+};
+
+struct Model {
+  Dtype dtype;
+  int64_t embed_dim, head_dim;
+  float eps, scale;
+  std::vector<Block> blocks;
+
+  // From images: patches, and a table [tokens][embed_dim rounded to panels] that is added to them, whose first
+  // `prefix` rows are the tokens that are no patches. Else the input is tokens.
+  bool from_images;
+  int64_t channels, height, width, patch_height, patch_width, tokens, prefix;
+  Linear patches;
+  const float* positions;
+
+  // To logits: the normalized tokens 0 .. pooled - 1 side by side into one linear layer. Else tokens come out.
+  bool to_logits;
+  int64_t pooled;
+  Linear head;
+
+  // Throws std::runtime_error if the list is not one of a packed model of `size` bytes. Memory that `this`
+  // holds from an earlier model is used again.
+  void read(const int64_t* layout, int64_t length, const char* bytes, int64_t size);
+
+  int64_t widest_input() const;   // of the linear layers that read normalized rows, attention or patches
+  int64_t widest_hidden() const;  // of what qkv and fc1 put out
+};
+
+}  // namespace vtp_cpu
