@@ -28,7 +28,7 @@ X86_FLAGS = {
     "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 # GCC 12 warns of its own AVX-512 headers.
-FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wno-maybe-uninitialized"]
+FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wno-uninitialized"]
 # The oldest PyTorch whose stable interface is used, 2.10: one binary runs with it and all that follow.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
@@ -52,7 +52,10 @@ class BuildKernels(build_ext):
         except Exception as error:  # of the compiler, whose output is above
             if os.environ.get("VTP_BUILD_CPP") == "1":
                 raise
-            print(f"vtp: C++ operators not built ({error}); vtp works without them, slower on a CPU", file=sys.stderr)
+            print(
+                f"vtp: C++ operators not built ({error}); vtp works without them, slower on a CPU",
+                file=sys.stderr,
+            )
 
 
 def extensions() -> list[Extension]:

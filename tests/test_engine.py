@@ -1,4 +1,4 @@
-"""The packed model against the compact model that it was made from, on CPU."""
+"""A model packed for the ops against the compact model that it was made from, on CPU: see also test_cpu_engine."""
 
 import copy
 import os
@@ -14,11 +14,17 @@ from numerics import assert_close_to_float64
 from torch import nn
 
 import vtp
+from vtp import cpu_engine
 from vtp.compact import ConstantBranch
 from vtp.engine import PackedLinear
 from vtp_kernels import _triton
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def without_the_cpp_engine(monkeypatch):
+    monkeypatch.setattr(cpu_engine, "why_no_cpp", lambda: "switched off")
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from numerics import assert_close_to_float64
 from triton_harness import check_canaries, guarded, guarded_outputs
 
 import vtp
+from vtp.engine import pack_for_ops
 from vtp_kernels import _triton
 from vtp_kernels._library import TritonSides
 
@@ -67,7 +68,7 @@ def check_inference(name, changes, dtype, batch, side):
     small = make(name, changes)
     images = image(small, batch)
     exact, same_dtype = references(small, images, dtype)
-    fast = vtp.optimize(small, dtype)
+    fast = pack_for_ops(small, dtype)
     guard(fast.vit.blocks, side)
     with on_kernels(side) as launched:
         features = fast.vit.forward_features(images.to(dtype))
@@ -140,7 +141,7 @@ def test_fine_tuning_on_the_kernels_has_the_gradients_of_pytorch(interpreter, na
 @torch.no_grad()
 def recorded(small, dtype, batch, target="sm_90"):
     """What warm blocks would launch on `target`: kernels in order, their variants, and other operators."""
-    fast = vtp.optimize(small, dtype).to("meta")
+    fast = pack_for_ops(small, dtype).to("meta")
     x = torch.empty(batch, 197, fast.vit.embed_dim, device="meta", dtype=dtype)
     with _triton.recording("engine", target), TritonSides():
         fast.vit.blocks(x)  # fills caches, as warmup does

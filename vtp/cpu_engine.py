@@ -78,7 +78,9 @@ class _Writer:
         self._parts: list[Tensor] = []
         self._size = 0
         heads = [block.attn.heads for block in vit.blocks if block.attn is not None]
-        norms = [branch.norm for block in vit.blocks for branch in (block.attn, block.mlp) if branch is not None]
+        norms = [
+            branch.norm for block in vit.blocks for branch in (block.attn, block.mlp) if branch is not None
+        ]
         eps = norms[0].eps if norms else getattr(vit.norm, "eps", 0.0)
         scale = heads[0].scale if heads else 1.0
         self.list = [_FORMAT, _DTYPES[dtype], vit.embed_dim, heads[0].head_dim if heads else 0]
@@ -126,7 +128,11 @@ class _Writer:
     def patches(self, vit: VisionTransformer) -> None:
         """The patch embedding; its bias goes into the table of positions."""
         proj = vit.patch_embed.proj
-        channels, (height, width), (rows, columns) = proj.in_channels, vit.patch_embed.img_size, proj.kernel_size
+        channels, (height, width), (rows, columns) = (
+            proj.in_channels,
+            vit.patch_embed.img_size,
+            proj.kernel_size,
+        )
         self.list += [1, channels, height, width, rows, columns, vit.num_prefix_tokens]
         self.linear(proj.weight.flatten(1), torch.zeros(vit.embed_dim))
         self.memory(F.pad(_positions(vit), (0, -vit.embed_dim % _PANEL)).float())

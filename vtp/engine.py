@@ -56,6 +56,26 @@ def optimize(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedV
     Raises:
         TypeError: the model is no CompactViT, a layer of it was replaced, or the dtype is not one of these.
     """
+    dtype = _checked(model, dtype)
+    if model.patch_embed.proj.weight.device.type != "cpu":
+        return pack_for_ops(model, dtype)
+    packed = _packed(model, dtype)
+    reason = cpu_engine.why_not(packed.blocks, dtype)
+    if reason is not None:
+        return OptimizedViT(packed.to(dtype), ImageSpec.of(model), f"plain PyTorch: {reason}")
+    engine = f"C++, {torch.ops.vtp.cpu_isa()}"
+    return OptimizedViT(cpu_engine.pack(packed, dtype), ImageSpec.of(model), engine)
+
+
+@torch.no_grad()
+def pack_for_ops(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedViT":
+    """What `optimize` makes on a GPU, on any device: on a CPU its ops run on plain PyTorch."""
+    dtype = _checked(model, dtype)
+    return OptimizedViT(_packed(model, dtype).to(dtype), ImageSpec.of(model), "ops of vtp_kernels")
+
+
+def _checked(model: CompactViT, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype to pack in; raises TypeError as `optimize` does."""
     if not isinstance(model, CompactViT):
         raise TypeError(
             f"model: got {type(model).__name__}, expected a CompactViT: cut a gated model with "
@@ -65,13 +85,7 @@ def optimize(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedV
     if dtype not in DTYPES:
         raise TypeError(f"dtype: got {dtype}, expected one of {', '.join(map(str, DTYPES))}")
     _refuse_changed_blocks(model)
-    images, vit = ImageSpec.of(model), _packed(model, dtype)
-    if model.patch_embed.proj.weight.device.type != "cpu":
-        return OptimizedViT(vit.to(dtype), images, "ops of vtp_kernels")
-    reason = cpu_engine.why_not(vit.blocks, dtype)
-    if reason is not None:
-        return OptimizedViT(vit.to(dtype), images, f"plain PyTorch: {reason}")
-    return OptimizedViT(cpu_engine.pack(vit, dtype), images, f"C++, {torch.ops.vtp.cpu_isa()}")
+    return dtype
 
 
 def _packed(model: CompactViT, dtype: torch.dtype) -> CompactViT:
@@ -362,8 +376,7 @@ def kernels(model: CompactViT, dtype: torch.dtype, target: str) -> list[_triton.
         target: the GPU, a key of `vtp_kernels._triton.TARGETS`. Nothing runs on it: the packed model runs on
             meta tensors, while its launches are noted.
     """
-    spec = ImageSpec.of(model)
-    packed = OptimizedViT(_packed(model, dtype).to(device="meta", dtype=dtype), spec, "ops of vtp_kernels")
+    packed, spec = pack_for_ops(model, dtype).to("meta"), ImageSpec.of(model)
     images = torch.empty(1, spec.channels, *spec.size, dtype=dtype, device="meta")
     with _triton.recording("model", target) as found, TritonSides():
         # Batch sizes choose between a product in one piece or in parts, and the vendor's.

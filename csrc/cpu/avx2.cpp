@@ -17,9 +17,6 @@ struct Vector {
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   static Vector broadcast(float x) { return {_mm256_set1_ps(x)}; }
   static Vector fma(Vector a, Vector b, Vector c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-  static Vector gather(const float* p, const int32_t* i) {
-    return {_mm256_i32gather_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(i)), 4)};
-  }
   // Of a NaN and a number the second argument comes out.
   static Vector max(Vector a, Vector b) { return {_mm256_max_ps(a.v, b.v)}; }
   static Vector min(Vector a, Vector b) { return {_mm256_min_ps(a.v, b.v)}; }
@@ -52,7 +49,7 @@ inline Vector operator-(Vector a, Vector b) { return {_mm256_sub_ps(a.v, b.v)}; 
 inline Vector operator*(Vector a, Vector b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vector operator/(Vector a, Vector b) { return {_mm256_div_ps(a.v, b.v)}; }
 
-constexpr int kRows = 6, kPanels = 1;  // 12 sums, 2 weights and 1 activation in 16 registers
+constexpr int kSums = 12, kPanels = 1;  // with 2 weights and 1 activation in 16 registers
 
 }  // namespace
 }  // namespace vtp_cpu

@@ -16,9 +16,6 @@ struct Vector {
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   static Vector broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static Vector fma(Vector a, Vector b, Vector c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-  static Vector gather(const float* p, const int32_t* i) {
-    return {_mm512_i32gather_ps(_mm512_loadu_si512(i), p, 4)};
-  }
   // Of a NaN and a number the second argument comes out.
   static Vector max(Vector a, Vector b) { return {_mm512_max_ps(a.v, b.v)}; }
   static Vector min(Vector a, Vector b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -47,7 +44,7 @@ inline Vector operator-(Vector a, Vector b) { return {_mm512_sub_ps(a.v, b.v)}; 
 inline Vector operator*(Vector a, Vector b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vector operator/(Vector a, Vector b) { return {_mm512_div_ps(a.v, b.v)}; }
 
-constexpr int kRows = 12, kPanels = 2;  // 24 sums, 2 weights and 1 activation in 32 registers
+constexpr int kSums = 24, kPanels = 2;  // with 2 weights and 1 activation in 32 registers
 
 }  // namespace
 }  // namespace vtp_cpu

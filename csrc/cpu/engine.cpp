@@ -215,7 +215,7 @@ class Engine {
   void attention(const Block& block) {
     const int64_t heads = images_ * static_cast<int64_t>(block.attention.value_widths.size());
     int64_t parts = 1;
-    while (heads * parts < kTasksPerThread * threads_ && tokens_ / parts > 8 * k_.row_step) parts *= 2;
+    while (heads * parts <= 2 * threads_ && tokens_ / parts > 8 * k_.row_step) parts *= 2;
     Stage& s = add(Stage::kAttention, heads * parts);
     s.block = &block;
     s.parts = parts;
@@ -297,7 +297,7 @@ class Engine {
     t.bias = s.layer->bias + panel * kPanel;
     t.inputs = s.layer->inputs;
     t.rows = std::min(s.row_block, s.rows - row);
-    t.panels = std::min(s.panel_block, s.layer->panels() - panel);
+    t.columns = std::min(s.panel_block * kPanel, s.layer->outputs - panel * kPanel);
     t.gelu = s.gelu;
     t.out = static_cast<char*>(s.to) +
             (row * s.to_stride + panel * kPanel) * (s.to_float ? 4 : k_.activation_bytes);

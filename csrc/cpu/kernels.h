@@ -18,9 +18,6 @@ namespace vtp_cpu {
 // Columns beyond N and the input beyond an odd K are zeros.
 constexpr int64_t kPanel = 16;
 
-// Elements to which rows of activations are padded: a whole cache line of bfloat16.
-constexpr int64_t kRowAlign = 32;
-
 enum class Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -31,22 +28,23 @@ inline int64_t panel_bytes(Dtype dtype, int64_t inputs) {
   return dtype == Dtype::kFloat32 ? inputs * kPanel * 4 : divide_up(inputs, 2) * kPanel * 4;
 }
 
-// A tile of C = act(A W^T + bias) + residual. Rows of A and C are padded to kRowAlign; C's columns are whole
-// panels, of which those beyond N become zeros (activations) or what the residual has there.
+// A tile of C = act(A W^T + bias) + residual. Rows of A and C have room for whole panels; what of C lies beyond
+// `columns` is undefined, but where activations are bfloat16: there it is computed from the weight's zeros, so
+// that an odd width ends in a finite number.
 struct LinearTile {
   const void* a;           // activations of the first row
   int64_t a_stride;        // elements between rows
   const void* weight;      // the first panel
   const float* bias;       // of the first panel's columns, or null
   int64_t inputs;          // K
-  int64_t rows, panels;    // of the tile
+  int64_t rows, columns;   // of the tile; it starts with a whole panel
   bool gelu;               // exact GELU of A W^T + bias
   const float* residual;   // of the first element, or null; may be what is written
   int64_t residual_stride;
   void* out;               // first element: float32 with `out_float`, else activations
   bool out_float;
   int64_t out_stride;
-  float* scratch;          // rows * panels * kPanel floats
+  float* scratch;          // rows * columns rounded up to panels
 };
 
 // Rows [first, last) of `(x - mean) / sqrt(var + eps)` at the columns `index`.

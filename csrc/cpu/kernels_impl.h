@@ -1,8 +1,7 @@
 // The one source of the kernels. A file of an instruction set defines, in an unnamed namespace,
 //
-//   Vector        `kWidth` floats: load, store, broadcast, fma, gather, ...
-//   kRows         rows of a tile held in registers
-//   kPanels       panels of 16 columns held in registers beside each other
+//   Vector        `kWidth` floats: load, store, broadcast, fma, ...
+//   kSums         sums that are held in registers, in tiles of `kPanels` panels of 16 columns or narrower ones
 //   store_as      of a vector as bfloat16, if activations are
 //
 // and includes this file. Nothing here may be shared between instruction sets (no inline function of a
@@ -18,10 +17,11 @@
 namespace vtp_cpu {
 namespace {
 
-constexpr int kVectors = kPanel / Vector::kWidth;  // of a panel
+constexpr int kVectors = kPanel / Vector::kWidth;     // of a panel
+constexpr int kRows = kSums / (kPanels * kVectors);  // of a full tile
 
-// Inputs between two visits to a tile of results: a panel of them (24 KB) stays in the first-level cache.
-constexpr int64_t kInputChunk = 384;
+// Inputs between two visits to a tile of results: a panel of them (16 KB) stays in the first-level cache.
+constexpr int64_t kInputChunk = 256;
 
 // ----------------------------------------------------------------------------------------------- elements
 
@@ -87,55 +87,74 @@ inline Vector gelu(Vector x) {
 
 // ------------------------------------------------------------------------------------------------ products
 
-// C [Rows, Panels * 16] (+)= A [Rows, inputs] B, with C in registers meanwhile.
-template <class Dot, int Rows, int Panels>
+// C [Rows, Vectors * kWidth] (+)= A [Rows, inputs] B, with C in registers meanwhile.
+template <class Dot, int Rows, int Vectors>
 inline void multiply_tile(const typename Dot::Activation* a, int64_t a_stride, const char* b, int64_t b_stride,
                           int64_t inputs, float* c, int64_t c_stride, bool add) {
-  Vector sum[Rows][Panels * kVectors];
+  Vector sum[Rows][Vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < Panels * kVectors; ++j)
-      sum[i][j] = add ? Vector::load(c + i * c_stride + j * Vector::kWidth) : Vector::broadcast(0.0f);
-  Dot::template run<Rows, Panels>(a, a_stride, b, b_stride, inputs, sum);
+    for (int j = 0; j < Vectors; ++j)
+      sum[i][j] = Vector::broadcast(0.0f);
+  Dot::template run<Rows, Vectors>(a, a_stride, b, b_stride, inputs, sum);
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < Panels * kVectors; ++j) sum[i][j].store(c + i * c_stride + j * Vector::kWidth);
+    for (int j = 0; j < Vectors; ++j) {
+      float* to = c + i * c_stride + j * Vector::kWidth;
+      // What is there is added last, not first: rounding errors then grow with a chunk's inputs, not with all.
+      (add ? Vector::load(to) + sum[i][j] : sum[i][j]).store(to);
+    }
 }
 
-// All rows against `Panels` panels: tiles of kRows, and what is left in one smaller tile.
-template <class Dot, int Panels, int Rows = kRows>
+// All rows against `Vectors` columns of vectors: tiles of as many rows as registers hold, and what is left in
+// one smaller tile.
+template <class Dot, int Vectors, int Rows = kSums / Vectors>
 inline void multiply_rows(const typename Dot::Activation* a, int64_t a_stride, int64_t rows, const char* b,
                           int64_t b_stride, int64_t inputs, float* c, int64_t c_stride, bool add) {
   if constexpr (Rows > 0) {
     for (; rows >= Rows; rows -= Rows, a += Rows * a_stride, c += Rows * c_stride)
-      multiply_tile<Dot, Rows, Panels>(a, a_stride, b, b_stride, inputs, c, c_stride, add);
-    if (rows) multiply_rows<Dot, Panels, Rows - 1>(a, a_stride, rows, b, b_stride, inputs, c, c_stride, add);
+      multiply_tile<Dot, Rows, Vectors>(a, a_stride, b, b_stride, inputs, c, c_stride, add);
+    if (rows) multiply_rows<Dot, Vectors, Rows - 1>(a, a_stride, rows, b, b_stride, inputs, c, c_stride, add);
   }
 }
 
-// C [rows, panels * 16] = A B. B is [panels], `b_stride` bytes apart, of [inputs / Dot::kStep][16] units of
-// Dot::kUnit bytes. Chunks of inputs outside, panels inside: A's chunk stays in the second-level cache, the
-// panel's in the first.
+// The first `columns` columns of a panel, fewer than all of its vectors.
+template <class Dot, int Vectors>
+inline void last_vectors(const typename Dot::Activation* a, int64_t a_stride, int64_t rows, const char* b,
+                         int64_t b_stride, int64_t columns, int64_t inputs, float* c, int64_t c_stride, bool add) {
+  if constexpr (Vectors > 1) {
+    if (columns <= (Vectors - 1) * Vector::kWidth)
+      return last_vectors<Dot, Vectors - 1>(a, a_stride, rows, b, b_stride, columns, inputs, c, c_stride, add);
+  }
+  Dot::template rows<Vectors>(a, a_stride, rows, b, b_stride, inputs, c, c_stride, add);
+}
+
+// C [rows, columns rounded up to vectors] = A B. B is in panels, `b_stride` bytes apart, of
+// [inputs / Dot::kStep][16] units of 4 bytes. Chunks of inputs outside, panels inside: A's chunk stays in the
+// second-level cache, the panel's in the first. Of a last panel only the vectors that are needed are computed.
 template <class Dot>
 void multiply(const typename Dot::Activation* a, int64_t a_stride, int64_t rows, const char* b,
-              int64_t b_stride, int64_t panels, int64_t inputs, float* c, int64_t c_stride) {
+              int64_t b_stride, int64_t columns, int64_t inputs, float* c, int64_t c_stride) {
   const int64_t chunks = divide_up(inputs, kInputChunk);
   const int64_t chunk = round_up(divide_up(inputs, chunks), 2);
   for (int64_t k = 0; k < inputs; k += chunk) {
     const int64_t size = inputs - k < chunk ? inputs - k : chunk;
-    const char* from = b + k / Dot::kStep * kPanel * Dot::kUnit;
-    for (int64_t p = 0; p < panels; p += kPanels) {
-      if constexpr (kPanels == 2) {
-        if (p + 1 == panels) {
-          multiply_rows<Dot, 1>(a + k, a_stride, rows, from + p * b_stride, b_stride, size, c + p * kPanel,
-                                c_stride, k > 0);
-          continue;
-        }
+    for (int64_t j = 0; j < columns;) {
+      const char* from = b + j / kPanel * b_stride + k / Dot::kStep * kPanel * 4;
+      float* to = c + j;
+      if (columns - j > (kPanels - 1) * kPanel + (kVectors - 1) * Vector::kWidth) {
+        Dot::template rows<kPanels * kVectors>(a + k, a_stride, rows, from, b_stride, size, to, c_stride, k > 0);
+        j += kPanels * kPanel;
+      } else if (columns - j > (kVectors - 1) * Vector::kWidth) {
+        Dot::template rows<kVectors>(a + k, a_stride, rows, from, b_stride, size, to, c_stride, k > 0);
+        j += kPanel;
+      } else {
+        if constexpr (kVectors > 1) last_vectors<Dot, kVectors - 1>(a + k, a_stride, rows, from, b_stride,
+                                                                    columns - j, size, to, c_stride, k > 0);
+        break;
       }
-      multiply_rows<Dot, kPanels>(a + k, a_stride, rows, from + p * b_stride, b_stride, size, c + p * kPanel,
-                                  c_stride, k > 0);
     }
   }
 }
@@ -144,11 +163,10 @@ inline void store_as(float* out, Vector x) { x.store(out); }
 
 template <class Out>
 void finish_tile(const LinearTile& t) {
-  const int64_t columns = t.panels * kPanel;
   for (int64_t i = 0; i < t.rows; ++i) {
-    const float* from = t.scratch + i * columns;
+    const float* from = t.scratch + i * round_up(t.columns, kPanel);
     Out* to = static_cast<Out*>(t.out) + i * t.out_stride;
-    for (int64_t j = 0; j < columns; j += Vector::kWidth) {
+    for (int64_t j = 0; j < t.columns; j += Vector::kWidth) {
       Vector x = Vector::load(from + j);
       if (t.bias) x = x + Vector::load(t.bias + j);
       if (t.gelu) x = gelu(x);
@@ -161,9 +179,9 @@ void finish_tile(const LinearTile& t) {
 template <class Dot>
 void linear(const LinearTile& t) {
   using Activation = typename Dot::Activation;
-  const int64_t stride = divide_up(t.inputs, Dot::kStep) * kPanel * Dot::kUnit;
+  const int64_t stride = divide_up(t.inputs, Dot::kStep) * kPanel * 4;
   multiply<Dot>(static_cast<const Activation*>(t.a), t.a_stride, t.rows, static_cast<const char*>(t.weight),
-                stride, t.panels, t.inputs, t.scratch, t.panels * kPanel);
+                stride, t.columns, t.inputs, t.scratch, round_up(t.columns, kPanel));
   if (t.out_float)
     finish_tile<float>(t);
   else
@@ -172,24 +190,36 @@ void linear(const LinearTile& t) {
 
 // ----------------------------------------------------------------------------------------------- LayerNorm
 
+// The sum of f(x[j]) over j < width. Four sums at once, so that additions need not wait for one another.
+template <class F>
+inline float sum_of(const float* x, int64_t width, const F& f) {
+  Vector total[4];
+  for (Vector& t : total) t = Vector::broadcast(0.0f);
+  int64_t j = 0;
+  for (; j + 4 * Vector::kWidth <= width; j += 4 * Vector::kWidth)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) total[i] = total[i] + f(Vector::load(x + j + i * Vector::kWidth));
+  for (; j + Vector::kWidth <= width; j += Vector::kWidth) total[0] = total[0] + f(Vector::load(x + j));
+  float rest[Vector::kWidth] = {};
+  if (j < width) {  // the last few, each summed as those before it
+    float last[Vector::kWidth] = {};
+    for (int64_t i = 0; i < width - j; ++i) last[i] = x[j + i];
+    f(Vector::load(last)).store(rest);
+  }
+  float sum = ((total[0] + total[1]) + (total[2] + total[3])).sum();
+  for (int64_t i = 0; i < width - j; ++i) sum += rest[i];
+  return sum;
+}
+
 // Mean and 1 / sqrt(var + eps) of x [width], in two passes.
 inline void statistics(const float* x, int64_t width, float eps, float& mean, float& rstd) {
-  const int64_t whole = width / Vector::kWidth * Vector::kWidth;
-  Vector total = Vector::broadcast(0.0f);
-  for (int64_t j = 0; j < whole; j += Vector::kWidth) total = total + Vector::load(x + j);
-  float sum = total.sum();
-  for (int64_t j = whole; j < width; ++j) sum += x[j];
-  mean = sum / static_cast<float>(width);
+  mean = sum_of(x, width, [](Vector v) { return v; }) / static_cast<float>(width);
   const Vector center = Vector::broadcast(mean);
-  Vector squares = Vector::broadcast(0.0f);
-  for (int64_t j = 0; j < whole; j += Vector::kWidth) {
-    const Vector d = Vector::load(x + j) - center;
-    squares = Vector::fma(d, d, squares);
-  }
-  sum = squares.sum();
-  for (int64_t j = whole; j < width; ++j) sum += (x[j] - mean) * (x[j] - mean);
-  rstd = 1.0f / __builtin_sqrtf(sum / static_cast<float>(width) + eps);
+  const float squares = sum_of(x, width, [center](Vector v) { return (v - center) * (v - center); });
+  rstd = 1.0f / __builtin_sqrtf(squares / static_cast<float>(width) + eps);
 }
+
+constexpr int64_t kGathered = 64;
 
 template <class Activation>
 void norm(const NormRows& t, int64_t first, int64_t last) {
@@ -200,9 +230,13 @@ void norm(const NormRows& t, int64_t first, int64_t last) {
     statistics(x, t.width, t.eps, mean, rstd);
     const Vector center = Vector::broadcast(mean), scale = Vector::broadcast(rstd);
     int64_t j = 0;
-    for (; j + Vector::kWidth <= t.kept; j += Vector::kWidth) {
-      const Vector v = t.index ? Vector::gather(x, t.index + j) : Vector::load(x + j);
-      store_as(out + j, (v - center) * scale);
+    // Gathered one by one and a block at a time: gather instructions took three times as long (AMD Zen 3).
+    for (float block[kGathered]; j + kGathered <= t.kept; j += kGathered) {
+      if (t.index)
+        for (int64_t i = 0; i < kGathered; ++i) block[i] = x[t.index[j + i]];
+      const float* from = t.index ? block : x + j;
+      for (int64_t i = 0; i < kGathered; i += Vector::kWidth)
+        store_as(out + j + i, (Vector::load(from + i) - center) * scale);
     }
     for (; j < t.kept; ++j) out[j] = from_float<Activation>((x[t.index ? t.index[j] : j] - mean) * rstd);
     for (; j < t.padded; ++j) out[j] = from_float<Activation>(0.0f);
@@ -212,7 +246,7 @@ void norm(const NormRows& t, int64_t first, int64_t last) {
 // ----------------------------------------------------------------------------------------------- attention
 
 // Rows of queries whose scores are in memory at once.
-constexpr int64_t kQueryRows = 4 * kRows > 24 ? 4 * kRows : 24;
+constexpr int64_t kQueryRows = 48;
 
 struct AttentionLayout {  // of the scratch memory, in bytes
   int64_t keys, values, scores, weights, sums, queries, end;
@@ -294,7 +328,7 @@ void attention(const AttentionRows& t) {
     }
   }
 
-  const int64_t key_panels = divide_up(N, kPanel), columns = key_panels * kPanel;
+  const int64_t columns = round_up(N, kPanel);
   for (int64_t first = t.first_row; first < t.last_row; first += kQueryRows) {
     const int64_t rows = t.last_row - first < kQueryRows ? t.last_row - first : kQueryRows;
     const Activation* a = q + first * t.stride;
@@ -306,14 +340,17 @@ void attention(const AttentionRows& t) {
       a = queries;
     }
     multiply<Dot>(a, a_stride, rows, reinterpret_cast<const char*>(keys), key_panel * sizeof(Activation),
-                  key_panels, d, scores, columns);
+                  N, d, scores, columns);
     for (int64_t i = 0; i < rows; ++i) {
       float* s = scores + i * columns;
       for (int64_t j = N; j < columns; ++j) s[j] = -__builtin_inff();
-      Vector top = Vector::load(s);
-      for (int64_t j = Vector::kWidth; j < columns; j += Vector::kWidth) top = Vector::max(top, Vector::load(s + j));
+      Vector top[2] = {Vector::load(s), Vector::load(s)};
+      for (int64_t j = 0; j < columns; j += 2 * Vector::kWidth) {
+        top[0] = Vector::max(top[0], Vector::load(s + j));
+        if (j + Vector::kWidth < columns) top[1] = Vector::max(top[1], Vector::load(s + j + Vector::kWidth));
+      }
       // A NaN among the scores may be lost here, but not below: its own weight, and with it the sum, is NaN.
-      const Vector shift = Vector::broadcast(-top.max() * t.scale), scale = Vector::broadcast(t.scale);
+      const Vector shift = Vector::broadcast(-Vector::max(top[0], top[1]).max() * t.scale), scale = Vector::broadcast(t.scale);
       Vector total = Vector::broadcast(0.0f);
       Activation* to = weights + i * columns;
       for (int64_t j = 0; j < columns; j += Vector::kWidth) {
@@ -325,7 +362,7 @@ void attention(const AttentionRows& t) {
       sums[i] = total.sum();
     }
     multiply<Dot>(weights, columns, rows, reinterpret_cast<const char*>(values),
-                  value_panel * sizeof(Activation), value_panels, N, scores, value_panels * kPanel);
+                  value_panel * sizeof(Activation), w, N, scores, value_panels * kPanel);
     for (int64_t i = 0; i < rows; ++i) {
       const float* from = scores + i * value_panels * kPanel;
       Activation* to = out + (first + i) * t.out_stride;
@@ -382,53 +419,52 @@ constexpr Kernels make_kernels(const char* name) {
 
 struct Float32Dot {
   using Activation = float;
-  static constexpr int64_t kStep = 1, kUnit = 4;
+  static constexpr int64_t kStep = 1;
 
-  template <int Rows, int Panels>
+  template <int Vectors>
+  static void rows(const float* a, int64_t a_stride, int64_t rows, const char* b, int64_t b_stride,
+                   int64_t inputs, float* c, int64_t c_stride, bool add) {
+    multiply_rows<Float32Dot, Vectors>(a, a_stride, rows, b, b_stride, inputs, c, c_stride, add);
+  }
+
+  template <int Rows, int Vectors>
   static inline void run(const float* a, int64_t a_stride, const char* b, int64_t b_stride, int64_t inputs,
-                         Vector (&sum)[Rows][Panels * kVectors]) {
+                         Vector (&sum)[Rows][Vectors]) {
     for (int64_t k = 0; k < inputs; ++k) {
-      Vector w[Panels * kVectors];
+      Vector w[Vectors];
 #pragma GCC unroll 16
-      for (int j = 0; j < Panels * kVectors; ++j)
+      for (int j = 0; j < Vectors; ++j)
         w[j] = Vector::load(reinterpret_cast<const float*>(b + j / kVectors * b_stride) + k * kPanel +
                             j % kVectors * Vector::kWidth);
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
         const Vector x = Vector::broadcast(a[i * a_stride + k]);
 #pragma GCC unroll 16
-        for (int j = 0; j < Panels * kVectors; ++j) sum[i][j] = Vector::fma(x, w[j], sum[i][j]);
+        for (int j = 0; j < Vectors; ++j) sum[i][j] = Vector::fma(x, w[j], sum[i][j]);
       }
     }
   }
 };
 
-// bfloat16 weights widened in registers: exact, and half the memory traffic of float32.
+// bfloat16 weights, a chunk of a panel widened for all rows at once: exact, and half of the memory traffic.
 struct WideningDot {
   using Activation = float;
-  static constexpr int64_t kStep = 2, kUnit = 4;
+  static constexpr int64_t kStep = 2;
 
-  template <int Rows, int Panels>
-  static inline void run(const float* a, int64_t a_stride, const char* b, int64_t b_stride, int64_t inputs,
-                         Vector (&sum)[Rows][Panels * kVectors]) {
-    // Rows of activations are padded, and an odd last input meets a weight of zero.
-    for (int64_t k = 0; k < inputs; k += 2) {
-#pragma GCC unroll 2
-      for (int odd = 0; odd < 2; ++odd) {
-        Vector w[Panels * kVectors];
-#pragma GCC unroll 16
-        for (int j = 0; j < Panels * kVectors; ++j) {
-          const char* from = b + j / kVectors * b_stride + (k * kPanel / 2 + j % kVectors * Vector::kWidth) * 4;
-          w[j] = odd ? Vector::load_high_halves(from) : Vector::load_low_halves(from);
+  template <int Vectors>
+  static void rows(const float* a, int64_t a_stride, int64_t rows, const char* b, int64_t b_stride,
+                   int64_t inputs, float* c, int64_t c_stride, bool add) {
+    constexpr int Panels = (Vectors + kVectors - 1) / kVectors;
+    alignas(64) float wide[Panels][kInputChunk * kPanel];
+    for (int j = 0; j < Panels; ++j)
+      for (int64_t k = 0; k < inputs; k += 2)
+        for (int64_t column = 0; column < kPanel; column += Vector::kWidth) {
+          const char* pair = b + j * b_stride + (k / 2 * kPanel + column) * 4;
+          Vector::load_low_halves(pair).store(wide[j] + k * kPanel + column);
+          Vector::load_high_halves(pair).store(wide[j] + (k + 1) * kPanel + column);
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < Rows; ++i) {
-          const Vector x = Vector::broadcast(a[i * a_stride + k + odd]);
-#pragma GCC unroll 16
-          for (int j = 0; j < Panels * kVectors; ++j) sum[i][j] = Vector::fma(x, w[j], sum[i][j]);
-        }
-      }
-    }
+    multiply_rows<Float32Dot, Vectors>(a, a_stride, rows, reinterpret_cast<const char*>(wide), sizeof(wide[0]),
+                                      inputs, c, c_stride, add);
   }
 };
 

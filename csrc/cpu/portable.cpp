@@ -20,7 +20,6 @@ struct Vector {
   void store(float* p) const { memcpy(p, &v, 16); }
   static Vector broadcast(float x) { return {Four{x, x, x, x}}; }
   static Vector fma(Vector a, Vector b, Vector c) { return {a.v * b.v + c.v}; }
-  static Vector gather(const float* p, const int32_t* i) { return {Four{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}}; }
   // Of a NaN and a number the second argument comes out, as x86 does.
   static Vector max(Vector a, Vector b) { return {a.v > b.v ? a.v : b.v}; }
   static Vector min(Vector a, Vector b) { return {a.v < b.v ? a.v : b.v}; }
@@ -43,7 +42,7 @@ inline Vector operator-(Vector a, Vector b) { return {a.v - b.v}; }
 inline Vector operator*(Vector a, Vector b) { return {a.v * b.v}; }
 inline Vector operator/(Vector a, Vector b) { return {a.v / b.v}; }
 
-constexpr int kRows = 2, kPanels = 1;  // 8 sums, 4 weights and 1 activation in 16 registers
+constexpr int kSums = 8, kPanels = 1;  // with 4 weights and 1 activation in 16 registers
 
 }  // namespace
 }  // namespace vtp_cpu
