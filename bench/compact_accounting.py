@@ -26,14 +26,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from measure import irregular_models
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import vtp
 from vtp.compact import CompactViT
+from vtp.engine import pack_for_ops
 from vtp.files import FileError, write_atomic
 from vtp.pipeline import environment
 from vtp_kernels import compact_linear  # noqa: F401 (so that its module is loaded)
@@ -45,16 +45,8 @@ AMOUNTS = ("dram_bytes", "tile_bytes", "flops", "tiled_flops")
 
 def random_model(name: str, rate: float, seed: int = 0) -> CompactViT:
     """A compact model whose widths are unequal in every layer and head, on the meta device, in bfloat16."""
-    torch.manual_seed(seed)
-    gated = vtp.insert_gates(timm.create_model(name))
-    with torch.no_grad():
-        for layer in vtp.sites(gated).values():
-            # A scale for each layer, and for each 64 dimensions, the heads of attention.
-            groups = cdiv(len(layer.gate), 64)
-            scale = torch.empty(()).uniform_(0.8, 1.2) * torch.empty(groups).uniform_(0.7, 1.3)
-            layer.gate.uniform_(0, 1).mul_(scale.repeat_interleave(64)[: len(layer.gate)])
-    plan = vtp.make_plan(gated, rate=rate, min_keep=0)
-    return vtp.compact(gated, plan).to("meta", torch.bfloat16).eval()
+    (small,) = irregular_models(name, [rate], seed)
+    return small.to("meta", torch.bfloat16)
 
 
 class LayerRecorder(Recorder):
@@ -154,7 +146,7 @@ def folded(small: CompactViT, batch: int, records: Sequence[Record]) -> dict[str
 
 def account(small: CompactViT, batch: int) -> dict[str, Any]:
     """All figures of one model at one batch size."""
-    packed = launches(vtp.optimize(small), PACKED, batch)
+    packed = launches(pack_for_ops(small), PACKED, batch)
     eager = launches(copy.deepcopy(small), EAGER, batch)
     layers = {}
     for layer in LAYERS:

@@ -4,42 +4,27 @@ import itertools
 
 import pytest
 import torch
-import torch._dynamo.config
-import torch.nn.functional as F
+from gated_linear_cases import DTYPES
 from numerics import assert_close_to_float64
+from op_checks import check_compilation, check_export, leaves, saved_by, with_layout
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtp_kernels.compact_linear import compact_linear, compact_linear_ref
 
 NAMES = ("out", "dx", "dweight", "dbias", "dresidual")
-# The dtypes of x and of the residual.
-DTYPES = {
-    "f32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "f16": (torch.float16, torch.float16),
-    "bf16-f32": (torch.bfloat16, torch.float32),
-    "f16-f32": (torch.float16, torch.float32),
-}
 # Rows, inputs, outputs: the odd widths of a pruned model on every axis.
 SHAPES = [(1, 1, 1), (15, 17, 37), (61, 115, 197), (197, 461, 64), (37, 1021, 15), (17, 64, 461)]
 EPILOGUES = {"none": (None, False), "gelu": ("gelu", False), "residual": (None, True), "both": ("gelu", True)}
 
 
 def inputs(M, K, N, x_dtype, residual_dtype, seed=0):
-    """x, weight, bias, residual, dy, all of a size near 1."""
+    """x, weight, bias, residual, dy, all of a size near 1. Only the residual may be of another dtype."""
     g = torch.Generator().manual_seed(seed)
     shapes = ((M, K), (N, K), (N,), (M, N), (M, N))
     x, weight, bias, residual, dy = (torch.randn(s, generator=g) for s in shapes)
     weight = weight / K**0.5
     return *(t.to(x_dtype) for t in (x, weight, bias)), residual.to(residual_dtype), dy
-
-
-def leaves(tensors, needs=(True,) * 4):
-    return [
-        None if t is None else t.detach().clone().requires_grad_(need)
-        for t, need in zip(tensors, needs, strict=True)
-    ]
 
 
 def run(function, tensors, dy, activation):
@@ -74,7 +59,7 @@ def test_values_and_all_gradients_are_within_the_error_rule(M, K, N, dtypes, epi
 def test_gradients_are_those_of_finite_differences(epilogue):
     activation, has_residual = EPILOGUES[epilogue]
     *tensors, _ = inputs(5, 4, 9, torch.float64, torch.float64)
-    tensors = leaves(tensors[: 4 if has_residual else 3], (True,) * (4 if has_residual else 3))
+    tensors = leaves(tensors[: 4 if has_residual else 3])
 
     def function(x, weight, bias, residual=None):
         return compact_linear(x, weight, bias, activation=activation, residual=residual)
@@ -108,16 +93,9 @@ def test_only_the_products_that_are_needed_are_made():
 
 
 def saved_numbers(activation):
-    sizes = {}
-
-    def note(tensor):
-        sizes[tensor.data_ptr()] = tensor.numel()
-        return tensor
-
-    tensors = leaves(inputs(64, 32, 48, *DTYPES["f32"])[:4])
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        compact_linear(*tensors[:3], activation=activation)
-    return sum(sizes.values())
+    x, weight, bias = leaves(inputs(64, 32, 48, *DTYPES["f32"])[:3])
+    saved = saved_by(lambda *t: compact_linear(*t, activation=activation), x, weight, bias)
+    return sum(t.numel() for t in saved.values())
 
 
 def test_nothing_is_saved_but_x_and_weight_and_with_gelu_what_it_is_taken_of():
@@ -125,27 +103,15 @@ def test_nothing_is_saved_but_x_and_weight_and_with_gelu_what_it_is_taken_of():
     assert saved_numbers("gelu") == 64 * 32 + 48 * 32 + 64 * 48
 
 
-def with_layout(kind, t):
-    """t's values in another layout."""
-    if kind == "transposed":
-        return t.t().contiguous().t()
-    if kind == "padded-rows":
-        width = t.shape[1]
-        return F.pad(t, (0, -width % 8 + 8), value=float("nan"))[:, :width]
-    if kind == "misaligned":
-        return torch.cat([t.new_full((1,), float("nan")), t.flatten()])[1:].view(t.shape)
-    if kind == "every-other-column":
-        return torch.stack([t, torch.full_like(t, float("nan"))], dim=-1).flatten(1)[:, ::2]
-    raise ValueError(kind)
-
-
 @pytest.mark.parametrize("kind", ["transposed", "padded-rows", "misaligned", "every-other-column"])
 def test_layouts_of_inputs_and_of_the_gradient_change_nothing(kind):
     *tensors, dy = inputs(9, 21, 34, *DTYPES["f32"])
     expected = run(compact_linear, leaves(tensors), dy, "gelu")
-    x, weight, residual = (with_layout(kind, tensors[i]).detach().requires_grad_() for i in (0, 1, 3))
+    x, weight, residual = (
+        with_layout(kind, tensors[i], spare=8).detach().requires_grad_() for i in (0, 1, 3)
+    )
     bias = tensors[2].clone().requires_grad_()
-    got = run(compact_linear, [x, weight, bias, residual], with_layout(kind, dy), "gelu")
+    got = run(compact_linear, [x, weight, bias, residual], with_layout(kind, dy, spare=8), "gelu")
     for name, a, b in zip(NAMES, got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
 
@@ -155,7 +121,7 @@ def test_layouts_of_inputs_and_of_the_gradient_change_nothing(kind):
 def test_any_leading_shape_even_an_empty_one_and_rows_that_are_padded(shape, N):
     *tensors, _ = inputs(1, 5, N, torch.float64, torch.float64)
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    x, weight, bias = leaves((x, *tensors[1:3]), (True,) * 3)
+    x, weight, bias = leaves((x, *tensors[1:3]))
     residual = torch.ones(*shape[:-1], N, dtype=torch.float64)
     out = compact_linear(x, weight, bias, activation="gelu", residual=residual)
     torch.testing.assert_close(out, compact_linear_ref(x, weight, bias, "gelu", residual))
@@ -167,7 +133,7 @@ def test_any_leading_shape_even_an_empty_one_and_rows_that_are_padded(shape, N):
 
 @pytest.mark.parametrize(("K", "N"), [(0, 7), (5, 0), (0, 0)])
 def test_widths_of_zero(K, N):
-    x, weight, bias = leaves((torch.ones(3, K), torch.ones(N, K), torch.ones(N)), (True,) * 3)
+    x, weight, bias = leaves((torch.ones(3, K), torch.ones(N, K), torch.ones(N)))
     out = compact_linear(x, weight, bias)
     out.sum().backward()
     assert torch.equal(out, torch.ones(3, N))
@@ -228,21 +194,16 @@ class TestTransforms:
             hidden = compact_linear(x, weight, bias, activation="gelu")
             return compact_linear(hidden, weight.t(), residual=residual)
 
-        torch.compiler.reset()
-        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-        for batch in (2, 5, 8):
+        def results(f, batch):
             x, weight, bias, _, _ = inputs(batch * 7, 21, 34, *DTYPES["f32"])
-            results = []
-            for f in (compiled, function):
-                tensors = leaves((x.view(batch, 7, 21), weight, bias, x.view(batch, 7, 21)))
-                with (
-                    torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-                    torch._dynamo.config.patch(error_on_recompile=True),
-                ):
-                    out = f(*tensors)
-                out.backward(torch.ones_like(out))
-                results.append((out, *(t.grad for t in tensors)))
-            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            x = x.view(batch, 7, 21)
+            tensors = leaves((x, weight, bias, x))
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = f(*tensors)
+            out.backward(torch.ones_like(out))
+            return out, *(t.grad for t in tensors)
+
+        check_compilation(function, results)
 
     def test_exports_with_a_dynamic_batch(self):
         class Layer(nn.Module):
@@ -253,14 +214,8 @@ class TestTransforms:
             def forward(self, x):
                 return compact_linear(x, self.linear.weight, self.linear.bias, activation="gelu", residual=x)
 
-        layer = Layer().eval()
         with torch.no_grad():
-            exported = torch.export.export(
-                layer, (torch.randn(4, 3, 6),), dynamic_shapes=({0: torch.export.Dim("batch")},)
-            )
-            for batch in (1, 9):
-                x = torch.randn(batch, 3, 6)
-                torch.testing.assert_close(exported.module()(x), layer(x))
+            check_export(Layer().eval(), (3, 6))
 
 
 BAD = {

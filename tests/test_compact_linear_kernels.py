@@ -1,11 +1,10 @@
-"""What the kernels of compact_linear compute, proved in the interpreter, and proof that the proofs bite.
+"""What the kernels of compact_linear compute, proved in the interpreter, and what their launches cost.
 
-The first half runs the kernels, through their launchers and through both whole passes, next to protected
-pages, with poisoned outputs and NaN in the padding of every input, and compares with float64. The second half
-plants defects and expects each to be caught by the proof that its id names.
+The kernels run, through their launchers and through both whole passes, next to protected pages, with poisoned
+outputs and NaN in the padding of every input, and are compared with float64. That these proofs bite is in
+test_compact_linear_kernel_defects.py.
 """
 
-import functools
 import importlib
 import itertools
 from dataclasses import dataclass
@@ -13,15 +12,21 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from guarded_memory import replaced
+from guarded_memory import guarded, replaced
+from kernel_proofs import (
+    assert_compiled_ahead_of_time,
+    assert_like,
+    assert_padding_is_zero,
+    loaded,
+    place,
+    run_check,
+    to_tf32,
+)
 from numerics import assert_close_to_float64
 from test_compact_linear import DTYPES, EPILOGUES, inputs, leaves, run
-from test_gated_linear_kernels import PROOFS, assert_like, crash_of, precision, to_tf32
-from triton_harness import check_canaries, guarded, guarded_outputs, mutated, programs
+from triton_harness import programs
 
 from vtp_kernels._library import TritonSides
-
-triton = pytest.importorskip("triton")
 
 MODULE = "vtp_kernels.compact_linear"
 op_module = importlib.import_module(MODULE)
@@ -30,9 +35,8 @@ DTYPES = {**DTYPES, "tf32": DTYPES["f32"]}
 # What makes small problems take the ways of large ones.
 SPLIT = {"_LEAST_INPUTS": 64}
 VENDOR = {"_VENDOR_ROWS": 0}
-AMD = {"_is_amd": lambda device: True}
+AMD = {"is_amd": lambda device: True}
 PATHS = {"whole": {}, "split": SPLIT, "vendor": VENDOR, "amd": AMD}
-FAR = 2**29  # elements from row to row: beyond 32 bits in the fifth
 
 
 @dataclass(frozen=True)
@@ -54,22 +58,6 @@ class Case:
 
 
 # -- In the worker ------------------------------------------------------------------------------------------
-
-
-def place(t, layout, side):
-    """`t` in guarded memory: in padded rows with NaN behind the width, unless the layout says otherwise."""
-    if t is None or t.dim() == 1:
-        return None if t is None else guarded(t, side, align=16)
-    if layout == "misaligned":
-        return guarded(t, side, offset_elements=1)
-    if layout == "tight":
-        return guarded(t, side)
-    if layout == "transposed":
-        return guarded(t.T.contiguous(), side).T
-    width = t.shape[1]
-    full = F.pad(t, (0, -width % 8), value=torch.nan)
-    row_stride = {"padded": full.shape[1], "wide": full.shape[1] + 8, "far": FAR}[layout]
-    return guarded(full, side, align=16, row_stride=row_stride)[:, :width]
 
 
 class Data:
@@ -97,51 +85,19 @@ class Data:
         return self.activation == "gelu"
 
     def placed(self, *tensors):
-        if self.case.layout == "images":  # [3, M / 3, width]; the weight stays a matrix
-            weight = self.tensors[1]
-            placed = [place(t, "tight", self.case.side) for t in tensors]
-            return [
-                t if t is None or t.dim() == 1 or t.shape == weight.shape else t.unflatten(0, (3, -1))
-                for t in placed
-            ]
-        return [place(t, self.case.layout, self.case.side) for t in tensors]
+        layout, side, weight = self.case.layout, self.case.side, self.tensors[1]
+        of_weight = "tight" if layout == "images" else layout
+        layouts = (of_weight if t is not None and t.shape == weight.shape else layout for t in tensors)
+        return [place(t, layout, side, align_vectors=16) for t, layout in zip(tensors, layouts, strict=True)]
 
 
-def prove(check, case, *args, replacements=(), descriptors=False, attributes=(), **kwargs):
-    """`check(op, data, ...)` under the case's conditions; returns keys of the variants that it launched.
-
-    op: the module, or a copy with `replacements`. attributes: names and values to set in it meanwhile.
-    """
-    op = mutated(MODULE, replacements) if replacements else op_module
-    data = Data(case)
-    recorder = op._triton._Recording("compact_linear", "")
-    launch = op.launch
-
-    def recorded_launch(kernel, grid, arguments, config, **constants):
-        recorder.add(kernel, arguments, config, constants)
-        launch(kernel, grid, arguments, config, **constants)
-
-    attributes = PATHS[attributes] if isinstance(attributes, str) else dict(attributes)
-    patches = [(op, "launch", recorded_launch), (op._triton, "has_descriptors", lambda device: descriptors)]
-    patches += [(op, name, value) for name, value in attributes.items()]
+def prove(check, case, *args, replacements=(), attributes="whole", **conditions):
+    """`check(op, data, ...)` under the case's conditions; keys of the variants that it launched."""
+    op = loaded(MODULE, replacements)
+    conditions = dict(conditions, attributes=PATHS[attributes], tf32=case.dtypes == "tf32")
     # Rows gigabytes apart are too much memory to note every element of.
-    with (
-        replaced(patches),
-        precision("high" if case.dtypes == "tf32" else "highest"),
-        programs(races=case.layout != "far"),
-    ):
-        with guarded_outputs(case.side):
-            check(op, data, *args, **kwargs)
-        check_canaries()
-    return set(recorder.variants)
-
-
-def assert_padding_is_zero(t):
-    padding = -t.shape[-1] % 8
-    if padding:
-        rows = t.reshape(-1, t.shape[-1])
-        behind = rows.as_strided((len(rows), padding), rows.stride(), rows.storage_offset() + t.shape[-1])
-        assert torch.equal(behind, torch.zeros_like(behind)), "padding is not 0 (NaN: never written)"
+    with programs(races=case.layout != "far"):
+        return run_check(check, op, Data(case), *args, **conditions)
 
 
 def check_forward(op, data, save=False):
@@ -153,10 +109,10 @@ def check_forward(op, data, save=False):
     out = found[0].reshape(-1, data.case.N)
     assert_close_to_float64(out, data.exact[0], data.same_dtype[0], "out")
     if op._VENDOR_ROWS > 0:  # what the vendor's GEMM leaves in the padding is undefined
-        assert_padding_is_zero(found[0])
+        assert_padding_is_zero("out", found[0])
     if save:
         assert_close_to_float64(found[1].reshape(out.shape), *data.z, "z")
-        assert_padding_is_zero(found[1])
+        assert_padding_is_zero("z", found[1])
 
 
 def check_far(op, data):
@@ -192,7 +148,7 @@ def check_parts(op, data, parts=3):
         ("z", "out"), (z, out), expected(torch.float64), expected(torch.float32), strict=True
     ):
         assert_close_to_float64(got, exact, torchs.to(got.dtype), name)
-        assert_padding_is_zero(got)
+        assert_padding_is_zero(name, got)
 
 
 # With GELU or not, and which of dz and the first stage of db. Without GELU dY is dz but for its dtype.
@@ -216,7 +172,7 @@ def check_dz(op, data, wanted=DZ, dy32=False):
         exact = expected(torch.float64)
         if need_dz:
             assert_close_to_float64(dz, exact, expected(dtype), "dz")
-            assert_padding_is_zero(dz)
+            assert_padding_is_zero("dz", dz)
         if need_db:
             total = expected(torch.float32).sum(0)
             assert_close_to_float64(partial.sum(0)[: data.case.N], exact.sum(0), total, "db")
@@ -279,19 +235,12 @@ def check_nothing_is_copied(op, data):
 # -- Correct kernels pass -----------------------------------------------------------------------------------
 
 
-@functools.cache
-def compiled_ahead_of_time(target):
-    return {variant.key() for variant in op_module.variants(target)}
-
-
-def run_in(interpreter, check, case, *args, descriptors=False, attributes=(), **kwargs):
+def run_in(interpreter, check, case, *args, descriptors=False, attributes="whole", **kwargs):
     """Prove it in the worker; all that it launched is in the list that is compiled ahead of time."""
-    launched = interpreter.run(
-        prove, check, case, *args, descriptors=descriptors, attributes=attributes, **kwargs
-    )
+    conditions = dict(descriptors=descriptors, attributes=attributes)
+    launched = interpreter.run(prove, check, case, *args, **conditions, **kwargs)
     target = "gfx942" if attributes == "amd" else "sm_90" if descriptors else "sm_80"
-    missing = launched - compiled_ahead_of_time(target)
-    assert not missing, f"launched, but not compiled ahead of time: {missing}"
+    assert_compiled_ahead_of_time(launched, MODULE, target)
     return launched
 
 
@@ -350,7 +299,7 @@ def test_every_epilogue_in_one_piece_and_split(interpreter, dtypes, epilogue, at
 
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 def test_inputs_are_split_where_there_are_many_and_few_tiles(interpreter, descriptors):
-    launched = run_in(interpreter, check_forward, Case(5, 2061, 61, "bf16", "both"), descriptors=descriptors)
+    launched = run_in(interpreter, check_forward, Case(5, 4109, 61, "bf16", "both"), descriptors=descriptors)
     assert kernels(launched) == {"fwd", "parts"}
 
 
@@ -514,297 +463,3 @@ def test_many_rows_take_the_vendors_product_unless_something_follows_it():
 
     assert calls(197) and not calls(25216)
     assert calls(25216, activation="gelu")
-
-
-# -- Each planted defect is caught, by the proof that is meant to -------------------------------------------
-
-PROOFS = {
-    **PROOFS,
-    "zero-padding": (AssertionError, "padding is not 0"),
-    "overflow-check": (AssertionError, "int32 overflow"),
-}
-READ, WRITE, MASK, PADDING, OTHER, RACE, UNWRITTEN, OFFSET, RAW, VALUE = KINDS = (
-    "read past the end",
-    "write past the end",
-    "padding of an input used",
-    "padding of a result not zero",
-    "missing other",
-    "race",
-    "unwritten",
-    "32-bit offset",
-    "raw bfloat16",
-    "wrong value",
-)
-# A tile of each kind, two of the right border, a full block of inputs and a tail; no width a multiple of 8.
-SMALL = Case(37, 37, 101, "f32")
-SMALL16 = Case(69, 77, 141, "bf16")
-WIDE = Case(37, 165, 101, "f32")  # of several blocks of inputs
-BOTH, RESIDUAL, NO_BIAS = (
-    Case(37, 37, 101, "f32", epilogue, bias=epilogue != "none") for epilogue in ("both", "residual", "none")
-)
-FAR_APART = Case(5, 17, 15, "f32", "both", "far")
-
-
-@dataclass(frozen=True)
-class Defect:
-    """`old` becomes `new` in the source of a kernel, or of its launcher: of which kind that is, and the proof
-    that finds it; `old` and `new` may be several texts. argument: the one whose memory is overrun."""
-
-    kernel: str
-    kind: str
-    what: str
-    proof: str
-    old: str | tuple
-    new: str | tuple
-    options: tuple = (("case", SMALL),)
-    argument: str = ""
-
-    def __str__(self):
-        return f"{self.kernel}-{self.what}-{self.proof}"
-
-    @property
-    def replacements(self):
-        pairs = (
-            zip(self.old, self.new, strict=True) if isinstance(self.old, tuple) else [(self.old, self.new)]
-        )
-        return list(pairs)
-
-
-def options(case=SMALL, **kwargs):
-    return tuple({"case": case, **kwargs}.items())
-
-
-def in_kernel(kernel, *rows):
-    return [Defect(kernel, *row) for row in rows]
-
-
-SPLIT_UP = options(WIDE, attributes="split")
-GELU_LINES = "    if gelu:\n        acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))\n"
-ADD_BIAS = "    acc += tl.load(bias + o_n, mask=o_n < bias_width, other=0.0).to(tl.float32)[None, :]\n"
-ADD_RESIDUAL = "        acc += tl.load(p_residual, mask=m_tile, other=0.0).to(tl.float32)\n"
-TILE_MASK = "m_tile = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)\n"
-RESULT_MASK, PARTIAL_MASK = f"    {TILE_MASK}    m_padding", f"        {TILE_MASK}        tl.store(partial"
-STORE_OUT = "tl.store(out + o_out, tl.where(m_padding, 0.0, acc).to(out.dtype.element_ty), mask=m_tile)"
-STORE_Z = "tl.store(z + o_out, tl.where(m_padding, 0.0, acc).to(z.dtype.element_ty), mask=m_tile)"
-TAIL_MASK = "mask=(o_k[None, :] < (K + 7) // 8 * 8) & (o_row[:, None] >= 0), other=0.0"
-PRODUCT = "return tl.dot(b_x, tl.trans(b_w), acc, input_precision=PRECISION)"
-TRANSPOSED = "return tl.dot(b_w, tl.trans(b_x), acc, input_precision=PRECISION)"
-PART_ROW = "row = i_part.to(tl.int64) * M + o_m[:, None]"
-LOAD_PART = "acc += tl.load(partial + row * stride_out + o_n[None, :], mask=m_tile, other=0.0)"
-PARTS_COLUMNS = f"o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)\n    {TILE_MASK}    acc"
-DZ_LOAD = "b_dz = tl.load(p_dy, mask=m_tile, other=0.0)"
-DZ_MASK = "m_tile = (o_m[:, None] < M) & (o_n[None, :] < width)"
-DZ_PADDING = "        b_dz = tl.where(o_n[None, :] < N, b_dz, 0.0)\n"
-DZ_STORE = "tl.store(p_dz, b_dz.to(dz.dtype.element_ty), mask=m_tile)"
-DZ_PARTIAL = "partial + tl.program_id(0).to(tl.int64) * width + o_n, b_db, mask=o_n < width"
-DB_MASK = "mask=(o_r[:, None] < rows) & (o_n[None, :] < width), other=0.0"
-DB_STORE = "tl.store(db + o_n, tl.sum(acc, axis=0).to(db.dtype.element_ty), mask=o_n < N)"
-ONLY_DB = (("wanted", ((True, False, True),)),)
-ROWS_OF_DZ = Case(261, 1, 37, "f32")
-
-# fmt: off
-DEFECTS = [
-    *in_kernel(
-        "fwd",
-        (READ, "row-clamp-of-x-removed", "guard-page", "tl.minimum(i_m + tl.arange(0, TILE_M), M - 1)",
-         "i_m + tl.arange(0, TILE_M)", options(), "x"),
-        (READ, "row-clamp-of-weight-removed", "guard-page", "tl.minimum(i_n + tl.arange(0, TILE_N), N - 1)",
-         "i_n + tl.arange(0, TILE_N)", options(), "weight"),
-        (READ, "no-mask-on-the-tail", "guard-page", f", {TAIL_MASK}", "", options(), "weight"),
-        (READ, "no-mask-on-bias", "guard-page", "bias + o_n, mask=o_n < bias_width, other=0.0", "bias + o_n",
-         options(), "bias"),
-        (READ, "no-mask-on-residual", "guard-page", "p_residual, mask=m_tile, other=0.0", "p_residual",
-         options(RESIDUAL), "residual"),
-        (WRITE, "row-mask-of-store-removed", "guard-page", RESULT_MASK,
-         RESULT_MASK.replace("< M", ">= 0"), options(), "out"),
-        (WRITE, "column-mask-of-store-removed", "guard-page", RESULT_MASK,
-         RESULT_MASK.replace("(o_n[None, :] < (N + 7) // 8 * 8)", "(o_n[None, :] >= 0)"), options(), "out"),
-        (WRITE, "row-mask-of-parts-removed", "guard-page", PARTIAL_MASK, PARTIAL_MASK.replace("< M", ">= 0"),
-         SPLIT_UP, "partial"),
-        (MASK, "padding-of-inputs-multiplied", "poison", "return tl.where(o_k[None, :] < K, b_tile, 0.0)",
-         "return b_tile"),
-        (MASK, "padding-of-one-inputs-multiplied", "poison", "return tl.where(o_k[None, :] < K, b_tile, 0.0)",
-         "return tl.where(o_k[None, :] <= K, b_tile, 0.0)"),
-        (PADDING, "columns-behind-the-width-kept", "zero-padding", STORE_OUT,
-         STORE_OUT.replace("tl.where(m_padding, 0.0, acc)", "acc")),
-        (PADDING, "columns-behind-the-width-of-z-kept", "zero-padding", STORE_Z,
-         STORE_Z.replace("tl.where(m_padding, 0.0, acc)", "acc"), options(BOTH, save=True)),
-        (PADDING, "columns-behind-the-width-not-written", "zero-padding", STORE_OUT,
-         STORE_OUT.replace("=m_tile", "=m_tile & (o_n[None, :] < N)")),
-        (OTHER, "no-other-on-a-bias-that-there-is-not", "poison", "mask=o_n < bias_width, other=0.0",
-         "mask=o_n < bias_width", options(NO_BIAS)),
-        (RACE, "tiles-of-the-border-all-the-first", "race-detection",
-         "columns * BLOCK_N + i_n * BORDER_N", "columns * BLOCK_N + i_n * 0"),
-        (RACE, "border-begins-inside-the-interior", "race-detection",
-         "columns * BLOCK_N + i_n * BORDER_N", "columns * BLOCK_N - 8 + i_n * BORDER_N"),
-        (RACE, "bottom-begins-inside-the-interior", "race-detection",
-         "rows * BLOCK_M + i_tile // bottom", "rows * BLOCK_M - 4 + i_tile // bottom"),
-        (RACE, "tiles-of-the-bottom-all-the-first", "race-detection", "i_tile % bottom_columns * BOTTOM_N",
-         "i_tile % bottom_columns * 0"),
-        (RACE, "parts-all-in-one-place", "race-detection", PART_ROW, "row = o_m[:, None].to(tl.int64)",
-         SPLIT_UP),
-        (UNWRITTEN, "last-tile-of-the-border-missed", "poison",
-         'triton.cdiv(N % block["BLOCK_N"], block["BORDER_N"])', 'N % block["BLOCK_N"] // block["BORDER_N"]'),
-        (UNWRITTEN, "bottom-border-missed", "poison", 'triton.cdiv(bottom, block["BOTTOM_M"])',
-         'bottom // block["BOTTOM_M"]'),
-        (UNWRITTEN, "last-column-of-the-bottom-missed", "poison", 'triton.cdiv(N, block["BOTTOM_N"])',
-         'N // block["BOTTOM_N"]'),
-        (UNWRITTEN, "last-tile-not-launched", "poison", "(grid.tiles, parts)", "(grid.tiles - 1, parts)"),
-        (UNWRITTEN, "last-part-not-launched", "poison", "(grid.tiles, parts)", "(grid.tiles, 1)",
-         SPLIT_UP),
-        (OFFSET, "rows-of-inputs", "overflow-check", "o_row[:, None].to(tl.int64) * stride",
-         "o_row[:, None] * stride", options(FAR_APART)),
-        (OFFSET, "rows-of-the-residual", "overflow-check", "o_m[:, None].to(tl.int64) * stride_residual",
-         "o_m[:, None] * stride_residual", options(FAR_APART)),
-        (OFFSET, "rows-of-the-result", "overflow-check", "o_m[:, None].to(tl.int64) * stride_out",
-         "o_m[:, None] * stride_out", options(FAR_APART)),
-        (RAW, "residual-added-in-bfloat16", "bfloat16-check", ADD_RESIDUAL,
-         "        acc = (acc.to(tl.bfloat16) + tl.load(p_residual, mask=m_tile, other=0.0)).to(tl.float32)\n",
-         options(Case(5, 17, 15, "bf16", "residual"))),
-        (VALUE, "tail-of-inputs-dropped", "error-rule", "range(full, end, TAIL_K)",
-         "range(end, end, TAIL_K)"),
-        (VALUE, "first-block-of-inputs-dropped", "error-rule", "range(begin, full, BLOCK_K)",
-         "range(begin + BLOCK_K, full, BLOCK_K)"),
-        (VALUE, "bias-not-added", "error-rule", ADD_BIAS, ""),
-        (VALUE, "gelu-not-applied", "error-rule", GELU_LINES, "", options(BOTH)),
-        (VALUE, "gelu-by-tanh", "error-rule", "tl.erf(acc * 0.7071067811865476)",
-         "2 * tl.sigmoid(1.5957691216 * (acc + 0.044715 * acc * acc * acc)) - 1", options(BOTH)),
-        (VALUE, "gelu-before-bias", "error-rule", (GELU_LINES, ADD_BIAS), ("", GELU_LINES + ADD_BIAS),
-         options(BOTH)),
-        (VALUE, "residual-before-gelu", "error-rule", (GELU_LINES, ADD_RESIDUAL),
-         ("", ADD_RESIDUAL + GELU_LINES), options(BOTH)),
-        (VALUE, "residual-not-added", "error-rule", ADD_RESIDUAL, "        acc += 0.0\n", options(RESIDUAL)),
-        (VALUE, "z-without-bias", "error-rule", (ADD_BIAS, "    if SAVE:\n        " + STORE_Z + "\n"),
-         ("", "    if SAVE:\n        " + STORE_Z + "\n" + ADD_BIAS), options(BOTH, save=True)),
-        (VALUE, "parts-overlap", "error-rule", "end = tl.minimum(begin + inputs_per_part, K)", "end = K",
-         SPLIT_UP),
-        (VALUE, "parts-in-the-wrong-rows", "error-rule", PART_ROW,
-         "row = i_part.to(tl.int64) * M + (M - 1 - o_m)[:, None]", SPLIT_UP),
-        (VALUE, "tiles-by-descriptor-all-of-the-first-inputs", "error-rule", "w_tiles.load([i_n, k])",
-         "w_tiles.load([i_n, 0])", options(WIDE, descriptors=True)),
-        (VALUE, "tf32-in-ieee", "error-rule", PRODUCT, PRODUCT.replace("=PRECISION", '="tf32"')),
-        (VALUE, "tf32-in-ieee-in-the-bottom-border", "error-rule", TRANSPOSED,
-         TRANSPOSED.replace("=PRECISION", '="tf32"'), options(Case(5, 101, 101, "f32"))),
-        (VALUE, "sums-in-bfloat16", "error-rule", PRODUCT, PRODUCT + ".to(tl.bfloat16).to(tl.float32)",
-         options(Case(64, 525, 45, "bf16"))),
-    ),
-    *in_kernel(
-        "parts",
-        (READ, "mask-of-parts-removed", "guard-page", LOAD_PART,
-         LOAD_PART.replace(", mask=m_tile, other=0.0", ""), options(), "partial"),
-        (WRITE, "row-mask-of-store-removed", "guard-page", RESULT_MASK,
-         RESULT_MASK.replace("< M", ">= 0"), options(), "z"),
-        (PADDING, "columns-behind-the-width-kept", "zero-padding", STORE_OUT,
-         STORE_OUT.replace("tl.where(m_padding, 0.0, acc)", "acc")),
-        (OTHER, "no-other-on-bias", "zero-padding",
-         ("mask=o_n < bias_width, other=0.0", STORE_OUT),
-         ("mask=o_n < bias_width", STORE_OUT.replace("tl.where(m_padding, 0.0, acc)", "acc"))),
-        (RACE, "columns-all-the-first", "race-detection", PARTS_COLUMNS,
-         PARTS_COLUMNS.replace("tl.program_id(1) * BLOCK_N", "tl.program_id(1) * 8"),
-         options(Case(5, 1, 141, "f32"))),
-        (UNWRITTEN, "last-rows-not-launched", "poison", 'triton.cdiv(M, _PARTS.blocks["BLOCK_M"])',
-         'M // _PARTS.blocks["BLOCK_M"]'),
-        (OFFSET, "rows-of-the-residual", "overflow-check", "o_m[:, None].to(tl.int64) * stride_residual",
-         "o_m[:, None] * stride_residual", options(Case(5, 1, 15, "f32", "both", "far"))),
-        (RAW, "residual-added-in-bfloat16", "bfloat16-check", ADD_RESIDUAL,
-         "        acc = (acc.to(tl.bfloat16) + tl.load(p_residual, mask=m_tile, other=0.0)).to(tl.float32)\n",
-         options(Case(5, 1, 15, "bf16", "residual"))),
-        (VALUE, "first-part-dropped", "error-rule", "range(parts)", "range(1, parts)"),
-        (VALUE, "last-part-dropped", "error-rule", "range(parts)", "range(parts - 1)"),
-        (VALUE, "bias-added-with-every-part", "error-rule", LOAD_PART, f"{LOAD_PART}\n    {ADD_BIAS}"),
-        (VALUE, "parts-summed-in-bfloat16", "error-rule", LOAD_PART,
-         f"{LOAD_PART}\n        acc = acc.to(tl.bfloat16).to(tl.float32)", options(SMALL16)),
-    ),
-    *in_kernel(
-        "dz",
-        (READ, "row-mask-removed", "guard-page", DZ_MASK, DZ_MASK.replace("< M", ">= 0"), options(), "dy"),
-        (READ, "no-mask-on-z", "guard-page", "b_z = tl.load(p_z, mask=m_tile, other=0.0)",
-         "b_z = tl.load(p_z)", options(), "z"),
-        (WRITE, "mask-of-store-removed", "guard-page", DZ_STORE, DZ_STORE.replace(", mask=m_tile", ""),
-         options(), "dz"),
-        (PADDING, "columns-behind-the-width-kept", "zero-padding", DZ_PADDING, ""),
-        (OTHER, "no-other-on-dy", "poison", DZ_LOAD, DZ_LOAD.replace(", other=0.0", ""),
-         options(SMALL, **dict(ONLY_DB))),
-        (RACE, "partial-sums-all-in-row-0", "race-detection", DZ_PARTIAL,
-         "partial + o_n, b_db, mask=o_n < width", options(ROWS_OF_DZ, **dict(ONLY_DB))),
-        (UNWRITTEN, "last-columns-not-launched", "poison", 'triton.cdiv(N, _DZ.blocks["BLOCK_N"])',
-         'max(1, N // _DZ.blocks["BLOCK_N"])', options(Case(5, 1, 141, "f32"))),
-        (OFFSET, "rows-of-dy", "overflow-check", "o_m[:, None].to(tl.int64) * stride_dy",
-         "o_m[:, None] * stride_dy", options(Case(5, 1, 15, "f32", layout="far"))),
-        (OFFSET, "rows-of-z", "overflow-check", "o_m[:, None].to(tl.int64) * stride_z",
-         "o_m[:, None] * stride_z", options(Case(5, 1, 15, "f32", layout="far"))),
-        (RAW, "dy-in-bfloat16", "bfloat16-check", f"{DZ_LOAD}.to(tl.float32)", DZ_LOAD,
-         options(Case(5, 1, 15, "bf16"))),
-        (VALUE, "density-forgotten", "error-rule", " + b_z * density", ""),
-        (VALUE, "distribution-of-z-halved", "error-rule", "tl.erf(b_z * 0.7071067811865476)",
-         "tl.erf(b_z * 0.5)"),
-        (VALUE, "gelu-forgotten", "error-rule", "        if GELU:\n", "        if False:\n"),
-        (VALUE, "sums-of-the-last-rows-alone", "error-rule", "b_db += tl.sum", "b_db = tl.sum",
-         options(ROWS_OF_DZ, **dict(ONLY_DB))),
-        (VALUE, "sums-of-rows-of-the-next-program", "error-rule", "tl.minimum(M, first + rows_per_program)",
-         "M", options(ROWS_OF_DZ, wanted=((True, False, True),))),
-    ),
-    *in_kernel(
-        "db",
-        (READ, "row-mask-removed", "guard-page", DB_MASK, DB_MASK.replace("< rows", ">= 0"), options(),
-         "partial"),
-        (WRITE, "mask-of-store-removed", "guard-page", DB_STORE, DB_STORE.replace(", mask=o_n < N", ""),
-         options(), "db"),
-        (OTHER, "no-other-on-partial-sums", "poison", DB_MASK, DB_MASK.replace(", other=0.0", "")),
-        (RACE, "programs-overlap", "race-detection", "o_n = tl.program_id(0) * BLOCK_N",
-         "o_n = tl.program_id(0) * (BLOCK_N // 2)"),
-        (UNWRITTEN, "last-columns-not-launched", "poison", 'triton.cdiv(N, _DB.blocks["BLOCK_N"])',
-         'N // _DB.blocks["BLOCK_N"]'),
-        (VALUE, "tail-of-rows-dropped", "error-rule", "range(0, rows, BLOCK_R)",
-         "range(0, rows // BLOCK_R * BLOCK_R, BLOCK_R)"),
-    ),
-]
-# fmt: on
-PLANTED_IN = {
-    "fwd": check_forward,
-    "parts": check_parts,
-    "dz": check_dz,
-    "db": functools.partial(check_db, rows=37),
-}
-
-
-def plant(defect):
-    """The check passes without the defect, so that it is the defect which is found."""
-    chosen = dict(defect.options)
-    far = chosen["case"].layout == "far"
-    check = check_far if far and defect.kernel == "fwd" else PLANTED_IN[defect.kernel]
-    prove(check, **chosen)
-    planted = functools.partial(prove, check, **chosen, replacements=defect.replacements)
-    return crash_of(planted) if defect.proof == "guard-page" else planted()
-
-
-@pytest.mark.parametrize("defect", DEFECTS, ids=str)
-def test_planted_defect(interpreter, defect):
-    if defect.proof == "guard-page":
-        report = interpreter.run(plant, defect)
-        where = f"past the end of the memory of `{defect.argument}`"
-        assert report.startswith("SIGSEGV") and where in report and "_kernel" in report, report
-        return
-    error, says = PROOFS[defect.proof]
-    with pytest.raises(error, match=says) as caught:
-        interpreter.run(plant, defect)
-    assert type(caught.value) is error
-
-
-def test_every_kernel_has_planted_defects_of_every_kind():
-    kernels = {
-        name.removeprefix("_compact_linear_").removesuffix("_kernel")
-        for name, value in vars(op_module).items()
-        if isinstance(value, triton.runtime.jit.KernelInterface) and name.startswith("_compact_linear_")
-    }
-    missing = {(kernel, kind) for kernel in kernels for kind in KINDS}
-    missing -= {(defect.kernel, defect.kind) for defect in DEFECTS}
-    # Sums keep columns apart, and what lies behind the width is dropped where they are stored; what is
-    # 64-bit in these two follows from sizes that no test can have; `db` is 1-D and reads float32 alone.
-    assert missing == {
-        ("parts", MASK), ("dz", MASK), ("db", MASK), ("db", PADDING), ("db", OFFSET), ("db", RAW)
-    }  # fmt: skip
-
-
-def test_ids_of_planted_defects_are_distinct():
-    assert len(set(map(str, DEFECTS))) == len(DEFECTS)

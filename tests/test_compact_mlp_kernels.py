@@ -5,21 +5,29 @@ pages, with poisoned outputs and NaN in the padding of every input, and compares
 plants defects and expects each to be caught by the proof that its id names.
 """
 
-import functools
 import importlib
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from guarded_memory import replaced
+from kernel_proofs import (
+    KINDS,
+    PAD_IN,
+    PAD_OUT,
+    Defect,
+    assert_compiled_ahead_of_time,
+    assert_defect_is_caught,
+    assert_defects_of_every_kind,
+    assert_like,
+    assert_padding_is_zero,
+    loaded,
+    place,
+    run_check,
+    to_tf32,
+)
 from numerics import assert_close_to_float64
 from test_compact_mlp import ARGUMENTS, inputs, references
-from test_gated_linear_kernels import assert_like, crash_of, precision, to_tf32
-from test_layer_norm_gather_kernels import KINDS, PROOFS, assert_padding_is_zero, place
-from triton_harness import check_canaries, guarded_outputs, mutated
-
-triton = pytest.importorskip("triton")
 
 MODULE = "vtp_kernels.compact_mlp"
 op_module = importlib.import_module(MODULE)
@@ -88,27 +96,10 @@ class Data:
         assert_close_to_float64(out.reshape(exact.shape), exact, same_dtype, name)
 
 
-def prove(check, case, replacements=(), descriptors=False, attributes=(), **kwargs):
-    """`check(op, data)` under the case's conditions; returns keys of the variants that it launched.
-
-    op: the module, or a copy with `replacements`. attributes: names and values to set in it meanwhile.
-    """
-    op = mutated(MODULE, replacements) if replacements else op_module
-    data = Data(case)
-    recorder = op._triton._Recording("compact_mlp", "")
-    launch = op.launch
-
-    def recorded_launch(kernel, grid, arguments, config, **constants):
-        recorder.add(kernel, arguments, config, constants)
-        launch(kernel, grid, arguments, config, **constants)
-
-    patches = [(op, "launch", recorded_launch), (op._triton, "has_descriptors", lambda device: descriptors)]
-    patches += [(op, name, value) for name, value in dict(attributes).items()]
-    with replaced(patches), precision("high" if case.dtypes == "tf32" else "highest"):
-        with guarded_outputs(case.side):
-            check(op, data, **kwargs)
-        check_canaries()
-    return set(recorder.variants)
+def prove(check, case, replacements=(), **conditions):
+    """`check(op, data)` under the case's conditions; keys of the variants that it launched."""
+    op = loaded(MODULE, replacements)
+    return run_check(check, op, Data(case), tf32=case.dtypes == "tf32", **conditions)
 
 
 def check_fwd(op, data, keep=(False, True)):
@@ -175,16 +166,10 @@ def check_that_a_second_run_is_equal(op, data):
 # -- Correct kernels pass -----------------------------------------------------------------------------------
 
 
-@functools.cache
-def compiled_ahead_of_time(target):
-    return {variant.key() for variant in op_module.variants(target)}
-
-
 def run(interpreter, check, case, descriptors=False, **kwargs):
     """Prove it in the worker; all that it launched is in the list that is compiled ahead of time."""
     launched = interpreter.run(prove, check, case, descriptors=descriptors, **kwargs)
-    missing = launched - compiled_ahead_of_time("sm_90" if descriptors else "sm_80")
-    assert not missing, f"launched, but not compiled ahead of time: {missing}"
+    assert_compiled_ahead_of_time(launched, MODULE, "sm_90" if descriptors else "sm_80")
     return launched
 
 
@@ -290,38 +275,26 @@ def test_few_rows_wide_outputs_and_float32_without_tensor_cores_are_two_launches
     assert is_fused(torch.bfloat16, rows, 256)
     assert not is_fused(torch.bfloat16, rows - 1, 256)
     assert not is_fused(torch.bfloat16, rows, 257)
-    with precision("high"):
+    with op_module._triton.matmul_precision("high"):
         assert is_fused(torch.float32, rows, 256)
-    with precision("highest"):
+    with op_module._triton.matmul_precision("highest"):
         assert not is_fused(torch.float32, rows, 256)
 
 
 # -- Each planted defect is caught, by the proof that is meant to -------------------------------------------
 
-READ, WRITE, MASK, OTHER, RACE, UNWRITTEN, RAW, VALUE, PAD_IN, PAD_OUT = KINDS
+READ, WRITE, MASK, OTHER, RACE, UNWRITTEN, RAW, VALUE = KINDS
 SMALL = Case(37, 61, 45, 21)  # tails only
 LONG = Case(70, 69, 141, 21)  # several tiles along every axis but that of the outputs, and tails
 TF32 = Case(70, 37, 45, 21, "tf32")
 TALL = Case(150, 1, 45, 1)  # of gelu_bwd: two programs of rows
 
 
-@dataclass(frozen=True)
-class Defect:
-    """`old` becomes `new` in the source of a kernel: of which kind that is, and the proof that finds it."""
-
-    kernel: str
-    kind: str
-    what: str
-    proof: str
-    old: str
-    new: str
-    case: Case = SMALL
-    # Where a page is touched: the argument whose memory is overrun.
-    argument: str = ""
-    descriptors: bool = False
-
-    def __str__(self):
-        return f"{self.kernel}-{self.what}-{self.proof}"
+def planted(kernel, kind, what, proof, old, new, case=SMALL, argument="", descriptors=False):
+    options = {"case": case, "descriptors": descriptors}
+    if kernel == "fwd":  # with z only where the defect is there
+        options["keep"] = ("z" in what.split("-"),)
+    return Defect(kernel, kind, what, proof, old, new, tuple(options.items()), argument)
 
 
 CLAMPS = "r_m, r_h = tl.minimum(o_m, M - 1), tl.minimum(o_h, hidden - 1)"
@@ -343,7 +316,7 @@ BWD_PARTIAL = "tl.store(partial + tl.program_id(0).to(tl.int64) * hidden + o_h, 
 
 # Each: kernel, kind, what is wrong, the proof, old and new text; what is run; the argument that is overrun.
 # fmt: off
-DEFECTS = [Defect(*row) for row in (
+DEFECTS = [planted(*row) for row in (
     ("fwd", READ, "row-clamp-of-x-removed", "guard-page", CLAMPS,
      CLAMPS.replace("tl.minimum(o_m, M - 1)", "o_m"),
      SMALL, "x"),
@@ -434,32 +407,13 @@ DEFECTS = [Defect(*row) for row in (
 CHECKS = {"fwd": check_fwd, "gelu_bwd": check_gelu_bwd}
 
 
-def plant(defect):
-    """The check passes without the defect, so that it is the defect which is found."""
-    options = dict(descriptors=defect.descriptors)
-    if defect.kernel == "fwd":  # with z only where the defect is there
-        options["keep"] = ("z" in defect.what.split("-"),)
-    proof = functools.partial(prove, CHECKS[defect.kernel], defect.case, **options)
-    proof()
-    planted = functools.partial(proof, replacements=[(defect.old, defect.new)])
-    return crash_of(planted) if defect.proof == "guard-page" else planted()
-
-
 @pytest.mark.parametrize("defect", DEFECTS, ids=str)
 def test_planted_defect(interpreter, defect):
-    if defect.proof == "guard-page":
-        report = interpreter.run(plant, defect)
-        where = f"past the end of the memory of `{defect.argument}`"
-        assert report.startswith("SIGSEGV") and where in report and "_kernel" in report, report
-        return
-    error, says = PROOFS[defect.proof]
-    with pytest.raises(error, match=says) as caught:
-        interpreter.run(plant, defect)
-    assert type(caught.value) is error
+    assert_defect_is_caught(interpreter, prove, CHECKS[defect.kernel], defect)
 
 
 def test_every_kernel_has_planted_defects_of_every_kind():
-    assert {(d.kernel, d.kind) for d in DEFECTS} == {(kernel, kind) for kernel in CHECKS for kind in KINDS}
+    assert_defects_of_every_kind(DEFECTS, op_module, (*KINDS, PAD_IN, PAD_OUT))
 
 
 def test_ids_of_planted_defects_are_distinct():

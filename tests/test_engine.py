@@ -1,4 +1,4 @@
-"""A model packed for the ops against the compact model that it was made from, on CPU: see also test_cpu_engine."""
+"""A model packed for the ops against the compact model that it was made from, on plain PyTorch."""
 
 import copy
 import os

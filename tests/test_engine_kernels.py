@@ -5,6 +5,7 @@ import copy
 import importlib
 
 import pytest
+import timm
 import torch
 from engine_cases import (
     OPS,
@@ -164,6 +165,20 @@ FREE = {
     "aten::view",
 }
 VENDOR = {"aten::mm.out", "aten::addmm.out"}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("batch", [1, 2, 3, 64])
+def test_a_block_of_a_whole_deit_base_is_seven_launches(batch, dtype, target):
+    """Nothing is split that need not be: its 3,072 hidden units at batch 1 are one product."""
+    model = vtp.insert_gates(timm.create_model("deit_base_patch16_224", depth=1))
+    small = vtp.compact(model, vtp.make_plan(model, rate=0.0))
+    assert small.blocks[0].mlp.fc2.in_features == 3072
+    launched, _, operators = recorded(small, DTYPES[dtype], batch, target)
+    everything = launched + [operator for operator in operators if operator not in FREE]
+    assert len(everything) == 7, everything
+    assert set(everything) - set(launched) <= VENDOR
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 import torch
-import torch._dynamo.config
 import torch.nn.functional as F
 from gated_linear_cases import DTYPES, L1, NAMES, inputs, leaves, reference, references
 from numerics import assert_close_to_float64
+from op_checks import check_compilation, check_export, saved_by, with_layout
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -97,35 +97,15 @@ def test_only_the_products_that_are_needed_are_made():
 
 
 def saved_bytes(dtypes, M=64, K=32, N=48):
-    sizes = {}
-
-    def note(tensor):
-        sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
-
     tensors = leaves(inputs(M, K, N, *DTYPES[dtypes])[:4])
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        gated_linear(*tensors)
-    return sum(sizes.values()) - sum(t.numel() * t.element_size() for t in tensors[:3])
+    saved = saved_by(gated_linear, *tensors)
+    return sum(t.nbytes for t in saved.values()) - sum(t.nbytes for t in tensors[:3])
 
 
 def test_nothing_is_saved_but_the_inputs_and_in_mixed_precision_the_cast_weight():
     assert saved_bytes("f32") == 0
     assert saved_bytes("bf16") == 0
     assert saved_bytes("bf16-f32") == 2 * 32 * 48
-
-
-def with_layout(kind, x):
-    """x's values in another layout."""
-    if kind == "transposed":
-        return x.t().contiguous().t()
-    if kind == "strided-rows":
-        return F.pad(x, (0, 3), value=float("nan"))[:, :-3]
-    if kind == "misaligned":
-        return torch.cat([x.new_full((1,), float("nan")), x.flatten()])[1:].view(x.shape)
-    if kind == "every-other-column":
-        return torch.stack([x, torch.full_like(x, float("nan"))], dim=-1).flatten(1)[:, ::2]
-    raise ValueError(kind)
 
 
 @pytest.mark.parametrize("kind", ["transposed", "strided-rows", "misaligned", "every-other-column"])
@@ -258,33 +238,21 @@ class TestTransforms:
 
     @pytest.mark.parametrize("autocast", [False, True], ids=["f32", "autocast"])
     def test_compiles_without_breaks_and_without_recompiling_for_the_batch(self, autocast):
-        torch.compiler.reset()
-        compiled = torch.compile(
-            lambda *t: gated_linear(*t, l1=L1), fullgraph=True, dynamic=True, backend="aot_eager"
-        )
-        for batch in (2, 5, 8):
+        def function(*tensors):
+            return gated_linear(*tensors, l1=L1)
+
+        def results(f, batch):
             x, weight, gate, bias, _ = inputs(batch * 7, 21, 34, torch.float32, torch.float32)
-            x = x.view(batch, 7, 21)
-            results = []
-            for function in (compiled, lambda *t: gated_linear(*t, l1=L1)):
-                tensors = leaves((x, weight, gate, bias))
-                with (
-                    torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-                    torch._dynamo.config.patch(error_on_recompile=True),
-                ):
-                    y = function(*tensors)
-                y.backward(torch.ones_like(y))
-                results.append((y, *(t.grad for t in tensors)))
-            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            tensors = leaves((x.view(batch, 7, 21), weight, gate, bias))
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = f(*tensors)
+            y.backward(torch.ones_like(y))
+            return y, *(t.grad for t in tensors)
+
+        check_compilation(function, results)
 
     def test_exports_with_a_dynamic_batch(self):
-        layer = vtp.GatedLinear.from_linear(nn.Linear(6, 5)).eval()
-        exported = torch.export.export(
-            layer, (torch.randn(4, 3, 6),), dynamic_shapes=({0: torch.export.Dim("batch")},)
-        )
-        for batch in (1, 9):
-            x = torch.randn(batch, 3, 6)
-            torch.testing.assert_close(exported.module()(x), layer(x))
+        check_export(vtp.GatedLinear.from_linear(nn.Linear(6, 5)).eval(), (3, 6))
 
     def test_functional_call_with_gradients_of_the_given_parameters(self):
         layer = vtp.GatedLinear.from_linear(nn.Linear(6, 5))

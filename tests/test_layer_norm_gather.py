@@ -4,23 +4,15 @@ import copy
 
 import pytest
 import torch
-import torch._dynamo.config
-import torch.nn.functional as F
+from gated_linear_cases import DTYPES
 from numerics import assert_close_to_float64
+from op_checks import LAYOUTS, check_compilation, check_export, leaves, saved_by, with_layout
 from torch import nn
 
 from vtp_kernels.layer_norm_gather import layer_norm_gather, layer_norm_gather_ref
 
 EPS = 1e-6
 NAMES = ("out", "dx", "dweight", "dbias")
-# The dtypes of x and of weight and bias.
-DTYPES = {
-    "f32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "f16": (torch.float16, torch.float16),
-    "bf16-f32": (torch.bfloat16, torch.float32),
-    "f16-f32": (torch.float16, torch.float32),
-}
 # Rows, columns, kept columns; with as many kept as there are, there is no index.
 SHAPES = [
     (1, 17, 1),
@@ -43,13 +35,9 @@ def inputs(M, D, kept, x_dtype, weight_dtype, seed=0):
     return x.to(x_dtype), weight.to(weight_dtype), bias.to(weight_dtype), index, dout.to(x_dtype)
 
 
-def leaves(*tensors):
-    return [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
-
-
 def run(function, x, weight, bias, index, dout):
     """out and the gradients of x, weight and bias; None for a missing weight's and bias'."""
-    tensors = leaves(x, weight, bias)
+    tensors = leaves((x, weight, bias))
     out = function(*tensors, index, EPS)
     out.backward(dout)
     return out.detach(), *(None if t is None else t.grad for t in tensors)
@@ -94,7 +82,7 @@ def test_without_weight_and_bias_it_is_the_normalized_input(kept, dtypes):
 def test_gradients_are_those_of_finite_differences(kept, affine):
     x, weight, bias, index, _ = inputs(4, 7, kept, torch.float64, torch.float64)
     weight, bias = (weight, bias) if affine else (None, None)
-    tensors = leaves(x, weight, bias)
+    tensors = leaves((x, weight, bias))
     assert torch.autograd.gradcheck(lambda *t: layer_norm_gather(*t, index, EPS), tensors)
 
 
@@ -115,30 +103,12 @@ def test_variance_does_not_cancel_where_the_mean_is_large():
     check(x + 1000, weight, bias, index, dout)
 
 
-def with_layout(kind, x):
-    """x's values in another layout."""
-    if kind == "transposed":
-        return x.t().contiguous().t()
-    if kind == "padded-rows":
-        return F.pad(x, (0, -x.shape[1] % 8), value=float("nan"))[:, : x.shape[1]]
-    if kind == "strided-rows":
-        return F.pad(x, (0, 3), value=float("nan"))[:, :-3]
-    if kind == "misaligned":
-        return torch.cat([x.new_full((1,), float("nan")), x.flatten()])[1:].view(x.shape)
-    if kind == "every-other-column":
-        return torch.stack([x, torch.full_like(x, float("nan"))], dim=-1).flatten(1)[:, ::2]
-    raise ValueError(kind)
-
-
-LAYOUTS = ["transposed", "padded-rows", "strided-rows", "misaligned", "every-other-column"]
-
-
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_layouts_of_inputs_and_of_the_gradient_change_nothing(kind):
     x, weight, bias, index, dout = inputs(9, 61, 21, torch.float32, torch.float32)
     expected = run(layer_norm_gather, x, weight, bias, index, dout)
     x = with_layout(kind, x).detach().requires_grad_()
-    weight, bias = leaves(weight, bias)
+    weight, bias = leaves((weight, bias))
     out = layer_norm_gather(x, weight, bias, index, EPS)
     out.backward(with_layout(kind, dout))
     for name, a, b in zip(NAMES, (out, x.grad, weight.grad, bias.grad), expected, strict=True):
@@ -176,22 +146,15 @@ def test_no_column_kept():
 
 
 def test_nothing_is_saved_but_the_inputs():
-    sizes = {}
-
-    def note(tensor):
-        sizes[tensor.data_ptr()] = tensor
-        return tensor
-
     x, weight, bias, index, _ = inputs(37, 61, 15, torch.bfloat16, torch.float32)
-    x, weight, bias = leaves(x, weight, bias)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        layer_norm_gather(x, weight, bias, index, EPS)
-    assert set(sizes) == {x.data_ptr(), weight.data_ptr(), index.data_ptr()}
+    x, weight, bias = leaves((x, weight, bias))
+    saved = saved_by(layer_norm_gather, x, weight, bias, index, EPS)
+    assert set(saved) == {x.data_ptr(), weight.data_ptr(), index.data_ptr()}
 
 
 def test_there_is_no_second_derivative_and_it_says_so():
     x, weight, bias, index, _ = inputs(4, 7, 3, torch.float32, torch.float32)
-    (x,) = leaves(x)
+    (x,) = leaves((x,))
     (dx,) = torch.autograd.grad(layer_norm_gather(x, weight, bias, index, EPS).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         dx.sum().backward()
@@ -216,7 +179,7 @@ class TestTransforms:
     @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
     def test_opcheck(self, affine, kept, dtypes):
         x, weight, bias, index, _ = inputs(6, 11, kept, *DTYPES[dtypes])
-        x, weight, bias = leaves(x, *((weight, bias) if affine else (None, None)))
+        x, weight, bias = leaves((x, *((weight, bias) if affine else (None, None))))
         torch.library.opcheck(torch.ops.vtp.layer_norm_gather, (x, weight, bias, index, EPS, x.dtype))
 
     @pytest.mark.parametrize("kept", [5, 11], ids=["gathered", "all-columns"])
@@ -228,7 +191,7 @@ class TestTransforms:
 
     def test_autocast_puts_out_its_dtype_and_reads_x_as_it_is(self):
         x, weight, bias, index, dout = inputs(12, 61, 15, torch.float32, torch.float32)
-        tensors = leaves(x, weight, bias)
+        tensors = leaves((x, weight, bias))
         with torch.autocast("cpu", torch.bfloat16):
             out = layer_norm_gather(*tensors, index, EPS)
         assert out.dtype == torch.bfloat16
@@ -247,27 +210,17 @@ class TestTransforms:
     @pytest.mark.parametrize("autocast", [False, True], ids=["f32", "autocast"])
     @pytest.mark.parametrize("kept", [15, 61], ids=["gathered", "all-columns"])
     def test_compiles_without_breaks_and_without_recompiling_for_the_batch(self, kept, autocast):
-        torch.compiler.reset()
-        compiled = torch.compile(layer_norm_gather, fullgraph=True, dynamic=True, backend="aot_eager")
-        for batch in (2, 5, 8):
+        def results(f, batch):
             x, weight, bias, index, dout = inputs(batch * 7, 61, kept, torch.float32, torch.float32)
             x, dout = x.view(batch, 7, 61), dout.view(batch, 7, kept)
-            with (
-                torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-                torch._dynamo.config.patch(error_on_recompile=True),
-            ):
-                dout = dout.bfloat16() if autocast else dout
-                got, expected = (run(f, x, weight, bias, index, dout) for f in (compiled, layer_norm_gather))
-            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+            dout = dout.bfloat16() if autocast else dout
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return run(f, x, weight, bias, index, dout)
+
+        check_compilation(layer_norm_gather, results)
 
     def test_exports_with_a_dynamic_batch(self):
-        layer = Norm(61, 15)
-        exported = torch.export.export(
-            layer, (torch.randn(4, 3, 61),), dynamic_shapes=({0: torch.export.Dim("batch")},)
-        )
-        for batch in (1, 9):
-            x = torch.randn(batch, 3, 61)
-            torch.testing.assert_close(exported.module()(x), layer(x))
+        check_export(Norm(61, 15), (3, 61))
 
     def test_a_copy_of_a_module_computes_the_same(self):
         layer, x = Norm(61, 15), torch.randn(4, 61)

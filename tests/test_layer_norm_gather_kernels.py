@@ -5,27 +5,35 @@ pages, with poisoned outputs and NaN in the padding of every input, and compares
 plants defects and expects each to be caught by the proof that its id names.
 """
 
-import functools
 import importlib
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from guarded_memory import replaced
+from guarded_memory import guarded
+from kernel_proofs import (
+    KINDS,
+    PAD_IN,
+    PAD_OUT,
+    Defect,
+    assert_compiled_ahead_of_time,
+    assert_defect_is_caught,
+    assert_defects_of_every_kind,
+    assert_like,
+    assert_padding_is_zero,
+    loaded,
+    place,
+    run_check,
+)
 from numerics import assert_close_to_float64
-from test_gated_linear_kernels import PROOFS, assert_like, crash_of
 from test_layer_norm_gather import DTYPES, EPS, NAMES, inputs, references
-from triton_harness import check_canaries, guarded, guarded_outputs, mutated
-
-triton = pytest.importorskip("triton")
 
 MODULE = "vtp_kernels.layer_norm_gather"
 op_module = importlib.import_module(MODULE)
 
 # Under autocast x stays float32.
 AUTOCAST = {"f32-to-bf16": torch.bfloat16, "f32-to-f16": torch.float16}
-FAR = 2**29  # elements from row to row: beyond 32 bits in the fifth
 
 
 @dataclass(frozen=True)
@@ -48,23 +56,6 @@ class Case:
 
 
 # -- In the worker ------------------------------------------------------------------------------------------
-
-
-def place(t, layout, side):
-    """`t` in guarded memory: in padded rows with NaN behind the width, unless the layout says otherwise."""
-    if t is None or t.dim() == 1:
-        return None if t is None else guarded(t, side)
-    if layout == "misaligned":
-        return guarded(t, side, offset_elements=1)
-    if layout in ("tight", "images"):
-        t = guarded(t, side)
-        return t.unflatten(0, (3, -1)) if layout == "images" else t
-    if layout == "transposed":
-        return guarded(t.T.contiguous(), side).T
-    width = t.shape[1]
-    full = F.pad(t, (0, -width % 8), value=torch.nan)
-    row_stride = {"padded": full.shape[1], "wide": full.shape[1] + 8, "far": FAR}[layout]
-    return guarded(full, side, align=16, row_stride=row_stride)[:, :width]
 
 
 class Data:
@@ -93,37 +84,15 @@ class Data:
         assert_close_to_float64(out.reshape(exact.shape).to(dtype), exact, same_dtype.to(dtype), name)
 
 
-def assert_padding_is_zero(name, t):
-    width = t.shape[-1]
-    whole = t.as_strided((*t.shape[:-1], -(-width // 8) * 8), t.stride())
-    assert not whole[..., width:].count_nonzero(), f"{name}: padding is not 0"
-
-
 def prove(check, case, replacements=(), **kwargs):
-    """`check(op, data)` under the case's conditions; returns keys of the variants that it launched.
-
-    op: the module, or a copy with `replacements`.
-    """
-    op = mutated(MODULE, replacements) if replacements else op_module
-    data = Data(case)
-    recorder = op._triton._Recording("layer_norm_gather", "")
-    launch = op.launch
-
-    def recorded_launch(kernel, grid, arguments, config, **constants):
-        recorder.add(kernel, arguments, config, constants)
-        launch(kernel, grid, arguments, config, **constants)
-
+    """`check(op, data)` with the case's number of programs; keys of the variants that it launched."""
+    op = loaded(MODULE, replacements)
     position = op._position
-    patches = [
-        (op, "launch", recorded_launch),
-        (op, "_BWD_PROGRAMS", case.programs),
-        (op, "_position", lambda *arguments: guarded(position(*arguments), case.side)),
-    ]
-    with replaced(patches):
-        with guarded_outputs(case.side):
-            check(op, data, **kwargs)
-        check_canaries()
-    return set(recorder.variants)
+    attributes = {
+        "_BWD_PROGRAMS": case.programs,
+        "_position": lambda *arguments: guarded(position(*arguments), case.side),
+    }
+    return run_check(check, op, Data(case), attributes=attributes, **kwargs)
 
 
 def check_fwd(op, data):
@@ -172,16 +141,10 @@ def check_that_a_second_run_is_equal(op, data):
 # -- Correct kernels pass -----------------------------------------------------------------------------------
 
 
-@functools.cache
-def compiled_ahead_of_time():
-    return {variant.key() for variant in op_module.variants("sm_80")}
-
-
 def run(interpreter, check, case, **kwargs):
     """Prove it in the worker; all that it launched is in the list that is compiled ahead of time."""
     launched = interpreter.run(prove, check, case, **kwargs)
-    missing = launched - compiled_ahead_of_time()
-    assert not missing, f"launched, but not compiled ahead of time: {missing}"
+    assert_compiled_ahead_of_time(launched, MODULE, "sm_80")
     return launched
 
 
@@ -268,42 +231,17 @@ def test_rows_wider_than_the_kernels_take_are_left_to_pytorch():
 
 # -- Each planted defect is caught, by the proof that is meant to -------------------------------------------
 
-PROOFS = {**PROOFS, "padding": (AssertionError, "padding is not 0")}
-READ, WRITE, MASK, OTHER, RACE, UNWRITTEN, RAW, VALUE, PAD_IN, PAD_OUT = KINDS = (
-    "read past the end",
-    "write past the end",
-    "missing mask",
-    "missing other",
-    "race",
-    "unwritten",
-    "raw bfloat16",
-    "wrong value",
-    "padding of an input used",
-    "padding not zeroed",
-)
-
-
-@dataclass(frozen=True)
-class Defect:
-    """`old` becomes `new` in the source of a kernel: of which kind that is, and the proof that finds it."""
-
-    kernel: str
-    kind: str
-    what: str
-    proof: str
-    old: str
-    new: str
-    case: Case = Case(37, 61, 15)
-    # Where a page is touched: the argument whose memory is overrun.
-    argument: str = ""
-
-    def __str__(self):
-        return f"{self.kernel}-{self.what}-{self.proof}"
-
-
+READ, WRITE, MASK, OTHER, RACE, UNWRITTEN, RAW, VALUE = KINDS
+SMALL = Case(37, 61, 15)
 ALL = Case(37, 61, 61)  # no index
 HALF = Case(37, 61, 15, "bf16")
 BEFORE = Case(37, 61, 15, side="begin")
+
+
+def planted(kernel, kind, what, proof, old, new, case=SMALL, argument=""):
+    return Defect(kernel, kind, what, proof, old, new, (("case", case),), argument)
+
+
 LOAD = "tl.load(p_tile, mask=m_tile, other=0.0)"
 LOAD_MASK = "m_tile = (o_m[:, None] < M) & (o_d[None, :] < (D + 7) // 8 * 8)"
 CLEAR = "return tl.where(o_d[None, :] < D, b_rows, 0.0)"
@@ -321,79 +259,75 @@ BWD_DBIAS = "tl.store(p_partial + kept, tl.sum(b_dbias, axis=0), mask=m_j)"
 
 # Each: kernel, kind, what is wrong, the proof, old and new text; what is run; the argument that is overrun.
 # fmt: off
-DEFECTS = [Defect(*row) for row in (
+DEFECTS = [planted(*row) for row in (
     ("fwd", READ, "row-mask-of-x-removed", "guard-page", LOAD_MASK,
      LOAD_MASK.replace("(o_m[:, None] < M)", ANY_ROW), ALL, "x"),
     ("fwd", READ, "row-mask-of-kept-removed", "guard-page", FWD_KEPT,
-     FWD_KEPT.replace("(o_m[:, None] < M)", ANY_ROW), Case(37, 61, 15), "x"),
+     FWD_KEPT.replace("(o_m[:, None] < M)", ANY_ROW), SMALL, "x"),
     ("fwd", READ, "columns-of-a-whole-block-loaded", "guard-page", LOAD_MASK,
      LOAD_MASK.replace("(D + 7) // 8 * 8", "D + 64"), ALL, "x"),
-    ("fwd", MASK, "no-mask-on-index", "guard-page", FWD_INDEX, "tl.load(index + o_j)", Case(37, 61, 15),
+    ("fwd", MASK, "no-mask-on-index", "guard-page", FWD_INDEX, "tl.load(index + o_j)", SMALL,
      "index"),
-    ("fwd", MASK, "no-mask-on-weight", "guard-page", FWD_WEIGHT, "tl.load(weight + o_j)", Case(37, 61, 15),
+    ("fwd", MASK, "no-mask-on-weight", "guard-page", FWD_WEIGHT, "tl.load(weight + o_j)", SMALL,
      "weight"),
     ("fwd", MASK, "no-mask-on-bias", "guard-page", FWD_BIAS, "tl.load(bias + o_j)", ALL, "bias"),
     ("fwd", WRITE, "row-mask-of-store-removed", "guard-page", FWD_STORE,
-     FWD_STORE.replace("(o_m[:, None] < M)", ANY_ROW), Case(37, 61, 15), "out"),
+     FWD_STORE.replace("(o_m[:, None] < M)", ANY_ROW), SMALL, "out"),
     ("fwd", WRITE, "column-mask-of-store-removed", "guard-page", FWD_STORE,
      "mask=(o_m[:, None] < M) & (o_j[None, :] >= 0)", Case(5, 61, 15), "out"),
     ("fwd", RACE, "programs-overlap", "race-detection", "tl.program_id(0) * ROWS +",
-     "tl.program_id(0) * (ROWS - 1) +", Case(37, 61, 15)),
+     "tl.program_id(0) * (ROWS - 1) +"),
     ("fwd", UNWRITTEN, "last-columns-not-stored", "poison", FWD_STORE,
-     FWD_STORE.replace("(kept + 7) // 8", "kept // 8"), Case(37, 61, 15)),
+     FWD_STORE.replace("(kept + 7) // 8", "kept // 8")),
     ("fwd", UNWRITTEN, "last-rows-not-launched", "poison", '(triton.cdiv(M, config.blocks["ROWS"]),)',
-     '(M // config.blocks["ROWS"],)', Case(37, 61, 15)),
+     '(M // config.blocks["ROWS"],)'),
     ("fwd", RAW, "deviation-in-bfloat16", "bfloat16-check", "(b_kept - b_mean[:, None])",
      "(b_kept.to(tl.bfloat16) - b_mean[:, None].to(tl.bfloat16))", HALF),
-    ("fwd", PAD_IN, "padding-of-x-enters-the-statistics", "poison", CLEAR, "return b_rows", Case(37, 61, 15)),
+    ("fwd", PAD_IN, "padding-of-x-enters-the-statistics", "poison", CLEAR, "return b_rows"),
     ("fwd", PAD_OUT, "padding-of-out-not-zeroed", "padding", "tl.where(o_j[None, :] < kept, b_xhat, 0.0)",
      "b_xhat", Case(37, 61, 15, affine=False)),
-    ("fwd", VALUE, "columns-not-gathered", "error-rule", "+ b_index[None, :]", "+ o_j[None, :]",
-     Case(37, 61, 15)),
+    ("fwd", VALUE, "columns-not-gathered", "error-rule", "+ b_index[None, :]", "+ o_j[None, :]"),
     ("fwd", VALUE, "variance-from-the-mean-of-squares", "error-rule",
      "1.0 / tl.sqrt(tl.sum(b_deviation * b_deviation, axis=1) / D + eps)",
      "1.0 / tl.sqrt(tl.sum(b_x * b_x, axis=1) / D - b_mean * b_mean + eps)", Case(37, 61, 15, mean=100.0)),
     ("fwd", VALUE, "statistics-of-a-whole-block", "error-rule",
      "b_deviation = tl.where(o_d[None, :] < D, b_x - b_mean[:, None], 0.0)",
-     "b_deviation = b_x - b_mean[:, None]", Case(37, 61, 15)),
+     "b_deviation = b_x - b_mean[:, None]"),
     ("fwd", VALUE, "one-column-too-few-counted", "error-rule",
-     "tl.sum(b_deviation * b_deviation, axis=1) / D", "tl.sum(b_deviation * b_deviation, axis=1) / (D - 1)",
-     Case(37, 61, 15)),
+     "tl.sum(b_deviation * b_deviation, axis=1) / D", "tl.sum(b_deviation * b_deviation, axis=1) / (D - 1)"),
     ("fwd", VALUE, "mean-not-subtracted", "error-rule", "(b_kept - b_mean[:, None])", "b_kept", HALF),
     ("fwd", VALUE, "rounded-before-the-weight", "error-rule", "b_xhat = b_xhat * b_weight[None, :]",
-     "b_xhat = b_xhat.to(tl.bfloat16).to(tl.float32) * b_weight[None, :]", Case(37, 61, 15)),
-    ("fwd", VALUE, "bias-not-added", "error-rule", " + b_bias[None, :]", "", Case(37, 61, 15)),
+     "b_xhat = b_xhat.to(tl.bfloat16).to(tl.float32) * b_weight[None, :]"),
+    ("fwd", VALUE, "bias-not-added", "error-rule", " + b_bias[None, :]", ""),
     ("bwd", READ, "row-mask-of-x-removed", "guard-page", LOAD_MASK,
-     LOAD_MASK.replace("(o_m[:, None] < M)", ANY_ROW), Case(37, 61, 15), "x"),
+     LOAD_MASK.replace("(o_m[:, None] < M)", ANY_ROW), SMALL, "x"),
     ("bwd", READ, "row-mask-of-dy-removed", "guard-page", "m_dy = (o_m[:, None] < M)", f"m_dy = {ANY_ROW}",
-     Case(37, 61, 15), "dy"),
+     SMALL, "dy"),
     ("bwd", MASK, "no-mask-on-position", "guard-page", BWD_POSITION, "tl.load(position + o_d)",
-     Case(37, 61, 15), "position"),
+     SMALL, "position"),
     ("bwd", MASK, "no-mask-on-weight", "guard-page", BWD_WEIGHT, "tl.load(weight + o_j)", ALL, "weight"),
     ("bwd", MASK, "removed-columns-not-masked-in-dy", "guard-page", "(o_m[:, None] < M) & m_j[None, :]",
      "(o_m[:, None] < M) & (o_j[None, :] > -2)", BEFORE, "dy"),
     ("bwd", WRITE, "row-mask-of-store-removed", "guard-page", BWD_STORE,
-     BWD_STORE.replace("(o_m[:, None] < M)", ANY_ROW), Case(37, 61, 15), "dx"),
+     BWD_STORE.replace("(o_m[:, None] < M)", ANY_ROW), SMALL, "dx"),
     ("bwd", WRITE, "mask-of-partial-sums-removed", "guard-page", BWD_DBIAS,
      BWD_DBIAS.replace(", mask=m_j", ""), Case(5, 61, 61), "partial"),
-    ("bwd", OTHER, "no-other-on-x", "poison", LOAD, LOAD.replace(", other=0.0", ""), Case(37, 61, 15)),
-    ("bwd", OTHER, "no-other-on-dy", "poison", BWD_DY, BWD_DY.replace(", other=0.0", ""), Case(37, 61, 15)),
+    ("bwd", OTHER, "no-other-on-x", "poison", LOAD, LOAD.replace(", other=0.0", "")),
+    ("bwd", OTHER, "no-other-on-dy", "poison", BWD_DY, BWD_DY.replace(", other=0.0", "")),
     ("bwd", RACE, "partial-sums-all-in-one-row", "race-detection",
-     "partial + tl.program_id(0).to(tl.int64) * 2 * kept", "partial", Case(37, 61, 15)),
+     "partial + tl.program_id(0).to(tl.int64) * 2 * kept", "partial"),
     ("bwd", RACE, "programs-overlap", "race-detection", "first = tl.program_id(0) * rows_per_program",
-     "first = tl.program_id(0) * (rows_per_program - 1)", Case(37, 61, 15)),
+     "first = tl.program_id(0) * (rows_per_program - 1)"),
     ("bwd", UNWRITTEN, "last-columns-not-stored", "poison", BWD_STORE,
-     BWD_STORE.replace("(D + 7) // 8", "D // 8"), Case(37, 61, 15)),
+     BWD_STORE.replace("(D + 7) // 8", "D // 8")),
     ("bwd", UNWRITTEN, "last-partial-sum-not-stored", "poison", BWD_DBIAS,
-     BWD_DBIAS.replace("m_j", "m_j & (o_j < kept - 1)"), Case(37, 61, 15)),
+     BWD_DBIAS.replace("m_j", "m_j & (o_j < kept - 1)")),
     ("bwd", RAW, "product-in-bfloat16", "bfloat16-check", "b_dweight += b_dy * b_xhat",
      "b_dweight += (b_dy.to(tl.bfloat16) * b_xhat.to(tl.bfloat16)).to(tl.float32)", HALF),
-    ("bwd", PAD_IN, "padding-of-x-enters-the-statistics", "poison", CLEAR, "return b_rows", Case(37, 61, 15)),
-    ("bwd", PAD_OUT, "padding-of-dx-not-zeroed", "padding", "tl.where(o_d[None, :] < D, b_dx, 0.0)", "b_dx",
-     Case(37, 61, 15)),
+    ("bwd", PAD_IN, "padding-of-x-enters-the-statistics", "poison", CLEAR, "return b_rows"),
+    ("bwd", PAD_OUT, "padding-of-dx-not-zeroed", "padding", "tl.where(o_d[None, :] < D, b_dx, 0.0)", "b_dx"),
     ("bwd", VALUE, "removed-columns-without-gradient", "error-rule",
-     "b_dx = tl.where(o_d[None, :] < D, b_dx, 0.0)", "b_dx = tl.where(m_j[None, :], b_dx, 0.0)", Case(37, 61,
-     15)),
+     "b_dx = tl.where(o_d[None, :] < D, b_dx, 0.0)", "b_dx = tl.where(m_j[None, :], b_dx, 0.0)"),
     ("bwd", VALUE, "gradient-of-the-mean-forgotten", "error-rule", "b_g - b_mean_g[:, None] - ", "b_g - ",
      HALF),
     ("bwd", VALUE, "gradient-of-the-variance-forgotten", "error-rule", " - b_xhat * b_mean_gx[:, None]", "",
@@ -402,37 +336,20 @@ DEFECTS = [Defect(*row) for row in (
     ("bwd", VALUE, "tiles-after-the-first-dropped", "error-rule", "b_dweight += b_dy * b_xhat",
      "b_dweight = b_dy * b_xhat", Case(61, 61, 15, programs=3)),
     ("bwd", VALUE, "sums-in-bfloat16", "error-rule", "b_dbias += b_dy",
-     "b_dbias = (b_dbias + b_dy).to(tl.bfloat16).to(tl.float32)", Case(37, 61, 15)),
+     "b_dbias = (b_dbias + b_dy).to(tl.bfloat16).to(tl.float32)"),
 )]
 # fmt: on
 
 
-def plant(defect):
-    """The check passes without the defect, so that it is the defect which is found."""
-    check = CHECKS[defect.kernel]
-    prove(check, defect.case)
-    planted = functools.partial(prove, check, defect.case, [(defect.old, defect.new)])
-    return crash_of(planted) if defect.proof == "guard-page" else planted()
-
-
 @pytest.mark.parametrize("defect", DEFECTS, ids=str)
 def test_planted_defect(interpreter, defect):
-    if defect.proof == "guard-page":
-        report = interpreter.run(plant, defect)
-        where = f"of the memory of `{defect.argument}`"
-        assert report.startswith("SIGSEGV") and where in report and "_kernel" in report, report
-        return
-    error, says = PROOFS[defect.proof]
-    with pytest.raises(error, match=says) as caught:
-        interpreter.run(plant, defect)
-    assert type(caught.value) is error
+    assert_defect_is_caught(interpreter, prove, CHECKS[defect.kernel], defect)
 
 
 def test_every_kernel_has_planted_defects_of_every_kind():
-    wanted = {(kernel, kind) for kernel in CHECKS for kind in KINDS}
-    # It is row by row: what it makes of a masked row or column is masked again where it is stored.
-    wanted.remove(("fwd", OTHER))
-    assert {(defect.kernel, defect.kind) for defect in DEFECTS} == wanted
+    # The forward pass is row by row: what it makes of a masked row or column is masked again where it is
+    # stored.
+    assert_defects_of_every_kind(DEFECTS, op_module, (*KINDS, PAD_IN, PAD_OUT), but_for=[("fwd", OTHER)])
 
 
 def test_ids_of_planted_defects_are_distinct():

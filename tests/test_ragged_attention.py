@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-import torch._dynamo.config
 from numerics import assert_close_to_float64
+from op_checks import check_compilation, with_layout
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtp_kernels.ragged_attention import (
@@ -66,21 +66,15 @@ def test_gradients_are_those_of_finite_differences(widths):
     assert torch.autograd.gradcheck(lambda qkv: ragged_attention(qkv, 4, widths, SCALE), (qkv,))
 
 
-@pytest.mark.parametrize("kind", ["padded", "transposed", "misaligned", "every-other-column"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("strided-rows", id="padded"), "transposed", "misaligned", "every-other-column"],
+)
 @pytest.mark.parametrize("widths", [(37, 1, 15), (16, 16)], ids=str)
 def test_layouts_of_qkv_and_of_the_gradient_change_nothing(kind, widths):
-    def with_layout(t):
-        if kind == "transposed":
-            return t.transpose(0, 1).contiguous().transpose(0, 1)
-        if kind == "padded":
-            return torch.nn.functional.pad(t, (0, 3), value=float("nan"))[..., :-3]
-        if kind == "misaligned":
-            return torch.cat([t.new_full((1,), float("nan")), t.flatten()])[1:].view(t.shape)
-        return torch.stack([t, torch.full_like(t, float("nan"))], dim=-1).flatten(-2)[..., ::2]
-
     qkv, dout = inputs(2, 9, 16, widths)
     expected = run(ragged_attention, qkv, dout, 16, widths, SCALE)
-    got = run(ragged_attention, with_layout(qkv), with_layout(dout), 16, widths, SCALE)
+    got = run(ragged_attention, with_layout(kind, qkv), with_layout(kind, dout), 16, widths, SCALE)
     for name, a, b in zip(("out", "dqkv"), got, expected, strict=True):
         torch.testing.assert_close(a, b, msg=name)
 
@@ -208,19 +202,10 @@ class TestTransforms:
         assert torch.equal(out, expected[0]) and torch.equal(leaf.grad, expected[1].float())
 
     def test_compiles_without_breaks_and_without_recompiling_for_the_batch(self):
-        torch.compiler.reset()
-        compiled = torch.compile(
-            lambda qkv: ragged_attention(qkv, 16, (5, 12), SCALE),
-            fullgraph=True,
-            dynamic=True,
-            backend="aot_eager",
-        )
-        for batch in (2, 5, 8):
-            qkv, dout = inputs(batch, 9, 16, (5, 12))
-            expected = run(ragged_attention, qkv, dout, 16, (5, 12), SCALE)
-            with torch._dynamo.config.patch(error_on_recompile=True):
-                got = run(compiled, qkv, dout)
-            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        def results(f, batch):
+            return run(f, *inputs(batch, 9, 16, (5, 12)))
+
+        check_compilation(lambda qkv: ragged_attention(qkv, 16, (5, 12), SCALE), results)
 
     def test_export_with_any_batch(self):
         class Attention(torch.nn.Module):

@@ -5,23 +5,28 @@ rows, and compares with float64. The second half plants defects and expects each
 that its id names.
 """
 
-import contextlib
 import functools
 import importlib
 import math
-import os
-import signal
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from guarded_memory import replaced
-from launches import crash_report
+from guarded_memory import guarded
+from kernel_proofs import (
+    KINDS,
+    Defect,
+    assert_compiled_ahead_of_time,
+    assert_defect_is_caught,
+    assert_defects_of_every_kind,
+    assert_like,
+    assert_padding_is_zero,
+    loaded,
+    place,
+    run_check,
+    to_tf32,
+)
 from numerics import assert_close_to_float64
-from triton_harness import RaceError, RawBfloat16Error, check_canaries, guarded, guarded_outputs, mutated
-
-triton = pytest.importorskip("triton")
 
 MODULE = "vtp_kernels.ragged_attention"
 ragged_attention = importlib.import_module(MODULE)
@@ -57,18 +62,6 @@ class Case:
 
 
 # -- In the worker ------------------------------------------------------------------------------------------
-
-
-def place(tensor, layout, side):
-    """[B, N, width] in guarded memory. In "padded" rows the padding of each is NaN, and belongs to them."""
-    B, N, width = tensor.shape
-    if layout == "tight":
-        return guarded(tensor, side)
-    if layout == "misaligned":
-        return guarded(tensor, side, offset_elements=1)
-    full = torch.full((B, N, -(-width // 8) * 8), torch.nan, dtype=tensor.dtype)
-    full[..., :width] = tensor
-    return guarded(full, side, align=16)[..., :width]
 
 
 class Data:
@@ -148,55 +141,25 @@ class Data:
         for name, out in found.items():
             assert_close_to_float64(out, self.exact[name], self.same_dtype[name], name)
 
-    def assert_zero_padding(self, t):
-        *lead, width = t.shape
-        row = -(-width // 8) * 8
-        assert t.stride() == (lead[1] * row, row, 1)
-        padding = t.as_strided((*lead, row), t.stride(), t.storage_offset())[..., width:]
-        assert (padding == 0).all(), "the padding of rows is not zero"
 
-
-def to_tf32(t):
-    """Rounded to nearest even at 10 bits of mantissa."""
-    bits = t.detach().view(torch.int32)
-    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
+def assert_padded_rows(name, t):
+    _, N, width = t.shape
+    row = -(-width // 8) * 8
+    assert t.stride() == (N * row, row, 1), name
+    assert_padding_is_zero(name, t)
 
 
 def prove(check, case, replacements=(), attributes=(), **kwargs):
-    """`check(op, data, ...)` under the case's conditions; returns keys of the variants that it launched.
-
-    attributes: names and values to set in the module meanwhile.
-    """
-    op = mutated(MODULE, replacements) if replacements else ragged_attention
-    data = Data(case)
-    recorder = op._triton._Recording("ragged_attention", "")
-    launch, units = op.launch, op._units
-
-    def recorded_launch(kernel, grid, arguments, config, **constants):
-        recorder.add(kernel, arguments, config, constants)
-        launch(kernel, grid, arguments, config, **constants)
+    """`check(op, data, ...)` under the case's conditions; keys of the variants that it launched."""
+    op = loaded(MODULE, replacements)
+    units = op._units
 
     def guarded_table(*arguments):
         table = torch.tensor(units(*arguments[:-1]), dtype=torch.int32)
         return guarded(table, case.side)
 
-    patches = [(op, "launch", recorded_launch), (op, "_table", guarded_table)]
-    patches += [(op, name, value) for name, value in attributes]
-    with replaced(patches), precision("high" if case.dtype == "tf32" else "highest"):
-        with guarded_outputs(case.side):
-            check(op, data, **kwargs)
-        check_canaries()
-    return set(recorder.variants)
-
-
-@contextlib.contextmanager
-def precision(name):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    attributes = {"_table": guarded_table, **dict(attributes)}
+    return run_check(check, op, Data(case), attributes=attributes, tf32=case.dtype == "tf32", **kwargs)
 
 
 def check_forward(op, data, needs=(True, False)):
@@ -206,7 +169,7 @@ def check_forward(op, data, needs=(True, False)):
         out, lse = op._forward_triton(qkv, case.head_dim, case.widths, case.scale, need_lse)
         assert_like((out, lse), op._forward_fake(qkv, case.head_dim, case.widths, case.scale, need_lse))
         data.compare(out=out, **({"lse": lse} if need_lse else {}))
-        data.assert_zero_padding(out)
+        assert_padded_rows("out", out)
 
 
 def check_backward(op, data):
@@ -220,7 +183,7 @@ def check_backward(op, data):
     assert_like([dqkv], [op._backward_fake(*arguments)])
     data.compare(**dict(zip(("dq", "dk", "dv"), dqkv.split(data.parts, dim=-1), strict=True)))
     if case.dtype != "f32":  # whose backward pass is PyTorch's: it leaves the padding as it is
-        data.assert_zero_padding(dqkv)
+        assert_padded_rows("dqkv", dqkv)
 
 
 def check_specials(op, data, column, special):
@@ -244,11 +207,6 @@ def base2_lse(scores, dtype):
     """What the forward pass saves, in the dtype of statistics beside `dtype`."""
     exact = scores.double().logsumexp(-1) * math.log2(math.e)
     return exact.to(torch.promote_types(dtype, torch.float32))
-
-
-def assert_like(found, fake):
-    for i, (a, b) in enumerate(zip(found, fake, strict=True)):
-        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), f"result {i}"
 
 
 # -- Correct kernels pass -----------------------------------------------------------------------------------
@@ -332,54 +290,15 @@ def test_infinities_and_nan_go_through_as_in_pytorch(interpreter, column, specia
 
 
 def test_what_is_launched_is_compiled_ahead_of_time(interpreter):
-    compiled = {variant.key() for variant in ragged_attention.variants("sm_90")}
     for dtype in DTYPES:
         case = Case(197, (5,), dtype, head_dim=64)
         launched = interpreter.run(prove, check_forward, case) | interpreter.run(prove, check_backward, case)
-        assert launched <= compiled
+        assert_compiled_ahead_of_time(launched, MODULE, "sm_90")
 
 
 # -- Each planted defect is caught, by the proof that is meant to -------------------------------------------
 
-# Besides "guard-page", where a process dies.
-PROOFS = {
-    "poison": (AssertionError, "are NaN"),
-    "zero-padding": (AssertionError, "padding of rows is not zero"),
-    "race-detection": (RaceError, "in the same launch"),
-    "bfloat16-check": (RawBfloat16Error, "bfloat16"),
-    "error-rule": (AssertionError, "further from float64|root mean square"),
-}
-
-
-@dataclass(frozen=True)
-class Defect:
-    """`old` becomes `new`, as often as it is there, in the source: of which kind that is, what finds it."""
-
-    kernel: str
-    kind: str
-    what: str
-    proof: str
-    old: str
-    new: str
-    case: Case
-    count: int = 1
-    # The argument whose memory is overrun, where a page is touched.
-    argument: str = ""
-
-    def __str__(self):
-        return f"{self.kernel}-{self.what}-{self.proof}"
-
-
-READ, WRITE, MASK, OTHER, RACE, UNWRITTEN, RAW, VALUE = KINDS = (
-    "read past the end",
-    "write past the end",
-    "missing mask",
-    "missing other",
-    "race",
-    "unwritten",
-    "raw bfloat16",
-    "wrong value",
-)
+READ, WRITE, MASK, OTHER, RACE, UNWRITTEN, RAW, VALUE = KINDS
 # Tails of rows, keys and columns; the second head begins within 16 bytes of the first.
 ONE_PASS = Case(37, (13, 5), "bf16")
 TILES = Case(53, (13, 5), "f32")
@@ -390,11 +309,12 @@ WIDE = Case(19, (3, 101), "f32")
 WIDE32 = Case(19, (3, 101), "tf32")
 
 
-def in_kernel(kernel, case, *rows):
-    return [
-        Defect(kernel, kind, what, proof, old, new, **{"case": case, **(extra[0] if extra else {})})
-        for kind, what, proof, old, new, *extra in rows
-    ]
+def planted(kernel, kind, what, proof, old, new, *, case, **extra):
+    return Defect(kernel, kind, what, proof, old, new, (("case", case),), **extra)
+
+
+def defects_of(kernel, case, *rows):
+    return [planted(kernel, *row[:5], **{"case": case, **(row[5] if row[5:] else {})}) for row in rows]
 
 
 # In helpers that all kernels have in common.
@@ -434,7 +354,7 @@ def overrun(rows, argument):
 
 # fmt: off
 DEFECTS = [
-    *in_kernel(
+    *defects_of(
         "fwd", ONE_PASS, *COMMON, *SMALL_TILES, *overrun(STORE_ROWS, "out"),
         (READ, "query-clamp-removed", "guard-page", CLAMP, CLAMP.replace("tl.minimum(o_m, N - 1)", "o_m"),
          dict(count=2, argument="qkv")),
@@ -455,7 +375,7 @@ DEFECTS = [
         (VALUE, "log-sum-exp-without-the-maximum", "error-rule", LSE, "tl.log2(total)", dict(count=2)),
         (VALUE, "log-sum-exp-in-base-e", "error-rule", LSE, f"({LSE}) * 0.6931471805599453", dict(count=2)),
     ),
-    *in_kernel(
+    *defects_of(
         "online", TILES, *COMMON, *FULL_TILES, *overrun(STORE_ROWS, "out"),
         (READ, "query-clamp-removed", "guard-page", CLAMP, CLAMP.replace("tl.minimum(o_m, N - 1)", "o_m"),
          dict(count=2, argument="qkv")),
@@ -479,7 +399,7 @@ DEFECTS = [
          FACTOR.replace("=scale", "=value_widths[0] ** -0.5")),
         (VALUE, "log-sum-exp-without-the-maximum", "error-rule", LSE, "tl.log2(total)", dict(count=2)),
     ),
-    *in_kernel(
+    *defects_of(
         "dq", TILES32, *COMMON, *FULL_TILES,
         (READ, "row-clamp-removed", "guard-page", "r_m = tl.minimum(o_m, N - 1)", "r_m = o_m",
          dict(argument="dout")),
@@ -503,7 +423,7 @@ DEFECTS = [
         (VALUE, "columns-beyond-the-accumulators-dropped", "error-rule", CHUNKS,
          CHUNKS.replace("end,", "begin // 8 * 8 + 64,"), dict(case=WIDE32)),
     ),
-    *in_kernel(
+    *defects_of(
         "dkdv", TILES32, *COMMON, *FULL_TILES, *overrun(STORE_ROWS, "dqkv"),
         (READ, "row-clamp-removed", "guard-page", "r_n = tl.minimum(o_n, N - 1)", "r_n = o_n",
          dict(argument="qkv")),
@@ -532,55 +452,13 @@ PLANTED_IN = {
 }
 
 
-@functools.cache
-def prove_without_defect(kernel, case):
-    prove(PLANTED_IN[kernel], case)
-
-
-def plant(defect):
-    """The check passes without the defect, so that it is the defect which is found."""
-    prove_without_defect(defect.kernel, defect.case)
-    replacements = [(defect.old, defect.new, defect.count)]
-    planted = functools.partial(prove, PLANTED_IN[defect.kernel], defect.case, replacements)
-    return crash_of(planted) if defect.proof == "guard-page" else planted()
-
-
-def crash_of(function):
-    """The report of the crash in which `function` ends a fork of the worker: a new worker takes seconds."""
-    child = os.fork()
-    if not child:
-        try:
-            function()
-            crash_report.note("no crash")
-        except BaseException as error:
-            crash_report.note(repr(error))
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    how = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "no signal"
-    return f"{how}\n{crash_report.read(Path(crash_report.file.name))}"
-
-
 @pytest.mark.parametrize("defect", DEFECTS, ids=str)
 def test_planted_defect(interpreter, defect):
-    if defect.proof == "guard-page":
-        report = interpreter.run(plant, defect)
-        where = f"past the end of the memory of `{defect.argument}`"
-        assert report.startswith("SIGSEGV") and where in report and "_kernel" in report, report
-        return
-    error, says = PROOFS[defect.proof]
-    with pytest.raises(error, match=says) as caught:
-        interpreter.run(plant, defect)
-    assert type(caught.value) is error
+    assert_defect_is_caught(interpreter, prove, PLANTED_IN[defect.kernel], defect)
 
 
 def test_every_kernel_has_planted_defects_of_every_kind():
-    kernels = {
-        name.strip("_").removeprefix("ragged_attention_").removesuffix("_kernel")
-        for name, value in vars(ragged_attention).items()
-        if isinstance(value, triton.runtime.jit.KernelInterface) and name.endswith("_kernel")
-    }
-    wanted = {(kernel, kind) for kernel in kernels for kind in KINDS}
-    assert {(defect.kernel, defect.kind) for defect in DEFECTS} == wanted
+    assert_defects_of_every_kind(DEFECTS, ragged_attention, KINDS)
 
 
 def test_ids_of_planted_defects_are_distinct():

@@ -1,4 +1,4 @@
-"""Inference on a CPU: a packed model written down for the C++ engine in `csrc/cpu`, which runs all of it in one call.
+"""Inference on a CPU: a packed model, written down for the C++ engine of `csrc/cpu`, which runs it at once.
 
 `csrc/cpu/model.h` reads what `_Writer` writes: one buffer of bytes with every weight, laid out as the
 micro-kernels read it, and a list of integers that says what lies where.
@@ -160,7 +160,7 @@ class _Writer:
         self.packed(branch.proj)
 
     def head(self, vit: VisionTransformer) -> None:
-        """The last norm, folded into the head. DeiT averages its two heads: they read two tokens side by side."""
+        """The last norm folded into the head. DeiT averages two heads: they read two tokens side by side."""
         heads = [vit.head, vit.head_dist] if isinstance(vit, CompactDistilledViT) else [vit.head]
         weights = [head.weight.double() for head in heads]
         bias = sum(

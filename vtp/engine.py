@@ -8,7 +8,8 @@ stream before. A block is then six or seven launches:
     layer_norm_gather, compact_linear (qkv), ragged_attention, compact_linear (proj + residual),
     layer_norm_gather, compact_mlp (fc1 + GELU, fc2 + residual: one launch or two)
 
-A product of few rows and 2,048 inputs or more adds one: its inputs are split among programs.
+A product of few rows and 4,096 inputs or more, the hidden units of an uncut ViT-L, adds one: its inputs are
+split among programs.
 
 Plain PyTorch operators remain where no op applies: the norms of queries and keys (qk_norm) with the
 concatenation behind them, attention under a mask or with heads wider than 256, activations other than the

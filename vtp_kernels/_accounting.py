@@ -20,18 +20,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from vtp_kernels import _triton
+from vtp_kernels._files import write_whole
 from vtp_kernels._library import TritonSides
 
 
@@ -252,13 +251,9 @@ class Recorder(TritonSides):
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
-        precision = torch.get_float32_matmul_precision()
-        with _triton.recording("", "sm_90", self.launch), self:
-            torch.set_float32_matmul_precision("highest")  # the default: no TF32
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(precision)
+        without_tf32 = _triton.matmul_precision("highest")  # the default
+        with _triton.recording("", "sm_90", self.launch), without_tf32, self:
+            yield
 
     def part(self, kernel: str | None, result: Tensor | None) -> str:
         """What a launch is part of: of a Triton kernel by its name, of PyTorch's operators by the result."""
@@ -339,11 +334,4 @@ def floors(records: Sequence[Record]) -> list[float]:
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """One row per line; the file is whole or untouched."""
     text = json.dumps(content).replace("], [", "],\n[").replace("[[", "\n[[").replace("]]", "]]\n")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise AccountingError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text + "\n", AccountingError)

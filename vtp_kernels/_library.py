@@ -19,35 +19,43 @@ from vtp_kernels import _triton
 LIBRARY = torch.library.Library("vtp", "DEF")
 
 
-@functools.cache
-def why_no_cpp() -> str | None:
-    """Loads the C++ operators. Why they are not there, said once as a warning too; None if they are.
-
-    Raises:
-        RuntimeError: the environment variable VTP_CPU_ISA names no instruction set of this machine.
-    """
+def _load_cpp() -> str | None:
+    """Load the C++ operators. Why they are not there, None if they are."""
     files = sorted(Path(__file__).parent.glob("_cpu*.so"))
-    reason = None if files else "the C++ extension is not built"
+    if not files:
+        return "the C++ extension is not built"
     try:
-        for file in files[:1]:
-            torch.ops.load_library(file)
+        torch.ops.load_library(files[0])
     except OSError as error:
-        reason = f"the C++ extension does not load: {error}"
-    if reason is None:
-        torch.ops.vtp.cpu_isa()
-        torch.library.register_fake("vtp::cpu_vit", _cpu_vit_fake, lib=LIBRARY)
-        torch.library.register_fake("vtp::cpu_blocks", lambda tokens, *_: torch.empty_like(tokens), lib=LIBRARY)
-    else:
-        warnings.warn(
-            f"vtp_kernels: {reason}; vtp.optimize runs on plain PyTorch operators on a CPU. Results are the "
-            "same; compact models are slower. `python setup.py build_ext --inplace` builds it.",
-            stacklevel=2,
-        )
-    return reason
+        return f"the C++ extension does not load: {error}"
+    torch.library.register_fake("vtp::cpu_vit", _cpu_vit_fake, lib=LIBRARY)
+    torch.library.register_fake("vtp::cpu_blocks", lambda tokens, *_: torch.empty_like(tokens), lib=LIBRARY)
+    return None
 
 
 def _cpu_vit_fake(images: torch.Tensor, weights, layout, outputs: int) -> torch.Tensor:
     return images.new_empty(images.shape[0], outputs)
+
+
+_WHY_NO_CPP = _load_cpp()  # at once: a program that torch.export made may need them
+
+
+@functools.cache
+def why_no_cpp() -> str | None:
+    """Why there are no C++ operators, said once as a warning too; None if there are.
+
+    Raises:
+        RuntimeError: the environment variable VTP_CPU_ISA names no instruction set of this machine.
+    """
+    if _WHY_NO_CPP is None:
+        torch.ops.vtp.cpu_isa()
+    else:
+        warnings.warn(
+            f"vtp_kernels: {_WHY_NO_CPP}; vtp.optimize runs on plain PyTorch operators on a CPU. Results are "
+            "the same; compact models are slower. `python setup.py build_ext --inplace` builds it.",
+            stacklevel=2,
+        )
+    return _WHY_NO_CPP
 
 
 # What each op runs on a GPU with Triton, by its name.

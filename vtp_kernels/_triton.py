@@ -7,6 +7,7 @@ the Python function as it is, nothing launches it, and the ops run on plain PyTo
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -108,11 +109,21 @@ def is_aligned(*tensors: torch.Tensor) -> bool:
     )
 
 
+def padded_width(width: int) -> int:
+    """The width rounded up to 8 elements, 16 bytes at least."""
+    return -(-width // 8) * 8
+
+
 def empty_rows(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialized [..., width] whose rows start at 16 bytes: the stride of a row is the width rounded up to
-    8 elements. A kernel that fills it writes 0 to the padding."""
+    """Uninitialized [..., width] whose rows start at 16 bytes: the stride of a row is `padded_width(width)`.
+    A kernel that fills it writes 0 to the padding."""
     *lead, width = shape
-    return torch.empty((*lead, -(-width // 8) * 8), dtype=dtype, device=device)[..., :width]
+    return torch.empty((*lead, padded_width(width)), dtype=dtype, device=device)[..., :width]
+
+
+def empty_rows_like(t: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`empty_rows` on the device of t, in its dtype unless another is given."""
+    return empty_rows(*shape, dtype=dtype or t.dtype, device=t.device)
 
 
 def in_padded_rows(t: torch.Tensor) -> torch.Tensor:
@@ -128,7 +139,7 @@ def has_padded_rows(t: torch.Tensor) -> bool:
     Then a kernel may load whole 16 bytes at the end of a row; what it finds behind the width is undefined.
     """
     (rows, width), (stride, step) = t.shape, t.stride()
-    end = t.storage_offset() + (rows - 1) * stride + -(-width // 8) * 8
+    end = t.storage_offset() + (rows - 1) * stride + padded_width(width)
     return (
         t.data_ptr() % 16 == 0
         and step == 1
@@ -139,23 +150,56 @@ def has_padded_rows(t: torch.Tensor) -> bool:
 
 
 def with_padded_rows(t: torch.Tensor) -> torch.Tensor:
-    """t [M, width] itself if `has_padded_rows`, else a copy that has, with 0 in the padding."""
+    """t [..., width] as [M, width] that `has_padded_rows`; a copy, with 0 in the padding, only where it must
+    be."""
+    width = t.shape[-1]
+    if t.ndim != 2:
+        t = t.reshape(math.prod(t.shape[:-1]), width)
     if has_padded_rows(t):
         return t
-    width = t.shape[1]
-    full = t.new_zeros(len(t), -(-width // 8) * 8)
+    full = t.new_zeros(len(t), padded_width(width))
     full[:, :width] = t
     return full[:, :width]
 
 
+def operands(dtype: torch.dtype) -> str:
+    """What matrix products are made of: "16", numbers of 16 bits; "tf32", float32 on tensor cores; "ieee",
+    float32 without them, which is PyTorch's default."""
+    if dtype.itemsize == 2:
+        return "16"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of a kernel's products; without effect on 16-bit numbers."""
+    return "ieee" if operands(dtype) == "ieee" else "tf32"
+
+
+@contextlib.contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Within it `torch.get_float32_matmul_precision()` is `name`."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def is_amd(device: torch.device) -> bool:
+    """Whether the device is AMD's; within `recording`, whether the target is."""
+    if _recording is not None:
+        return TARGETS[_recording.target][0] == "hip"
+    return device.type == "cuda" and torch.version.hip is not None
+
+
 def has_descriptors(device: torch.device) -> bool:
     """Whether the device loads tiles by descriptor in hardware (TMA: compute capability 9.0 and later)."""
-    if _recording is not None:
-        backend, chip, _ = TARGETS[_recording.target]
-        return backend == "cuda" and chip >= 90
-    if device.type != "cuda" or torch.version.hip is not None:
+    if is_amd(device):
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    if _recording is not None:
+        return TARGETS[_recording.target][1] >= 90
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def launch(

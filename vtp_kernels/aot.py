@@ -35,6 +35,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vtp_kernels._disassembly import CHIPS, measure, tensor_families
+from vtp_kernels._files import write_whole
 from vtp_kernels._triton import HAS_TRITON, TARGETS, Variant
 
 # Each op and the module whose `variants(target)` yields all compilations that its launchers can ask for.
@@ -307,14 +308,7 @@ def save(path: Path, records: Iterable[Record]) -> None:
     """Write a report, one variant per line so that a diff can be read; the file is whole or untouched."""
     lines = ",\n".join(json.dumps(record, sort_keys=True) for record in sorted(records, key=key))
     text = f'{{"versions": {json.dumps(versions(), sort_keys=True)},\n"variants": [\n{lines}\n]}}\n'
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise AotError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text, AotError)
 
 
 def load(path: Path) -> tuple[dict[str, str], dict[str, Record]]:

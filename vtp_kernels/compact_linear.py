@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from vtp_kernels import _library, _triton
-from vtp_kernels._library import LIBRARY, autocast_is_on, define
-from vtp_kernels._triton import Config, TensorDescriptor, Variant, launch, tl, triton
+from vtp_kernels import _arguments, _library, _triton
+from vtp_kernels._library import LIBRARY, define
+from vtp_kernels._triton import Config, TensorDescriptor, Variant, is_amd, launch, tl, triton
 from vtp_kernels.gated_linear import _grouped_tile
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -301,11 +301,14 @@ _DB = Config({"BLOCK_R": 16, "BLOCK_N": 64}, num_warps=4, num_stages=1)
 _BOTTOM_ROWS = 16
 _BOTTOM_PART = 0.02
 
-# Inputs are split where tiles leave multiprocessors idle (132 of an H100), but into parts of 1,024 at least.
-# Predicted, not measured: a step of 64 inputs takes about 0.3 us where latency bounds it, so that 1,024 of
-# them take 4.8 us; a second launch, which reads the parts from L2, takes 2 to 3 us and should save more.
+# Inputs are split where tiles leave multiprocessors idle (132 of an H100), but into parts of 2,048 at least.
+# So up to 4,095 hidden units (a whole DeiT-B has 3,072) a block has seven launches at any batch size; where
+# 4,096 are kept, in an uncut ViT-L and in a ViT-H (5,120) of which at most a fifth is cut, an image or two
+# take an eighth. Predicted, not measured: a step of 64 inputs takes about 0.3 us where latency bounds it, so
+# that 2,048 less save 9.6 us; the second launch, which reads the parts from L2, takes 2 to 3 us, and in eager
+# mode some of the host's time. The 4.8 us that parts of 1,024 would save are too near to that.
 _FULL_GPU = 132
-_LEAST_INPUTS = 1024
+_LEAST_INPUTS = 2048
 
 # Rows of x from which a product without GELU or residual is the vendor's. Predicted, not measured: with so
 # many tiles it reaches perhaps 70 % of 990 TFLOP/s in 16 bits on an H100, the kernel above 50 %. With an
@@ -365,35 +368,17 @@ def _inputs_per_part(tiles: int, K: int, config: Config) -> int:
 # ------------------------------------------------------------------------------------------------- launchers
 
 
-def _rows(t: Tensor) -> Tensor:
-    """t [..., width] as [M, width] in padded rows; a copy only where it must be."""
-    return _triton.with_padded_rows(t.reshape(math.prod(t.shape[:-1]), t.shape[-1]))
-
-
 def _empty_rows(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """`_triton.empty_rows`, and the same memory as [M, width] with the stride of a row even if M is 1."""
     out = _triton.empty_rows(*shape, dtype=dtype, device=device)
-    return out, out.as_strided((shape[:-1].numel(), shape[-1]), (-(-shape[-1] // 8) * 8, 1))
-
-
-def _operands(x: Tensor) -> str:
-    """What products are made of: the key of the tables."""
-    if x.element_size() == 2:
-        return "16"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return out, out.as_strided((shape[:-1].numel(), shape[-1]), (_triton.padded_width(shape[-1]), 1))
 
 
 def _tiles(x: Tensor) -> Config:
-    config = _TILES[_operands(x)]
-    if _is_amd(x.device):
+    config = _TILES[_triton.operands(x.dtype)]
+    if is_amd(x.device):
         return dataclasses.replace(config, blocks={**config.blocks, "BOTTOM_M": 16})
     return config
-
-
-def _is_amd(device: torch.device) -> bool:
-    if _triton._recording is not None:
-        return _triton.TARGETS[_triton._recording.target][0] == "hip"
-    return device.type == "cuda" and torch.version.hip is not None
 
 
 def _epilogue(
@@ -447,7 +432,7 @@ def _launch_fwd(
         config,
         SAVE=z is not None and partial is None,
         DESCRIPTORS=descriptors,
-        PRECISION="ieee" if _operands(x) == "ieee" else "tf32",
+        PRECISION=_triton.dot_precision(x.dtype),
     )  # fmt: skip
     if partial is not None:
         _launch_parts(partial, M, N, finish)
@@ -472,7 +457,7 @@ def _launch_dz(
     dz = _triton.empty_rows(M, N, dtype=dtype, device=dy.device) if need_dz else None
     partial = None
     if need_db:
-        partial = torch.empty((programs, triton.cdiv(N, 8) * 8), dtype=torch.float32, device=dy.device)
+        partial = torch.empty((programs, _triton.padded_width(N)), dtype=torch.float32, device=dy.device)
     launch(
         _compact_linear_dz_kernel,
         (programs, triton.cdiv(N, _DZ.blocks["BLOCK_N"])),
@@ -513,8 +498,8 @@ def _forward_triton(
     if 0 in (x.numel(), N) or x.dtype == torch.float64:
         return _forward_plain(x, weight, bias, gelu, residual, save)
     shape = torch.Size((*x.shape[:-1], N))
-    x, weight = _rows(x), _rows(weight)
-    residual = None if residual is None else _rows(residual)
+    x, weight = _triton.with_padded_rows(x), _triton.with_padded_rows(weight)
+    residual = None if residual is None else _triton.with_padded_rows(residual)
     if len(x) >= _VENDOR_ROWS and residual is None and not (gelu or save):
         return _product(x, weight.t(), shape, bias), x.new_empty(0)
     out, out_rows = _empty_rows(shape, x.dtype if residual is None else residual.dtype, x.device)
@@ -530,11 +515,12 @@ def _backward_triton(
     if 0 in (x.numel(), dy.numel()) or x.dtype == torch.float64:
         return _backward_plain(dy, x, weight, z, need_x, need_weight, need_bias)
     shape = x.shape
-    dz, x, weight = _rows(dy), _rows(x), _rows(weight)
+    dz, x, weight = map(_triton.with_padded_rows, (dy, x, weight))
     need_dz = (need_x or need_weight) and (z is not None or dy.dtype != x.dtype)
     db = None
     if need_dz or need_bias:
-        made, partial = _launch_dz(dz, None if z is None else _rows(z), x.dtype, need_dz, need_bias)
+        z_rows = None if z is None else _triton.with_padded_rows(z)
+        made, partial = _launch_dz(dz, z_rows, x.dtype, need_dz, need_bias)
         dz = made if need_dz else dz
         db = _launch_db(partial, len(weight), x.dtype) if need_bias else None
     dx = _product(dz, weight, shape) if need_x else None
@@ -546,15 +532,11 @@ def variants(target: str) -> Iterator[Variant]:
     """Every compilation that the launchers above can ask for on `target`, for `vtp_kernels.aot`."""
     cases = [(dtype, "highest") for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     cases += [(torch.float32, "high")]
-    before = torch.get_float32_matmul_precision()
-    try:
-        with _triton.recording("compact_linear", target) as found:
-            for dtype, precision in cases:
-                torch.set_float32_matmul_precision(precision)
-                for inputs in (768, 4096):  # in one piece, and with inputs split
+    with _triton.recording("compact_linear", target) as found:
+        for dtype, precision in cases:
+            with _triton.matmul_precision(precision):
+                for inputs in (768, 2 * _LEAST_INPUTS):  # in one piece, and with inputs split
                     _record(dtype, inputs)
-    finally:
-        torch.set_float32_matmul_precision(before)
     yield from found.values()
 
 
@@ -604,19 +586,15 @@ def _backward_plain(
 # ---------------------------------------------------------------------------------------------- registration
 
 
-def _like_rows(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return _triton.empty_rows(*shape, dtype=dtype or x.dtype, device=x.device)
-
-
 def _forward_fake(x, weight, bias, gelu, residual, save):
     shape = (*x.shape[:-1], weight.shape[0])
-    out = _like_rows(x, *shape, dtype=None if residual is None else residual.dtype)
-    return out, _like_rows(x, *shape) if save else x.new_empty(0)
+    out = _triton.empty_rows_like(x, *shape, dtype=None if residual is None else residual.dtype)
+    return out, _triton.empty_rows_like(x, *shape) if save else x.new_empty(0)
 
 
 def _backward_fake(dy, x, weight, z, need_x, need_weight, need_bias):
-    dx = _like_rows(x, *x.shape) if need_x else None
-    dw = _like_rows(x, *weight.shape) if need_weight else None
+    dx = _triton.empty_rows_like(x, *x.shape) if need_x else None
+    dw = _triton.empty_rows_like(x, *weight.shape) if need_weight else None
     return _library.empty_for_none(x, dx, dw, x.new_empty(weight.shape[0]) if need_bias else None)
 
 
@@ -705,9 +683,7 @@ def compact_linear(
         TypeError: an argument is not a tensor, or its dtype is not one of those above.
         ValueError: shapes or devices do not go together, or the activation is not known.
     """
-    if isinstance(x, Tensor) and autocast_is_on(x.device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (t.to(dtype) if isinstance(t, Tensor) else t for t in (x, weight, bias))
+    x, weight, bias = _arguments.as_autocast_casts(x, weight, bias)
     _validate(x, weight, bias, activation, residual)
     gelu = activation == "gelu"
     operands = [t for t in (x, weight, bias) if t is not None]
@@ -722,28 +698,13 @@ def _validate(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
 ) -> None:
     optional = {"bias": bias, "residual": residual}
-    tensors = {"x": x, "weight": weight} | {name: t for name, t in optional.items() if t is not None}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, where x is")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16, float16 or float64")
-    for name, tensor in tensors.items():
-        allowed = {x.dtype, torch.float32} if name == "residual" and x.element_size() == 2 else {x.dtype}
-        if tensor.dtype not in allowed:
-            expected = " or ".join(sorted(map(str, allowed)))
-            raise TypeError(f"{name}: got {tensor.dtype}, expected {expected} beside x of {x.dtype}")
-    if weight.ndim != 2:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [N, K]")
-    N, K = weight.shape
-    if x.ndim == 0 or x.shape[-1] != K:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {K}], as weight is [{N}, {K}]")
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{N}]")
-    if residual is not None and residual.shape != (*x.shape[:-1], N):
-        expected = (*x.shape[:-1], N)
+    tensors = _arguments.check_tensors({"x": x, "weight": weight}, optional)
+    _arguments.check_dtypes(tensors, or_float32=("residual",))
+    _arguments.check_inputs(x, weight)
+    N = weight.shape[0]
+    if bias is not None:
+        _arguments.check_shape("bias", bias, (N,))
+    if residual is not None and residual.shape != (expected := (*x.shape[:-1], N)):
         raise ValueError(
             f"residual: got shape {tuple(residual.shape)}, expected {expected}, that of the result"
         )

@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from vtp_kernels import _library, _triton
-from vtp_kernels._library import LIBRARY, autocast_is_on, define
+from vtp_kernels import _arguments, _library, _triton
+from vtp_kernels._library import LIBRARY, define
 from vtp_kernels._triton import (
     Config,
     TensorDescriptor,
@@ -277,15 +277,10 @@ _GELU_BWD_ROWS = 128  # per program: one partial sum of a column for each
 
 def _is_fused(dtype: torch.dtype, M: int, N: int) -> bool:
     """Whether one kernel makes the whole branch."""
-    return N <= _WIDEST and M >= _FUSED_ROWS and (dtype.itemsize == 2 or _precision(dtype) == "tf32")
+    return N <= _WIDEST and M >= _FUSED_ROWS and _triton.operands(dtype) != "ieee"
 
 
 # ------------------------------------------------------------------------------------------------- launchers
-
-
-def _precision(dtype: torch.dtype) -> str:
-    ieee = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if ieee else "tf32"
 
 
 def _launch_fwd(
@@ -322,7 +317,7 @@ def _launch_fwd(
         HAS_RESIDUAL=residual is not None,
         KEEP_Z=keep_z,
         DESCRIPTORS=descriptors,
-        PRECISION=_precision(x.dtype),
+        PRECISION=_triton.dot_precision(x.dtype),
     )  # fmt: skip
     return out, z
 
@@ -348,7 +343,7 @@ def _launch_gelu_bwd(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _whole_rows(t: Tensor) -> Tensor:
     """t [..., width] of padded rows together with their padding, up to a multiple of 8 columns."""
-    return t.as_strided((*t.shape[:-1], -(-t.shape[-1] // 8) * 8), t.stride())
+    return t.as_strided((*t.shape[:-1], _triton.padded_width(t.shape[-1])), t.stride())
 
 
 def _zero_padded(matrix: Tensor, rows: bool = False) -> Tensor:
@@ -370,8 +365,8 @@ def _forward_triton(
     # A bias that is not there is not worth a compilation.
     fc1_bias = x.new_zeros(hidden) if fc1_bias is None else fc1_bias.contiguous()
     fc2_bias = x.new_zeros(N) if fc2_bias is None else fc2_bias.contiguous()
-    residual = None if residual is None else with_padded_rows(residual.reshape(M, N))
-    rows, fc1_weight, fc2_weight = map(with_padded_rows, (x.reshape(M, K), fc1_weight, fc2_weight))
+    residual = None if residual is None else with_padded_rows(residual)
+    rows, fc1_weight, fc2_weight = map(with_padded_rows, (x, fc1_weight, fc2_weight))
     out, z = _launch_fwd(rows, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z)
     return out.view(*lead, N), x.new_empty(0) if z is None else z.view(*lead, hidden)
 
@@ -403,7 +398,7 @@ def _backward_triton(
     if any(needs[:4]):
         dy = _zero_padded(dy.to(x.dtype))
         dh = (dy @ _zero_padded(fc2_weight, rows=True))[:, :hidden]
-        dz, h, partial = _launch_gelu_bwd(dh, with_padded_rows(z.reshape(M, hidden)))
+        dz, h, partial = _launch_gelu_bwd(dh, with_padded_rows(z))
         dz, h = _whole_rows(dz), _whole_rows(h)
         if need_fc2:
             dw2 = (dy.t() @ h)[:N, :hidden]
@@ -412,7 +407,7 @@ def _backward_triton(
         if need_x:
             dx = (dz @ _zero_padded(fc1_weight, rows=True))[:, :K].view(x.shape)
         if need_fc1:  # what lies behind the width of x makes columns that are cut off
-            dw1 = (dz.t() @ _whole_rows(with_padded_rows(x.reshape(M, K))))[:hidden, :K]
+            dw1 = (dz.t() @ _whole_rows(with_padded_rows(x)))[:hidden, :K]
     return _library.empty_for_none(x, dx, dw1, db1, dw2, db2)
 
 
@@ -421,14 +416,9 @@ def variants(target: str) -> Iterator[Variant]:
 
     Those of the two launches are `compact_linear`'s.
     """
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        with _triton.recording("compact_mlp", target) as found:
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                _record(dtype)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with _triton.recording("compact_mlp", target) as found, _triton.matmul_precision("high"):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            _record(dtype)
     yield from found.values()
 
 
@@ -483,14 +473,10 @@ def _backward_plain(
 # ---------------------------------------------------------------------------------------------- registration
 
 
-def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return empty_rows(*shape, dtype=dtype or x.dtype, device=x.device)
-
-
 def _forward_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z):
-    lead = x.shape[:-1]
-    out = _like(x, *lead, fc2_weight.shape[0], dtype=None if residual is None else residual.dtype)
-    return out, _like(x, *lead, fc1_weight.shape[0]) if keep_z else x.new_empty(0)
+    lead, dtype = x.shape[:-1], None if residual is None else residual.dtype
+    out = _triton.empty_rows_like(x, *lead, fc2_weight.shape[0], dtype=dtype)
+    return out, _triton.empty_rows_like(x, *lead, fc1_weight.shape[0]) if keep_z else x.new_empty(0)
 
 
 def _backward_fake(
@@ -498,10 +484,10 @@ def _backward_fake(
 ):
     return _library.empty_for_none(
         x,
-        _like(x, *x.shape) if need_x else None,
-        _like(x, *fc1_weight.shape) if need_fc1 else None,
+        _triton.empty_rows_like(x, *x.shape) if need_x else None,
+        _triton.empty_rows_like(x, *fc1_weight.shape) if need_fc1 else None,
         x.new_empty(fc1_weight.shape[0]) if need_fc1_bias else None,
-        _like(x, *fc2_weight.shape) if need_fc2 else None,
+        _triton.empty_rows_like(x, *fc2_weight.shape) if need_fc2 else None,
         x.new_empty(fc2_weight.shape[0]) if need_fc2_bias else None,
     )
 
@@ -597,12 +583,9 @@ def compact_mlp(
         TypeError: an argument is not a tensor, or its dtype is not one of those above.
         ValueError: shapes or devices do not go together.
     """
-    if isinstance(x, Tensor) and autocast_is_on(x.device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = (
-            t.to(dtype) if isinstance(t, Tensor) else t
-            for t in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        )
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = _arguments.as_autocast_casts(
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    )
     _validate(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
     operands = [t for t in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias) if t is not None]
     keep_z = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
@@ -614,33 +597,18 @@ def _validate(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
     residual: Tensor | None,
 ) -> None:  # fmt: skip
+    required = {"x": x, "fc1_weight": fc1_weight, "fc2_weight": fc2_weight}
     optional = {"fc1_bias": fc1_bias, "fc2_bias": fc2_bias, "residual": residual}
-    tensors = {"x": x, "fc1_weight": fc1_weight, "fc2_weight": fc2_weight}
-    tensors |= {name: t for name, t in optional.items() if t is not None}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, where x is")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16, float16 or float64")
-    for name, tensor in tensors.items():
-        allowed = {x.dtype, torch.float32} if name == "residual" and x.element_size() == 2 else {x.dtype}
-        if tensor.dtype not in allowed:
-            expected = " or ".join(sorted(map(str, allowed)))
-            raise TypeError(f"{name}: got {tensor.dtype}, expected {expected} beside x of {x.dtype}")
-    for name, axes in (("fc1_weight", "[hidden, K]"), ("fc2_weight", "[N, hidden]")):
-        if tensors[name].ndim != 2:
-            raise ValueError(f"{name}: got shape {tuple(tensors[name].shape)}, expected {axes}")
-    (hidden, K), N = fc1_weight.shape, fc2_weight.shape[0]
-    if x.ndim == 0 or x.shape[-1] != K:
-        expected = f"[..., {K}], as fc1_weight is [{hidden}, {K}]"
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected {expected}")
+    tensors = _arguments.check_tensors(required, optional)
+    _arguments.check_dtypes(tensors, or_float32=("residual",))
+    _arguments.check_inputs(x, fc1_weight, "fc1_weight", "[hidden, K]")
+    hidden, K = fc1_weight.shape
+    if fc2_weight.ndim != 2:
+        raise ValueError(f"fc2_weight: got shape {tuple(fc2_weight.shape)}, expected [N, hidden]")
     if fc2_weight.shape[1] != hidden:
         expected = f"[N, {hidden}], as fc1_weight is [{hidden}, {K}]"
         raise ValueError(f"fc2_weight: got shape {tuple(fc2_weight.shape)}, expected {expected}")
-    shapes = {"fc1_bias": (hidden,), "fc2_bias": (N,), "residual": (*x.shape[:-1], N)}
-    for name, shape in shapes.items():
-        if name in tensors and tensors[name].shape != shape:
-            got, expected = tuple(tensors[name].shape), list(map(int, shape))
-            raise ValueError(f"{name}: got shape {got}, expected {expected}")
+    N = fc2_weight.shape[0]
+    for name, shape in {"fc1_bias": (hidden,), "fc2_bias": (N,), "residual": (*x.shape[:-1], N)}.items():
+        if name in tensors:
+            _arguments.check_shape(name, tensors[name], shape)

@@ -33,7 +33,8 @@ from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _library, _triton
-from vtp_kernels._library import LIBRARY, autocast_is_on, define, without_autocast
+from vtp_kernels._arguments import as_autocast_casts, check_dtypes, check_inputs, check_shape, check_tensors
+from vtp_kernels._library import LIBRARY, define, without_autocast
 from vtp_kernels._triton import Config, TensorDescriptor, Variant, launch, tl, triton
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -877,8 +878,7 @@ def gated_linear(
 
     Zhu, Tang, Han, "Vision Transformer Pruning", arXiv 2104.08500.
     """
-    if isinstance(x, Tensor) and autocast_is_on(x.device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    (x,) = as_autocast_casts(x)
     _validate(x, weight, gate, bias, l1)
     l1 = float(l1)
     eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -890,31 +890,15 @@ def gated_linear(
 
 
 def _validate(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None, l1: float) -> None:
-    tensors = {"x": x, "weight": weight, "gate": gate} | ({} if bias is None else {"bias": bias})
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, where x is")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16, float16 or float64")
-    allowed = {
-        "weight": {x.dtype, torch.float32} if x.element_size() == 2 else {x.dtype},
-        "gate": {weight.dtype, torch.float32},
-        "bias": {x.dtype, weight.dtype},
-    }
-    for name, dtypes in allowed.items():
-        if name in tensors and tensors[name].dtype not in dtypes:
-            expected = " or ".join(sorted(map(str, dtypes)))
+    tensors = check_tensors({"x": x, "weight": weight, "gate": gate}, {"bias": bias})
+    check_dtypes({"x": x, "weight": weight}, or_float32=["weight"])
+    for name, allowed in (("gate", {weight.dtype, torch.float32}), ("bias", {x.dtype, weight.dtype})):
+        if name in tensors and tensors[name].dtype not in allowed:
+            expected = " or ".join(sorted(map(str, allowed)))
             raise TypeError(f"{name}: got {tensors[name].dtype}, expected {expected} beside x of {x.dtype}")
-    if weight.ndim != 2:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [N, K]")
-    N, K = weight.shape
-    if x.ndim == 0 or x.shape[-1] != K:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {K}], as weight is [{N}, {K}]")
-    if gate.shape != (K,):
-        raise ValueError(f"gate: got shape {tuple(gate.shape)}, expected [{K}]")
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{N}]")
+    check_inputs(x, weight)
+    check_shape("gate", gate, weight.shape[1:])
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[:1])
     if not 0.0 <= l1 < math.inf:
         raise ValueError(f"l1: got {l1}, expected a finite number >= 0")

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import register_autograd
 
-from vtp_kernels import _triton
+from vtp_kernels import _arguments, _triton
 from vtp_kernels._library import LIBRARY, autocast_is_on, define
 from vtp_kernels._triton import Config, Variant, empty_rows, launch, tl, triton, with_padded_rows
 
@@ -261,7 +261,7 @@ def _forward_triton(
     kept = D if index is None else len(index)
     if not _is_for_kernels(x, kept):
         return _forward_plain(x, weight, bias, index, eps, dtype)
-    rows = with_padded_rows(x.reshape(-1, D))
+    rows = with_padded_rows(x)
     index = None if index is None else index.contiguous()
     out = _launch_fwd(rows, _float32(weight), _float32(bias), index, eps, dtype)
     return out.view(*x.shape[:-1], kept)
@@ -270,10 +270,10 @@ def _forward_triton(
 def _backward_triton(
     dy: Tensor, x: Tensor, weight: Tensor | None, index: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    D, kept = x.shape[-1], dy.shape[-1]
+    kept = dy.shape[-1]
     if not _is_for_kernels(x, kept):
         return _backward_plain(dy, x, weight, index, eps)
-    rows, dy = with_padded_rows(x.reshape(-1, D)), with_padded_rows(dy.reshape(-1, kept))
+    rows, dy = with_padded_rows(x), with_padded_rows(dy)
     # Without weight (folded into the next linear for inference) no kernel is compiled for a gradient alone.
     weight32 = torch.ones(kept, device=x.device) if weight is None else _float32(weight)
     dx, partial = _launch_bwd(dy, rows, weight32, index, eps)
@@ -360,7 +360,7 @@ def _forward_fake(x, weight, bias, index, eps, dtype):
 
 def _backward_fake(dy, x, weight, index, eps):
     like = x.new_empty(0) if weight is None else weight
-    dx = empty_rows(*x.shape, dtype=x.dtype, device=x.device)
+    dx = _triton.empty_rows_like(x, *x.shape)
     return dx, like.new_empty(like.shape), like.new_empty(like.shape)
 
 
@@ -434,15 +434,7 @@ def layer_norm_gather(
 def _validate(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float
 ) -> None:
-    optional = {"weight": weight, "bias": bias, "index": index}
-    tensors = {"x": x} | {name: t for name, t in optional.items() if t is not None}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, where x is")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16, float16 or float64")
+    _arguments.check_tensors({"x": x}, {"weight": weight, "bias": bias, "index": index})
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., D] with D of at least 1")
     kept = D = x.shape[-1]
@@ -456,13 +448,10 @@ def _validate(
         given, missing = ("bias", "weight") if weight is None else ("weight", "bias")
         raise ValueError(f"{missing}: got None beside a {given}, expected both or none")
     if weight is not None:
-        if weight.dtype not in (x.dtype, _wide(x.dtype)):
-            expected = " or ".join(sorted({str(x.dtype), str(_wide(x.dtype))}))
-            raise TypeError(f"weight: got {weight.dtype}, expected {expected} beside x of {x.dtype}")
+        _arguments.check_dtypes({"x": x, "weight": weight}, or_float32=("weight",))
         if bias.dtype != weight.dtype:
             raise TypeError(f"bias: got {bias.dtype}, expected {weight.dtype}, that of weight")
-        for name in ("weight", "bias"):
-            if tensors[name].shape != (kept,):
-                raise ValueError(f"{name}: got shape {tuple(tensors[name].shape)}, expected [{kept}]")
+        _arguments.check_shape("weight", weight, (kept,))
+        _arguments.check_shape("bias", bias, (kept,))
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps}, expected a finite number >= 0")

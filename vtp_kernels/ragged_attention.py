@@ -41,9 +41,9 @@ from torch import Tensor
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from vtp_kernels import _triton
-from vtp_kernels._library import LIBRARY, autocast_is_on, define
-from vtp_kernels._triton import Config, Variant, launch, tl, triton
+from vtp_kernels import _arguments, _triton
+from vtp_kernels._library import LIBRARY, define
+from vtp_kernels._triton import Config, Variant, launch, tl, triton, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -650,34 +650,22 @@ def _row_tiles(N: int, block: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------- launchers
 
 
-def _products(dtype: torch.dtype) -> str:
-    """The key of the tables above."""
-    if dtype.itemsize == 2:
-        return "16"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _constants(head_dim: int, products: str) -> dict[str, int | str]:
+def _constants(head_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "PRECISION": "ieee" if products == "ieee" else "tf32",
+        "PRECISION": _triton.dot_precision(dtype),
     }
 
 
-def _choice(N: int, head_dim: int, products: str) -> tuple[object, Config, bool]:
+def _choice(N: int, head_dim: int, dtype: torch.dtype) -> tuple[object, Config, bool]:
     """The forward kernel for N tokens, its configuration, and whether it takes them in one pass.
 
     Rows of scores have no room beside float32 weights, nor beside queries and keys wider than 64.
     """
-    if N <= _MOST_KEYS and head_dim <= 64 and products == "16":
+    if N <= _MOST_KEYS and head_dim <= 64 and dtype.itemsize == 2:
         return _ragged_attention_fwd_kernel, _ONE_PASS, True
-    return _ragged_attention_online_kernel, _ONLINE[products], False
-
-
-def _rows(t: Tensor) -> Tensor:
-    """t [B, N, width] as [B * N, width] with padded rows; a copy only where it must be."""
-    return _triton.with_padded_rows(t.reshape(-1, t.shape[-1]))
+    return _ragged_attention_online_kernel, _ONLINE[_triton.operands(dtype)], False
 
 
 def _forward_triton(
@@ -685,11 +673,10 @@ def _forward_triton(
 ) -> tuple[Tensor, Tensor]:
     if not qkv.numel() or qkv.dtype == torch.float64:
         return _forward_plain(qkv, head_dim, value_widths, scale, need_lse)
-    (B, N, _), V, rows = qkv.shape, sum(value_widths), _rows(qkv)
+    (B, N, _), V, rows = qkv.shape, sum(value_widths), with_padded_rows(qkv)
     out, lse = _results(qkv, value_widths, need_lse)
-    products = _products(qkv.dtype)
-    constants = _constants(head_dim, products)
-    kernel, config, one_pass = _choice(N, head_dim, products)
+    constants = _constants(head_dim, qkv.dtype)
+    kernel, config, one_pass = _choice(N, head_dim, qkv.dtype)
     if one_pass:
         constants["KEYS"] = _round_up(N, 16)
     table = _table(tuple(value_widths), not one_pass, _round_up(V, 8), qkv.device)
@@ -711,14 +698,14 @@ def _backward_triton(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, head_dim: int, value_widths: Sequence[int],
     scale: float,
 ) -> Tensor:  # fmt: skip
-    products = _products(qkv.dtype)
+    products = _triton.operands(qkv.dtype)
     if not qkv.numel() or qkv.dtype == torch.float64 or products not in _DQ:
         return _backward_plain(dout, qkv, out, lse, head_dim, value_widths, scale)
     (B, N, width), H, V = qkv.shape, len(value_widths), sum(value_widths)
     padded = _round_up(width, 8) - 2 * H * head_dim
-    dqkv = _empty_like_rows(qkv, width)
+    dqkv = _triton.empty_rows_like(qkv, *qkv.shape)
     delta = torch.empty_like(lse)
-    dout_rows, qkv_rows, out_rows = _rows(dout), _rows(qkv), _rows(out)
+    dout_rows, qkv_rows, out_rows = map(with_padded_rows, (dout, qkv, out))
     common = dict(
         lse=lse, delta=delta, dqkv=dqkv, B=B, N=N, H=H, V=V, stride_dout=dout_rows.stride(0),
         stride_qkv=qkv_rows.stride(0), stride_dqkv=dqkv.stride(1), scale=scale,
@@ -734,7 +721,7 @@ def _backward_triton(
             (len(table) * B * len(_row_tiles(N, config.blocks["BLOCK_M"])),),
             dict(dout=dout_rows, qkv=qkv_rows, table=table, **own, **common),
             config,
-            **_constants(head_dim, products),
+            **_constants(head_dim, qkv.dtype),
         )
     return dqkv
 
@@ -743,8 +730,7 @@ def _tiled_flops(
     B: int, N: int, head_dim: int, value_widths: Sequence[int], dtype: torch.dtype = torch.bfloat16
 ) -> int:
     """The FLOPs of a forward launch as tiled: rows, keys, head_dim and columns rounded up."""
-    products = _products(dtype)
-    _, config, one_pass = _choice(N, head_dim, products)
+    _, config, one_pass = _choice(N, head_dim, dtype)
     keys, V = _round_up(N, 16), sum(value_widths)
     flops = 0
     for _, begin, end, _, _ in _units(value_widths, not one_pass, _round_up(V, 8)):
@@ -754,7 +740,7 @@ def _tiled_flops(
             # The small tiles of the online kernel have accumulators for a whole group.
             kept = columns if one_pass else max(columns, 32)
             kept = kept if one_pass or rows == config.blocks["BLOCK_M"] else _GROUP
-            flops += 2 * B * rows * keys * (_constants(head_dim, products)["BLOCK_D"] + kept)
+            flops += 2 * B * rows * keys * (_constants(head_dim, dtype)["BLOCK_D"] + kept)
     return flops
 
 
@@ -764,14 +750,10 @@ def variants(target: str) -> Iterator[Variant]:
     Others are the same kernels with other values of two constants: head_dim, and the tokens rounded up to 16
     where they are 256 or fewer.
     """
-    before = torch.get_float32_matmul_precision()
-    try:
-        with _triton.recording("ragged_attention", target) as found:
-            for dtype, precision, head_dim, N in _COMPILED:
-                torch.set_float32_matmul_precision(precision)
+    with _triton.recording("ragged_attention", target) as found:
+        for dtype, precision, head_dim, N in _COMPILED:
+            with _triton.matmul_precision(precision):
                 _record(dtype, head_dim, N)
-    finally:
-        torch.set_float32_matmul_precision(before)
     yield from found.values()
 
 
@@ -834,7 +816,7 @@ def _backward_plain(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, head_dim: int, value_widths: Sequence[int],
     scale: float,
 ) -> Tensor:  # fmt: skip
-    dqkv = _empty_like_rows(qkv, qkv.shape[-1])
+    dqkv = _triton.empty_rows_like(qkv, *qkv.shape)
     if not dqkv.numel():
         return dqkv
     query, key, values = _split(qkv, head_dim, value_widths)
@@ -855,17 +837,12 @@ def _backward_plain(
 # ---------------------------------------------------------------------------------------------- registration
 
 
-def _empty_like_rows(like: Tensor, width: int) -> Tensor:
-    """`_triton.empty_rows` with the leading axes of `like`."""
-    return _triton.empty_rows(*like.shape[:-1], width, dtype=like.dtype, device=like.device)
-
-
 def _results(qkv: Tensor, value_widths: Sequence[int], need_lse: bool) -> tuple[Tensor, Tensor]:
     """out [B, N, sum(value_widths)] and lse [B, H, N], uninitialized; an empty lse if it is not needed."""
     (B, N, _), H = qkv.shape, len(value_widths)
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     lse = qkv.new_empty((B, H, N) if need_lse else 0, dtype=dtype)
-    return _empty_like_rows(qkv, sum(value_widths)), lse
+    return _triton.empty_rows_like(qkv, B, N, sum(value_widths)), lse
 
 
 def _forward_fake(qkv, head_dim, value_widths, scale, need_lse):
@@ -873,7 +850,7 @@ def _forward_fake(qkv, head_dim, value_widths, scale, need_lse):
 
 
 def _backward_fake(dout, qkv, out, lse, head_dim, value_widths, scale):
-    return _empty_like_rows(qkv, qkv.shape[-1])
+    return _triton.empty_rows_like(qkv, *qkv.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -952,8 +929,7 @@ def ragged_attention(qkv: Tensor, head_dim: int, value_widths: Sequence[int], sc
         ValueError: the shape of qkv is not that of head_dim and value_widths, a width is not from 1 to 256,
             head_dim is not positive, or scale is not finite.
     """
-    if isinstance(qkv, Tensor) and autocast_is_on(qkv.device) and qkv.dtype != torch.float64:
-        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+    (qkv,) = _arguments.as_autocast_casts(qkv)
     _validate(qkv, head_dim, value_widths, scale)
     need_lse = torch.is_grad_enabled() and qkv.requires_grad
     out, _ = torch.ops.vtp.ragged_attention(qkv, head_dim, value_widths, float(scale), need_lse)
@@ -961,10 +937,7 @@ def ragged_attention(qkv: Tensor, head_dim: int, value_widths: Sequence[int], sc
 
 
 def _validate(qkv: Tensor, head_dim: int, value_widths: Sequence[int], scale: float) -> None:
-    if not isinstance(qkv, Tensor):
-        raise TypeError(f"qkv: got {type(qkv).__name__}, expected a tensor")
-    if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"qkv: got {qkv.dtype}, expected float32, bfloat16, float16 or float64")
+    _arguments.check_tensors({"qkv": qkv})
     if not isinstance(head_dim, int):
         raise TypeError(f"head_dim: got {type(head_dim).__name__}, expected an integer")
     if head_dim < 1:

@@ -56,7 +56,7 @@ def test_layer_norm_gather(device, dtype, M, D, kept):
 @DTYPES
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize(
-    ("M", "K", "N"), [(1, 61, 37), (197, 461, 1411), (1576, 1021, 768), (64, 2048, 115), (5000, 115, 61)]
+    ("M", "K", "N"), [(1, 61, 37), (197, 461, 1411), (1576, 1021, 768), (64, 4096, 115), (5000, 115, 61)]
 )
 def test_compact_linear(device, dtype, activation, M, K, N):
     given = normal(M, K), normal(N, K, seed=1, scale=K**-0.5), normal(N, seed=2), normal(M, N, seed=3)

@@ -1,0 +1,62 @@
+"""What the public functions of the ops ask of their tensors, and how autocast casts them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtp_kernels._library import autocast_is_on
+
+
+def as_autocast_casts(x: Any, *others: Any) -> tuple[Any, ...]:
+    """x and the others, in autocast's dtype where autocast is on for x; a float64 x leaves all as they are.
+
+    What is no tensor stays too, to be refused, or to be None.
+    """
+    if not isinstance(x, Tensor) or not autocast_is_on(x.device) or x.dtype == torch.float64:
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in (x, *others))
+
+
+def check_tensors(
+    required: Mapping[str, Any], optional: Mapping[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """By name those that are given: tensors on the device of the first, whose dtype is one that ops take."""
+    tensors = {**required, **{name: t for name, t in (optional or {}).items() if t is not None}}
+    first, x = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, where {first} is")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{first}: got {x.dtype}, expected float32, bfloat16, float16 or float64")
+    return tensors
+
+
+def check_dtypes(tensors: Mapping[str, Tensor], or_float32: Collection[str] = ()) -> None:
+    """All have the dtype of x, the first; those in `or_float32` may be float32 beside a 16-bit x."""
+    x = next(iter(tensors.values()))
+    for name, tensor in tensors.items():
+        allowed = {x.dtype, torch.float32} if name in or_float32 and x.element_size() == 2 else {x.dtype}
+        if tensor.dtype not in allowed:
+            expected = " or ".join(sorted(map(str, allowed)))
+            raise TypeError(f"{name}: got {tensor.dtype}, expected {expected} beside x of {x.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
+    if tensor.shape != tuple(expected):
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {list(map(int, expected))}")
+
+
+def check_inputs(x: Tensor, weight: Tensor, name: str = "weight", axes: str = "[N, K]") -> None:
+    """x [..., K] is what the matrix weight [N, K] multiplies."""
+    if weight.ndim != 2:
+        raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected {axes}")
+    N, K = weight.shape
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {K}], as {name} is [{N}, {K}]")
