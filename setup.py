@@ -5,8 +5,8 @@ Where PyTorch is installed already, the C++ operators of `csrc/cpu` are built in
     python setup.py build_ext --inplace              # in a checkout
     pip install --no-build-isolation .               # as part of the package
 
-`pip install .` alone builds in an environment without PyTorch: the package is then pure Python and says at first
-use what is slower for it. So it is without a compiler, and with VTP_BUILD_CPP=0 in the environment.
+`pip install .` alone builds in an environment without PyTorch: the package is then pure Python and says at
+first use what is slower for it. So it is without a compiler, and with VTP_BUILD_CPP=0 in the environment.
 """
 
 import importlib.util

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +35,16 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import timm
 import torch
 import torch.nn.functional as F
+from measure import (
+    LEAST_ROUNDS,
+    commit,
+    hardware,
+    machine,
+    pairwise_ratio,
+    positive,
+    relative_error,
+    take_turns,
+)
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -52,7 +61,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Largest relative error (norm of the difference over norm) of the loss and of each gradient. In bfloat16 the
 # plain model itself is 0.008 away from its float32 gradients in one block, and more in twelve.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
-LEAST_ROUNDS = 5  # the fewest that have quartiles worth printing
 SETTLED = 0.1  # a warm-up step this close to the one before it is the last
 REFERENCE = "ungated"
 
@@ -188,16 +196,6 @@ def expected(dense: nn.Module, reference: Trainee) -> dict[str, Tensor]:
     return right
 
 
-def relative_error(got: Tensor | None, right: Tensor) -> float:
-    """Norm of the difference over the norm of `right`; infinite where `got` is missing or does not fit."""
-    if got is None or got.shape != right.shape:
-        return math.inf
-    difference, size = (got.double() - right.double()).norm().item(), right.double().norm().item()
-    if difference == 0:
-        return 0.0
-    return difference / size if size > 0 else math.inf
-
-
 def worst_error(
     trainee: Trainee, loss: Tensor, right: Mapping[str, Tensor], right_loss: Tensor
 ) -> tuple[float, str]:
@@ -267,14 +265,6 @@ def peak_memory(trainee: Trainee) -> tuple[int, int]:
 # Time
 
 
-def turns(names: Sequence[str], number: int) -> list[str]:
-    """The order of round `number`: each name starts in turn, and every other round runs backwards, so that
-    nobody always follows the same one."""
-    shift = number // 2 % len(names)
-    order = [*names[shift:], *names[:shift]]
-    return order[::-1] if number % 2 else order
-
-
 def warm_up(trainees: Mapping[str, Trainee], seconds: float) -> None:
     """Step until no trainee's last step differs by more than `SETTLED` from the one before it.
 
@@ -289,31 +279,6 @@ def warm_up(trainees: Mapping[str, Trainee], seconds: float) -> None:
     while not all(map(settled, trainees.values())) and time.perf_counter() - started < seconds:
         for trainee in trainees.values():
             trainee.step()
-
-
-def take_turns(trainees: Mapping[str, Trainee], rounds: int, seconds: float) -> int:
-    """Round by round, one step of each trainee. Returns the number of rounds.
-
-    Args:
-        rounds: how many; fewer, but at least `LEAST_ROUNDS`, where one more would exceed `seconds`.
-    """
-    started = time.perf_counter()
-    for done in range(rounds):
-        elapsed = time.perf_counter() - started
-        if done >= LEAST_ROUNDS and elapsed * (done + 1) / done > seconds:
-            return done
-        for name in turns(list(trainees), done):
-            trainees[name].step()
-    return rounds
-
-
-def pairwise_ratio(own: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles over rounds of own time over the reference's time in the same round."""
-    ratios = [this / other for this, other in zip(own, reference, strict=True)]
-    if len(ratios) == 1:
-        ratios *= 2
-    q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
-    return {"median": median, "q1": q1, "q3": q3}
 
 
 # --------------------------------------------------------------------------------
@@ -406,49 +371,6 @@ def check(
 # Tables and the results file
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
-    """The instruction sets that matter for the speed of a step, and the GPU if it ran on one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
-    return {
-        "device": device.type,
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "cores": os.cpu_count(),
-        "flags": {f: f in flags for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")},
-        "onednn_bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def commit() -> dict[str, Any]:
-    """Commit of this checkout and whether files differ from it; None where that is unknown."""
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    changes = git("status", "--porcelain")
-    return {"commit": git("rev-parse", "HEAD"), "modified": None if changes is None else bool(changes)}
-
-
-def machine(results: Mapping[str, Any]) -> str:
-    """What the figures were measured on, in one line."""
-    env, hard = results["environment"], results["hardware"]
-    if hard["gpu"]:
-        place = f"{hard['gpu']}, CUDA {hard['cuda']}"
-    else:
-        bf16 = "" if hard["onednn_bf16"] else " without bf16 instructions"
-        place = f"{env['cpu']}{bf16}, {env['threads']} thread{'s' * (env['threads'] > 1)}"
-    return f"{place}, torch {env['torch']}, timm {env['timm']}, Python {env['python']}, {env['date']}"
-
-
 def _ratio(record: Mapping[str, Any]) -> str:
     if record["failed"]:
         return "failed"
@@ -511,26 +433,12 @@ def failures(results: Mapping[str, Any]) -> list[str]:
 # Command line
 
 
-def _positive(kind: type) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not 0 < value < math.inf:
-            what = "an integer of at least 1" if kind is int else "a positive number"
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {what}")
-        return value
-
-    return parse
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    count, number = _positive(int), _positive(float)
+    count, number = positive(int), positive(float)
     parser.add_argument("--batch", type=count, nargs="+", default=[16, 64], help="images per step: 16 64")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="both")
     parser.add_argument("--depth", type=count, help="blocks; by default what fits the device and the dtype")

@@ -35,7 +35,8 @@ from xml.etree import ElementTree
 
 import torch
 import torch.nn.functional as F
-from gating_cost import _positive, commit, hardware, pairwise_ratio, relative_error, synchronize, turns
+from gating_cost import synchronize
+from measure import commit, hardware, pairwise_ratio, positive, relative_error, turns
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -639,7 +640,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    count = _positive(int)
+    count = positive(int)
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS), help="all four")
     parser.add_argument("--models", choices=WIDTHS, nargs="+", default=list(WIDTHS), help="all three")
     parser.add_argument("--batch", type=count, nargs="+", default=[1, 8, 128], help="images: 1 8 128")

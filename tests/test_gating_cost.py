@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import measure
 import models
 import pytest
 import torch
@@ -248,7 +249,7 @@ def test_ratios_are_taken_within_rounds(bench):
 
 def test_every_round_has_every_variant_and_each_comes_first_as_often(bench):
     names = list(bench.VARIANTS)
-    orders = [bench.turns(names, number) for number in range(2 * len(names))]
+    orders = [measure.turns(names, number) for number in range(2 * len(names))]
     assert all(sorted(order) == sorted(names) for order in orders)
     assert all(sum(order[0] == name for order in orders) == 2 for name in names)
     followed = {pair for order in orders for pair in itertools.pairwise(order)}

@@ -1,0 +1,1044 @@
+"""Is `vtp.optimize` on a CPU faster than what else runs the same compact model, and does a cut buy its MACs?
+
+All peers get one compact DeiT (random weights, 40% of dimensions removed, every layer and head another
+width), the same images and the same number of threads. Four cases:
+
+- models: one forward pass of the model by every peer that is installed.
+- speedup: dense over compact, both on our engine, beside dense MACs over compact MACs.
+- widths: time per MAC of one linear at every width from 449 to 511.
+- gemm: the best rate that any library reaches on a large square product.
+
+A peer is timed only if its logits are right: against float64, at most twice the error of PyTorch's eager mode
+in the same dtype (ONNX Runtime and OpenVINO, whose arithmetic is their own: `CEILINGS`). What fails, is
+missing or was not ready in time is shown with its reason and has no figure. Each warms up until its times
+settle, then they take turns round by round in rotating order; ratios are of times in the same round. A peer
+over 20 times slower than ours is called once or twice and then stays out, also of larger cases.
+
+Results are written after each case, and a run takes up what is there for the same machine, versions, threads
+and options, whatever the commit: use --fresh to measure changed code. Exports and compilers have a time limit
+for each case; compilers keep on disk what they have built, so that a second run measures those that were not
+ready in the first.
+
+    python bench/cpu_engine.py
+    python bench/cpu_engine.py --markdown      # the README's tables, from the file that a run wrote
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import math
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import (
+    commit,
+    hardware,
+    irregular_models,
+    machine,
+    pairwise_ratio,
+    positive,
+    randomize_vectors,
+    relative_error,
+    take_turns,
+    vector_flags,
+)
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import vtp
+from vtp.engine import PackedLinear
+from vtp.files import FileError, write_atomic
+from vtp.pipeline import environment
+from vtp_kernels import compact_linear
+
+RESULTS = Path(__file__).parent / "results" / "cpu_engine.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CASES = ("models", "speedup", "widths", "gemm")
+RATE = 0.4
+
+FACTOR = 2.0  # how many times the error of PyTorch's eager mode in the same dtype a peer may make
+TINY = {"float32": 1e-6, "bfloat16": 1e-3}  # and this much more, where eager is exact by luck
+# Largest relative error (norm of the difference over norm) of any peer, and the only bound of those that
+# choose the arithmetic inside: a hundred float32 roundings, ten bfloat16 roundings.
+CEILINGS = {"float32": 1e-5, "bfloat16": 5e-2}
+
+SLOW = 20.0  # times ours: a peer slower than that leaves the rounds
+SLOW_TWICE = 5.0  # seconds: a slow peer is called a second time if one call takes less
+SETTLED = 0.05  # the warm-up ends when the medians of three calls differ by less
+WARM_UP_SECONDS = 10.0
+SHORT = 0.25  # seconds: before a call that is shorter, another one brings caches and threads back
+
+Record = dict[str, Any]
+Run = Callable[[], Tensor]
+Rows = list[list[str]]  # the first is the header
+
+# --------------------------------------------------------------------------------
+# Peers
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to run a model.
+
+    prepare: takes a float32 model and images, returns a call without arguments that gives the logits.
+    packages: what has to be installed for it, beside PyTorch.
+    own_arithmetic: computes in a precision or order of its own, so that `CEILINGS` alone bound its error.
+    ours: what other peers of its dtype are compared with.
+    """
+
+    name: str
+    dtype: str
+    prepare: Callable[[nn.Module, Tensor], Run]
+    packages: tuple[str, ...] = ()
+    own_arithmetic: bool = False
+    ours: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.dtype}"
+
+    def why_not(self) -> str | None:
+        """Why it cannot run here; None where it can."""
+        missing = [name for name in self.packages if find_spec(name) is None]
+        return f"{' and '.join(missing)} not installed: pip install 'vtp[bench]'" if missing else None
+
+
+class Unsupported(Exception):
+    """What was asked of a library is not what it would run; the message says why."""
+
+
+def prepare_ours(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
+    """`vtp.optimize`."""
+    fast = vtp.optimize(model, dtype=DTYPES[dtype])
+    images = images.to(DTYPES[dtype])
+    return lambda: fast(images)
+
+
+def prepare_eager(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
+    """PyTorch, operator by operator."""
+    model, images = copy.deepcopy(model).to(DTYPES[dtype]), images.to(DTYPES[dtype])
+    return lambda: model(images)
+
+
+def prepare_compiled(
+    model: nn.Module, images: Tensor, *, dtype: str, frozen: bool = True, mode: str | None = None
+) -> Run:
+    """torch.compile for this one shape; `frozen` makes weights constants, which it may then pack."""
+    from torch._inductor import config
+
+    model, images = copy.deepcopy(model).to(DTYPES[dtype]), images.to(DTYPES[dtype])
+    compiled = torch.compile(own_code(model), dynamic=False, mode=mode)
+    # It compiles in the first call, and reads its configuration then.
+    # With more threads than one it goes on compiling behind the rounds' back once `time_limit` has ended it.
+    settings = {"freezing": frozen, "compile_threads": 1, "autotune_num_choices_displayed": 0}
+    with torch.inference_mode(), config.patch(**settings):
+        compiled(images)
+    return lambda: compiled(images)
+
+
+def own_code(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """`model` as a function whose code object nothing else has.
+
+    Dynamo keeps what it compiled with the code object: models of one class would share an entry, recompile
+    for each other and, at some limit, stay eager. `torch._dynamo.reset()` between them would drop those
+    that are still to be timed; so it is called between cases.
+    """
+
+    def call(images: Tensor) -> Tensor:
+        return model(images)
+
+    return types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
+
+
+@functools.lru_cache(maxsize=1)  # the libraries that take it come one after the other
+def onnx_bytes(model: nn.Module, shape: tuple[int, ...]) -> bytes:
+    """The model for images of `shape` as ONNX."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(model, (torch.zeros(shape),), dynamo=True, verbose=False)
+    return program.model_proto.SerializeToString()
+
+
+def prepare_onnx_runtime(model: nn.Module, images: Tensor) -> Run:
+    """ONNX Runtime on the CPU with all graph optimizations, in float32."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    source = onnx_bytes(model, tuple(images.shape))
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    inputs = {session.get_inputs()[0].name: images.numpy()}
+    return lambda: torch.from_numpy(session.run(None, inputs)[0])
+
+
+def prepare_openvino(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
+    """OpenVINO on the CPU, tuned for latency."""
+    import openvino
+
+    hint = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    core = openvino.Core()
+    if dtype == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise Unsupported("OpenVINO computes in float32 on this CPU, whatever the hint")
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": hint,
+    }
+    compiled = core.compile_model(core.read_model(onnx_bytes(model, tuple(images.shape))), "CPU", config)
+    request, inputs = compiled.create_infer_request(), [images.numpy()]
+    # What it returns is a view of the request's memory: good until the next call, as a user would have it.
+    return lambda: torch.from_numpy(request.infer(inputs, share_inputs=True, share_outputs=True)[0])
+
+
+def _peers() -> list[Peer]:
+    """Ours first, as others are compared with it; then the rest, those with slow compilers last."""
+    partial, peers = functools.partial, []
+    for dtype in DTYPES:
+        ours = partial(prepare_ours, dtype=dtype)
+        peers += [
+            Peer("ours", dtype, ours, ours=True),
+            Peer("ours again", dtype, ours),
+            Peer("PyTorch eager", dtype, partial(prepare_eager, dtype=dtype)),
+        ]
+    packages = ("onnx", "onnxscript")
+    peers.append(
+        Peer("ONNX Runtime", "float32", prepare_onnx_runtime, (*packages, "onnxruntime"), own_arithmetic=True)
+    )
+    for dtype in DTYPES:
+        run = partial(prepare_openvino, dtype=dtype)
+        peers.append(Peer("OpenVINO", dtype, run, (*packages, "openvino"), own_arithmetic=True))
+    compilers: dict[str, dict[str, Any]] = {
+        "torch.compile": {"frozen": False},
+        "torch.compile, frozen": {},
+        "torch.compile, max-autotune": {"mode": "max-autotune"},
+    }
+    for name, options in compilers.items():
+        for dtype in DTYPES:
+            peers.append(Peer(name, dtype, partial(prepare_compiled, dtype=dtype, **options)))
+    return peers
+
+
+PEERS = _peers()
+
+
+def prepare_packed(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
+    """One linear on oneDNN, its weight laid out once: a private API of PyTorch."""
+    ops = torch.ops.mkldnn
+    if not (hasattr(ops, "_linear_pointwise") and hasattr(ops, "_reorder_linear_weight")):
+        raise Unsupported("this PyTorch has no oneDNN")
+    if dtype == "bfloat16" and not ops._is_mkldnn_bf16_supported():
+        raise Unsupported("oneDNN takes no packed bfloat16 on this CPU")
+    x = x.to(DTYPES[dtype])
+    weight = ops._reorder_linear_weight(linear.weight.detach().to(DTYPES[dtype]), len(x))
+    return lambda: ops._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def prepare_our_linear(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
+    """One linear as the engine packs it."""
+    x = x.to(DTYPES[dtype])
+    packed = PackedLinear(
+        linear.weight.detach().to(DTYPES[dtype]), torch.zeros(len(linear.weight), dtype=x.dtype)
+    )
+    return lambda: packed(x)
+
+
+def gemm_peers(peers: Iterable[Peer]) -> list[Peer]:
+    """Those of `peers` that know no more of a linear than its product, and the packed one."""
+    found = []
+    for dtype in DTYPES:
+        packed, ours = (functools.partial(f, dtype=dtype) for f in (prepare_packed, prepare_our_linear))
+        found += [Peer("ours", dtype, ours), Peer("oneDNN, packed", dtype, packed)]
+    return found + [p for p in peers if not p.name.startswith(("ours", "torch.compile"))]
+
+
+# --------------------------------------------------------------------------------
+# Correctness: nothing is timed that does not compute the same
+
+
+class Subject:
+    """A model in float32 with its images, and what it has to put out."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self.model, self.images = model.eval(), images
+        with torch.inference_mode():
+            self.exact = copy.deepcopy(model).double()(images.double())
+        self._errors: dict[str, float] = {}
+
+    def eager_error(self, dtype: str) -> float:
+        """Relative error of PyTorch's eager mode, on the first image: in bfloat16 eight may take a minute."""
+        if dtype not in self._errors:
+            with torch.inference_mode():
+                logits = prepare_eager(self.model, self.images[:1], dtype=dtype)()
+            self._errors[dtype] = relative_error(logits, self.exact[:1])
+        return self._errors[dtype]
+
+    def bound(self, peer: Peer) -> float:
+        """The largest relative error that `peer` may make."""
+        ceiling = CEILINGS[peer.dtype]
+        if peer.own_arithmetic:
+            return ceiling
+        return min(ceiling, FACTOR * self.eager_error(peer.dtype) + TINY[peer.dtype])
+
+
+class OutOfTime(BaseException):
+    """Raised by `time_limit`; no Exception, as compilers catch those."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End what runs inside after so long, with `OutOfTime`. Only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread() or seconds == math.inf:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def ready(peer: Peer, subject: Subject, seconds: float) -> tuple[Record, Run | None]:
+    """Prepare and check one peer. Returns its record so far, and its call if there is something to time.
+
+    Args:
+        seconds: after which preparing it is given up.
+    """
+    record: Record = {"dtype": peer.dtype, "status": "absent", "reason": peer.why_not()}
+    if record["reason"] is not None:
+        return record, None
+    started = time.perf_counter()
+    try:
+        with time_limit(seconds):
+            run = peer.prepare(subject.model, subject.images)
+    except OutOfTime:
+        if "torch._inductor.async_compile" in sys.modules:  # whose processes would disturb the others
+            torch._inductor.async_compile.shutdown_compile_workers()
+        return record | {"status": "unready", "reason": "not ready in time; run again"}, None
+    except Unsupported as error:
+        return record | {"reason": str(error)}, None
+    except Exception as error:  # of an exporter, a compiler, ...: the other peers have their figures
+        return record | {"status": "failed", "reason": first_line(error)}, None
+    record["prepare_seconds"] = time.perf_counter() - started
+    try:
+        with torch.inference_mode():
+            error = relative_error(run(), subject.exact)
+    except Exception as failure:
+        return record | {"status": "failed", "reason": first_line(failure)}, None
+    bound = subject.bound(peer)
+    record |= {"error": error if math.isfinite(error) else None, "error_bound": bound}
+    if not error <= bound:  # nor NaN
+        reason = f"wrong logits: relative error {error:.2g}, at most {bound:.2g} allowed"
+        return record | {"status": "failed", "reason": reason}, None
+    return record | {"status": "measured"}, run
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, short enough for a table's notes."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+
+
+# --------------------------------------------------------------------------------
+# Time
+
+
+@dataclass
+class Runner:
+    """A call that is timed, and all its times: `warm_up` before the rounds, `seconds` in them."""
+
+    run: Run
+    warm_up: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def call(self) -> float:
+        """Seconds of one call."""
+        with torch.inference_mode():
+            started = time.perf_counter()
+            self.run()
+            return time.perf_counter() - started
+
+    def step(self) -> None:
+        """A round's turn. What ran before has emptied the caches, and its threads may still be spinning."""
+        if self.warm_up[-1] < SHORT:
+            self.call()
+        self.seconds.append(self.call())
+
+    def settle(self, limit: float = WARM_UP_SECONDS) -> None:
+        """Warm up until the median of three calls is near that of the three before, or `limit` has passed."""
+        times = self.warm_up
+        while sum(times) < limit or not times:
+            times.append(self.call())
+            if len(times) >= 6:
+                before, last = statistics.median(times[-6:-3]), statistics.median(times[-3:])
+                if abs(last - before) < SETTLED * before:
+                    return
+
+
+@dataclass(frozen=True)
+class Budget:
+    """rounds and seconds: of a case, see `take_turns`; prepare_seconds: for all peers of a case together."""
+
+    rounds: int = 30
+    seconds: float = 90.0
+    prepare_seconds: float = 180.0
+
+
+def contest(
+    entries: Mapping[str, tuple[Peer, Subject]], budget: Budget, skip: Mapping[str, str] | None = None
+) -> Record:
+    """Prepare, check and time all entries; rounds and, of each entry, its record.
+
+    Args:
+        entries: by label; `ours` of a dtype before those that are compared with it.
+        skip: reasons why a label is not even prepared.
+    """
+    torch._dynamo.reset()
+    records: dict[str, Record] = {}
+    runners: dict[str, Runner] = {}
+    started = time.perf_counter()
+    for label, (peer, subject) in entries.items():
+        if skip and label in skip:
+            records[label] = {"dtype": peer.dtype, "status": "skipped", "reason": skip[label]}
+            continue
+        left = budget.prepare_seconds - (time.perf_counter() - started)
+        records[label], run = ready(peer, subject, math.inf if peer.ours else left)
+        if run is not None:
+            runners[label] = Runner(run)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for label in list(runners):
+            if not _keeps_up(label, entries, records, runners):
+                records[label] |= {"seconds": runners.pop(label).warm_up}
+        rounds = take_turns(runners, budget.rounds, budget.seconds) if runners else 0
+    for label, runner in runners.items():
+        records[label] |= {"warm_up_seconds": runner.warm_up, "seconds": runner.seconds}
+    return {"rounds": rounds, "peers": records}
+
+
+def _keeps_up(
+    label: str,
+    entries: Mapping[str, tuple[Peer, Subject]],
+    records: dict[str, Record],
+    runners: Mapping[str, Runner],
+) -> bool:
+    """Warm one runner up, unless it is so slow, or broken, that it has to leave; its record then says so."""
+    peer, runner = entries[label][0], runners[label]
+    ours = [
+        r for name, r in runners.items() if entries[name][0].ours and entries[name][0].dtype == peer.dtype
+    ]
+    try:
+        runner.warm_up.append(runner.call())
+        if ours and runner is not ours[0]:
+            usual = statistics.median(ours[0].warm_up[-3:])
+            if runner.warm_up[0] > SLOW * usual and runner.warm_up[0] < SLOW_TWICE:
+                runner.warm_up.append(runner.call())
+            if (fastest := min(runner.warm_up)) > SLOW * usual:
+                times = fastest / usual
+                reason = f"{times:.0f} times ours in {len(runner.warm_up)} call(s), then left the rounds"
+                records[label] |= {"status": "slow", "reason": reason, "times_ours": times}
+                return False
+        runner.settle()
+    except Exception as error:
+        records[label] |= {"status": "failed", "reason": first_line(error)}
+        return False
+    return True
+
+
+# --------------------------------------------------------------------------------
+# Cases
+
+
+@dataclass(frozen=True)
+class Model:
+    """timm's name, changes to it, and the batch sizes of the two cases that run whole models."""
+
+    name: str
+    batches: tuple[int, ...] = (1,)
+    speedup_batches: tuple[int, ...] = (1, 8)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, rates: Sequence[float]) -> list[vtp.CompactViT]:
+        models = irregular_models(self.name, rates, **self.changes)
+        for model in models:
+            randomize_vectors(model)
+        return models
+
+
+MODELS = {
+    "tiny": Model("deit_tiny_patch16_224"),
+    "small": Model("deit_small_patch16_224"),
+    "base": Model("deit_base_patch16_224", batches=(1, 8)),
+}
+TOYS = {
+    "toy": Model(
+        "deit_tiny_patch16_224",
+        (1,),
+        (1, 2),
+        {"img_size": 32, "depth": 1, "num_classes": 16, "embed_dim": 96},
+    )
+}
+
+
+def random_images(model: vtp.CompactViT, batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    patch = model.patch_embed
+    return torch.randn(batch, patch.proj.in_channels, *patch.img_size, generator=generator)
+
+
+def measure_models(
+    model: Model, batch: int, peers: Iterable[Peer], budget: Budget, results: Record
+) -> Record:
+    """One compact model by all peers but those that `results` says are too slow."""
+    (small,) = model.build([RATE])
+    macs = vtp.count(small).macs
+    subject = Subject(small, random_images(small, batch))
+    entries = {peer.label: (peer, subject) for peer in peers}
+    return {"macs": macs, **contest(entries, budget, too_slow(results, batch * macs))}
+
+
+def measure_speedup(model: Model, batch: int, peers: Iterable[Peer], budget: Budget, _: Record) -> Record:
+    """The dense and the compact model on our engine; `peers` are ours."""
+    dense, small = model.build([0.0, RATE])
+    subjects = {
+        name: Subject(m, random_images(m, batch)) for name, m in (("compact", small), ("dense", dense))
+    }
+    entries = {
+        f"{name}{peer.name.removeprefix('ours')}, {peer.dtype}": (peer, subjects[name])
+        for peer in peers
+        for name in (["dense", "compact"] if peer.ours else ["compact"])
+    }
+    return {"macs": {"dense": vtp.count(dense).macs, "compact": vtp.count(small).macs}} | contest(
+        entries, budget
+    )
+
+
+def measure_widths(widths: Sequence[int], dtype: str, budget: Budget, _: Record) -> Record:
+    """One linear of our engine at many widths."""
+    limits = {"rounds": budget.rounds, "seconds": budget.seconds}
+    return linear_times(compact_linear, widths, dtype=DTYPES[dtype], **limits)
+
+
+def measure_gemm(size: int, peers: Iterable[Peer], budget: Budget, _: Record) -> Record:
+    """A product of `size` x `size` matrices by every library."""
+    torch.manual_seed(0)
+    subject = Subject(nn.Linear(size, size, bias=False), torch.randn(size, size))
+    # `eager_error` is that of the first row, which is much like any other.
+    return {"flops": 2 * size**3} | contest({p.label: (p, subject) for p in peers}, budget)
+
+
+def aligned_rows(weight: Tensor) -> Tensor:
+    """The weight [N, K] as the engine stores it."""
+    return PackedLinear(weight, weight.new_zeros(len(weight))).weight
+
+
+SWEEPS = ("inputs", "outputs", "both")
+FIXED_WIDTH = 480  # of the side that does not vary
+
+
+def linear_times(
+    run: Callable[[Tensor, Any, Tensor], Tensor],
+    widths: Iterable[int],
+    *,
+    rows: int = 197,
+    dtype: torch.dtype = torch.float32,
+    pack: Callable[[Tensor], Any] = aligned_rows,
+    rounds: int = 30,
+    seconds: float = 60.0,
+) -> Record:
+    """Times of one linear, x [rows, K] to [rows, N], while K, N or both take each of `widths`.
+
+    Args:
+        run: (x, pack(weight), bias) to the output.
+        pack: prepares a weight [N, K]; not timed.
+
+    Returns:
+        "failed": shape to reason where the output is wrong, and "seconds": sweep to "KxN" to times.
+    """
+    generator = torch.Generator().manual_seed(0)
+    runners: dict[str, Runner] = {}
+    failed: dict[str, str] = {}
+    shapes = {
+        f"{sweep} {K}x{N}": (K, N)
+        for sweep in SWEEPS
+        for width in widths
+        for K, N in [
+            (FIXED_WIDTH if sweep == "outputs" else width, FIXED_WIDTH if sweep == "inputs" else width)
+        ]
+    }
+    for name, (K, N) in shapes.items():
+        x, weight, bias = (torch.randn(s, generator=generator).to(dtype) for s in ((rows, K), (N, K), (N,)))
+        packed = pack(weight)
+        with torch.inference_mode():
+            exact = F.linear(x.double(), weight.double(), bias.double())
+            error = relative_error(run(x, packed, bias), exact)
+            eager = relative_error(F.linear(x, weight, bias), exact)
+        bound = FACTOR * eager + TINY[_name(dtype)]
+        if error <= bound:
+            runners[name] = Runner(functools.partial(run, x, packed, bias))
+            runners[name].settle(seconds / 10 / len(shapes))
+        else:
+            failed[name] = f"relative error {error:.2g}, at most {bound:.2g} allowed"
+    done = take_turns(runners, rounds, seconds) if runners else 0
+    times = {name: runner.seconds for name, runner in runners.items()}
+    return {"rows": rows, "rounds": done, "failed": failed, "seconds": times}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --------------------------------------------------------------------------------
+# Figures, all from raw times
+
+
+def in_rounds(record: Record, label: str) -> list[float] | None:
+    """Times of the rounds; None of a peer that was not in them."""
+    peer = record["peers"].get(label, {"status": "absent"})
+    return peer["seconds"] if peer["status"] == "measured" else None
+
+
+def p95(seconds: Sequence[float]) -> float:
+    """The time that 95% of calls do not exceed."""
+    return sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
+
+
+def competitors(record: Record, dtype: str) -> dict[str, list[float]]:
+    """Peers of ours in `dtype` that were in the rounds: for bfloat16 of any dtype, else of the same."""
+    found = {}
+    for label, peer in record["peers"].items():
+        comparable = dtype == "bfloat16" or peer["dtype"] == dtype
+        if comparable and not label.startswith("ours") and (seconds := in_rounds(record, label)):
+            found[label] = seconds
+    return found
+
+
+def fastest(record: Record, dtype: str) -> str | None:
+    """The competitor of the least median."""
+    times = competitors(record, dtype)
+    return min(times, key=lambda label: statistics.median(times[label]), default=None)
+
+
+def _milliseconds(seconds: Sequence[float] | None) -> str:
+    return "-" if seconds is None else f"{1e3 * statistics.median(seconds):.2f}"
+
+
+def _ratio(own: Sequence[float] | None, reference: Sequence[float] | None, scale: float = 1.0) -> str:
+    """Median and quartiles of own over reference time, each multiplied by `scale`."""
+    if own is None or reference is None:
+        return "-"
+    ratio = {name: scale * value for name, value in pairwise_ratio(own, reference).items()}
+    return f"{ratio['median']:.2f}x ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
+
+
+def _of(results: Record, case: str) -> list[Record]:
+    return [record for record in results["cases"].values() if record["case"] == case]
+
+
+def _dtypes(record: Record) -> list[str]:
+    return list(dict.fromkeys(peer["dtype"] for peer in record["peers"].values()))
+
+
+def fastest_table(results: Record) -> Rows:
+    """A row for each model, batch and dtype of ours."""
+    header = ["model", "batch", "MACs", "ours in", "rounds", "ours ms", "p95 ms"]
+    rows = [[*header, "fastest peer", "its ms", "its p95 ms", "peer / ours", "noise"]]
+    for record in _of(results, "models"):
+        for dtype in _dtypes(record):
+            ours, best = in_rounds(record, f"ours, {dtype}"), fastest(record, dtype)
+            other = None if best is None else in_rounds(record, best)
+            again = in_rounds(record, f"ours again, {dtype}")
+            rows.append([
+                record["model"], str(record["batch"]), f"{record['macs'] / 1e9:.2f} G", dtype,
+                str(record["rounds"]), _milliseconds(ours), "-" if ours is None else f"{1e3 * p95(ours):.2f}",
+                best or "none", _milliseconds(other), "-" if other is None else f"{1e3 * p95(other):.2f}",
+                _ratio(other, ours), _ratio(again, ours),
+            ])  # fmt: skip
+    return rows
+
+
+def peers_table(results: Record) -> Rows:
+    """A row for each peer, a column for each model and batch: milliseconds, and how many times ours."""
+    records = _of(results, "models")
+    labels = dict.fromkeys(label for record in records for label in record["peers"])
+    rows = [["peer", *(f"{record['model']}, batch {record['batch']}" for record in records)]]
+    for label in labels:
+        cells = [label]
+        for record in records:
+            peer, seconds = record["peers"].get(label), in_rounds(record, label)
+            if peer is None:
+                cells.append("-")
+            elif seconds is not None:
+                ours = in_rounds(record, f"ours, {peer['dtype']}")
+                cells.append(f"{_milliseconds(seconds)} ms, {_ratio(seconds, ours)}")
+            elif peer["status"] == "slow":
+                cells.append(f"about {peer['times_ours']:.0f}x, {len(peer['seconds'])} call(s)")
+            else:
+                cells.append(peer["status"])
+        rows.append(cells)
+    return rows
+
+
+def speedup_table(results: Record) -> Rows:
+    """Dense over compact time, and how much of what the MACs promise that is."""
+    rows = [
+        [
+            "model",
+            "batch",
+            "dtype",
+            "rounds",
+            "dense ms",
+            "compact ms",
+            "speed-up",
+            "MACs",
+            "speed-up / MACs",
+            "noise",
+        ]
+    ]
+    for record in _of(results, "speedup"):
+        promised = record["macs"]["dense"] / record["macs"]["compact"]
+        for dtype in _dtypes(record):
+            dense, small, again = (
+                in_rounds(record, f"{name}, {dtype}") for name in ("dense", "compact", "compact again")
+            )
+            rows.append([
+                record["model"], str(record["batch"]), dtype, str(record["rounds"]), _milliseconds(dense),
+                _milliseconds(small), _ratio(dense, small), f"{promised:.2f}x",
+                _ratio(dense, small, 1 / promised), _ratio(again, small),
+            ])  # fmt: skip
+    return rows
+
+
+def picoseconds_per_mac(record: Record) -> dict[str, dict[tuple[int, int], float]]:
+    """Median time per multiply-add, by sweep and (K, N)."""
+    found: dict[str, dict[tuple[int, int], float]] = {}
+    for name, seconds in record["seconds"].items():
+        sweep, _, shape = name.partition(" ")
+        K, N = map(int, shape.split("x"))
+        macs = record["rows"] * K * N
+        found.setdefault(sweep, {})[K, N] = 1e12 * statistics.median(seconds) / macs
+    return found
+
+
+def widths_table(results: Record) -> Rows:
+    """How much a width that is no multiple of 16 costs."""
+    rows = [
+        [
+            "dtype",
+            "varied",
+            "widths",
+            "rounds",
+            "ps per MAC",
+            "multiples of 16",
+            "worst",
+            "at",
+            "worst / median",
+            "failed",
+        ]
+    ]
+    for record in _of(results, "widths"):
+        for sweep, per_mac in picoseconds_per_mac(record).items():
+            median, worst = statistics.median(per_mac.values()), max(per_mac, key=per_mac.__getitem__)
+            even = [value for (K, N), value in per_mac.items() if K % 16 == N % 16 == 0]
+            rows.append([
+                record["dtype"], sweep, str(len(per_mac)), str(record["rounds"]), f"{median:.2f}",
+                f"{statistics.median(even):.2f}" if even else "-", f"{per_mac[worst]:.2f}",
+                "{}x{}".format(*worst), f"{per_mac[worst] / median:.2f}x", str(len(record["failed"])),
+            ])  # fmt: skip
+    return rows
+
+
+def gemm_table(results: Record) -> Rows:
+    """The rate of each library, fastest first."""
+    rows = [["library", "size", "rounds", "GFLOP/s, median", "fastest call"]]
+    for record in _of(results, "gemm"):
+        times = {label: s for label in record["peers"] if (s := in_rounds(record, label))}
+        for label in sorted(times, key=lambda label: statistics.median(times[label])):
+            rates = (1e-9 * record["flops"] / f(times[label]) for f in (statistics.median, min))
+            rows.append(
+                [label, str(record["size"]), str(record["rounds"]), *(f"{rate:,.0f}" for rate in rates)]
+            )
+    return rows
+
+
+TABLES = {
+    "models": {
+        "Fastest peer over ours": fastest_table,
+        "All peers, and how many times ours of the same dtype": peers_table,
+    },
+    "speedup": {"Dense over compact, both on our engine": speedup_table},
+    "widths": {"Time per MAC of one linear": widths_table},
+    "gemm": {"Rate of a large square product": gemm_table},
+}  # fmt: skip
+
+
+def tables(results: Record) -> dict[str, Rows]:
+    """All that have a row, by title."""
+    shown = {title: make(results) for case in TABLES.values() for title, make in case.items()}
+    return {title: rows for title, rows in shown.items() if len(rows) > 1}
+
+
+def notes(results: Record) -> list[str]:
+    """One line for each reason why a peer has no figure, with the cases that it holds for."""
+    found: dict[str, list[str]] = {}
+    for key, record in results["cases"].items():
+        for label, peer in record.get("peers", {}).items():
+            if peer["status"] != "measured":
+                found.setdefault(f"{label}: {peer['status']}: {peer['reason']}", []).append(key)
+        for shape, reason in record.get("failed", {}).items():
+            found.setdefault(f"{shape}: failed: {reason}", []).append(key)
+    return [f"{what} ({'; '.join(keys)})" for what, keys in found.items()]
+
+
+def place(results: Record) -> str:
+    """Machine, versions and commits, in one line."""
+    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v is not None)
+    commits = {
+        f"{(r['commit'] or 'unknown')[:8]}{' with changes' * bool(r['modified'])}"
+        for r in results["cases"].values()
+    }
+    isa = " ".join(results["hardware"]["isa"])
+    return f"{machine(results)}; {versions or 'no other library'}; {isa}; commit {', '.join(sorted(commits))}"
+
+
+def markdown(results: Record) -> str:
+    """The README's tables, the reasons of those without figures, and the machine."""
+    lines = []
+    for title, (header, *rows) in tables(results).items():
+        cells = (header, ["---"] * len(header), *rows)
+        lines += [f"{title}:", "", *("| " + " | ".join(row) + " |" for row in cells), ""]
+    return "\n".join(
+        [*lines, *(f"- {note}" for note in notes(results)), "", f"Measured on {place(results)}."]
+    )
+
+
+def show(console: Console, results: Record, case: str) -> None:
+    """The tables of one case on the terminal."""
+    for title, make in TABLES[case].items():
+        header, *rows = make(results)
+        shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+        for column in header:
+            shown.add_column(column)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+
+
+# --------------------------------------------------------------------------------
+# The results file
+
+
+def blank() -> Record:
+    """Results of this machine without a case."""
+    cpu = torch.device("cpu")
+    return {
+        "environment": environment(),
+        "hardware": {**hardware(cpu), "isa": vector_flags()},
+        "versions": {name: _version(name) for name in ("onnx", "onnxscript", "onnxruntime", "openvino")},
+        "rate": RATE,
+        "cases": {},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def same_machine(results: Record, other: Record) -> bool:
+    """Whether figures of both may stand in one table: all but date and cases agree."""
+
+    def identity(content: Record) -> Record:
+        without_date = {k: v for k, v in content["environment"].items() if k != "date"}
+        return {**{k: v for k, v in content.items() if k != "cases"}, "environment": without_date}
+
+    return identity(results) == identity(other)
+
+
+def opened(path: Path, fresh: bool) -> Record:
+    """The results to go on with.
+
+    Raises:
+        FileError: what is at `path` was measured elsewhere, or is no results file.
+    """
+    results = blank()
+    if fresh or not path.is_file():
+        return results
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if same_machine(before, results):
+            return before
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"argument --out: {path} is no results file: {error!r}") from error
+    raise FileError(
+        f"argument --out: {path} is of another machine, other versions or threads; use --fresh to replace it"
+    )
+
+
+def is_done(record: Record | None, asked: Record) -> bool:
+    """Whether a case needs no measuring: it was asked for alike, and every peer was ready in time."""
+    if record is None or record["asked"] != asked:
+        return False
+    return not any(peer["status"] == "unready" for peer in record.get("peers", {}).values())
+
+
+def too_slow(results: Record, work: float) -> dict[str, str]:
+    """Label to reason, for peers that left the rounds of a model with less than `work` (batch x MACs)."""
+    found = {}
+    for key, record in results["cases"].items():
+        if record["case"] == "models" and record["batch"] * record["macs"] < work:
+            for label, peer in record["peers"].items():
+                if peer["status"] == "slow":
+                    found[label] = f"{peer['times_ours']:.0f} times ours in {key}"
+    return found
+
+
+# --------------------------------------------------------------------------------
+# Command line
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    count, number, usual = positive(int), positive(float), Budget()
+    parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES), help="all four")
+    parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS), help="all three")
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES), help="both")
+    parser.add_argument("--rounds", type=count, default=usual.rounds, help=f"at most: {usual.rounds}")
+    parser.add_argument(
+        "--seconds", type=number, default=usual.seconds, help=f"budget of a case's rounds: {usual.seconds:g}"
+    )
+    parser.add_argument(
+        "--prepare-seconds",
+        type=number,
+        default=usual.prepare_seconds,
+        help=f"for exports and compilers, of a case: {usual.prepare_seconds:g}",
+    )
+    parser.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads: all cores")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to try it out")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file --out has")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
+    parser.add_argument("--markdown", action="store_true", help="print the file --out; measure nothing")
+    options = parser.parse_args(argv)
+    if options.markdown and not options.out.is_file():
+        parser.error(f"argument --out: {options.out} is not there; run without --markdown first")
+    if options.out.is_dir() or not options.out.parent.is_dir():
+        parser.error(f"argument --out: got {options.out}, expected a file name in a folder that exists")
+    if options.quick and options.out == RESULTS:
+        parser.error("argument --out: toy sizes must not replace the results; name another file")
+    return options
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case to measure: what it is, and how, given the results so far."""
+
+    what: Record
+    run: Callable[[Record], Record]
+
+    @property
+    def key(self) -> str:
+        """Its name in the results file."""
+        return ", ".join(str(v) if k in ("case", "model") else f"{k} {v}" for k, v in self.what.items())
+
+
+def jobs(options: argparse.Namespace, peers: Sequence[Peer]) -> list[Job]:
+    """All cases that were asked for, the small ones before the large."""
+    budget = Budget(options.rounds, options.seconds, options.prepare_seconds)
+    peers = [peer for peer in peers if peer.dtype in options.dtypes]
+    ours = [peer for peer in peers if peer.name in ("ours", "ours again")]
+    models = TOYS if options.quick else {name: MODELS[name] for name in MODELS if name in options.models}
+    found: list[Job] = []
+
+    def add(case: str, run: Callable[..., Record], *arguments: Any, **what: Any) -> None:
+        found.append(Job({"case": case, **what}, lambda results: run(*arguments, results)))
+
+    for name, model in models.items():
+        for batch in model.batches:
+            add("models", measure_models, model, batch, peers, budget, model=name, batch=batch)
+    for name, model in models.items():
+        for batch in model.speedup_batches:
+            add("speedup", measure_speedup, model, batch, ours, budget, model=name, batch=batch)
+    for dtype in options.dtypes:
+        widths = range(15, 18) if options.quick else range(449, 512)
+        add("widths", measure_widths, widths, dtype, budget, dtype=dtype)
+    size = 64 if options.quick else 2048
+    add("gemm", measure_gemm, size, gemm_peers(peers), budget, size=size)
+    return [job for job in found if job.what["case"] in options.cases]
+
+
+def main(argv: Sequence[str] | None = None, peers: Sequence[Peer] = PEERS) -> int:
+    """Run the command line with these peers. Returns the exit status: 1 where a peer failed, 2 where there is
+    no file to read or write."""
+    options, console = parse_arguments(argv), Console(width=None if sys.stdout.isatty() else 200)
+    try:
+        if options.markdown:
+            print(markdown(json.loads(options.out.read_text(encoding="utf-8"))))
+            return 0
+        torch.set_num_threads(options.threads)
+        results = opened(options.out, options.fresh)
+        run(options, peers, results, console)
+    except FileError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (ValueError, KeyError, TypeError) as error:
+        if not options.markdown:
+            raise
+        print(f"argument --out: {options.out} is no results file: {error!r}", file=sys.stderr)
+        return 2
+    for note in notes(results):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    print(f"Measured on {place(results)}. Written to {options.out}")
+    return int(
+        any(p["status"] == "failed" for r in results["cases"].values() for p in r.get("peers", {}).values())
+    )
+
+
+def run(options: argparse.Namespace, peers: Sequence[Peer], results: Record, console: Console) -> None:
+    """Measure what `results` lacks, write it after each case, and show it."""
+    asked = {name: getattr(options, name) for name in ("dtypes", "rounds", "seconds", "prepare_seconds")}
+    todo = jobs(options, peers)
+    for number, job in enumerate(todo):
+        if is_done(results["cases"].get(job.key), asked):
+            console.print(f"{job.key}: is in {options.out}", highlight=False)
+        else:
+            started = time.perf_counter()
+            record = {**job.what, "asked": asked, **commit(), **job.run(results)}
+            record["wall_seconds"] = time.perf_counter() - started
+            results["cases"][job.key] = record
+            text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+            write_atomic(options.out, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+            console.print(f"{job.key}: {record['wall_seconds']:.0f} s", highlight=False)
+        case = job.what["case"]
+        if number + 1 == len(todo) or todo[number + 1].what["case"] != case:
+            show(console, results, case)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,185 @@
+"""What the benchmarks share: whose turn it is, ratios, the error that is checked, the machine, the model."""
+
+import argparse
+import math
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import vtp
+
+LEAST_ROUNDS = 5  # the fewest that have quartiles worth printing
+
+
+# --------------------------------------------------------------------------------
+# Correctness
+
+
+def relative_error(got: Tensor | None, right: Tensor) -> float:
+    """Norm of the difference over the norm of `right`; infinite where `got` is missing or does not fit."""
+    if got is None or got.shape != right.shape:
+        return math.inf
+    difference, size = (got.double() - right.double()).norm().item(), right.double().norm().item()
+    if difference == 0:
+        return 0.0
+    return difference / size if size > 0 else math.inf
+
+
+# --------------------------------------------------------------------------------
+# Time
+
+
+class Step(Protocol):
+    """Something that takes turns and notes the time of each for itself."""
+
+    def step(self) -> object: ...
+
+
+def turns(names: Sequence[str], number: int) -> list[str]:
+    """The order of round `number`: each name starts in turn, and every other round runs backwards, so that
+    nobody always follows the same one."""
+    shift = number // 2 % len(names)
+    order = [*names[shift:], *names[:shift]]
+    return order[::-1] if number % 2 else order
+
+
+def take_turns(steps: Mapping[str, Step], rounds: int, seconds: float) -> int:
+    """Round by round, one step of each. Returns the number of rounds.
+
+    Args:
+        rounds: how many; fewer, but at least `LEAST_ROUNDS`, where one more would exceed `seconds`.
+    """
+    started = time.perf_counter()
+    for done in range(rounds):
+        elapsed = time.perf_counter() - started
+        if done >= LEAST_ROUNDS and elapsed * (done + 1) / done > seconds:
+            return done
+        for name in turns(list(steps), done):
+            steps[name].step()
+    return rounds
+
+
+def pairwise_ratio(own: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles over rounds of own time over the reference's time in the same round."""
+    ratios = [this / other for this, other in zip(own, reference, strict=True)]
+    if len(ratios) == 1:
+        ratios *= 2
+    q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3}
+
+
+# --------------------------------------------------------------------------------
+# Models
+
+
+def irregular_models(
+    name: str, rates: Sequence[float], seed: int = 0, **changes: Any
+) -> list[vtp.CompactViT]:
+    """timm's model `name`, cut at each of `rates`, to widths that are unequal in every layer and head.
+
+    Args:
+        rates: share of dimensions to remove; 0 gives the dense model as a CompactViT.
+        changes: arguments for timm.
+    """
+    torch.manual_seed(seed)
+    gated = vtp.insert_gates(timm.create_model(name, **changes))
+    with torch.no_grad():
+        for layer in vtp.sites(gated).values():
+            # A scale for each layer, and for each 64 dimensions, the heads of attention.
+            groups = -(-len(layer.gate) // 64)
+            scale = torch.empty(()).uniform_(0.8, 1.2) * torch.empty(groups).uniform_(0.7, 1.3)
+            layer.gate.uniform_(0, 1).mul_(scale.repeat_interleave(64)[: len(layer.gate)])
+    return [vtp.compact(gated, vtp.make_plan(gated, rate=rate, min_keep=0)).eval() for rate in rates]
+
+
+@torch.no_grad()
+def randomize_vectors(model: nn.Module, seed: int = 0) -> None:
+    """Noise on biases and norms, which timm starts at 0 and 1: a wrong one would not be seen."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+# --------------------------------------------------------------------------------
+# Machine
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def vector_flags() -> list[str]:
+    """Every vector and matrix instruction set of the CPU, as Linux names them."""
+    return sorted(flag for flag in _cpu_flags() if flag.startswith(("avx", "amx", "fma", "f16c", "vnni")))
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The instruction sets that matter for the speed of a step, and the GPU if it ran on one."""
+    flags = _cpu_flags()
+    return {
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cores": os.cpu_count(),
+        "flags": {f: f in flags for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")},
+        "onednn_bf16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def commit() -> dict[str, Any]:
+    """Commit of this checkout and whether files differ from it; None where that is unknown."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    changes = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "modified": None if changes is None else bool(changes)}
+
+
+def machine(results: Mapping[str, Any]) -> str:
+    """What the figures were measured on, in one line."""
+    env, hard = results["environment"], results["hardware"]
+    if hard["gpu"]:
+        place = f"{hard['gpu']}, CUDA {hard['cuda']}"
+    else:
+        bf16 = "" if hard["onednn_bf16"] else " without bf16 instructions"
+        place = f"{env['cpu']}{bf16}, {env['threads']} thread{'s' * (env['threads'] > 1)}"
+    return f"{place}, torch {env['torch']}, timm {env['timm']}, Python {env['python']}, {env['date']}"
+
+
+# --------------------------------------------------------------------------------
+# Command line
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """The `type` of an option that has to be above 0; `kind` is int or float."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            what = "an integer of at least 1" if kind is int else "a positive number"
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {what}")
+        return value
+
+    return parse

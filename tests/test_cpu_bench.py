@@ -1,0 +1,377 @@
+"""bench/cpu_engine.py at toy size: what it lets through, counts, writes and takes up. No speed counts."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import statistics
+import time
+from pathlib import Path
+
+import cpu_engine as bench
+import measure
+import pytest
+import torch
+from torch import Tensor, nn
+
+TOY = "models, toy, batch 1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_and_nobody_slow():
+    """Toys gain nothing from threads, and on a busy machine wait for them for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "SLOW", 1e9)
+        yield
+    torch.set_num_threads(threads)
+
+
+def peers(*names: str, dtypes: tuple[str, ...] = ("float32",)) -> list[bench.Peer]:
+    return [peer for peer in bench.PEERS if peer.name in names and peer.dtype in dtypes]
+
+
+OURS = peers("ours", "ours again", dtypes=tuple(bench.DTYPES))
+FEW = [*OURS, *peers("PyTorch eager", dtypes=tuple(bench.DTYPES))]
+
+
+def run(out: Path, *arguments: str, using: list[bench.Peer] = FEW) -> int:
+    few = ["--quick", "--rounds", "3", "--seconds", "2", "--threads", "1"]
+    return bench.main([*few, "--out", str(out), *arguments], using)
+
+
+def results(path: Path) -> dict:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def cells(printed: str, title: str) -> list[dict[str, str]]:
+    """The rows of one Markdown table, by the names of its columns."""
+    lines = printed.split(f"{title}:\n\n")[1].split("\n\n")[0].splitlines()
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def toy() -> bench.Subject:
+    (model,) = bench.TOYS["toy"].build([bench.RATE])
+    return bench.Subject(model, bench.random_images(model, 2))
+
+
+def changed(change, dtype: str = "float32", name: str = "wrong") -> bench.Peer:
+    """A peer whose logits are those of PyTorch after `change`."""
+
+    def prepare(model: nn.Module, images: Tensor) -> bench.Run:
+        right = bench.prepare_eager(model, images, dtype=dtype)
+        return lambda: change(right())
+
+    return bench.Peer(name, dtype, prepare)
+
+
+def record_of(**peers: tuple[str, list[float]]) -> dict:
+    """A case with times made up; a name has `_` for what the label has between name and dtype."""
+    named = {
+        f"{name.replace('_', ' ')}, {dtype}": {
+            "dtype": dtype,
+            "status": "measured",
+            "reason": None,
+            "seconds": s,
+        }
+        for name, (dtype, s) in peers.items()
+    }
+    return {"case": "models", "model": "toy", "batch": 1, "macs": 10**9, "rounds": 4, "peers": named}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cpu_engine") / "out.json"
+    assert run(out) == 0
+    return out
+
+
+def test_a_run_measures_every_case_and_writes_it(measured):
+    written = results(measured)
+    assert [path.name for path in measured.parent.iterdir()] == [measured.name]
+    assert list(written["cases"]) == [
+        TOY, "speedup, toy, batch 1", "speedup, toy, batch 2", "widths, dtype float32",
+        "widths, dtype bfloat16", "gemm, size 64",
+    ]  # fmt: skip
+    assert {"cpu", "threads", "torch", "date"} <= written["environment"].keys()
+    assert written["hardware"]["isa"] == measure.vector_flags()
+    assert written["versions"].keys() == {"onnx", "onnxscript", "onnxruntime", "openvino"}
+    assert all({"commit", "modified", "asked", "wall_seconds"} <= r.keys() for r in written["cases"].values())
+    for peer in written["cases"][TOY]["peers"].values():
+        assert peer["status"] == "measured" and peer["error"] <= peer["error_bound"]
+        assert len(peer["seconds"]) == 3 and peer["warm_up_seconds"]
+
+
+def test_figures_follow_from_the_raw_times(measured, capsys):
+    record = results(measured)["cases"]["speedup, toy, batch 2"]
+    assert run(measured, "--markdown") == 0
+    printed = capsys.readouterr().out
+    row = cells(printed, "Dense over compact, both on our engine")[2]
+    assert (row["batch"], row["dtype"], row["rounds"]) == ("2", "float32", "3")
+    dense, compact, again = (
+        record["peers"][f"{name}, float32"]["seconds"] for name in ("dense", "compact", "compact again")
+    )
+    macs = record["macs"]["dense"] / record["macs"]["compact"]
+    speedup = statistics.median(a / b for a, b in zip(dense, compact, strict=True))
+    assert row["dense ms"] == f"{1e3 * statistics.median(dense):.2f}"
+    assert row["speed-up"].startswith(f"{speedup:.2f}x (") and row["MACs"] == f"{macs:.2f}x"
+    assert row["speed-up / MACs"].startswith(f"{speedup / macs:.2f}x (")
+    noise = statistics.median(a / b for a, b in zip(again, compact, strict=True))
+    assert row["noise"].startswith(f"{noise:.2f}x (")
+    gemm = results(measured)["cases"]["gemm, size 64"]
+    best = cells(printed, "Rate of a large square product")[0]
+    times = [p["seconds"] for p in gemm["peers"].values() if p["status"] == "measured"]
+    assert best["GFLOP/s, median"] == f"{2 * 64**3 / min(map(statistics.median, times)) / 1e9:,.0f}"
+    assert "Measured on" in printed.splitlines()[-1]
+
+
+def test_the_fastest_peer_of_bfloat16_may_be_of_any_dtype_and_of_float32_not():
+    record = record_of(
+        ours=("float32", [1.0, 2.0, 1.0, 4.0]),
+        eager=("float32", [2.0, 3.0, 2.0, 4.0]),
+        quick=("bfloat16", [0.5, 0.5, 0.5, 0.5]),
+    )
+    record["peers"]["ours, bfloat16"] = {**record["peers"]["ours, float32"], "dtype": "bfloat16"}
+    record["peers"]["ours, bfloat16"]["seconds"] = [0.4, 0.5, 0.25, 1.0]
+    header, *rows = bench.fastest_table({"cases": {"x": record}})
+    single, half = (dict(zip(header, row, strict=True)) for row in rows)
+    assert single["fastest peer"] == "eager, float32" and single["ours ms"] == "1500.00"
+    assert single["peer / ours"] == "1.75x (1.38-2.00)", "ratios 2, 1.5, 2, 1 of the same rounds"
+    assert single["p95 ms"] == "4000.00"
+    assert half["fastest peer"] == "quick, bfloat16" and half["peer / ours"] == "1.12x (0.88-1.44)"
+    del record["peers"]["quick, bfloat16"]
+    assert dict(zip(header, bench.fastest_table({"cases": {"x": record}})[2], strict=True))[
+        "fastest peer"
+    ] == ("eager, float32")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: logits * 1.001,
+        lambda logits: logits.flip(0),
+        lambda logits: logits[:1],
+        lambda logits: torch.full_like(logits, torch.nan),
+    ],
+    ids=["scaled", "images exchanged", "an image short", "not a number"],
+)
+def test_a_peer_that_gives_wrong_logits_gets_no_figure(change):
+    subject, wrong = toy(), changed(change)
+    entries = {peer.label: (peer, subject) for peer in [*peers("ours"), wrong]}
+    record = bench.contest(entries, bench.Budget(rounds=2))
+    assert record["peers"]["ours, float32"]["status"] == "measured"
+    found = record["peers"]["wrong, float32"]
+    assert found["status"] == "failed" and "relative error" in found["reason"]
+    assert "seconds" not in found and "warm_up_seconds" not in found
+
+
+def test_a_failed_peer_is_shown_with_its_reason_and_never_the_fastest(tmp_path, capsys):
+    def broken(model: nn.Module, images: Tensor) -> bench.Run:
+        raise RuntimeError("no such operator\nand a long trace")
+
+    def wrong(logits: Tensor) -> Tensor:
+        return logits * 2
+
+    using = [*peers("ours", "PyTorch eager"), changed(wrong), bench.Peer("broken", "float32", broken)]
+    out = tmp_path / "out.json"
+    assert run(out, "--cases", "models", using=using) == 1
+    capsys.readouterr()
+    assert run(out, "--markdown") == 0
+    printed = capsys.readouterr().out
+    assert cells(printed, "Fastest peer over ours")[0]["fastest peer"] == "PyTorch eager, float32"
+    shown = cells(printed, "All peers, and how many times ours of the same dtype")
+    assert {row["peer"]: row["toy, batch 1"] for row in shown}["wrong, float32"] == "failed"
+    assert "- broken, float32: failed: RuntimeError: no such operator (models, toy, batch 1)" in printed
+    assert "- wrong, float32: failed: wrong logits: relative error 1, at most " in printed
+
+
+def test_a_missing_library_is_shown_with_its_reason(tmp_path, monkeypatch, capsys):
+    there = importlib.util.find_spec
+    without = lambda name: None if name in ("onnxruntime", "openvino") else there(name)  # noqa: E731
+    monkeypatch.setattr(bench, "find_spec", without)
+    using = [*peers("ours"), *peers("ONNX Runtime", "OpenVINO", dtypes=tuple(bench.DTYPES))]
+    prepared = [dataclasses.replace(p, prepare=None) if not p.ours else p for p in using]
+    assert run(tmp_path / "out.json", "--cases", "models", using=prepared) == 0
+    printed = capsys.readouterr().out
+    assert "ONNX Runtime, float32: absent: " in printed and "pip install 'vtp[bench]'" in printed
+    assert "OpenVINO, bfloat16: absent: " in printed
+    written = results(tmp_path / "out.json")["cases"][TOY]["peers"]
+    assert written["ours, float32"]["status"] == "measured"
+    assert "openvino" in written["OpenVINO, float32"]["reason"]
+
+
+@pytest.mark.parametrize("package, name", [("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")])
+def test_an_installed_library_computes_the_compact_model(package, name):
+    pytest.importorskip(package)
+    (peer,) = peers(name)
+    if reason := peer.why_not():
+        pytest.skip(reason)
+    record, call = bench.ready(peer, shared_toy(), 120.0)
+    assert record["status"] == "measured" and call is not None, record["reason"]
+
+
+@functools.cache
+def shared_toy() -> bench.Subject:
+    """One model, so that it is exported once."""
+    return toy()
+
+
+def test_compiled_models_of_one_class_do_not_recompile_for_each_other():
+    torch._dynamo.reset()
+    subject = toy()
+    calls = [
+        torch.compile(bench.own_code(subject.model), dynamic=False, backend="eager", fullgraph=True)
+        for _ in range(3)
+    ]
+    with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=1):
+        for call in calls:
+            call(subject.images)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for call in calls:
+                assert measure.relative_error(call(subject.images), subject.exact) < 1e-5
+
+
+def test_what_is_measured_is_taken_up_and_fresh_measures_again(measured, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.json"
+    out.write_text(measured.read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "contest", None)
+        patch.setattr(bench, "linear_times", None)
+        assert run(out) == 0
+    assert results(out) == results(measured)
+    assert f"{TOY}: is in " in capsys.readouterr().out
+    content = results(out)
+    content["cases"][TOY]["peers"]["ours, float32"]["status"] = "unready"
+    del content["cases"]["gemm, size 64"]
+    out.write_text(json.dumps(content))
+    assert run(out, "--cases", "models", "speedup") == 0, "a peer that was not ready gets another chance"
+    again = results(out)["cases"]
+    assert again[TOY]["peers"]["ours, float32"]["status"] == "measured" and "gemm, size 64" not in again
+    assert again["speedup, toy, batch 1"] == content["cases"]["speedup, toy, batch 1"]
+    assert run(out, "--cases", "speedup", "--fresh") == 0
+    assert results(out)["cases"].keys() == {"speedup, toy, batch 1", "speedup, toy, batch 2"}
+
+
+def test_other_options_measure_a_case_again(measured, tmp_path):
+    out = tmp_path / "out.json"
+    out.write_text(measured.read_text())
+    assert run(out, "--cases", "gemm", "--rounds", "2") == 0
+    assert results(out)["cases"]["gemm, size 64"]["rounds"] == 2
+    assert results(out)["cases"][TOY]["rounds"] == 3
+
+
+def test_results_of_another_machine_are_not_mixed_in(measured, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    content = results(measured)
+    content["environment"]["date"] = "2020-01-01"
+    assert bench.same_machine(content, results(measured))
+    content["hardware"]["isa"] = ["avx"]
+    out.write_text(json.dumps(content))
+    assert run(out) == 2
+    assert "is of another machine, other versions or threads" in capsys.readouterr().err
+    assert results(out) == content
+
+
+def test_cases_before_one_that_breaks_are_in_the_file(tmp_path, monkeypatch):
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure_speedup", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out.json", "--cases", "models", "speedup", using=peers("ours"))
+    assert list(results(tmp_path / "out.json")["cases"]) == [TOY]
+
+
+def test_a_slow_peer_leaves_the_rounds_and_larger_cases(monkeypatch):
+    monkeypatch.setattr(bench, "SLOW", 20.0)
+
+    def slow(logits: Tensor) -> Tensor:
+        time.sleep(0.5)
+        return logits
+
+    subject, snail = toy(), changed(slow, name="snail")
+    entries = {peer.label: (peer, subject) for peer in [*peers("ours"), snail]}
+    record = bench.contest(entries, bench.Budget(rounds=2))
+    found = record["peers"]["snail, float32"]
+    assert found["status"] == "slow" and len(found["seconds"]) == 2 and found["times_ours"] > bench.SLOW
+    assert "in 2 call(s), then left the rounds" in found["reason"]
+    record |= {"case": "models", "model": "toy", "batch": 2, "macs": 100}
+    content = {"cases": {"models, toy, batch 2": record}}
+    assert bench.fastest(record, "float32") is None
+    assert any(f"about {found['times_ours']:.0f}x, 2 call(s)" in row for row in bench.peers_table(content))
+    assert bench.too_slow(content, 200) == {}, "it was not measured on less than that"
+    skip = bench.too_slow(content, 201)
+    assert skip == {"snail, float32": f"{found['times_ours']:.0f} times ours in models, toy, batch 2"}
+    never = {snail.label: (dataclasses.replace(snail, prepare=None), subject)}
+    assert bench.contest(never, bench.Budget(), skip)["peers"][snail.label]["status"] == "skipped"
+
+
+def test_a_peer_that_is_not_ready_in_time_is_given_up():
+    def prepare(model: nn.Module, images: Tensor) -> bench.Run:
+        try:
+            time.sleep(30)
+        except Exception:  # as a compiler would
+            return lambda: images
+        raise AssertionError("it was not interrupted")
+
+    never = bench.Peer("never", "float32", prepare)
+    after = dataclasses.replace(never, name="after")
+    subject = toy()
+    entries = {peer.label: (peer, subject) for peer in [*peers("ours"), never, after]}
+    record = bench.contest(entries, bench.Budget(rounds=2, prepare_seconds=0.5))["peers"]
+    assert record["never, float32"]["status"] == record["after, float32"]["status"] == "unready"
+    assert record["ours, float32"]["status"] == "measured"
+
+
+def test_warm_up_goes_on_until_times_settle(monkeypatch):
+    def runner(times: list[float]) -> bench.Runner:
+        found, left = bench.Runner(lambda: None), iter(times)
+        monkeypatch.setattr(found, "call", lambda: next(left))
+        return found
+
+    cooling = runner([8.0, 4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    cooling.settle(1e9)
+    assert cooling.warm_up == [8.0, 4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0], "2, 1, 1 and 1, 1, 1 have one median"
+    restless = runner([1.0, 2.0, 4.0, 8.0, 16.0])
+    restless.settle(10.0)
+    assert restless.warm_up == [1.0, 2.0, 4.0, 8.0]
+
+
+def test_linear_times_take_any_callable_and_drop_wrong_widths():
+    def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = x @ weight + bias
+        return y.flip(0) if x.shape[1] == 16 else y
+
+    record = bench.linear_times(linear, [15, 16], rows=7, pack=lambda weight: weight.T, rounds=2, seconds=1.0)
+    assert record["failed"].keys() == {"inputs 16x480", "both 16x16"}
+    assert record["seconds"].keys() == {"inputs 15x480", "outputs 480x15", "outputs 480x16", "both 15x15"}
+    assert {len(times) for times in record["seconds"].values()} == {2}
+
+
+def test_time_per_mac_is_the_median_over_the_products():
+    times = {"both 15x15": [1e-9, 3e-9, 9e-9], "both 16x16": [2.56e-9], "both 17x17": [2.89e-8]}
+    record = {"case": "widths", "dtype": "float32", "rows": 10, "rounds": 3, "failed": {}, "seconds": times}
+    per_mac = bench.picoseconds_per_mac(record)["both"]
+    assert per_mac == pytest.approx({(15, 15): 3e3 / 2250, (16, 16): 1.0, (17, 17): 10.0})
+    header, row = bench.widths_table({"cases": {"x": record}})
+    shown = dict(zip(header, row, strict=True))
+    assert shown["ps per MAC"] == "1.33" and shown["multiples of 16"] == "1.00" and shown["at"] == "17x17"
+    assert shown["worst / median"] == "7.50x"
+
+
+def test_quick_times_never_replace_the_results(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--quick"])
+    assert "toy sizes must not replace the results" in capsys.readouterr().err
+
+
+def test_a_foreign_file_is_no_results_file(tmp_path, capsys):
+    (tmp_path / "x.json").write_text("[1]")
+    assert run(tmp_path / "x.json", "--markdown") == 2
+    assert run(tmp_path / "x.json") == 2
+    assert capsys.readouterr().err.count("is no results file") == 2
