@@ -5,8 +5,8 @@ width), the same images and the same number of threads. Four cases:
 
 - models: one forward pass of the model by every peer that is installed.
 - speedup: dense over compact, both on our engine, beside dense MACs over compact MACs.
-- widths: time per MAC of one linear at every width from 449 to 511.
-- gemm: the best rate that any library reaches on a large square product.
+- widths: time per MAC of a feed-forward branch at every width from 449 to 511.
+- gemm: the best rate that any library reaches on a large square product, and our engine's inside a model.
 
 A peer is timed only if its logits are right: against float64, at most twice the error of PyTorch's eager mode
 in the same dtype (ONNX Runtime and OpenVINO, whose arithmetic is their own: `CEILINGS`). What fails, is
@@ -26,6 +26,7 @@ ready in the first.
 import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -45,7 +46,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from measure import (
     commit,
     hardware,
@@ -61,18 +61,21 @@ from measure import (
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vtp
-from vtp.engine import PackedLinear
+from vtp import cpu_engine
+from vtp.cpu_engine import CpuBlocks
+from vtp.engine import pack_for_ops
 from vtp.files import FileError, write_atomic
 from vtp.pipeline import environment
-from vtp_kernels import compact_linear
 
 RESULTS = Path(__file__).parent / "results" / "cpu_engine.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = ("models", "speedup", "widths", "gemm")
 RATE = 0.4
+TOKENS = 197  # of an image: the rows of a product at batch 1
 
 FACTOR = 2.0  # how many times the error of PyTorch's eager mode in the same dtype a peer may make
 TINY = {"float32": 1e-6, "bfloat16": 1e-3}  # and this much more, where eager is exact by luck
@@ -252,21 +255,46 @@ def prepare_packed(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
     return lambda: ops._linear_pointwise(x, weight, None, "none", [], "")
 
 
-def prepare_our_linear(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
-    """One linear as the engine packs it."""
-    x = x.to(DTYPES[dtype])
-    packed = PackedLinear(
-        linear.weight.detach().to(DTYPES[dtype]), torch.zeros(len(linear.weight), dtype=x.dtype)
-    )
-    return lambda: packed(x)
+class FeedForward(nn.Module):
+    """The blocks of a compact model without attention: tokens [B, N, embed_dim] to the same shape."""
+
+    def __init__(self, embed_dim: int, inputs: int, hidden: int, depth: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        dense = VisionTransformer(
+            img_size=32,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=1,
+            mlp_ratio=hidden / embed_dim,
+            num_classes=0,
+        )
+        randomize_vectors(dense)
+        gated = vtp.insert_gates(dense)
+        plan = vtp.make_plan(gated, rate=0.0)
+        kept = {name: () if "attn" in name else widths for name, widths in plan.kept.items()}
+        kept |= {name: widths[:inputs] for name, widths in kept.items() if name.endswith("fc1")}
+        self.vit = vtp.compact(gated, dataclasses.replace(plan, kept=kept))
+        self.macs_per_token = depth * hidden * (inputs + embed_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.vit.blocks(tokens)
+
+
+def prepare_feed_forward(model: nn.Module, tokens: Tensor, *, dtype: str) -> Run:
+    """The blocks on the C++ engine."""
+    packed = pack_for_ops(model.vit, DTYPES[dtype]).vit
+    if (reason := cpu_engine.why_not(packed.blocks, DTYPES[dtype])) is not None:
+        raise Unsupported(reason)
+    blocks, tokens = CpuBlocks(packed, DTYPES[dtype]), tokens.to(DTYPES[dtype])
+    return lambda: blocks(tokens)
 
 
 def gemm_peers(peers: Iterable[Peer]) -> list[Peer]:
     """Those of `peers` that know no more of a linear than its product, and the packed one."""
     found = []
     for dtype in DTYPES:
-        packed, ours = (functools.partial(f, dtype=dtype) for f in (prepare_packed, prepare_our_linear))
-        found += [Peer("ours", dtype, ours), Peer("oneDNN, packed", dtype, packed)]
+        found.append(Peer("oneDNN, packed", dtype, functools.partial(prepare_packed, dtype=dtype)))
     return found + [p for p in peers if not p.name.startswith(("ours", "torch.compile"))]
 
 
@@ -535,75 +563,43 @@ def measure_speedup(model: Model, batch: int, peers: Iterable[Peer], budget: Bud
     )
 
 
+WIDTHS_EMBED_DIM = 480
+
+
 def measure_widths(widths: Sequence[int], dtype: str, budget: Budget, _: Record) -> Record:
-    """One linear of our engine at many widths."""
-    limits = {"rounds": budget.rounds, "seconds": budget.seconds}
-    return linear_times(compact_linear, widths, dtype=DTYPES[dtype], **limits)
+    """A feed-forward branch on our engine at many widths: fc1 has as many inputs as outputs, fc2 as inputs."""
+    models = {str(w): FeedForward(WIDTHS_EMBED_DIM, min(w, WIDTHS_EMBED_DIM), w) for w in widths}
+    return {"macs": {w: TOKENS * model.macs_per_token for w, model in models.items()}} | contest(
+        {w: (_feed_forward_peer(dtype), Subject(model, _tokens(model))) for w, model in models.items()},
+        budget,
+    )
+
+
+def _feed_forward_peer(dtype: str, name: str = "ours") -> Peer:
+    return Peer(name, dtype, functools.partial(prepare_feed_forward, dtype=dtype), ours=True)
+
+
+def _tokens(model: FeedForward) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(1, TOKENS, model.vit.embed_dim)
 
 
 def measure_gemm(size: int, peers: Iterable[Peer], budget: Budget, _: Record) -> Record:
-    """A product of `size` x `size` matrices by every library."""
+    """A product of `size` x `size` matrices by every library; of ours, all feed-forward branches of a compact
+    DeiT-B at batch 1, norms and GELU included, at the widths that `size` would have in it."""
     torch.manual_seed(0)
-    subject = Subject(nn.Linear(size, size, bias=False), torch.randn(size, size))
-    # `eager_error` is that of the first row, which is much like any other.
-    return {"flops": 2 * size**3} | contest({p.label: (p, subject) for p in peers}, budget)
-
-
-def aligned_rows(weight: Tensor) -> Tensor:
-    """The weight [N, K] as the engine stores it."""
-    return PackedLinear(weight, weight.new_zeros(len(weight))).weight
-
-
-SWEEPS = ("inputs", "outputs", "both")
-FIXED_WIDTH = 480  # of the side that does not vary
-
-
-def linear_times(
-    run: Callable[[Tensor, Any, Tensor], Tensor],
-    widths: Iterable[int],
-    *,
-    rows: int = 197,
-    dtype: torch.dtype = torch.float32,
-    pack: Callable[[Tensor], Any] = aligned_rows,
-    rounds: int = 30,
-    seconds: float = 60.0,
-) -> Record:
-    """Times of one linear, x [rows, K] to [rows, N], while K, N or both take each of `widths`.
-
-    Args:
-        run: (x, pack(weight), bias) to the output.
-        pack: prepares a weight [N, K]; not timed.
-
-    Returns:
-        "failed": shape to reason where the output is wrong, and "seconds": sweep to "KxN" to times.
-    """
-    generator = torch.Generator().manual_seed(0)
-    runners: dict[str, Runner] = {}
-    failed: dict[str, str] = {}
-    shapes = {
-        f"{sweep} {K}x{N}": (K, N)
-        for sweep in SWEEPS
-        for width in widths
-        for K, N in [
-            (FIXED_WIDTH if sweep == "outputs" else width, FIXED_WIDTH if sweep == "inputs" else width)
-        ]
-    }
-    for name, (K, N) in shapes.items():
-        x, weight, bias = (torch.randn(s, generator=generator).to(dtype) for s in ((rows, K), (N, K), (N,)))
-        packed = pack(weight)
-        with torch.inference_mode():
-            exact = F.linear(x.double(), weight.double(), bias.double())
-            error = relative_error(run(x, packed, bias), exact)
-            eager = relative_error(F.linear(x, weight, bias), exact)
-        bound = FACTOR * eager + TINY[_name(dtype)]
-        if error <= bound:
-            runners[name] = Runner(functools.partial(run, x, packed, bias))
-            runners[name].settle(seconds / 10 / len(shapes))
-        else:
-            failed[name] = f"relative error {error:.2g}, at most {bound:.2g} allowed"
-    done = take_turns(runners, rounds, seconds) if runners else 0
-    times = {name: runner.seconds for name, runner in runners.items()}
-    return {"rows": rows, "rounds": done, "failed": failed, "seconds": times}
+    square = Subject(nn.Linear(size, size, bias=False), torch.randn(size, size))
+    embed_dim, inputs, hidden = (size * part // 2048 for part in (768, 461, 1843))
+    model = FeedForward(embed_dim, inputs, hidden, depth=12)
+    peers, dtypes = list(peers), {}
+    for peer in peers:
+        dtypes[peer.dtype] = _feed_forward_peer(peer.dtype, "ours, feed-forward of DeiT-B")
+    branches = Subject(model, _tokens(model))
+    entries = {p.label: (p, branches) for p in dtypes.values()} | {p.label: (p, square) for p in peers}
+    record = {"flops": 2 * size**3} | contest(entries, budget)
+    for peer in dtypes.values():
+        record["peers"][peer.label]["flops"] = 2 * TOKENS * model.macs_per_token
+    return record
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -731,42 +727,31 @@ def speedup_table(results: Record) -> Rows:
     return rows
 
 
-def picoseconds_per_mac(record: Record) -> dict[str, dict[tuple[int, int], float]]:
-    """Median time per multiply-add, by sweep and (K, N)."""
-    found: dict[str, dict[tuple[int, int], float]] = {}
-    for name, seconds in record["seconds"].items():
-        sweep, _, shape = name.partition(" ")
-        K, N = map(int, shape.split("x"))
-        macs = record["rows"] * K * N
-        found.setdefault(sweep, {})[K, N] = 1e12 * statistics.median(seconds) / macs
-    return found
+def picoseconds_per_mac(record: Record) -> dict[int, float]:
+    """Median time per multiply-add, by width."""
+    times = {width: in_rounds(record, width) for width in record["macs"]}
+    return {
+        int(width): 1e12 * statistics.median(seconds) / record["macs"][width]
+        for width, seconds in times.items()
+        if seconds
+    }
 
 
 def widths_table(results: Record) -> Rows:
     """How much a width that is no multiple of 16 costs."""
-    rows = [
-        [
-            "dtype",
-            "varied",
-            "widths",
-            "rounds",
-            "ps per MAC",
-            "multiples of 16",
-            "worst",
-            "at",
-            "worst / median",
-            "failed",
-        ]
-    ]
+    header = ["dtype", "widths", "rounds", "ps per MAC", "multiples of 16", "others", "least", "most", "at"]
+    rows = [header]
     for record in _of(results, "widths"):
-        for sweep, per_mac in picoseconds_per_mac(record).items():
-            median, worst = statistics.median(per_mac.values()), max(per_mac, key=per_mac.__getitem__)
-            even = [value for (K, N), value in per_mac.items() if K % 16 == N % 16 == 0]
-            rows.append([
-                record["dtype"], sweep, str(len(per_mac)), str(record["rounds"]), f"{median:.2f}",
-                f"{statistics.median(even):.2f}" if even else "-", f"{per_mac[worst]:.2f}",
-                "{}x{}".format(*worst), f"{per_mac[worst] / median:.2f}x", str(len(record["failed"])),
-            ])  # fmt: skip
+        per_mac = picoseconds_per_mac(record)
+        if not per_mac:
+            continue
+        mean, most = statistics.mean(per_mac.values()), max(per_mac, key=per_mac.__getitem__)
+        even, odd = ([v for w, v in per_mac.items() if (w % 16 == 0) == whole] for whole in (True, False))
+        rows.append([
+            record["dtype"], str(len(per_mac)), str(record["rounds"]), f"{mean:.2f}",
+            *(f"{statistics.mean(side) / mean:.3f}x" if side else "-" for side in (even, odd)),
+            f"{min(per_mac.values()) / mean:.3f}x", f"{per_mac[most] / mean:.3f}x", str(most),
+        ])  # fmt: skip
     return rows
 
 
@@ -775,11 +760,12 @@ def gemm_table(results: Record) -> Rows:
     rows = [["library", "size", "rounds", "GFLOP/s, median", "fastest call"]]
     for record in _of(results, "gemm"):
         times = {label: s for label in record["peers"] if (s := in_rounds(record, label))}
-        for label in sorted(times, key=lambda label: statistics.median(times[label])):
-            rates = (1e-9 * record["flops"] / f(times[label]) for f in (statistics.median, min))
-            rows.append(
-                [label, str(record["size"]), str(record["rounds"]), *(f"{rate:,.0f}" for rate in rates)]
-            )
+        flops_of = {label: record["peers"][label].get("flops", record["flops"]) for label in times}
+        for label in sorted(times, key=lambda name: statistics.median(times[name]) / flops_of[name]):
+            flops = flops_of[label]
+            rates = (1e-9 * flops / f(times[label]) for f in (statistics.median, min))
+            size = "-" if label.startswith("ours") else str(record["size"])
+            rows.append([label, size, str(record["rounds"]), *(f"{rate:,.0f}" for rate in rates)])
     return rows
 
 
@@ -789,8 +775,8 @@ TABLES = {
         "All peers, and how many times ours of the same dtype": peers_table,
     },
     "speedup": {"Dense over compact, both on our engine": speedup_table},
-    "widths": {"Time per MAC of one linear": widths_table},
-    "gemm": {"Rate of a large square product": gemm_table},
+    "widths": {"Time per MAC of a feed-forward branch, by width": widths_table},
+    "gemm": {"Rate of a large square product, and inside our engine": gemm_table},
 }  # fmt: skip
 
 
