@@ -567,7 +567,7 @@ WIDTHS_EMBED_DIM = 480
 
 
 def measure_widths(widths: Sequence[int], dtype: str, budget: Budget, _: Record) -> Record:
-    """A feed-forward branch on our engine at many widths: fc1 has as many inputs as outputs, fc2 as inputs."""
+    """A feed-forward branch on our engine at many widths, of fc1's inputs and outputs and fc2's inputs."""
     models = {str(w): FeedForward(WIDTHS_EMBED_DIM, min(w, WIDTHS_EMBED_DIM), w) for w in widths}
     return {"macs": {w: TOKENS * model.macs_per_token for w, model in models.items()}} | contest(
         {w: (_feed_forward_peer(dtype), Subject(model, _tokens(model))) for w, model in models.items()},

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtp
-from vtp_kernels import gated_linear
+from vtp_kernels import _library, gated_linear
 from vtp_kernels.gated_linear import gated_linear_ref
 
 # Rows, inputs, outputs: the odd widths of a pruned model on every axis, fewer rows than outputs and more.
@@ -51,6 +51,50 @@ def check(function, x, weight, gate, bias, dy):
 @pytest.mark.parametrize(("M", "K", "N"), SHAPES, ids=lambda v: str(v))
 def test_values_and_all_gradients_are_within_the_error_rule(M, K, N, dtypes):
     check(lambda *t: gated_linear(*t, l1=L1), *inputs(M, K, N, *DTYPES[dtypes]))
+
+
+@pytest.mark.parametrize("dtypes", ["f32", "bf16", "bf16-f32"])
+@pytest.mark.parametrize("N", [1, 31, 33, 461])
+def test_without_the_cpp_operators_they_are_within_it_too(N, dtypes, monkeypatch):
+    monkeypatch.setattr(_library, "_WHY_NO_CPP", "switched off")
+    check(lambda *t: gated_linear(*t, l1=L1), *inputs(512, 115, N, *DTYPES[dtypes]))
+
+
+@pytest.mark.parametrize("product_dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (31, 17), (33, 61), (100, 461)])
+def test_the_cpp_fold_and_unfold_are_those_of_pytorch(N, K, product_dtype):
+    if not _library.has_cpp(torch.empty(1)):
+        pytest.skip(f"no C++ operators: {_library._WHY_NO_CPP}")
+    product, weight, gate = torch.randn(N, K).to(product_dtype), torch.randn(N, K), torch.randn(K)
+    dw = torch.full((N, K), float("nan"))
+    total = torch.ops.vtp.cpu_unfold_gate(product, weight, gate, dw)
+    assert torch.equal(dw, product * gate)
+    exact = (product.double() * weight.double()).sum(0)
+    assert_close_to_float64(total, exact, (product.float() * weight).sum(0), "sums")
+    assert torch.equal(torch.ops.vtp.cpu_unfold_gate(product, weight, gate, None), total)
+    folded = torch.full((N, K), float("nan")).to(product_dtype)
+    torch.ops.vtp.cpu_fold_gate(weight, gate, folded)
+    assert torch.equal(folded, (weight * gate).to(product_dtype))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert torch.equal(torch.ops.vtp.cpu_unfold_gate(product, weight, gate, None), total)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("argument", ["product", "weight", "gate", "out"])
+def test_the_cpp_unfold_refuses_what_does_not_fit(argument):
+    if not _library.has_cpp(torch.empty(1)):
+        pytest.skip(f"no C++ operators: {_library._WHY_NO_CPP}")
+    good = {
+        "product": torch.ones(3, 5),
+        "weight": torch.ones(3, 5),
+        "gate": torch.ones(5),
+        "out": torch.ones(3, 5),
+    }
+    bad = {"dtype": good[argument].double(), "shape": torch.ones(4), "strides": torch.ones(6, 10)[::2, ::2]}
+    for tensor in bad.values():
+        with pytest.raises(RuntimeError, match=argument if argument != "weight" else "weight|product"):
+            torch.ops.vtp.cpu_unfold_gate(*{**good, argument: tensor}.values())
 
 
 @pytest.mark.parametrize(("M", "N"), [(5, 9), (9, 5)], ids=["activation-side", "weight-side"])

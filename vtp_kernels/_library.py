@@ -40,6 +40,18 @@ def _cpu_vit_fake(images: torch.Tensor, weights, layout, outputs: int) -> torch.
 _WHY_NO_CPP = _load_cpp()  # at once: a program that torch.export made may need them
 
 
+def has_cpp(*tensors: torch.Tensor) -> bool:
+    """Whether the C++ operators are there and take such tensors: on the CPU, contiguous, float32 but for the
+    first, which may be bfloat16."""
+    first, *others = tensors
+    return (
+        _WHY_NO_CPP is None
+        and first.dtype in (torch.float32, torch.bfloat16)
+        and all(t.dtype == torch.float32 for t in others)
+        and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    )
+
+
 @functools.cache
 def why_no_cpp() -> str | None:
     """Why there are no C++ operators, said once as a warning too; None if there are.

@@ -640,6 +640,9 @@ def _chunks(*matrices: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 def _scaled(matrix: Tensor, gate: Tensor, out: Tensor) -> Tensor:
     """`matrix * gate` rounded once, into `out` (which may be `matrix`)."""
+    if out.dtype != matrix.dtype and _library.has_cpp(out, matrix, gate):  # else PyTorch's is as fast
+        torch.ops.vtp.cpu_fold_gate(matrix, gate, out)
+        return out
     if matrix.dtype == out.dtype == gate.dtype:
         return torch.mul(matrix, gate, out=out)
     for source, target in _chunks(matrix, out):
@@ -665,10 +668,23 @@ def _unfold_plain(
     product: Tensor, weight: Tensor, folded: Tensor, gate: Tensor, l1: float,
     need_weight: bool, need_gate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dg = _gate_gradient(_column_products(product, weight), gate, l1) if need_gate else None
-    return _library.empty_for_none(
-        product, _weight_gradient(product, gate, weight.dtype) if need_weight else None, dg
-    )
+    dw, total = _unfolded(product, weight, gate, None, need_weight, need_gate)
+    return _library.empty_for_none(product, dw, None if total is None else _gate_gradient(total, gate, l1))
+
+
+def _unfolded(
+    product: Tensor, weight: Tensor, gate: Tensor, out: Tensor | None, need_weight: bool, need_gate: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dW, the gate's gradient without l1), those that are needed; dW goes into `out` if there is one."""
+    if need_gate and _library.has_cpp(product, weight, gate):  # both in one pass, 2 to 4 times as fast
+        dw = (torch.empty_like(weight) if out is None else out) if need_weight else None
+        return dw, torch.ops.vtp.cpu_unfold_gate(product, weight, gate, dw)
+    total = _column_products(product, weight) if need_gate else None
+    if not need_weight:
+        return None, total
+    return _scaled(product, gate, out) if out is not None else _weight_gradient(
+        product, gate, weight.dtype
+    ), total
 
 
 def _weight_gradient(product: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
@@ -702,12 +718,9 @@ def _backward_plain(
         dx = dy @ _fold_plain(weight, gate, dy.dtype)
     if need_weight or need_gate:
         product = dy.t() @ x
-        if need_gate:
-            total = _column_products(product, weight)
-        if need_weight and product.dtype == weight.dtype:
-            dw = _scaled(product, gate, out=product)
-        elif need_weight:
-            dw = _weight_gradient(product, gate, weight.dtype)
+        out = product if product.dtype == weight.dtype else None
+        dw, unfolded = _unfolded(product, weight, gate, out, need_weight, need_gate)
+        total = unfolded if need_gate else total
     dg = None if total is None else _gate_gradient(total, gate, l1)
     # `sum(dtype=)` would copy all of dY to that dtype; without it the sum is still made in float32.
     db = None if bias_dtype is None else dy.sum(0).to(bias_dtype)

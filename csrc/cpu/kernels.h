@@ -85,6 +85,25 @@ struct PatchRow {
   int64_t out_stride, padded;
 };
 
+// Rows of `weight * gate`, rounded once to what `out` has. No padding anywhere: rows are `columns` apart.
+struct FoldRows {
+  const float *weight, *gate;
+  int64_t rows, columns;
+  void* out;
+  bool out_bfloat16;
+};
+
+// Rows of G = dY^T X: what they add to `sum_n G[n, k] W[n, k]`, the gate's gradient, and `G diag(gate)`, the
+// weight's. In one pass, where tensor operators need three.
+struct UnfoldRows {
+  const void* product;
+  bool product_bfloat16;
+  const float *weight, *gate;
+  int64_t rows, columns;
+  float* sums;             // [columns], added to
+  float* out;              // or null; may be `product`
+};
+
 struct Kernels {
   const char* name;
   int64_t activation_bytes;  // 4: float32; 2: bfloat16
@@ -94,6 +113,8 @@ struct Kernels {
   void (*attention)(const AttentionRows&);
   void (*patches)(const PatchRow&);
   int64_t (*attention_scratch)(int64_t tokens, int64_t head_dim, int64_t value_width);
+  void (*fold)(const FoldRows&);
+  void (*unfold)(const UnfoldRows&);
 };
 
 // One of each file; those of x86 exist on x86 alone.

@@ -246,7 +246,7 @@ void norm(const NormRows& t, int64_t first, int64_t last) {
 // ----------------------------------------------------------------------------------------------- attention
 
 // Rows of queries whose scores are in memory at once.
-constexpr int64_t kQueryRows = 48;
+constexpr int64_t kQueryRows = 24;  // 20 KB of scores at 197 tokens
 
 struct AttentionLayout {  // of the scratch memory, in bytes
   int64_t keys, values, scores, weights, sums, queries, end;
@@ -407,12 +407,66 @@ void patches(const PatchRow& t) {
     copy_patches<float, Activation>(t);
 }
 
+// ----------------------------------------------------------------------- gates in training: left to the compiler
+
+template <class Out>
+void fold_rows(const FoldRows& t) {
+  const float* __restrict gate = t.gate;
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const float* __restrict from = t.weight + i * t.columns;
+    Out* __restrict to = static_cast<Out*>(t.out) + i * t.columns;
+    for (int64_t k = 0; k < t.columns; ++k) to[k] = from_float<Out>(from[k] * gate[k]);
+  }
+}
+
+void fold(const FoldRows& t) {
+  if (t.out_bfloat16)
+    fold_rows<BFloat16>(t);
+  else
+    fold_rows<float>(t);
+}
+
+template <class Product>
+void unfold_rows(const UnfoldRows& t) {
+  const float* __restrict gate = t.gate;
+  float* __restrict sums = t.sums;
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const Product* product = static_cast<const Product*>(t.product) + i * t.columns;
+    const float* __restrict weight = t.weight + i * t.columns;
+    float* out = t.out ? t.out + i * t.columns : nullptr;
+    if (out)
+#pragma GCC ivdep
+      for (int64_t k = 0; k < t.columns; ++k) {
+        const float g = to_float(product[k]);
+        sums[k] += g * weight[k];
+        out[k] = g * gate[k];
+      }
+    else
+      for (int64_t k = 0; k < t.columns; ++k) sums[k] += to_float(product[k]) * weight[k];
+  }
+}
+
+void unfold(const UnfoldRows& t) {
+  if (t.product_bfloat16)
+    unfold_rows<BFloat16>(t);
+  else
+    unfold_rows<float>(t);
+}
+
 // What an instruction set offers for one dtype of weights. `Inner` is how activations meet one another.
 template <class Dot, class Inner>
 constexpr Kernels make_kernels(const char* name) {
   using Activation = typename Dot::Activation;
-  return {name,           sizeof(Activation), kRows, linear<Dot>, norm<Activation>, attention<Inner>,
-          patches<Activation>, attention_scratch<Inner>};
+  return {name,
+          sizeof(Activation),
+          kRows,
+          linear<Dot>,
+          norm<Activation>,
+          attention<Inner>,
+          patches<Activation>,
+          attention_scratch<Inner>,
+          fold,
+          unfold};
 }
 
 // ---------------------------------------------------------------------- dot products of float32 activations
