@@ -21,14 +21,18 @@ struct Vector {
   static Vector max(Vector a, Vector b) { return {_mm256_max_ps(a.v, b.v)}; }
   static Vector min(Vector a, Vector b) { return {_mm256_min_ps(a.v, b.v)}; }
   static Vector abs(Vector a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-  static Vector where_negative(Vector x, Vector yes, Vector no) { return {_mm256_blendv_ps(no.v, yes.v, x.v)}; }
+  static Vector where_negative(Vector x, Vector yes, Vector no) {
+    return {_mm256_blendv_ps(no.v, yes.v, x.v)};
+  }
   // 2^n, where x is n + 1.5 * 2^23: n is in its lowest bits.
   static Vector power_of_two(Vector x) {
     const __m256i n = _mm256_add_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(127));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(n, 23))};
   }
   static __m256i ints(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static Vector load_low_halves(const char* p) { return {_mm256_castsi256_ps(_mm256_slli_epi32(ints(p), 16))}; }
+  static Vector load_low_halves(const char* p) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(ints(p), 16))};
+  }
   static Vector load_high_halves(const char* p) {
     return {_mm256_castsi256_ps(_mm256_and_si256(ints(p), _mm256_set1_epi32(static_cast<int>(0xffff0000))))};
   }

@@ -23,8 +23,8 @@ struct BFloat16Dot {
 
   template <int Vectors>
   static void rows(const BFloat16* a, int64_t a_stride, int64_t rows, const char* b, int64_t b_stride,
-                   int64_t inputs, float* c, int64_t c_stride, bool add) {
-    multiply_rows<BFloat16Dot, Vectors>(a, a_stride, rows, b, b_stride, inputs, c, c_stride, add);
+                   int64_t inputs, float* c, int64_t c_stride, bool add, Upcoming& upcoming) {
+    multiply_rows<BFloat16Dot, Vectors>(a, a_stride, rows, b, b_stride, inputs, c, c_stride, add, upcoming);
   }
 
   static inline __m512bh pairs(const void* p) {

@@ -11,11 +11,11 @@ namespace vtp_cpu {
 namespace {
 
 // Measured on 2 cores of an AMD EPYC (Zen 3, 512 KB of second-level cache a core), DeiT-B and DeiT-T.
-constexpr int64_t kRowsAtOnce = 200;     // of A in one tile: with 384 inputs they fill 300 KB
-constexpr int64_t kPanelsAtOnce = 4;     // of W in one tile
-constexpr int64_t kTasksPerThread = 4;   // wanted of a stage, so that threads end together
-constexpr int64_t kChunkRows = 400;      // tokens per thread between reading all weights and reading them again
-constexpr int64_t kNormRows = 16;        // of a task
+constexpr int64_t kRowsAtOnce = 200;    // of A in one tile: with 384 inputs they fill 300 KB
+constexpr int64_t kPanelsAtOnce = 4;    // of W in one tile
+constexpr int64_t kTasksPerThread = 4;  // wanted of a stage, so that threads end together
+constexpr int64_t kChunkRows = 400;  // tokens per thread between reading all weights and reading them again
+constexpr int64_t kNormRows = 16;    // of a task
 
 constexpr int64_t kCacheLine = 64;
 
@@ -43,7 +43,18 @@ uint16_t narrow(float x) {  // to nearest, ties to even
 }  // namespace
 
 struct Stage {
-  enum Kind { kPatches, kEmbed, kTokensIn, kOffset, kNorm, kLinear, kAttention, kPool, kLogitsOut, kTokensOut };
+  enum Kind {
+    kPatches,
+    kEmbed,
+    kTokensIn,
+    kOffset,
+    kNorm,
+    kLinear,
+    kAttention,
+    kPool,
+    kLogitsOut,
+    kTokensOut
+  };
   Kind kind;
   int64_t tasks;
   // kOffset, kAttention: of the block; kNorm, kLinear, kEmbed: the layer
@@ -54,9 +65,9 @@ struct Stage {
   int64_t from_stride;
   void* to;
   int64_t to_stride;
-  bool gelu, to_float, add;          // of a linear layer; add: to what is there
+  bool gelu, to_float, add;              // of a linear layer; add: to what is there
   int64_t rows, row_block, panel_block;  // of a linear layer; of one image for kEmbed
-  int64_t parts;                     // of a head's rows, for kAttention
+  int64_t parts;                         // of a head's rows, for kAttention
 };
 
 // Of one stage, on a cache line each. Tasks are handed out and counted when done: a stage ends when its last
@@ -251,16 +262,26 @@ class Engine {
 
   void do_task(const Stage& s, int64_t task, float* scratch) {
     switch (s.kind) {
-      case Stage::kPatches: return copy_patches(task);
-      case Stage::kEmbed: return do_embed(s, task, scratch);
-      case Stage::kTokensIn: return copy_tokens_in(task);
-      case Stage::kOffset: return add_offset(s, task);
-      case Stage::kNorm: return do_norm(s, task);
-      case Stage::kLinear: return do_linear(s, task, scratch);
-      case Stage::kAttention: return do_attention(s, task, scratch);
-      case Stage::kPool: return pool(task);
-      case Stage::kLogitsOut: return copy_out(logits_ + task * logits_stride_, m_.head.outputs, task);
-      case Stage::kTokensOut: return copy_tokens_out(task);
+      case Stage::kPatches:
+        return copy_patches(task);
+      case Stage::kEmbed:
+        return do_embed(s, task, scratch);
+      case Stage::kTokensIn:
+        return copy_tokens_in(task);
+      case Stage::kOffset:
+        return add_offset(s, task);
+      case Stage::kNorm:
+        return do_norm(s, task);
+      case Stage::kLinear:
+        return do_linear(s, task, scratch);
+      case Stage::kAttention:
+        return do_attention(s, task, scratch);
+      case Stage::kPool:
+        return pool(task);
+      case Stage::kLogitsOut:
+        return copy_out(logits_ + task * logits_stride_, m_.head.outputs, task);
+      case Stage::kTokensOut:
+        return copy_tokens_out(task);
     }
   }
 
@@ -384,7 +405,8 @@ class Engine {
       float* to = x_row(row);
       const int64_t from = (first_image_ * tokens_ + row) * m_.embed_dim;
       if (call_.input_bfloat16)
-        for (int64_t j = 0; j < m_.embed_dim; ++j) to[j] = widen(static_cast<const uint16_t*>(call_.input)[from + j]);
+        for (int64_t j = 0; j < m_.embed_dim; ++j)
+          to[j] = widen(static_cast<const uint16_t*>(call_.input)[from + j]);
       else
         std::memcpy(to, static_cast<const float*>(call_.input) + from, static_cast<size_t>(m_.embed_dim) * 4);
       for (int64_t j = m_.embed_dim; j < round_up(m_.embed_dim, kPanel); ++j) to[j] = 0;
@@ -403,10 +425,13 @@ class Engine {
 
   template <class F>
   void for_rows(int64_t task, const F& f) const {
-    for (int64_t row = task * kNormRows; row < std::min((task + 1) * kNormRows, images_ * tokens_); ++row) f(row);
+    for (int64_t row = task * kNormRows; row < std::min((task + 1) * kNormRows, images_ * tokens_); ++row)
+      f(row);
   }
 
-  void copy_out(const float* from, int64_t width, int64_t image) { copy_row(from, width, first_image_ + image); }
+  void copy_out(const float* from, int64_t width, int64_t image) {
+    copy_row(from, width, first_image_ + image);
+  }
 
   void copy_row(const float* from, int64_t width, int64_t row) {
     if (!call_.output_bfloat16) {

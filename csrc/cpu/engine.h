@@ -16,8 +16,8 @@ namespace vtp_cpu {
 // Calls `body(context)` on up to `threads` threads at once, at least on one, and returns when all are done.
 using Parallel = void (*)(int64_t threads, void (*body)(void*), void* context);
 
-// Pixels [images][channels][height][width] or tokens [images][tokens][embed_dim] in, logits [images][outputs] or
-// tokens out, all contiguous.
+// Pixels [images][channels][height][width] or tokens [images][tokens][embed_dim] in, logits [images][outputs]
+// or tokens out, all contiguous.
 struct Call {
   const void* input;
   bool input_bfloat16;

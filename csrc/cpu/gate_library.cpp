@@ -21,12 +21,12 @@ using torch::stable::Tensor;
 constexpr int64_t kRows = 32;
 
 void expect_matrix(const Tensor& t, const char* name, bool may_be_bfloat16, int64_t rows, int64_t columns) {
-  const bool dtype = t.scalar_type() == ScalarType::Float ||
-                     (may_be_bfloat16 && t.scalar_type() == ScalarType::BFloat16);
-  STD_TORCH_CHECK(t.is_cpu() && dtype && t.is_contiguous() && t.dim() == 2 && t.size(0) == rows &&
-                      t.size(1) == columns,
-                  std::string(name) + ": expected a contiguous float32" + (may_be_bfloat16 ? " or bfloat16" : "") +
-                      " [" + std::to_string(rows) + ", " + std::to_string(columns) + "] on the CPU");
+  const bool dtype =
+      t.scalar_type() == ScalarType::Float || (may_be_bfloat16 && t.scalar_type() == ScalarType::BFloat16);
+  STD_TORCH_CHECK(
+      t.is_cpu() && dtype && t.is_contiguous() && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns,
+      std::string(name) + ": expected a contiguous float32" + (may_be_bfloat16 ? " or bfloat16" : "") + " [" +
+          std::to_string(rows) + ", " + std::to_string(columns) + "] on the CPU");
 }
 
 void expect_gate(const Tensor& gate, int64_t columns) {
@@ -60,7 +60,8 @@ void cpu_fold_gate(const Tensor& weight, const Tensor& gate, Tensor out) {
 }
 
 // `sum_n product[n, k] weight[n, k]`, [K]; and out = product * gate, if there is an `out`, perhaps `product`.
-Tensor cpu_unfold_gate(const Tensor& product, const Tensor& weight, const Tensor& gate, std::optional<Tensor> out) {
+Tensor cpu_unfold_gate(const Tensor& product, const Tensor& weight, const Tensor& gate,
+                       std::optional<Tensor> out) {
   STD_TORCH_CHECK(weight.dim() == 2, "weight: expected [N, K]");
   const int64_t N = weight.size(0), K = weight.size(1);
   expect_matrix(product, "product", true, N, K);
@@ -75,8 +76,8 @@ Tensor cpu_unfold_gate(const Tensor& product, const Tensor& weight, const Tensor
   std::vector<float> partial(static_cast<size_t>(blocks * K), 0.0f);
   over_blocks(N, [&](int64_t block, int64_t row, int64_t rows) {
     kernels(Dtype::kFloat32)
-        .unfold({p + row * K * (bfloat16 ? 2 : 4), bfloat16, w + row * K, g, rows, K, partial.data() + block * K,
-                 to ? to + row * K : nullptr});
+        .unfold({p + row * K * (bfloat16 ? 2 : 4), bfloat16, w + row * K, g, rows, K,
+                 partial.data() + block * K, to ? to + row * K : nullptr});
   });
   Tensor total = torch::stable::new_empty(gate, {K});
   float* sums = total.mutable_data_ptr<float>();

@@ -28,60 +28,61 @@ inline int64_t panel_bytes(Dtype dtype, int64_t inputs) {
   return dtype == Dtype::kFloat32 ? inputs * kPanel * 4 : divide_up(inputs, 2) * kPanel * 4;
 }
 
-// A tile of C = act(A W^T + bias) + residual. Rows of A and C have room for whole panels; what of C lies beyond
-// `columns` is undefined, but where activations are bfloat16: there it is computed from the weight's zeros, so
-// that an odd width ends in a finite number.
+// A tile of C = act(A W^T + bias) + residual. Rows of A and C have room for whole panels; what of C lies
+// beyond `columns` is undefined, but where activations are bfloat16: there it is computed from the weight's
+// zeros, so that an odd width ends in a finite number.
 struct LinearTile {
-  const void* a;           // activations of the first row
-  int64_t a_stride;        // elements between rows
-  const void* weight;      // the first panel
-  const float* bias;       // of the first panel's columns, or null
-  int64_t inputs;          // K
-  int64_t rows, columns;   // of the tile; it starts with a whole panel
-  bool gelu;               // exact GELU of A W^T + bias
-  const float* residual;   // of the first element, or null; may be what is written
+  const void* a;          // activations of the first row
+  int64_t a_stride;       // elements between rows
+  const void* weight;     // the first panel
+  const float* bias;      // of the first panel's columns, or null
+  int64_t inputs;         // K
+  int64_t rows, columns;  // of the tile; it starts with a whole panel
+  bool gelu;              // exact GELU of A W^T + bias
+  const float* residual;  // of the first element, or null; may be what is written
   int64_t residual_stride;
-  void* out;               // first element: float32 with `out_float`, else activations
+  void* out;  // first element: float32 with `out_float`, else activations
   bool out_float;
   int64_t out_stride;
-  float* scratch;          // rows * columns rounded up to panels
+  float* scratch;  // rows * columns rounded up to panels
 };
 
 // Rows [first, last) of `(x - mean) / sqrt(var + eps)` at the columns `index`.
 struct NormRows {
   const float* x;
   int64_t x_stride;
-  int64_t width;           // over which the statistics are
-  const int32_t* index;    // [kept] or null: all columns
+  int64_t width;         // over which the statistics are
+  const int32_t* index;  // [kept] or null: all columns
   int64_t kept;
   float eps;
-  void* out;               // activations
-  int64_t out_stride;      // columns from `kept` up to `padded` are written as zeros
+  void* out;           // activations
+  int64_t out_stride;  // columns from `kept` up to `padded` are written as zeros
   int64_t padded;
 };
 
 // Rows [first_row, last_row) of one head's softmax(scale q k^T) v.
 struct AttentionRows {
-  const void *q, *k, *v;   // activations of token 0
-  int64_t stride;          // elements between tokens
+  const void *q, *k, *v;  // activations of token 0
+  int64_t stride;         // elements between tokens
   int64_t tokens, head_dim, value_width;
   float scale;
   int64_t first_row, last_row;
-  void* out;               // activations of token 0
+  void* out;  // activations of token 0
   int64_t out_stride;
-  int64_t padding;         // columns behind the head's that are written as zeros
-  float* scratch;          // attention_scratch(tokens, head_dim, value_width) floats
+  int64_t padding;  // columns behind the head's that are written as zeros
+  float* scratch;   // attention_scratch(tokens, head_dim, value_width) floats
   // LayerNorm of queries and keys (qk_norm) or null: weight and bias [head_dim] each
   const float *q_weight, *q_bias, *k_weight, *k_bias;
   float eps;
 };
 
-// Pixels of one row of patches, in the order of a convolution's weight: [channels][patch height][patch width].
+// Pixels of one row of patches, in the order of a convolution's weight: [channels][patch height][patch
+// width].
 struct PatchRow {
-  const void* image;       // [channels][height][width] of the image, at the first pixel of the row of patches
-  bool bfloat16;           // else float32
+  const void* image;  // [channels][height][width] of the image, at the first pixel of the row of patches
+  bool bfloat16;      // else float32
   int64_t channels, height, width, patch_height, patch_width;
-  void* out;               // activations [width / patch_width][out_stride]
+  void* out;  // activations [width / patch_width][out_stride]
   int64_t out_stride, padded;
 };
 
@@ -100,8 +101,8 @@ struct UnfoldRows {
   bool product_bfloat16;
   const float *weight, *gate;
   int64_t rows, columns;
-  float* sums;             // [columns], added to
-  float* out;              // or null; may be `product`
+  float* sums;  // [columns], added to
+  float* out;   // or null; may be `product`
 };
 
 struct Kernels {

@@ -56,16 +56,17 @@ void expect(bool good, const std::string& message) { STD_TORCH_CHECK(good, messa
 
 void expect_memory(const Tensor& t, const char* name, ScalarType dtype, const char* dtype_name) {
   expect(t.is_cpu(), std::string(name) + ": not on the CPU");
-  expect(t.scalar_type() == dtype && t.dim() == 1 && t.is_contiguous(),
-         std::string(name) + ": got shape " + shape_of(t) + ", expected a contiguous vector of " + dtype_name);
+  expect(
+      t.scalar_type() == dtype && t.dim() == 1 && t.is_contiguous(),
+      std::string(name) + ": got shape " + shape_of(t) + ", expected a contiguous vector of " + dtype_name);
 }
 
 void expect_input(const Tensor& t, const char* name, int64_t rank) {
   expect(t.is_cpu(), std::string(name) + ": not on the CPU");
   expect(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16,
          std::string(name) + ": expected float32 or bfloat16");
-  expect(t.dim() == rank, std::string(name) + ": got shape " + shape_of(t) + ", expected " + std::to_string(rank) +
-                              " dimensions");
+  expect(t.dim() == rank, std::string(name) + ": got shape " + shape_of(t) + ", expected " +
+                              std::to_string(rank) + " dimensions");
 }
 
 // Reads the model, calls `check` on it, which gives the shape of the result, and runs it.
@@ -80,8 +81,7 @@ Tensor run_model(const Tensor& input, const Tensor& weights, const Tensor& layou
   const Tensor in = torch::stable::contiguous(input);
   Tensor out = torch::stable::new_empty(in, shape);
   const bool bfloat16 = in.scalar_type() == ScalarType::BFloat16;
-  const Call call{in.const_data_ptr(), bfloat16,
-                  in.size(0),          workspace->model.from_images ? 0 : in.size(1),
+  const Call call{in.const_data_ptr(),    bfloat16, in.size(0), workspace->model.from_images ? 0 : in.size(1),
                   out.mutable_data_ptr(), bfloat16};
   if (out.numel() > 0) run(*workspace, call, torch::stable::get_num_threads(), in_parallel);
   pool().give_back(std::move(workspace));
@@ -95,8 +95,8 @@ Tensor cpu_vit(const Tensor& images, const Tensor& weights, const Tensor& layout
     expect(images.size(1) == m.channels && images.size(2) == m.height && images.size(3) == m.width,
            "images: got shape " + shape_of(images) + ", expected [B, " + std::to_string(m.channels) + ", " +
                std::to_string(m.height) + ", " + std::to_string(m.width) + "]");
-    expect(outputs == m.head.outputs, "outputs: got " + std::to_string(outputs) + ", expected " +
-                                          std::to_string(m.head.outputs));
+    expect(outputs == m.head.outputs,
+           "outputs: got " + std::to_string(outputs) + ", expected " + std::to_string(m.head.outputs));
     return std::vector<int64_t>{images.size(0), outputs};
   });
 }
@@ -111,7 +111,7 @@ Tensor cpu_blocks(const Tensor& tokens, const Tensor& weights, const Tensor& lay
   });
 }
 
-// Number of the instruction set in use would need a table on both sides; its name is what people ask for.
+// The instruction set in use, one of the names that VTP_CPU_ISA takes.
 std::string cpu_isa() { return kernels(Dtype::kBFloat16).name; }
 
 }  // namespace
@@ -128,4 +128,6 @@ STABLE_TORCH_LIBRARY_IMPL(vtp, CPU, m) {
   m.impl("cpu_blocks", TORCH_BOX(&vtp_cpu::cpu_blocks));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vtp, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&vtp_cpu::cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(vtp, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&vtp_cpu::cpu_isa));
+}

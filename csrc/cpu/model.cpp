@@ -8,8 +8,8 @@
 namespace vtp_cpu {
 namespace {
 
-constexpr int64_t kFormat = 1;        // of the list; vtp/cpu_engine.py has the same
-constexpr int64_t kMost = 1 << 24;    // of any width or count: products of two stay far from overflow
+constexpr int64_t kFormat = 1;      // of the list; vtp/cpu_engine.py has the same
+constexpr int64_t kMost = 1 << 24;  // of any width or count: products of two stay far from overflow
 
 [[noreturn]] void refuse(const std::string& why) {
   throw std::runtime_error("layout: " + why + "; expected the one that vtp.optimize made with the weights");
@@ -106,7 +106,8 @@ void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64
     prefix = in.count("the number of prefix tokens");
     if (height % patch_height || width % patch_width) refuse("patches do not fill the image");
     const int64_t rows = height / patch_height, columns = width / patch_width;
-    if (channels > kMost / patch_height / patch_width || rows > kMost / columns) refuse("patches are too many");
+    if (channels > kMost / patch_height / patch_width || rows > kMost / columns)
+      refuse("patches are too many");
     tokens = prefix + rows * columns;
     patches = in.linear(dtype, channels * patch_height * patch_width, embed_dim);
     positions = in.memory<float>(tokens * round_up(embed_dim, kPanel), "the positions");

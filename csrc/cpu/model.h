@@ -26,8 +26,8 @@ struct Attention {
   Norm norm;
   Linear qkv, proj;
   std::vector<int64_t> value_widths;
-  int64_t total_width;             // their sum
-  const float* head_norms;         // [4][head_dim]: weight and bias for q, then for k; or null
+  int64_t total_width;      // their sum
+  const float* head_norms;  // [4][head_dim]: weight and bias for q, then for k; or null
 };
 
 struct Mlp {
@@ -48,14 +48,15 @@ struct Model {
   float eps, scale;
   std::vector<Block> blocks;
 
-  // From images: patches, and a table [tokens][embed_dim rounded to panels] that is added to them, whose first
-  // `prefix` rows are the tokens that are no patches. Else the input is tokens.
+  // From images: patches, and a table [tokens][embed_dim rounded to panels] that is added to them, whose
+  // first `prefix` rows are the tokens that are no patches. Else the input is tokens.
   bool from_images;
   int64_t channels, height, width, patch_height, patch_width, tokens, prefix;
   Linear patches;
   const float* positions;
 
-  // To logits: the normalized tokens 0 .. pooled - 1 side by side into one linear layer. Else tokens come out.
+  // To logits: the normalized tokens 0 .. pooled - 1 side by side into one linear layer. Else tokens come
+  // out.
   bool to_logits;
   int64_t pooled;
   Linear head;

@@ -1,4 +1,5 @@
-// The kernels in portable C++ (GCC and Clang vector types): the reference, and what runs where nothing better does.
+// The kernels in portable C++ (GCC and Clang vector types): the reference, and what runs where nothing better
+// does.
 
 #include <stdint.h>
 #include <string.h>
@@ -16,7 +17,11 @@ struct Vector {
   static constexpr int kWidth = 4;
   Four v;
 
-  static Vector load(const float* p) { Vector out; memcpy(&out.v, p, 16); return out; }
+  static Vector load(const float* p) {
+    Vector out;
+    memcpy(&out.v, p, 16);
+    return out;
+  }
   void store(float* p) const { memcpy(p, &v, 16); }
   static Vector broadcast(float x) { return {Four{x, x, x, x}}; }
   static Vector fma(Vector a, Vector b, Vector c) { return {a.v * b.v + c.v}; }
@@ -29,7 +34,11 @@ struct Vector {
   static Vector power_of_two(Vector x) { return {(Four)(((FourInts)x.v + 127) << 23)}; }
   static Vector load_low_halves(const char* p) { return {(Four)(ints(p) << 16)}; }
   static Vector load_high_halves(const char* p) { return {(Four)(ints(p) & (int32_t)0xffff0000)}; }
-  static FourInts ints(const char* p) { FourInts out; memcpy(&out, p, 16); return out; }
+  static FourInts ints(const char* p) {
+    FourInts out;
+    memcpy(&out, p, 16);
+    return out;
+  }
   float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
   float max() const {
     const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
