@@ -6,7 +6,8 @@ width), the same images and the same number of threads. Four cases:
 - models: one forward pass of the model by every peer that is installed.
 - speedup: dense over compact, both on our engine, beside dense MACs over compact MACs.
 - widths: time per MAC of a feed-forward branch at every width from 449 to 511.
-- gemm: the best rate that any library reaches on a large square product, and our engine's inside a model.
+- rate: the best rate that any library reaches on a large square product, and our engine's inside a model.
+- gemm: rates of single products at the shapes of compact models.
 
 A peer is timed only if its logits are right: against float64, at most twice the error of PyTorch's eager mode
 in the same dtype (ONNX Runtime and OpenVINO, whose arithmetic is their own: `CEILINGS`). What fails, is
@@ -70,10 +71,13 @@ from vtp.cpu_engine import CpuBlocks
 from vtp.engine import pack_for_ops
 from vtp.files import FileError, write_atomic
 from vtp.pipeline import environment
+from vtp_kernels._library import why_no_cpp
 
 RESULTS = Path(__file__).parent / "results" / "cpu_engine.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CASES = ("models", "speedup", "widths", "gemm")
+CASES = ("models", "speedup", "widths", "rate", "gemm")
+# M, K, N of linear layers of compact models, batches 1 and 8: tiny's fc1, small's qkv, base's fc1 and fc2.
+SHAPES = [(M, *widths) for M in (197, 1576) for widths in ((115, 461), (231, 1003), (461, 1843), (1843, 768))]
 RATE = 0.4
 TOKENS = 197  # of an image: the rows of a product at batch 1
 
@@ -290,11 +294,24 @@ def prepare_feed_forward(model: nn.Module, tokens: Tensor, *, dtype: str) -> Run
     return lambda: blocks(tokens)
 
 
+def prepare_our_linear(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
+    """One linear by the engine's micro-kernels, its weight packed once."""
+    if (reason := why_no_cpp()) is not None:
+        raise Unsupported(reason)
+    outputs = len(linear.weight)
+    weight = cpu_engine.panels(linear.weight.detach(), DTYPES[dtype]).view(-1).view(torch.uint8)
+    bias = torch.zeros(-(-outputs // 16) * 16)
+    if torch.ops.vtp.cpu_isa() == "avx512_bf16":  # whose activations are in the dtype of the weights
+        x = x.to(DTYPES[dtype])
+    return lambda: torch.ops.vtp.cpu_linear(x, weight, bias, outputs, dtype == "bfloat16")[:, :outputs]
+
+
 def gemm_peers(peers: Iterable[Peer]) -> list[Peer]:
     """Those of `peers` that know no more of a linear than its product, and the packed one."""
     found = []
     for dtype in DTYPES:
-        found.append(Peer("oneDNN, packed", dtype, functools.partial(prepare_packed, dtype=dtype)))
+        packed, ours = (functools.partial(f, dtype=dtype) for f in (prepare_packed, prepare_our_linear))
+        found += [Peer("ours", dtype, ours, ours=True), Peer("oneDNN, packed", dtype, packed)]
     return found + [p for p in peers if not p.name.startswith(("ours", "torch.compile"))]
 
 
@@ -584,14 +601,23 @@ def _tokens(model: FeedForward) -> Tensor:
     return torch.randn(1, TOKENS, model.vit.embed_dim)
 
 
-def measure_gemm(size: int, peers: Iterable[Peer], budget: Budget, _: Record) -> Record:
+def measure_gemm(shape: tuple[int, int, int], peers: Iterable[Peer], budget: Budget, _: Record) -> Record:
+    """A product of [M, K] and [K, N] by every library."""
+    M, K, N = shape
+    torch.manual_seed(0)
+    subject = Subject(nn.Linear(K, N, bias=False), torch.randn(M, K))
+    # `eager_error` is that of the first row, which is much like any other.
+    return {"flops": 2 * M * K * N} | contest({p.label: (p, subject) for p in peers}, budget)
+
+
+def measure_rate(size: int, peers: Iterable[Peer], budget: Budget, _: Record) -> Record:
     """A product of `size` x `size` matrices by every library; of ours, all feed-forward branches of a compact
     DeiT-B at batch 1, norms and GELU included, at the widths that `size` would have in it."""
     torch.manual_seed(0)
     square = Subject(nn.Linear(size, size, bias=False), torch.randn(size, size))
     embed_dim, inputs, hidden = (size * part // 2048 for part in (768, 461, 1843))
     model = FeedForward(embed_dim, inputs, hidden, depth=12)
-    peers, dtypes = list(peers), {}
+    peers, dtypes = [peer for peer in peers if not peer.ours], {}
     for peer in peers:
         dtypes[peer.dtype] = _feed_forward_peer(peer.dtype, "ours, feed-forward of DeiT-B")
     branches = Subject(model, _tokens(model))
@@ -755,17 +781,38 @@ def widths_table(results: Record) -> Rows:
     return rows
 
 
-def gemm_table(results: Record) -> Rows:
+def rate_table(results: Record) -> Rows:
     """The rate of each library, fastest first."""
-    rows = [["library", "size", "rounds", "GFLOP/s, median", "fastest call"]]
-    for record in _of(results, "gemm"):
+    rows = [["library", "product", "rounds", "GFLOP/s, median", "fastest call"]]
+    for record in _of(results, "rate"):
         times = {label: s for label in record["peers"] if (s := in_rounds(record, label))}
         flops_of = {label: record["peers"][label].get("flops", record["flops"]) for label in times}
         for label in sorted(times, key=lambda name: statistics.median(times[name]) / flops_of[name]):
             flops = flops_of[label]
             rates = (1e-9 * flops / f(times[label]) for f in (statistics.median, min))
-            size = "-" if label.startswith("ours") else str(record["size"])
-            rows.append([label, size, str(record["rounds"]), *(f"{rate:,.0f}" for rate in rates)])
+            rows.append(
+                [label, product(label, record), str(record["rounds"]), *(f"{rate:,.0f}" for rate in rates)]
+            )
+    return rows
+
+
+def product(label: str, record: Record) -> str:
+    """What was multiplied."""
+    return "-" if "flops" in record["peers"][label] else f"{record['size']} cubed"
+
+
+def gemm_table(results: Record) -> Rows:
+    """Rates of single products, a row for each shape."""
+    records = _of(results, "gemm")
+    labels = list(dict.fromkeys(label for r in records for label in r["peers"] if in_rounds(r, label)))
+    rows = [["GFLOP/s of", *(record["shape"] for record in records)]] if records else [[]]
+    for label in labels:
+        times = [in_rounds(record, label) for record in records]
+        rates = (
+            f"{1e-9 * record['flops'] / statistics.median(seconds):,.0f}" if seconds else "-"
+            for record, seconds in zip(records, times, strict=True)
+        )
+        rows.append([label, *rates])
     return rows
 
 
@@ -776,7 +823,8 @@ TABLES = {
     },
     "speedup": {"Dense over compact, both on our engine": speedup_table},
     "widths": {"Time per MAC of a feed-forward branch, by width": widths_table},
-    "gemm": {"Rate of a large square product, and inside our engine": gemm_table},
+    "rate": {"Rate of a large square product, and inside our engine": rate_table},
+    "gemm": {"Rate of single products": gemm_table},
 }  # fmt: skip
 
 
@@ -975,7 +1023,10 @@ def jobs(options: argparse.Namespace, peers: Sequence[Peer]) -> list[Job]:
         widths = range(15, 18) if options.quick else range(449, 512)
         add("widths", measure_widths, widths, dtype, budget, dtype=dtype)
     size = 64 if options.quick else 2048
-    add("gemm", measure_gemm, size, gemm_peers(peers), budget, size=size)
+    add("rate", measure_rate, size, gemm_peers(peers), budget, size=size)
+    short = dataclasses.replace(budget, seconds=min(budget.seconds, 15.0))
+    for M, K, N in [(7, 37, 61)] if options.quick else SHAPES:
+        add("gemm", measure_gemm, (M, K, N), gemm_peers(peers), short, shape=f"{M}x{K}x{N}")
     return [job for job in found if job.what["case"] in options.cases]
 
 

@@ -98,7 +98,7 @@ def test_a_run_measures_every_case_and_writes_it(measured):
     assert [path.name for path in measured.parent.iterdir()] == [measured.name]
     assert list(written["cases"]) == [
         TOY, "speedup, toy, batch 1", "speedup, toy, batch 2", "widths, dtype float32",
-        "widths, dtype bfloat16", "gemm, size 64",
+        "widths, dtype bfloat16", "rate, size 64", "gemm, shape 7x37x61",
     ]  # fmt: skip
     assert {"cpu", "threads", "torch", "date"} <= written["environment"].keys()
     assert written["hardware"]["isa"] == measure.vector_flags()
@@ -125,7 +125,7 @@ def test_figures_follow_from_the_raw_times(measured, capsys):
     assert row["speed-up / MACs"].startswith(f"{speedup / macs:.2f}x (")
     noise = statistics.median(a / b for a, b in zip(again, compact, strict=True))
     assert row["noise"].startswith(f"{noise:.2f}x (")
-    gemm = results(measured)["cases"]["gemm, size 64"]
+    gemm = results(measured)["cases"]["rate, size 64"]
     best = cells(printed, "Rate of a large square product, and inside our engine")[0]
     rates = [
         p.get("flops", 2 * 64**3) / statistics.median(p["seconds"]) / 1e9
@@ -252,11 +252,11 @@ def test_what_is_measured_is_taken_up_and_fresh_measures_again(measured, tmp_pat
     assert f"{TOY}: is in " in capsys.readouterr().out
     content = results(out)
     content["cases"][TOY]["peers"]["ours, float32"]["status"] = "unready"
-    del content["cases"]["gemm, size 64"]
+    del content["cases"]["rate, size 64"]
     out.write_text(json.dumps(content))
     assert run(out, "--cases", "models", "speedup") == 0, "a peer that was not ready gets another chance"
     again = results(out)["cases"]
-    assert again[TOY]["peers"]["ours, float32"]["status"] == "measured" and "gemm, size 64" not in again
+    assert again[TOY]["peers"]["ours, float32"]["status"] == "measured" and "rate, size 64" not in again
     assert again["speedup, toy, batch 1"] == content["cases"]["speedup, toy, batch 1"]
     assert run(out, "--cases", "speedup", "--fresh") == 0
     assert results(out)["cases"].keys() == {"speedup, toy, batch 1", "speedup, toy, batch 2"}
@@ -265,8 +265,8 @@ def test_what_is_measured_is_taken_up_and_fresh_measures_again(measured, tmp_pat
 def test_other_options_measure_a_case_again(measured, tmp_path):
     out = tmp_path / "out.json"
     out.write_text(measured.read_text())
-    assert run(out, "--cases", "gemm", "--rounds", "2") == 0
-    assert results(out)["cases"]["gemm, size 64"]["rounds"] == 2
+    assert run(out, "--cases", "rate", "--rounds", "2") == 0
+    assert results(out)["cases"]["rate, size 64"]["rounds"] == 2
     assert results(out)["cases"][TOY]["rounds"] == 3
 
 

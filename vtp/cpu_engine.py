@@ -70,6 +70,18 @@ def _is_plain(vit: VisionTransformer) -> bool:
     )
 
 
+def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight [out, in] as the micro-kernels read it, 16 outputs side by side, padded with zeros.
+
+    float32: [out / 16, in, 16]; bfloat16, two inputs side by side: [out / 16, in / 2, 16, 2].
+    """
+    outputs, inputs = weight.shape
+    pairs = dtype == torch.bfloat16
+    padded = F.pad(weight.to(dtype), (0, inputs % 2 if pairs else 0, 0, -outputs % _PANEL))
+    by_panel = padded.unflatten(0, (-1, _PANEL))
+    return (by_panel.unflatten(-1, (-1, 2)) if pairs else by_panel).transpose(1, 2).contiguous()
+
+
 class _Writer:
     """The bytes and the list of integers of a packed model."""
 
@@ -109,14 +121,8 @@ class _Writer:
         """A layer of weight [out, in] and bias [out], in panels of 16 outputs."""
         outputs, inputs = weight.shape
         self.list += [inputs, outputs]
-        rows = -outputs % _PANEL
-        if self.dtype == torch.float32:
-            panels = F.pad(weight.float(), (0, 0, 0, rows)).unflatten(0, (-1, _PANEL)).transpose(1, 2)
-        else:  # two inputs side by side
-            padded = F.pad(weight.to(self.dtype), (0, inputs % 2, 0, rows))
-            panels = padded.unflatten(0, (-1, _PANEL)).unflatten(-1, (-1, 2)).transpose(1, 2)
-        self.memory(panels)
-        self.memory(F.pad(bias.double(), (0, rows)).float())
+        self.memory(panels(weight, self.dtype))
+        self.memory(F.pad(bias.double(), (0, -outputs % _PANEL)).float())
 
     def packed(self, layer: "PackedLinear") -> None:
         self.linear(layer.weight, layer.bias)

@@ -95,19 +95,33 @@ char* Workspace::bytes(size_t size) {
 
 class Engine {
  public:
-  Engine(Workspace& workspace, const Call& call, int64_t threads)
-      : w_(workspace), m_(workspace.model), k_(kernels(m_.dtype)), call_(call), threads_(threads) {
+  Engine(Workspace& workspace, const Call& call, int64_t threads) : Engine(workspace, threads) {
+    call_ = call;
     tokens_ = m_.from_images ? m_.tokens : call.tokens;
     chunk_ = std::min(call.images, std::max<int64_t>(1, kChunkRows * threads / tokens_));
     lay_out_memory();
+  }
+
+  // Of the workspace's model, its dtype alone is used.
+  Engine(Workspace& workspace, int64_t threads)
+      : w_(workspace),
+        m_(workspace.model),
+        k_(kernels(m_.dtype)),
+        threads_(threads),
+        scratch_stride_((kRowsAtOnce + 2 * k_.row_step) * kPanelsAtOnce * kPanel) {}
+
+  void run(const Linear& layer, const void* x, int64_t rows, float* out, Parallel parallel) {
+    scratch_ = reinterpret_cast<float*>(w_.bytes(static_cast<size_t>(threads_ * scratch_stride_ * 4)));
+    w_.stages_.clear();
+    linear(layer, x, layer.inputs, out, layer.panels() * kPanel, rows, true);
+    start(parallel);
   }
 
   void run(Parallel parallel) {
     for (int64_t first = 0; first < call_.images; first += chunk_) {
       first_image_ = first;
       plan_stages(std::min(chunk_, call_.images - first));
-      workers_.store(0);
-      parallel(threads_, [](void* self) { static_cast<Engine*>(self)->work(); }, this);
+      start(parallel);
     }
   }
 
@@ -120,7 +134,7 @@ class Engine {
     input_stride_ = row_stride(std::max(m_.widest_input(), m_.to_logits ? m_.head.inputs : 1), act);
     hidden_stride_ = row_stride(std::max<int64_t>(m_.widest_hidden(), 1), act);
     logits_stride_ = m_.to_logits ? m_.head.panels() * kPanel : 0;
-    int64_t scratch = (kRowsAtOnce + 2 * k_.row_step) * kPanelsAtOnce * kPanel;
+    int64_t scratch = scratch_stride_;
     for (const Block& b : m_.blocks)
       if (b.has_attention)
         for (int64_t width : b.attention.value_widths)
@@ -180,14 +194,21 @@ class Engine {
     } else {
       add(Stage::kTokensOut, divide_up(rows, kNormRows));
     }
-    if (s.size() > w_.counters_size_) {
-      w_.counters_.reset(new Workspace::Counters[s.size()]);
-      w_.counters_size_ = s.size();
+  }
+
+  // All stages, on as many threads as come.
+  void start(Parallel parallel) {
+    const size_t stages = w_.stages_.size();
+    if (stages > w_.counters_size_) {
+      w_.counters_.reset(new Workspace::Counters[stages]);
+      w_.counters_size_ = stages;
     }
-    for (size_t i = 0; i < s.size(); ++i) {
+    for (size_t i = 0; i < stages; ++i) {
       w_.counters_[i].next.store(0, std::memory_order_relaxed);
       w_.counters_[i].done.store(0, std::memory_order_relaxed);
     }
+    workers_.store(0);
+    parallel(threads_, [](void* self) { static_cast<Engine*>(self)->work(); }, this);
   }
 
   Stage& add(Stage::Kind kind, int64_t tasks) {
@@ -448,14 +469,21 @@ class Engine {
   Workspace& w_;
   const Model& m_;
   const Kernels& k_;
-  const Call& call_;
+  Call call_{};
   const int64_t threads_;
-  int64_t tokens_, chunk_, images_ = 0, first_image_ = 0;
+  int64_t tokens_ = 0, chunk_ = 0, images_ = 0, first_image_ = 0;
   int64_t x_stride_, input_stride_, hidden_stride_, logits_stride_, scratch_stride_;
   float *x_, *logits_, *scratch_;  // the residual stream; the head's results; a part for each worker
   char *input_, *hidden_;          // activations: what linear layers read; what qkv and fc1 put out
   std::atomic<int64_t> workers_{0};
 };
+
+void run_linear(Workspace& workspace, Dtype dtype, const Linear& layer, const void* x, int64_t rows,
+                float* out, int64_t threads, Parallel parallel) {
+  if (rows == 0) return;
+  workspace.model.dtype = dtype;
+  Engine(workspace, threads).run(layer, x, rows, out, parallel);
+}
 
 void run(Workspace& workspace, const Call& call, int64_t threads, Parallel parallel) {
   if (call.images == 0) return;

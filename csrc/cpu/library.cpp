@@ -111,6 +111,34 @@ Tensor cpu_blocks(const Tensor& tokens, const Tensor& weights, const Tensor& lay
   });
 }
 
+// x W^T + bias alone, by the tiles that a model runs, so that they can be measured beside other libraries. x
+// is [M, K] in the type of activations, K even if that is bfloat16; the result is [M, outputs rounded up to
+// panels] in float32, where columns behind `outputs` are undefined.
+Tensor cpu_linear(const Tensor& x, const Tensor& weights, const Tensor& bias, int64_t outputs,
+                  bool bfloat16) {
+  expect_input(x, "x", 2);
+  expect_memory(weights, "weights", ScalarType::Byte, "uint8");
+  expect_memory(bias, "bias", ScalarType::Float, "float32");
+  const Dtype dtype = bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat32;
+  const Kernels& k = kernels(dtype);
+  const int64_t M = x.size(0), K = x.size(1);
+  expect((x.scalar_type() == ScalarType::BFloat16) == (k.activation_bytes == 2) && x.is_contiguous(),
+         std::string("x: expected contiguous ") + (k.activation_bytes == 2 ? "bfloat16" : "float32"));
+  expect(outputs > 0 && outputs < (1 << 24) && K > 0 && K < (1 << 24) &&
+             (K % 2 == 0 || k.activation_bytes == 4) &&
+             weights.size(0) == divide_up(outputs, kPanel) * panel_bytes(dtype, K) &&
+             bias.size(0) == round_up(outputs, kPanel),
+         "weights, bias: not those of " + std::to_string(K) + " inputs and " + std::to_string(outputs) +
+             " outputs");
+  const Linear layer{K, outputs, weights.const_data_ptr(), bias.const_data_ptr<float>()};
+  Tensor out = torch::stable::empty({M, round_up(outputs, kPanel)}, ScalarType::Float);
+  std::unique_ptr<Workspace> workspace = pool().take();
+  run_linear(*workspace, dtype, layer, x.const_data_ptr(), M, out.mutable_data_ptr<float>(),
+             torch::stable::get_num_threads(), in_parallel);
+  pool().give_back(std::move(workspace));
+  return out;
+}
+
 // The instruction set in use, one of the names that VTP_CPU_ISA takes.
 std::string cpu_isa() { return kernels(Dtype::kBFloat16).name; }
 
@@ -120,12 +148,14 @@ std::string cpu_isa() { return kernels(Dtype::kBFloat16).name; }
 STABLE_TORCH_LIBRARY_FRAGMENT(vtp, m) {
   m.def("cpu_vit(Tensor images, Tensor weights, Tensor layout, int outputs) -> Tensor");
   m.def("cpu_blocks(Tensor tokens, Tensor weights, Tensor layout) -> Tensor");
+  m.def("cpu_linear(Tensor x, Tensor weights, Tensor bias, int outputs, bool bfloat16) -> Tensor");
   m.def("cpu_isa() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vtp, CPU, m) {
   m.impl("cpu_vit", TORCH_BOX(&vtp_cpu::cpu_vit));
   m.impl("cpu_blocks", TORCH_BOX(&vtp_cpu::cpu_blocks));
+  m.impl("cpu_linear", TORCH_BOX(&vtp_cpu::cpu_linear));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vtp, CompositeExplicitAutograd, m) {
