@@ -1,4 +1,4 @@
-"""The CPU engine in C++ (`csrc/cpu`, `vtp/cpu_engine.py`) behind `vtp.optimize`, on every instruction set here."""
+"""`vtp.optimize` on the CPU engine in C++ (`csrc/cpu`), on every instruction set of this machine."""
 
 import copy
 import ctypes
@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 import torch._dynamo.config
+import torch.nn.functional as F
 from engine_cases import MODELS, compact_model, irregular_plan, references, with_dead_parts
 from models import TINY, build, gated, image
 from numerics import assert_close_to_float64
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import include_paths
 
 import vtp
-from vtp.cpu_engine import CpuBlocks, CpuViT
+from vtp.cpu_engine import CpuBlocks, CpuViT, panels
 from vtp.data import open_data
 from vtp.loaders import test_loader
 from vtp.pipeline import FASHION_DEIT, open_model
@@ -35,6 +36,7 @@ from vtp_kernels._library import why_no_cpp
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 ROOT = Path(__file__).parents[1]
+PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of processes that tests start
 
 missing = why_no_cpp()
 built = pytest.mark.skipif(missing is not None, reason=str(missing))
@@ -86,9 +88,10 @@ def in_batches(model: nn.Module, images: Tensor, sizes: Sequence[int]) -> Tensor
 
 
 def check(small: vtp.CompactViT, dtype: torch.dtype, sizes: Sequence[int] = (1, 3)) -> vtp.OptimizedViT:
-    """The error rule in batches of `sizes`, as often as it takes for 256 logits: of few it would ask for luck."""
+    """The error rule in batches of `sizes`, repeated until there are 256 logits: fewer would need luck."""
     fast = vtp.optimize(small, dtype)
-    sizes = list(sizes) * max(1, -(-256 // (sum(sizes) * small.num_classes)))
+    logits = fast(image(small, 1)).shape[1]
+    sizes = list(sizes) * max(1, -(-256 // (sum(sizes) * logits)))
     images = image(small, sum(sizes))
     exact, same_dtype = references(small, images, dtype)
     assert_close_to_float64(in_batches(fast, images, sizes), exact, same_dtype, "logits")
@@ -150,6 +153,22 @@ def test_images_of_16_bits_into_a_model_of_32_are_widened_and_logits_rounded_onc
     assert torch.equal(fast(images), fast(images.float()).bfloat16())
 
 
+@built
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2, 1), (7, 38, 45), (401, 770, 61), (0, 8, 5)], ids=str)
+def test_one_layer_alone_is_computed(shape, dtype):
+    rows, inputs, outputs = shape
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs).to(DTYPES[dtype])
+    bias, half = torch.randn(outputs), torch.ops.vtp.cpu_isa() == "avx512_bf16" and dtype == "bf16"
+    x = x.bfloat16() if half else x
+    packed = panels(weight, DTYPES[dtype]).flatten().view(torch.uint8)
+    padded = F.pad(bias, (0, -outputs % 16))
+    got = torch.ops.vtp.cpu_linear(x, packed, padded, outputs, dtype == "bf16")[:, :outputs]
+    exact, same_dtype = (F.linear(x.to(d), weight.to(d), bias.to(d)) for d in (torch.float64, torch.float32))
+    assert_close_to_float64(got, exact, same_dtype)
+
+
 def random_model(seed: int) -> vtp.CompactViT:
     choose = random.Random(seed)
     heads, patch = choose.randint(1, 4), (choose.randint(1, 5), choose.randint(1, 5))
@@ -195,7 +214,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         cwd=Path(__file__).parent,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])} | environment,
+        env=os.environ | {"PYTHONPATH": PATH} | environment,
         capture_output=True,
         text=True,
     )
@@ -299,7 +318,8 @@ def test_threads_that_call_models_at_once_get_the_same_bits():
 
 class Mallinfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in (
-        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
+        "keepcost",
     )]  # fmt: skip
 
 
@@ -337,14 +357,18 @@ def weights_of(model: nn.Module, dtype: torch.dtype) -> int:
     return sum(p.numel() for p in model.parameters()) * dtype.itemsize
 
 
-@built
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_weights_take_hardly_more_memory_than_the_compact_model(dtype):
+@pytest.fixture(scope="module")
+def deit_small():
     torch.manual_seed(0)
     model = vtp.insert_gates(timm.create_model("deit_small_patch16_224"))
-    small = vtp.compact(model, irregular_plan(model))
-    fast = vtp.optimize(small, DTYPES[dtype])
-    assert len(fast.vit.weights) <= 1.1 * weights_of(small, DTYPES[dtype])
+    return vtp.compact(model, irregular_plan(model))
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_weights_take_hardly_more_memory_than_the_compact_model(deit_small, dtype):
+    fast = vtp.optimize(deit_small, DTYPES[dtype])
+    assert len(fast.vit.weights) <= 1.1 * weights_of(deit_small, DTYPES[dtype])
     assert sum(t.nbytes for t in fast.state_dict().values()) <= len(fast.vit.weights) + 8192
 
 
@@ -639,25 +663,24 @@ def test_without_the_extension_it_runs_on_pytorch_and_says_why(monkeypatch, dtyp
 
 
 WITHOUT = """
-import sys, warnings, torch, vtp
-from pathlib import Path
-from vtp_kernels import _library
-from engine_cases import compact_model
-_library.__file__ = str(Path(sys.argv[1]) / "_library.py")
+import warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
+    import torch, vtp
+    from engine_cases import compact_model
     for _ in range(3):
         fast = vtp.optimize(compact_model("tiny"))
 print(fast.engine)
-print(*[w.message for w in caught if "vtp" in str(w.message)], sep="\\n")
+print(*[w.message for w in caught if "vtp_kernels" in str(w.message)], sep="\\n")
 """
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
 def test_an_extension_that_is_missing_or_broken_is_said_once(tmp_path, broken):
+    shutil.copytree(ROOT / "vtp_kernels", tmp_path / "vtp_kernels", ignore=shutil.ignore_patterns("*.so"))
     if broken:
-        (tmp_path / "_cpu.abi3.so").write_bytes(b"no library")
-    run = python(f"import sys; sys.argv = ['', {str(tmp_path)!r}]\n{WITHOUT}")
+        (tmp_path / "vtp_kernels" / "_cpu.abi3.so").write_bytes(b"no library")
+    run = python(WITHOUT, PYTHONPATH=os.pathsep.join([str(tmp_path), PATH]))
     assert run.returncode == 0, run.stderr
     reason = "the C++ extension does not load" if broken else "the C++ extension is not built"
     engine, *warned = run.stdout.splitlines()

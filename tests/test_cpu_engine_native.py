@@ -34,6 +34,8 @@ ENGINE = {
 EVERY_SET = {CPU / "avx512.cpp": EMULATED, CPU / "avx512_bf16.cpp": EMULATED, **ENGINE}
 if X86:
     EVERY_SET[CPU / "avx2.cpp"] = ["-mavx2", "-mfma"]
+# Memory that was not written yet is NaN, in float32 and in bfloat16.
+UNWRITTEN_IS_NAN = "max_malloc_fill_size=1000000000:malloc_fill_byte=255"
 FLAGS = ["-std=c++17", "-O1", "-g1", "-Wno-psabi", f"-I{CPU}"]
 
 
@@ -89,7 +91,8 @@ def refuse_missing_sanitizer(folder: Path, sanitizer: list[str]) -> None:
 
 
 def check(program: Path, group: str) -> None:
-    run = subprocess.run([program, group], capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"ASAN_OPTIONS": UNWRITTEN_IS_NAN}
+    run = subprocess.run([program, group], capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, f"{run.stdout[-6000:]}\n{run.stderr[-6000:]}"
 
 
@@ -118,6 +121,10 @@ def test_a_steady_stream_of_calls_takes_no_memory(memory_checked):
 
 def test_a_garbled_model_is_refused_or_stays_in_its_memory(memory_checked):
     check(memory_checked, "garbled")
+
+
+def test_a_model_that_makes_no_sense_is_refused(memory_checked):
+    check(memory_checked, "wrong")
 
 
 def test_a_list_that_claims_to_be_long_takes_no_memory_to_refuse(memory_checked):

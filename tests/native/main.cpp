@@ -1,0 +1,71 @@
+// The kernels and the engine against plain loops in double precision, without PyTorch: made to be built with
+// sanitizers. All memory has exactly the size that the interface asks for.
+//
+//   engine_test kernels | models | batches | threads | steady | garbled | wrong | claims
+
+#include "checks.h"
+
+namespace test {
+
+Set current;
+
+namespace {
+
+// What it was built with and this machine runs.
+std::vector<Set> sets() {
+  using namespace vtp_cpu;
+  std::vector<Set> out = {{"portable", &kPortableFloat32, &kPortableBFloat16}};
+#if defined(WITH_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    out.push_back({"avx2", &kAvx2Float32, &kAvx2BFloat16});
+#endif
+#if defined(WITH_AVX512)  // emulated: it runs everywhere
+  out.push_back({"avx512", &kAvx512Float32, &kAvx512BFloat16});
+  out.push_back({"avx512_bf16", &kAvx512Float32, &kAvx512Bf16BFloat16});
+#endif
+  return out;
+}
+
+void check_all_kernels() {
+  check_kernels(*current.float32, Dtype::kFloat32);
+  check_kernels(*current.bfloat16, Dtype::kBFloat16);
+}
+
+struct Group {
+  const char* name;
+  void (*check)();
+  bool all_sets;  // else it is about the engine, whatever its kernels
+};
+const Group kGroups[] = {
+    {"kernels", check_all_kernels, true}, {"models", check_models, true},    {"batches", check_batches, true},
+    {"threads", check_threads, false},    {"callers", check_callers, false}, {"steady", check_steady, false},
+    {"garbled", check_garbled, false},    {"wrong", check_wrong, false},     {"claims", check_claims, false},
+};
+
+int run_group(const Group& group) {
+  std::vector<Set> all = sets();
+  if (!group.all_sets) all = {all[all.size() > 1 ? 1 : 0]};
+  for (const Set& set : all) {
+    current = set;
+    group.check();
+    std::printf("%s: %s, %d failures so far\n", group.name, set.name, failures());
+  }
+  return failures() ? 1 : 0;
+}
+
+}  // namespace
+}  // namespace test
+
+// In place of csrc/cpu/instruction_sets.cpp.
+namespace vtp_cpu {
+const Kernels& kernels(Dtype dtype) {
+  return dtype == Dtype::kFloat32 ? *test::current.float32 : *test::current.bfloat16;
+}
+}  // namespace vtp_cpu
+
+int main(int count, char** arguments) {
+  for (const test::Group& group : test::kGroups)
+    if (count == 2 && arguments[1] == std::string(group.name)) return test::run_group(group);
+  std::printf("expected the name of one group of checks\n");
+  return 2;
+}
