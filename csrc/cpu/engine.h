@@ -48,8 +48,8 @@ class Workspace {
 };
 
 // One linear layer alone: rows of activations [rows][inputs] to float32 [rows][panels * kPanel].
-void run_linear(Workspace& workspace, Dtype dtype, const Linear& layer, const void* x, int64_t rows, float* out,
-                int64_t threads, Parallel parallel);
+void run_linear(Workspace& workspace, Dtype dtype, const Linear& layer, const void* x, int64_t rows,
+                float* out, int64_t threads, Parallel parallel);
 
 // Computes `workspace.model`, which must have been read, on `call`.
 void run(Workspace& workspace, const Call& call, int64_t threads, Parallel parallel);

@@ -372,8 +372,10 @@ void attention(const AttentionRows& t) {
     int64_t a_stride = t.stride;
     if (t.q_weight) {
       a_stride = round_up(d, kPanel);
-      for (int64_t i = 0; i < rows; ++i)
+      for (int64_t i = 0; i < rows; ++i) {
         normalized(q + (first + i) * t.stride, d, t.q_weight, t.q_bias, t.eps, row, queries + i * a_stride);
+        if (d % kStep) queries[i * a_stride + d] = zero;  // it meets a key's zero
+      }
       a = queries;
     }
     multiply<Dot>(a, a_stride, rows, reinterpret_cast<const char*>(keys), key_panel * sizeof(Activation), N,

@@ -31,6 +31,13 @@ class Reader {
     return n;
   }
 
+  // A count of things that take at least one number each of what is left of the list.
+  int64_t count_listed(const char* what, int64_t least = 0) {
+    const int64_t n = count(what, least);
+    if (n > end_ - at_) refuse("it ends too early");
+    return n;
+  }
+
   template <class T>
   const T* memory(int64_t count, const char* what) {
     const int64_t offset = next();
@@ -113,14 +120,14 @@ void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64
     positions = in.memory<float>(tokens * round_up(embed_dim, kPanel), "the positions");
   }
 
-  blocks.resize(in.count("the number of blocks"));
+  blocks.resize(in.count_listed("the number of blocks"));
   for (Block& block : blocks) {
     block.offset = in.next() ? in.memory<float>(embed_dim, "an offset") : nullptr;
     block.has_attention = in.next() != 0;
     if (block.has_attention) {
       Attention& a = block.attention;
       a.norm = in.norm(embed_dim);
-      a.value_widths.resize(in.count("the number of heads", 1));
+      a.value_widths.resize(in.count_listed("the number of heads", 1));
       a.total_width = 0;
       for (int64_t& w : a.value_widths) a.total_width += w = in.count("a value width", 1);
       const int64_t heads = static_cast<int64_t>(a.value_widths.size());
