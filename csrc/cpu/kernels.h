@@ -20,11 +20,12 @@ constexpr int64_t kPanel = 16;
 
 enum class Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+// `static`: each instruction set has copies of its own, see kernels_impl.h.
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // Bytes of one panel of weights with `inputs` inputs.
-inline int64_t panel_bytes(Dtype dtype, int64_t inputs) {
+static inline int64_t panel_bytes(Dtype dtype, int64_t inputs) {
   return dtype == Dtype::kFloat32 ? inputs * kPanel * 4 : divide_up(inputs, 2) * kPanel * 4;
 }
 
