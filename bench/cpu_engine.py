@@ -37,44 +37,43 @@ import statistics
 import sys
 import threading
 import time
-import types
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_peers import (
+    DTYPES,
+    PEERS,
+    FeedForward,
+    Peer,
+    Run,
+    Unsupported,
+    gemm_peers,
+    prepare_eager,
+    prepare_feed_forward,
+)
+from cpu_tables import Record, markdown, notes, place, show
 from measure import (
     commit,
     hardware,
     irregular_models,
-    machine,
-    pairwise_ratio,
     positive,
     randomize_vectors,
     relative_error,
     take_turns,
     vector_flags,
 )
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vtp
-from vtp import cpu_engine
-from vtp.cpu_engine import CpuBlocks
-from vtp.engine import pack_for_ops
 from vtp.files import FileError, write_atomic
 from vtp.pipeline import environment
-from vtp_kernels._library import why_no_cpp
 
 RESULTS = Path(__file__).parent / "results" / "cpu_engine.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = ("models", "speedup", "widths", "rate", "gemm")
 # M, K, N of linear layers of compact models, batches 1 and 8: tiny's fc1, small's qkv, base's fc1 and fc2.
 SHAPES = [(M, *widths) for M in (197, 1576) for widths in ((115, 461), (231, 1003), (461, 1843), (1843, 768))]
@@ -93,227 +92,7 @@ SETTLED = 0.05  # the warm-up ends when the medians of three calls differ by les
 WARM_UP_SECONDS = 10.0
 SHORT = 0.25  # seconds: before a call that is shorter, another one brings caches and threads back
 
-Record = dict[str, Any]
-Run = Callable[[], Tensor]
 Rows = list[list[str]]  # the first is the header
-
-# --------------------------------------------------------------------------------
-# Peers
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A way to run a model.
-
-    prepare: takes a float32 model and images, returns a call without arguments that gives the logits.
-    packages: what has to be installed for it, beside PyTorch.
-    own_arithmetic: computes in a precision or order of its own, so that `CEILINGS` alone bound its error.
-    ours: what other peers of its dtype are compared with.
-    """
-
-    name: str
-    dtype: str
-    prepare: Callable[[nn.Module, Tensor], Run]
-    packages: tuple[str, ...] = ()
-    own_arithmetic: bool = False
-    ours: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}, {self.dtype}"
-
-    def why_not(self) -> str | None:
-        """Why it cannot run here; None where it can."""
-        missing = [name for name in self.packages if find_spec(name) is None]
-        return f"{' and '.join(missing)} not installed: pip install 'vtp[bench]'" if missing else None
-
-
-class Unsupported(Exception):
-    """What was asked of a library is not what it would run; the message says why."""
-
-
-def prepare_ours(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
-    """`vtp.optimize`."""
-    fast = vtp.optimize(model, dtype=DTYPES[dtype])
-    images = images.to(DTYPES[dtype])
-    return lambda: fast(images)
-
-
-def prepare_eager(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
-    """PyTorch, operator by operator."""
-    model, images = copy.deepcopy(model).to(DTYPES[dtype]), images.to(DTYPES[dtype])
-    return lambda: model(images)
-
-
-def prepare_compiled(
-    model: nn.Module, images: Tensor, *, dtype: str, frozen: bool = True, mode: str | None = None
-) -> Run:
-    """torch.compile for this one shape; `frozen` makes weights constants, which it may then pack."""
-    from torch._inductor import config
-
-    model, images = copy.deepcopy(model).to(DTYPES[dtype]), images.to(DTYPES[dtype])
-    compiled = torch.compile(own_code(model), dynamic=False, mode=mode)
-    # It compiles in the first call, and reads its configuration then.
-    # With more threads than one it goes on compiling behind the rounds' back once `time_limit` has ended it.
-    settings = {"freezing": frozen, "compile_threads": 1, "autotune_num_choices_displayed": 0}
-    with torch.inference_mode(), config.patch(**settings):
-        compiled(images)
-    return lambda: compiled(images)
-
-
-def own_code(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`model` as a function whose code object nothing else has.
-
-    Dynamo keeps what it compiled with the code object: models of one class would share an entry, recompile
-    for each other and, at some limit, stay eager. `torch._dynamo.reset()` between them would drop those
-    that are still to be timed; so it is called between cases.
-    """
-
-    def call(images: Tensor) -> Tensor:
-        return model(images)
-
-    return types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
-
-
-@functools.lru_cache(maxsize=1)  # the libraries that take it come one after the other
-def onnx_bytes(model: nn.Module, shape: tuple[int, ...]) -> bytes:
-    """The model for images of `shape` as ONNX."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, (torch.zeros(shape),), dynamo=True, verbose=False)
-    return program.model_proto.SerializeToString()
-
-
-def prepare_onnx_runtime(model: nn.Module, images: Tensor) -> Run:
-    """ONNX Runtime on the CPU with all graph optimizations, in float32."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    source = onnx_bytes(model, tuple(images.shape))
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    inputs = {session.get_inputs()[0].name: images.numpy()}
-    return lambda: torch.from_numpy(session.run(None, inputs)[0])
-
-
-def prepare_openvino(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
-    """OpenVINO on the CPU, tuned for latency."""
-    import openvino
-
-    hint = {"float32": "f32", "bfloat16": "bf16"}[dtype]
-    core = openvino.Core()
-    if dtype == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise Unsupported("OpenVINO computes in float32 on this CPU, whatever the hint")
-    config = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": hint,
-    }
-    compiled = core.compile_model(core.read_model(onnx_bytes(model, tuple(images.shape))), "CPU", config)
-    request, inputs = compiled.create_infer_request(), [images.numpy()]
-    # What it returns is a view of the request's memory: good until the next call, as a user would have it.
-    return lambda: torch.from_numpy(request.infer(inputs, share_inputs=True, share_outputs=True)[0])
-
-
-def _peers() -> list[Peer]:
-    """Ours first, as others are compared with it; then the rest, those with slow compilers last."""
-    partial, peers = functools.partial, []
-    for dtype in DTYPES:
-        ours = partial(prepare_ours, dtype=dtype)
-        peers += [
-            Peer("ours", dtype, ours, ours=True),
-            Peer("ours again", dtype, ours),
-            Peer("PyTorch eager", dtype, partial(prepare_eager, dtype=dtype)),
-        ]
-    packages = ("onnx", "onnxscript")
-    peers.append(
-        Peer("ONNX Runtime", "float32", prepare_onnx_runtime, (*packages, "onnxruntime"), own_arithmetic=True)
-    )
-    for dtype in DTYPES:
-        run = partial(prepare_openvino, dtype=dtype)
-        peers.append(Peer("OpenVINO", dtype, run, (*packages, "openvino"), own_arithmetic=True))
-    compilers: dict[str, dict[str, Any]] = {
-        "torch.compile": {"frozen": False},
-        "torch.compile, frozen": {},
-        "torch.compile, max-autotune": {"mode": "max-autotune"},
-    }
-    for name, options in compilers.items():
-        for dtype in DTYPES:
-            peers.append(Peer(name, dtype, partial(prepare_compiled, dtype=dtype, **options)))
-    return peers
-
-
-PEERS = _peers()
-
-
-def prepare_packed(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
-    """One linear on oneDNN, its weight laid out once: a private API of PyTorch."""
-    ops = torch.ops.mkldnn
-    if not (hasattr(ops, "_linear_pointwise") and hasattr(ops, "_reorder_linear_weight")):
-        raise Unsupported("this PyTorch has no oneDNN")
-    if dtype == "bfloat16" and not ops._is_mkldnn_bf16_supported():
-        raise Unsupported("oneDNN takes no packed bfloat16 on this CPU")
-    x = x.to(DTYPES[dtype])
-    weight = ops._reorder_linear_weight(linear.weight.detach().to(DTYPES[dtype]), len(x))
-    return lambda: ops._linear_pointwise(x, weight, None, "none", [], "")
-
-
-class FeedForward(nn.Module):
-    """The blocks of a compact model without attention: tokens [B, N, embed_dim] to the same shape."""
-
-    def __init__(self, embed_dim: int, inputs: int, hidden: int, depth: int = 1) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        dense = VisionTransformer(
-            img_size=32,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=1,
-            mlp_ratio=hidden / embed_dim,
-            num_classes=0,
-        )
-        randomize_vectors(dense)
-        gated = vtp.insert_gates(dense)
-        plan = vtp.make_plan(gated, rate=0.0)
-        kept = {name: () if "attn" in name else widths for name, widths in plan.kept.items()}
-        kept |= {name: widths[:inputs] for name, widths in kept.items() if name.endswith("fc1")}
-        self.vit = vtp.compact(gated, dataclasses.replace(plan, kept=kept))
-        self.macs_per_token = depth * hidden * (inputs + embed_dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.vit.blocks(tokens)
-
-
-def prepare_feed_forward(model: nn.Module, tokens: Tensor, *, dtype: str) -> Run:
-    """The blocks on the C++ engine."""
-    packed = pack_for_ops(model.vit, DTYPES[dtype]).vit
-    if (reason := cpu_engine.why_not(packed.blocks, DTYPES[dtype])) is not None:
-        raise Unsupported(reason)
-    blocks, tokens = CpuBlocks(packed, DTYPES[dtype]), tokens.to(DTYPES[dtype])
-    return lambda: blocks(tokens)
-
-
-def prepare_our_linear(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
-    """One linear by the engine's micro-kernels, its weight packed once."""
-    if (reason := why_no_cpp()) is not None:
-        raise Unsupported(reason)
-    outputs = len(linear.weight)
-    weight = cpu_engine.panels(linear.weight.detach(), DTYPES[dtype]).view(-1).view(torch.uint8)
-    bias = torch.zeros(-(-outputs // 16) * 16)
-    if torch.ops.vtp.cpu_isa() == "avx512_bf16":  # whose activations are in the dtype of the weights
-        x = x.to(DTYPES[dtype])
-    return lambda: torch.ops.vtp.cpu_linear(x, weight, bias, outputs, dtype == "bfloat16")[:, :outputs]
-
-
-def gemm_peers(peers: Iterable[Peer]) -> list[Peer]:
-    """Those of `peers` that know no more of a linear than its product, and the packed one."""
-    found = []
-    for dtype in DTYPES:
-        packed, ours = (functools.partial(f, dtype=dtype) for f in (prepare_packed, prepare_our_linear))
-        found += [Peer("ours", dtype, ours, ours=True), Peer("oneDNN, packed", dtype, packed)]
-    return found + [p for p in peers if not p.name.startswith(("ours", "torch.compile"))]
-
 
 # --------------------------------------------------------------------------------
 # Correctness: nothing is timed that does not compute the same
@@ -630,254 +409,6 @@ def measure_rate(size: int, peers: Iterable[Peer], budget: Budget, _: Record) ->
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-# --------------------------------------------------------------------------------
-# Figures, all from raw times
-
-
-def in_rounds(record: Record, label: str) -> list[float] | None:
-    """Times of the rounds; None of a peer that was not in them."""
-    peer = record["peers"].get(label, {"status": "absent"})
-    return peer["seconds"] if peer["status"] == "measured" else None
-
-
-def p95(seconds: Sequence[float]) -> float:
-    """The time that 95% of calls do not exceed."""
-    return sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
-
-
-def competitors(record: Record, dtype: str) -> dict[str, list[float]]:
-    """Peers of ours in `dtype` that were in the rounds: for bfloat16 of any dtype, else of the same."""
-    found = {}
-    for label, peer in record["peers"].items():
-        comparable = dtype == "bfloat16" or peer["dtype"] == dtype
-        if comparable and not label.startswith("ours") and (seconds := in_rounds(record, label)):
-            found[label] = seconds
-    return found
-
-
-def fastest(record: Record, dtype: str) -> str | None:
-    """The competitor of the least median."""
-    times = competitors(record, dtype)
-    return min(times, key=lambda label: statistics.median(times[label]), default=None)
-
-
-def _milliseconds(seconds: Sequence[float] | None) -> str:
-    return "-" if seconds is None else f"{1e3 * statistics.median(seconds):.2f}"
-
-
-def _ratio(own: Sequence[float] | None, reference: Sequence[float] | None, scale: float = 1.0) -> str:
-    """Median and quartiles of own over reference time, each multiplied by `scale`."""
-    if own is None or reference is None:
-        return "-"
-    ratio = {name: scale * value for name, value in pairwise_ratio(own, reference).items()}
-    return f"{ratio['median']:.2f}x ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
-
-
-def _of(results: Record, case: str) -> list[Record]:
-    return [record for record in results["cases"].values() if record["case"] == case]
-
-
-def _dtypes(record: Record) -> list[str]:
-    return list(dict.fromkeys(peer["dtype"] for peer in record["peers"].values()))
-
-
-def fastest_table(results: Record) -> Rows:
-    """A row for each model, batch and dtype of ours."""
-    header = ["model", "batch", "MACs", "ours in", "rounds", "ours ms", "p95 ms"]
-    rows = [[*header, "fastest peer", "its ms", "its p95 ms", "peer / ours", "noise"]]
-    for record in _of(results, "models"):
-        for dtype in _dtypes(record):
-            ours, best = in_rounds(record, f"ours, {dtype}"), fastest(record, dtype)
-            other = None if best is None else in_rounds(record, best)
-            again = in_rounds(record, f"ours again, {dtype}")
-            rows.append([
-                record["model"], str(record["batch"]), f"{record['macs'] / 1e9:.2f} G", dtype,
-                str(record["rounds"]), _milliseconds(ours), "-" if ours is None else f"{1e3 * p95(ours):.2f}",
-                best or "none", _milliseconds(other), "-" if other is None else f"{1e3 * p95(other):.2f}",
-                _ratio(other, ours), _ratio(again, ours),
-            ])  # fmt: skip
-    return rows
-
-
-def peers_table(results: Record) -> Rows:
-    """A row for each peer, a column for each model and batch: milliseconds, and how many times ours."""
-    records = _of(results, "models")
-    labels = dict.fromkeys(label for record in records for label in record["peers"])
-    rows = [["peer", *(f"{record['model']}, batch {record['batch']}" for record in records)]]
-    for label in labels:
-        cells = [label]
-        for record in records:
-            peer, seconds = record["peers"].get(label), in_rounds(record, label)
-            if peer is None:
-                cells.append("-")
-            elif seconds is not None:
-                ours = in_rounds(record, f"ours, {peer['dtype']}")
-                cells.append(f"{_milliseconds(seconds)} ms, {_ratio(seconds, ours)}")
-            elif peer["status"] == "slow":
-                cells.append(f"about {peer['times_ours']:.0f}x, {len(peer['seconds'])} call(s)")
-            else:
-                cells.append(peer["status"])
-        rows.append(cells)
-    return rows
-
-
-def speedup_table(results: Record) -> Rows:
-    """Dense over compact time, and how much of what the MACs promise that is."""
-    rows = [
-        [
-            "model",
-            "batch",
-            "dtype",
-            "rounds",
-            "dense ms",
-            "compact ms",
-            "speed-up",
-            "MACs",
-            "speed-up / MACs",
-            "noise",
-        ]
-    ]
-    for record in _of(results, "speedup"):
-        promised = record["macs"]["dense"] / record["macs"]["compact"]
-        for dtype in _dtypes(record):
-            dense, small, again = (
-                in_rounds(record, f"{name}, {dtype}") for name in ("dense", "compact", "compact again")
-            )
-            rows.append([
-                record["model"], str(record["batch"]), dtype, str(record["rounds"]), _milliseconds(dense),
-                _milliseconds(small), _ratio(dense, small), f"{promised:.2f}x",
-                _ratio(dense, small, 1 / promised), _ratio(again, small),
-            ])  # fmt: skip
-    return rows
-
-
-def picoseconds_per_mac(record: Record) -> dict[int, float]:
-    """Median time per multiply-add, by width."""
-    times = {width: in_rounds(record, width) for width in record["macs"]}
-    return {
-        int(width): 1e12 * statistics.median(seconds) / record["macs"][width]
-        for width, seconds in times.items()
-        if seconds
-    }
-
-
-def widths_table(results: Record) -> Rows:
-    """How much a width that is no multiple of 16 costs."""
-    header = ["dtype", "widths", "rounds", "ps per MAC", "multiples of 16", "others", "least", "most", "at"]
-    rows = [header]
-    for record in _of(results, "widths"):
-        per_mac = picoseconds_per_mac(record)
-        if not per_mac:
-            continue
-        mean, most = statistics.mean(per_mac.values()), max(per_mac, key=per_mac.__getitem__)
-        even, odd = ([v for w, v in per_mac.items() if (w % 16 == 0) == whole] for whole in (True, False))
-        rows.append([
-            record["dtype"], str(len(per_mac)), str(record["rounds"]), f"{mean:.2f}",
-            *(f"{statistics.mean(side) / mean:.3f}x" if side else "-" for side in (even, odd)),
-            f"{min(per_mac.values()) / mean:.3f}x", f"{per_mac[most] / mean:.3f}x", str(most),
-        ])  # fmt: skip
-    return rows
-
-
-def rate_table(results: Record) -> Rows:
-    """The rate of each library, fastest first."""
-    rows = [["library", "product", "rounds", "GFLOP/s, median", "fastest call"]]
-    for record in _of(results, "rate"):
-        times = {label: s for label in record["peers"] if (s := in_rounds(record, label))}
-        flops_of = {label: record["peers"][label].get("flops", record["flops"]) for label in times}
-        for label in sorted(times, key=lambda name: statistics.median(times[name]) / flops_of[name]):
-            flops = flops_of[label]
-            rates = (1e-9 * flops / f(times[label]) for f in (statistics.median, min))
-            rows.append(
-                [label, product(label, record), str(record["rounds"]), *(f"{rate:,.0f}" for rate in rates)]
-            )
-    return rows
-
-
-def product(label: str, record: Record) -> str:
-    """What was multiplied."""
-    return "-" if "flops" in record["peers"][label] else f"{record['size']} cubed"
-
-
-def gemm_table(results: Record) -> Rows:
-    """Rates of single products, a row for each shape."""
-    records = _of(results, "gemm")
-    labels = list(dict.fromkeys(label for r in records for label in r["peers"] if in_rounds(r, label)))
-    rows = [["GFLOP/s of", *(record["shape"] for record in records)]] if records else [[]]
-    for label in labels:
-        times = [in_rounds(record, label) for record in records]
-        rates = (
-            f"{1e-9 * record['flops'] / statistics.median(seconds):,.0f}" if seconds else "-"
-            for record, seconds in zip(records, times, strict=True)
-        )
-        rows.append([label, *rates])
-    return rows
-
-
-TABLES = {
-    "models": {
-        "Fastest peer over ours": fastest_table,
-        "All peers, and how many times ours of the same dtype": peers_table,
-    },
-    "speedup": {"Dense over compact, both on our engine": speedup_table},
-    "widths": {"Time per MAC of a feed-forward branch, by width": widths_table},
-    "rate": {"Rate of a large square product, and inside our engine": rate_table},
-    "gemm": {"Rate of single products": gemm_table},
-}  # fmt: skip
-
-
-def tables(results: Record) -> dict[str, Rows]:
-    """All that have a row, by title."""
-    shown = {title: make(results) for case in TABLES.values() for title, make in case.items()}
-    return {title: rows for title, rows in shown.items() if len(rows) > 1}
-
-
-def notes(results: Record) -> list[str]:
-    """One line for each reason why a peer has no figure, with the cases that it holds for."""
-    found: dict[str, list[str]] = {}
-    for key, record in results["cases"].items():
-        for label, peer in record.get("peers", {}).items():
-            if peer["status"] != "measured":
-                found.setdefault(f"{label}: {peer['status']}: {peer['reason']}", []).append(key)
-        for shape, reason in record.get("failed", {}).items():
-            found.setdefault(f"{shape}: failed: {reason}", []).append(key)
-    return [f"{what} ({'; '.join(keys)})" for what, keys in found.items()]
-
-
-def place(results: Record) -> str:
-    """Machine, versions and commits, in one line."""
-    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v is not None)
-    commits = {
-        f"{(r['commit'] or 'unknown')[:8]}{' with changes' * bool(r['modified'])}"
-        for r in results["cases"].values()
-    }
-    isa = " ".join(results["hardware"]["isa"])
-    return f"{machine(results)}; {versions or 'no other library'}; {isa}; commit {', '.join(sorted(commits))}"
-
-
-def markdown(results: Record) -> str:
-    """The README's tables, the reasons of those without figures, and the machine."""
-    lines = []
-    for title, (header, *rows) in tables(results).items():
-        cells = (header, ["---"] * len(header), *rows)
-        lines += [f"{title}:", "", *("| " + " | ".join(row) + " |" for row in cells), ""]
-    return "\n".join(
-        [*lines, *(f"- {note}" for note in notes(results)), "", f"Measured on {place(results)}."]
-    )
-
-
-def show(console: Console, results: Record, case: str) -> None:
-    """The tables of one case on the terminal."""
-    for title, make in TABLES[case].items():
-        header, *rows = make(results)
-        shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-        for column in header:
-            shown.add_column(column)
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
 
 
 # --------------------------------------------------------------------------------

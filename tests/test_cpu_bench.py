@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import cpu_engine as bench
+import cpu_tables
 import measure
 import pytest
 import torch
@@ -144,14 +145,14 @@ def test_the_fastest_peer_of_bfloat16_may_be_of_any_dtype_and_of_float32_not():
     )
     record["peers"]["ours, bfloat16"] = {**record["peers"]["ours, float32"], "dtype": "bfloat16"}
     record["peers"]["ours, bfloat16"]["seconds"] = [0.4, 0.5, 0.25, 1.0]
-    header, *rows = bench.fastest_table({"cases": {"x": record}})
+    header, *rows = cpu_tables.fastest_table({"cases": {"x": record}})
     single, half = (dict(zip(header, row, strict=True)) for row in rows)
     assert single["fastest peer"] == "eager, float32" and single["ours ms"] == "1500.00"
     assert single["peer / ours"] == "1.75x (1.38-2.00)", "ratios 2, 1.5, 2, 1 of the same rounds"
     assert single["p95 ms"] == "4000.00"
     assert half["fastest peer"] == "quick, bfloat16" and half["peer / ours"] == "1.12x (0.88-1.44)"
     del record["peers"]["quick, bfloat16"]
-    assert dict(zip(header, bench.fastest_table({"cases": {"x": record}})[2], strict=True))[
+    assert dict(zip(header, cpu_tables.fastest_table({"cases": {"x": record}})[2], strict=True))[
         "fastest peer"
     ] == ("eager, float32")
 
@@ -199,7 +200,7 @@ def test_a_failed_peer_is_shown_with_its_reason_and_never_the_fastest(tmp_path, 
 def test_a_missing_library_is_shown_with_its_reason(tmp_path, monkeypatch, capsys):
     there = importlib.util.find_spec
     without = lambda name: None if name in ("onnxruntime", "openvino") else there(name)  # noqa: E731
-    monkeypatch.setattr(bench, "find_spec", without)
+    monkeypatch.setattr(cpu_peers, "find_spec", without)
     using = [*peers("ours"), *peers("ONNX Runtime", "OpenVINO", dtypes=tuple(bench.DTYPES))]
     prepared = [dataclasses.replace(p, prepare=None) if not p.ours else p for p in using]
     assert run(tmp_path / "out.json", "--cases", "models", using=prepared) == 0
@@ -231,7 +232,7 @@ def test_compiled_models_of_one_class_do_not_recompile_for_each_other():
     torch._dynamo.reset()
     subject = toy()
     calls = [
-        torch.compile(bench.own_code(subject.model), dynamic=False, backend="eager", fullgraph=True)
+        torch.compile(cpu_peers.own_code(subject.model), dynamic=False, backend="eager", fullgraph=True)
         for _ in range(3)
     ]
     with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=1):
@@ -307,8 +308,10 @@ def test_a_slow_peer_leaves_the_rounds_and_larger_cases(monkeypatch):
     assert "in 2 call(s), then left the rounds" in found["reason"]
     record |= {"case": "models", "model": "toy", "batch": 2, "macs": 100}
     content = {"cases": {"models, toy, batch 2": record}}
-    assert bench.fastest(record, "float32") is None
-    assert any(f"about {found['times_ours']:.0f}x, 2 call(s)" in row for row in bench.peers_table(content))
+    assert cpu_tables.fastest(record, "float32") is None
+    assert any(
+        f"about {found['times_ours']:.0f}x, 2 call(s)" in row for row in cpu_tables.peers_table(content)
+    )
     assert bench.too_slow(content, 200) == {}, "it was not measured on less than that"
     skip = bench.too_slow(content, 201)
     assert skip == {"snail, float32": f"{found['times_ours']:.0f} times ours in models, toy, batch 2"}
@@ -352,8 +355,8 @@ def test_time_per_mac_is_the_median_over_the_products():
     peers = {width: {"status": "measured", "seconds": times} for width, times in seconds.items()}
     macs = {"15": 2250, "16": 2560, "17": 2890}
     record = {"case": "widths", "dtype": "float32", "rounds": 3, "macs": macs, "peers": peers}
-    assert bench.picoseconds_per_mac(record) == pytest.approx({15: 3e3 / 2250, 16: 1.0, 17: 10.0})
-    header, row = bench.widths_table({"cases": {"x": record}})
+    assert cpu_tables.picoseconds_per_mac(record) == pytest.approx({15: 3e3 / 2250, 16: 1.0, 17: 10.0})
+    header, row = cpu_tables.widths_table({"cases": {"x": record}})
     shown = dict(zip(header, row, strict=True))
     mean = (3e3 / 2250 + 11) / 3
     assert shown["ps per MAC"] == f"{mean:.2f}" and shown["multiples of 16"] == f"{1 / mean:.3f}x"
