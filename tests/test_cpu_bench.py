@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import cpu_engine as bench
+import cpu_peers
 import cpu_tables
 import measure
 import pytest
