@@ -71,6 +71,7 @@ def test_results_agree_with_the_files(finished):
         "sparse": "sparse",
         "compact before fine-tuning": "pruned",
         "compact after": "compact",
+        "compact, optimized": "compact",
     }
     assert list(rows) == list(files)
     for title, name in files.items():

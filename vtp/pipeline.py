@@ -36,6 +36,7 @@ from vtp.checkpoint import load, save
 from vtp.compact import compact
 from vtp.cost import count
 from vtp.data import EMBEDDED, Data, DataError, check_data, open_data
+from vtp.engine import optimize
 from vtp.files import FileError, write_atomic
 from vtp.gates import insert_gates
 from vtp.latency import interleaved_latency
@@ -309,18 +310,23 @@ def _begin_folder(config: RunConfig, run_dir: Path, resume: bool) -> None:
 
 def _results(models: dict[str, nn.Module], data: Data, run_dir: Path, config: RunConfig) -> dict[str, Any]:
     """Accuracy, cost, file size and latency of each model, and accuracy at other budgets."""
-    titles = {"pruned": "compact before fine-tuning", "compact": "compact after"}
+    titles = {
+        "pruned": "compact before fine-tuning",
+        "compact": "compact after",
+        "optimized": "compact, optimized",
+    }
     device = next(models["compact"].parameters()).device
     models = {name: model.to(device) for name, model in models.items()}
-    dense = models["dense"]
+    dense, compact_ = models["dense"], models["compact"]
+    models |= {"optimized": optimize(compact_)}  # the same model, packed: its file, its cost
     images = torch.randn(config.latency_batch, dense.in_chans, *dense.patch_embed.img_size, device=device)
     latency = interleaved_latency(models, images)
     rows = [
         {
             "model": titles.get(name, name),
             "top1": evaluate(model, data)[0],
-            **dataclasses.asdict(count(model)),
-            "file_bytes": (run_dir / f"{name}.safetensors").stat().st_size,
+            **dataclasses.asdict(count(compact_ if name == "optimized" else model)),
+            "file_bytes": (run_dir / f"{name.replace('optimized', 'compact')}.safetensors").stat().st_size,
             "latency_ms": latency[name].median_ms,
             "speedup": latency[name].speedup,
         }

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -48,6 +49,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vtp.data import Data
+from vtp.engine import OptimizedViT
 from vtp.files import fingerprint
 from vtp.gates import GatedLinear
 from vtp.loaders import Augment, set_epoch, test_loader, train_loader
@@ -228,7 +230,7 @@ def evaluate(
 ) -> tuple[float, float]:
     """Top-1 accuracy (percent) and mean cross-entropy (nats) of `model` on the test images, on its device."""
     loader = test_loader(data, **_loader_arguments(model, data, batch_size, workers))
-    device = next(model.parameters()).device
+    device = _device(model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return _evaluate(model, loader, lambda: torch.autocast(device.type, dtype, enabled=dtype is not None))
 
@@ -700,17 +702,25 @@ def _seed_everything(seed: int) -> None:
 
 def _loader_arguments(model: nn.Module, data: Data, batch_size: int, workers: int) -> dict[str, Any]:
     """What both loaders take, with image size (pixels) and channels as the model expects them."""
-    embed = model.patch_embed
     edge = data.image_size
-    height, width = embed.img_size or (edge, edge)
+    if isinstance(model, OptimizedViT):
+        channels, (height, width) = model.images.channels, model.images.size
+    else:
+        embed = model.patch_embed
+        channels, (height, width) = embed.proj.in_channels, embed.img_size or (edge, edge)
     if height is None or height != width:
         raise ValueError(f"model: takes images of {height}x{width}, expected squares of a known size")
     return {
         "image_size": height,
-        "in_chans": embed.proj.in_channels,
+        "in_chans": channels,
         "batch_size": batch_size,
         "workers": workers,
     }
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where a model is; a packed one has no parameters."""
+    return next(itertools.chain(model.parameters(), model.buffers())).device
 
 
 @torch.no_grad()
@@ -725,7 +735,7 @@ def _evaluate(
 
     gather: joins the scores of several processes, [images, 2] each; poll: called after each batch.
     """
-    was_training, device = model.training, next(model.parameters()).device
+    was_training, device = model.training, _device(model)
     model.eval()
     scores = []
     for images, targets in loader:
