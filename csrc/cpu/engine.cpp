@@ -6,6 +6,8 @@
 #include <new>
 #include <thread>
 
+#include "bfloat16.h"
+
 namespace vtp_cpu {
 
 namespace {
@@ -25,20 +27,6 @@ constexpr int64_t kCacheLine = 64;
 int64_t row_stride(int64_t width, int64_t bytes) {
   const int64_t lines = divide_up(round_up(width, kPanel) * bytes, kCacheLine) | 1;
   return lines * kCacheLine / bytes;
-}
-
-float widen(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float out;
-  std::memcpy(&out, &wide, 4);
-  return out;
-}
-
-uint16_t narrow(float x) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 }  // namespace
@@ -428,7 +416,7 @@ class Engine {
       const int64_t from = (first_image_ * tokens_ + row) * m_.embed_dim;
       if (call_.input_bfloat16)
         for (int64_t j = 0; j < m_.embed_dim; ++j)
-          to[j] = widen(static_cast<const uint16_t*>(call_.input)[from + j]);
+          to[j] = widen(static_cast<const BFloat16*>(call_.input)[from + j]);
       else
         std::memcpy(to, static_cast<const float*>(call_.input) + from, static_cast<size_t>(m_.embed_dim) * 4);
       for (int64_t j = m_.embed_dim; j < round_up(m_.embed_dim, kPanel); ++j) to[j] = 0;
@@ -460,7 +448,7 @@ class Engine {
       std::memcpy(static_cast<float*>(call_.output) + row * width, from, static_cast<size_t>(width) * 4);
       return;
     }
-    uint16_t* to = static_cast<uint16_t*>(call_.output) + row * width;
+    BFloat16* to = static_cast<BFloat16*>(call_.output) + row * width;
     for (int64_t j = 0; j < width; ++j) to[j] = narrow(from[j]);
   }
 

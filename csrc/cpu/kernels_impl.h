@@ -12,6 +12,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "bfloat16.h"
 #include "kernels.h"
 
 namespace vtp_cpu {
@@ -28,12 +29,7 @@ constexpr int64_t kCacheLine = 64;
 // ----------------------------------------------------------------------------------------------- elements
 
 inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) {
-  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float out;
-  memcpy(&out, &bits, 4);
-  return out;
-}
+inline float to_float(BFloat16 x) { return widen(x); }
 
 template <class T>
 inline T from_float(float x);
@@ -43,11 +39,7 @@ inline float from_float<float>(float x) {
 }
 template <>
 inline BFloat16 from_float<BFloat16>(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if (x != x) return BFloat16{static_cast<uint16_t>((bits >> 16) | 0x40)};  // a quiet NaN stays one
-  bits += 0x7fff + ((bits >> 16) & 1);                                      // to nearest, ties to even
-  return BFloat16{static_cast<uint16_t>(bits >> 16)};
+  return narrow(x);
 }
 
 // ----------------------------------------------------------------------------------------------- functions
