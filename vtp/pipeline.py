@@ -317,20 +317,21 @@ def _results(models: dict[str, nn.Module], data: Data, run_dir: Path, config: Ru
     }
     device = next(models["compact"].parameters()).device
     models = {name: model.to(device) for name, model in models.items()}
-    dense, compact_ = models["dense"], models["compact"]
-    models |= {"optimized": optimize(compact_)}  # the same model, packed: its file, its cost
+    dense = models["dense"]
+    timed = models | {"optimized": optimize(models["compact"])}
+    saved_as = {"optimized": "compact"}  # a packed model has no file of its own, and the same cost
     images = torch.randn(config.latency_batch, dense.in_chans, *dense.patch_embed.img_size, device=device)
-    latency = interleaved_latency(models, images)
+    latency = interleaved_latency(timed, images)
     rows = [
         {
             "model": titles.get(name, name),
             "top1": evaluate(model, data)[0],
-            **dataclasses.asdict(count(compact_ if name == "optimized" else model)),
-            "file_bytes": (run_dir / f"{name.replace('optimized', 'compact')}.safetensors").stat().st_size,
+            **dataclasses.asdict(count(models[saved_as.get(name, name)])),
+            "file_bytes": (run_dir / f"{saved_as.get(name, name)}.safetensors").stat().st_size,
             "latency_ms": latency[name].median_ms,
             "speedup": latency[name].speedup,
         }
-        for name, model in models.items()
+        for name, model in timed.items()
     ]
     environment_ = environment() | {"latency_batch": config.latency_batch, "device": str(device)}
     return {"rows": rows, "reslice": _reslice(models["sparse"], data, config), "environment": environment_}
