@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from op_checks import leaves
 
 from vtp_kernels.gated_linear import gated_linear_ref
 
@@ -25,10 +26,6 @@ def inputs(M, K, N, x_dtype, weight_dtype, seed=0):
     gate[K // 2] = 0.0 if K > 1 else gate[0]
     weight = weight / K**0.5
     return x.to(x_dtype), weight.to(weight_dtype), gate, bias.to(weight_dtype), dy.to(x_dtype)
-
-
-def leaves(tensors, needs=(True,) * 4):
-    return [t.detach().clone().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
 
 
 def reference(x, weight, gate, bias, dy, dtype, function=gated_linear_ref):

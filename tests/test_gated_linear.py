@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from gated_linear_cases import DTYPES, L1, NAMES, inputs, leaves, reference, references
+from gated_linear_cases import DTYPES, L1, NAMES, inputs, reference, references
 from numerics import assert_close_to_float64
-from op_checks import check_compilation, check_export, saved_by, with_layout
+from op_checks import check_compilation, check_export, leaves, saved_by, with_layout
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -6,7 +6,8 @@ from collections import defaultdict
 
 import pytest
 import torch
-from gated_linear_cases import DTYPES, L1, inputs, leaves
+from gated_linear_cases import DTYPES, L1, inputs
+from op_checks import leaves
 from test_gated_linear import run
 
 from vtp_kernels import _triton, gated_linear

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch._dynamo.config
 import torch.nn.functional as F
-from gated_linear_cases import DTYPES, L1, NAMES, inputs, leaves, reference, references
+from gated_linear_cases import DTYPES, L1, NAMES, inputs, reference, references
 from numerics import FEWEST, assert_close_to_float64
+from op_checks import leaves
 from test_gated_linear import SHAPES, check, run, with_layout
 
 from vtp_kernels import _library, gated_linear
