@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import irregular_models
+from irregular import irregular_models
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

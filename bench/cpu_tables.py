@@ -5,10 +5,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from measure import machine, pairwise_ratio
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from vtp.bench.measure import machine, pairwise_ratio
 
 Record = dict[str, Any]
 Rows = list[list[str]]  # the first is the header

@@ -35,7 +35,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import timm
 import torch
 import torch.nn.functional as F
-from measure import (
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import vtp
+from vtp.architecture import SITES, replace_sites
+from vtp.bench.measure import (
     LEAST_ROUNDS,
     commit,
     hardware,
@@ -45,13 +52,6 @@ from measure import (
     relative_error,
     take_turns,
 )
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
-
-import vtp
-from vtp.architecture import SITES, replace_sites
 from vtp.files import FileError, write_atomic
 from vtp.pipeline import environment
 from vtp.train import TrainConfig, gate_param_groups, gated_linears, settle_gates

@@ -36,13 +36,13 @@ from xml.etree import ElementTree
 import torch
 import torch.nn.functional as F
 from gating_cost import synchronize
-from measure import commit, hardware, pairwise_ratio, positive, relative_error, turns
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from vtp.bench.measure import commit, hardware, pairwise_ratio, positive, relative_error, turns
 from vtp.files import FileError, write_atomic
 from vtp.pipeline import environment
 from vtp_kernels import gated_linear

@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import cpu_engine as bench
-import cpu_peers
 import cpu_tables
-import measure
+import products
 import pytest
 import torch
 from torch import Tensor, nn
 
+from vtp.bench import contest, measure
+from vtp.bench import peers as peers_of
 from vtp.compact import ConstantBranch
 
 TOY = "models, toy, batch 1"
@@ -27,20 +28,20 @@ def one_thread_and_nobody_slow():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "SLOW", 1e9)
+        patch.setattr(contest, "SLOW", 1e9)
         yield
     torch.set_num_threads(threads)
 
 
-def peers(*names: str, dtypes: tuple[str, ...] = ("float32",)) -> list[bench.Peer]:
-    return [peer for peer in bench.PEERS if peer.name in names and peer.dtype in dtypes]
+def peers(*names: str, dtypes: tuple[str, ...] = ("float32",)) -> list[peers_of.Peer]:
+    return [peer for peer in peers_of.PEERS if peer.name in names and peer.dtype in dtypes]
 
 
-OURS = peers("ours", "ours again", dtypes=tuple(bench.DTYPES))
-FEW = [*OURS, *peers("PyTorch eager", dtypes=tuple(bench.DTYPES))]
+OURS = peers("ours", "ours again", dtypes=tuple(peers_of.DTYPES))
+FEW = [*OURS, *peers("PyTorch eager", dtypes=tuple(peers_of.DTYPES))]
 
 
-def run(out: Path, *arguments: str, using: list[bench.Peer] = FEW) -> int:
+def run(out: Path, *arguments: str, using: list[peers_of.Peer] = FEW) -> int:
     few = ["--quick", "--rounds", "3", "--seconds", "2", "--threads", "1"]
     return bench.main([*few, "--out", str(out), *arguments], using)
 
@@ -59,19 +60,19 @@ def cells(printed: str, title: str) -> list[dict[str, str]]:
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def toy() -> bench.Subject:
+def toy() -> contest.Subject:
     (model,) = bench.TOYS["toy"].build([bench.RATE])
-    return bench.Subject(model, bench.random_images(model, 2))
+    return contest.Subject(model, bench.random_images(model, 2))
 
 
-def changed(change, dtype: str = "float32", name: str = "wrong") -> bench.Peer:
+def changed(change, dtype: str = "float32", name: str = "wrong") -> peers_of.Peer:
     """A peer whose logits are those of PyTorch after `change`."""
 
-    def prepare(model: nn.Module, images: Tensor) -> bench.Run:
-        right = bench.prepare_eager(model, images, dtype=dtype)
+    def prepare(model: nn.Module, images: Tensor) -> peers_of.Run:
+        right = peers_of.prepare_eager(model, images, dtype=dtype)
         return lambda: change(right())
 
-    return bench.Peer(name, dtype, prepare)
+    return peers_of.Peer(name, dtype, prepare)
 
 
 def record_of(**peers: tuple[str, list[float]]) -> dict:
@@ -171,7 +172,7 @@ def test_the_fastest_peer_of_bfloat16_may_be_of_any_dtype_and_of_float32_not():
 def test_a_peer_that_gives_wrong_logits_gets_no_figure(change):
     subject, wrong = toy(), changed(change)
     entries = {peer.label: (peer, subject) for peer in [*peers("ours"), wrong]}
-    record = bench.contest(entries, bench.Budget(rounds=2))
+    record = contest.contest(entries, contest.Budget(rounds=2))
     assert record["peers"]["ours, float32"]["status"] == "measured"
     found = record["peers"]["wrong, float32"]
     assert found["status"] == "failed" and "relative error" in found["reason"]
@@ -179,13 +180,13 @@ def test_a_peer_that_gives_wrong_logits_gets_no_figure(change):
 
 
 def test_a_failed_peer_is_shown_with_its_reason_and_never_the_fastest(tmp_path, capsys):
-    def broken(model: nn.Module, images: Tensor) -> bench.Run:
+    def broken(model: nn.Module, images: Tensor) -> peers_of.Run:
         raise RuntimeError("no such operator\nand a long trace")
 
     def wrong(logits: Tensor) -> Tensor:
         return logits * 2
 
-    using = [*peers("ours", "PyTorch eager"), changed(wrong), bench.Peer("broken", "float32", broken)]
+    using = [*peers("ours", "PyTorch eager"), changed(wrong), peers_of.Peer("broken", "float32", broken)]
     out = tmp_path / "out.json"
     assert run(out, "--cases", "models", using=using) == 1
     capsys.readouterr()
@@ -201,8 +202,8 @@ def test_a_failed_peer_is_shown_with_its_reason_and_never_the_fastest(tmp_path, 
 def test_a_missing_library_is_shown_with_its_reason(tmp_path, monkeypatch, capsys):
     there = importlib.util.find_spec
     without = lambda name: None if name in ("onnxruntime", "openvino") else there(name)  # noqa: E731
-    monkeypatch.setattr(cpu_peers, "find_spec", without)
-    using = [*peers("ours"), *peers("ONNX Runtime", "OpenVINO", dtypes=tuple(bench.DTYPES))]
+    monkeypatch.setattr(peers_of, "find_spec", without)
+    using = [*peers("ours"), *peers("ONNX Runtime", "OpenVINO", dtypes=tuple(peers_of.DTYPES))]
     prepared = [dataclasses.replace(p, prepare=None) if not p.ours else p for p in using]
     assert run(tmp_path / "out.json", "--cases", "models", using=prepared) == 0
     printed = capsys.readouterr().out
@@ -219,12 +220,12 @@ def test_an_installed_library_computes_the_compact_model(package, name):
     (peer,) = peers(name)
     if reason := peer.why_not():
         pytest.skip(reason)
-    record, call = bench.ready(peer, shared_toy(), 120.0)
+    record, call = contest.ready(peer, shared_toy(), 120.0)
     assert record["status"] == "measured" and call is not None, record["reason"]
 
 
 @functools.cache
-def shared_toy() -> bench.Subject:
+def shared_toy() -> contest.Subject:
     """One model, so that it is exported once."""
     return toy()
 
@@ -233,7 +234,7 @@ def test_compiled_models_of_one_class_do_not_recompile_for_each_other():
     torch._dynamo.reset()
     subject = toy()
     calls = [
-        torch.compile(cpu_peers.own_code(subject.model), dynamic=False, backend="eager", fullgraph=True)
+        torch.compile(peers_of.own_code(subject.model), dynamic=False, backend="eager", fullgraph=True)
         for _ in range(3)
     ]
     with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=1):
@@ -295,7 +296,7 @@ def test_cases_before_one_that_breaks_are_in_the_file(tmp_path, monkeypatch):
 
 
 def test_a_slow_peer_leaves_the_rounds_and_larger_cases(monkeypatch):
-    monkeypatch.setattr(bench, "SLOW", 20.0)
+    monkeypatch.setattr(contest, "SLOW", 20.0)
 
     def slow(logits: Tensor) -> Tensor:
         time.sleep(0.5)
@@ -303,9 +304,9 @@ def test_a_slow_peer_leaves_the_rounds_and_larger_cases(monkeypatch):
 
     subject, snail = toy(), changed(slow, name="snail")
     entries = {peer.label: (peer, subject) for peer in [*peers("ours"), snail]}
-    record = bench.contest(entries, bench.Budget(rounds=2))
+    record = contest.contest(entries, contest.Budget(rounds=2))
     found = record["peers"]["snail, float32"]
-    assert found["status"] == "slow" and len(found["seconds"]) == 2 and found["times_ours"] > bench.SLOW
+    assert found["status"] == "slow" and len(found["seconds"]) == 2 and found["times_ours"] > contest.SLOW
     assert "in 2 call(s), then left the rounds" in found["reason"]
     record |= {"case": "models", "model": "toy", "batch": 2, "macs": 100}
     content = {"cases": {"models, toy, batch 2": record}}
@@ -317,29 +318,29 @@ def test_a_slow_peer_leaves_the_rounds_and_larger_cases(monkeypatch):
     skip = bench.too_slow(content, 201)
     assert skip == {"snail, float32": f"{found['times_ours']:.0f} times ours in models, toy, batch 2"}
     never = {snail.label: (dataclasses.replace(snail, prepare=None), subject)}
-    assert bench.contest(never, bench.Budget(), skip)["peers"][snail.label]["status"] == "skipped"
+    assert contest.contest(never, contest.Budget(), skip)["peers"][snail.label]["status"] == "skipped"
 
 
 def test_a_peer_that_is_not_ready_in_time_is_given_up():
-    def prepare(model: nn.Module, images: Tensor) -> bench.Run:
+    def prepare(model: nn.Module, images: Tensor) -> peers_of.Run:
         try:
             time.sleep(30)
         except Exception:  # as a compiler would
             return lambda: images
         raise AssertionError("it was not interrupted")
 
-    never = bench.Peer("never", "float32", prepare)
+    never = peers_of.Peer("never", "float32", prepare)
     after = dataclasses.replace(never, name="after")
     subject = toy()
     entries = {peer.label: (peer, subject) for peer in [*peers("ours"), never, after]}
-    record = bench.contest(entries, bench.Budget(rounds=2, prepare_seconds=0.5))["peers"]
+    record = contest.contest(entries, contest.Budget(rounds=2, prepare_seconds=0.5))["peers"]
     assert record["never, float32"]["status"] == record["after, float32"]["status"] == "unready"
     assert record["ours, float32"]["status"] == "measured"
 
 
 def test_warm_up_goes_on_until_times_settle(monkeypatch):
-    def runner(times: list[float]) -> bench.Runner:
-        found, left = bench.Runner(lambda: None), iter(times)
+    def runner(times: list[float]) -> contest.Runner:
+        found, left = contest.Runner(lambda: None), iter(times)
         monkeypatch.setattr(found, "call", lambda: next(left))
         return found
 
@@ -365,7 +366,7 @@ def test_time_per_mac_is_the_median_over_the_products():
 
 
 def test_a_feed_forward_branch_has_the_widths_asked_for():
-    model = bench.FeedForward(48, 37, 61, depth=2)
+    model = products.FeedForward(48, 37, 61, depth=2)
     assert model.macs_per_token == 2 * (37 * 61 + 61 * 48)
     for block in model.vit.blocks:
         assert (block.mlp.fc1.weight.shape, block.mlp.fc2.weight.shape) == ((61, 37), (48, 61))

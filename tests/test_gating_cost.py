@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-import measure
 import models
 import pytest
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vtp
+from vtp.bench import measure
 
 CPU = torch.device("cpu")
 SCRIPT = Path(__file__).parent.parent / "bench" / "gating_cost.py"

@@ -1,25 +1,18 @@
-"""What bench/cpu_engine.py compares: ways to run a compact model on a CPU, with what each of them needs."""
+"""The peers of a comparison: ways to run a model on a CPU, with what each of them needs."""
 
 import copy
-import dataclasses
 import functools
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from measure import randomize_vectors
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vtp
-from vtp import cpu_engine
-from vtp.cpu_engine import CpuBlocks
-from vtp.engine import pack_for_ops
-from vtp_kernels._library import why_no_cpp
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -170,71 +163,3 @@ def _peers() -> list[Peer]:
 
 
 PEERS = _peers()
-
-
-def prepare_packed(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
-    """One linear on oneDNN, its weight laid out once: a private API of PyTorch."""
-    ops = torch.ops.mkldnn
-    if not (hasattr(ops, "_linear_pointwise") and hasattr(ops, "_reorder_linear_weight")):
-        raise Unsupported("this PyTorch has no oneDNN")
-    if dtype == "bfloat16" and not ops._is_mkldnn_bf16_supported():
-        raise Unsupported("oneDNN takes no packed bfloat16 on this CPU")
-    x = x.to(DTYPES[dtype])
-    weight = ops._reorder_linear_weight(linear.weight.detach().to(DTYPES[dtype]), len(x))
-    return lambda: ops._linear_pointwise(x, weight, None, "none", [], "")
-
-
-class FeedForward(nn.Module):
-    """The blocks of a compact model without attention: tokens [B, N, embed_dim] to the same shape."""
-
-    def __init__(self, embed_dim: int, inputs: int, hidden: int, depth: int = 1) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        dense = VisionTransformer(
-            img_size=32,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=1,
-            mlp_ratio=hidden / embed_dim,
-            num_classes=0,
-        )
-        randomize_vectors(dense)
-        gated = vtp.insert_gates(dense)
-        plan = vtp.make_plan(gated, rate=0.0)
-        kept = {name: () if "attn" in name else widths for name, widths in plan.kept.items()}
-        kept |= {name: widths[:inputs] for name, widths in kept.items() if name.endswith("fc1")}
-        self.vit = vtp.compact(gated, dataclasses.replace(plan, kept=kept))
-        self.macs_per_token = depth * hidden * (inputs + embed_dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.vit.blocks(tokens)
-
-
-def prepare_feed_forward(model: nn.Module, tokens: Tensor, *, dtype: str) -> Run:
-    """The blocks on the C++ engine."""
-    packed = pack_for_ops(model.vit, DTYPES[dtype]).vit
-    if (reason := cpu_engine.why_not(packed.blocks, DTYPES[dtype])) is not None:
-        raise Unsupported(reason)
-    blocks, tokens = CpuBlocks(packed, DTYPES[dtype]), tokens.to(DTYPES[dtype])
-    return lambda: blocks(tokens)
-
-
-def prepare_our_linear(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
-    """One linear by the engine's micro-kernels, its weight packed once."""
-    if (reason := why_no_cpp()) is not None:
-        raise Unsupported(reason)
-    outputs = len(linear.weight)
-    weight = cpu_engine.panels(linear.weight.detach(), DTYPES[dtype]).view(-1).view(torch.uint8)
-    bias = torch.zeros(-(-outputs // 16) * 16)
-    if torch.ops.vtp.cpu_isa() == "avx512_bf16":  # whose activations are in the dtype of the weights
-        x = x.to(DTYPES[dtype])
-    return lambda: torch.ops.vtp.cpu_linear(x, weight, bias, outputs, dtype == "bfloat16")[:, :outputs]
-
-
-def gemm_peers(peers: Iterable[Peer]) -> list[Peer]:
-    """Those of `peers` that know no more of a linear than its product, and the packed one."""
-    found = []
-    for dtype in DTYPES:
-        packed, ours = (functools.partial(f, dtype=dtype) for f in (prepare_packed, prepare_our_linear))
-        found += [Peer("ours", dtype, ours, ours=True), Peer("oneDNN, packed", dtype, packed)]
-    return found + [p for p in peers if not p.name.startswith(("ours", "torch.compile"))]

@@ -1,0 +1,1 @@
+"""Comparisons of runtimes side by side: what `vtp bench` and the scripts of `bench/` measure with."""

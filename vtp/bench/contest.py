@@ -1,0 +1,234 @@
+"""A contest: peers run the same model; each is checked, warmed up, and then timed in turn with the others.
+
+Nothing is timed that does not compute the same: outputs are compared with float64 before. What fails, is
+missing or was not ready in time has a reason instead of a figure. A peer over `SLOW` times slower than ours
+is called once or twice and then stays out.
+"""
+
+import contextlib
+import copy
+import math
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp.bench.measure import relative_error, take_turns
+from vtp.bench.peers import Peer, Run, Unsupported, prepare_eager
+
+Record = dict[str, Any]
+
+FACTOR = 2.0  # how many times the error of PyTorch's eager mode in the same dtype a peer may make
+TINY = {"float32": 1e-6, "bfloat16": 1e-3}  # and this much more, where eager is exact by luck
+# Largest relative error (norm of the difference over norm) of any peer, and the only bound of those that
+# choose the arithmetic inside: a hundred float32 roundings, ten bfloat16 roundings.
+CEILINGS = {"float32": 1e-5, "bfloat16": 5e-2}
+
+SLOW = 20.0  # times ours: a peer slower than that leaves the rounds
+SLOW_TWICE = 5.0  # seconds: a slow peer is called a second time if one call takes less
+SETTLED = 0.05  # the warm-up ends when the medians of three calls differ by less
+WARM_UP_SECONDS = 10.0
+SHORT = 0.25  # seconds: before a call that is shorter, another one brings caches and threads back
+
+# --------------------------------------------------------------------------------
+# Correctness: nothing is timed that does not compute the same
+
+
+class Subject:
+    """A model in float32 with its images, and what it has to put out."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        self.model, self.images = model.eval(), images
+        with torch.inference_mode():
+            self.exact = copy.deepcopy(model).double()(images.double())
+        self._errors: dict[str, float] = {}
+
+    def eager_error(self, dtype: str) -> float:
+        """Relative error of PyTorch's eager mode, on the first image: in bfloat16 eight may take a minute."""
+        if dtype not in self._errors:
+            with torch.inference_mode():
+                logits = prepare_eager(self.model, self.images[:1], dtype=dtype)()
+            self._errors[dtype] = relative_error(logits, self.exact[:1])
+        return self._errors[dtype]
+
+    def bound(self, peer: Peer) -> float:
+        """The largest relative error that `peer` may make."""
+        ceiling = CEILINGS[peer.dtype]
+        if peer.own_arithmetic:
+            return ceiling
+        return min(ceiling, FACTOR * self.eager_error(peer.dtype) + TINY[peer.dtype])
+
+
+class OutOfTime(BaseException):
+    """Raised by `time_limit`; no Exception, as compilers catch those."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End what runs inside after so long, with `OutOfTime`. Only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread() or seconds == math.inf:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def ready(peer: Peer, subject: Subject, seconds: float) -> tuple[Record, Run | None]:
+    """Prepare and check one peer. Returns its record so far, and its call if there is something to time.
+
+    Args:
+        seconds: after which preparing it is given up.
+    """
+    record: Record = {"dtype": peer.dtype, "status": "absent", "reason": peer.why_not()}
+    if record["reason"] is not None:
+        return record, None
+    started = time.perf_counter()
+    try:
+        with time_limit(seconds):
+            run = peer.prepare(subject.model, subject.images)
+    except OutOfTime:
+        if "torch._inductor.async_compile" in sys.modules:  # whose processes would disturb the others
+            torch._inductor.async_compile.shutdown_compile_workers()
+        return record | {"status": "unready", "reason": "not ready in time; run again"}, None
+    except Unsupported as error:
+        return record | {"reason": str(error)}, None
+    except Exception as error:  # of an exporter, a compiler, ...: the other peers have their figures
+        return record | {"status": "failed", "reason": first_line(error)}, None
+    record["prepare_seconds"] = time.perf_counter() - started
+    try:
+        with torch.inference_mode():
+            error = relative_error(run(), subject.exact)
+    except Exception as failure:
+        return record | {"status": "failed", "reason": first_line(failure)}, None
+    bound = subject.bound(peer)
+    record |= {"error": error if math.isfinite(error) else None, "error_bound": bound}
+    if not error <= bound:  # nor NaN
+        reason = f"wrong logits: relative error {error:.2g}, at most {bound:.2g} allowed"
+        return record | {"status": "failed", "reason": reason}, None
+    return record | {"status": "measured"}, run
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, short enough for a table's notes."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+
+
+# --------------------------------------------------------------------------------
+# Time
+
+
+@dataclass
+class Runner:
+    """A call that is timed, and all its times: `warm_up` before the rounds, `seconds` in them."""
+
+    run: Run
+    warm_up: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def call(self) -> float:
+        """Seconds of one call."""
+        with torch.inference_mode():
+            started = time.perf_counter()
+            self.run()
+            return time.perf_counter() - started
+
+    def step(self) -> None:
+        """A round's turn. What ran before has emptied the caches, and its threads may still be spinning."""
+        if self.warm_up[-1] < SHORT:
+            self.call()
+        self.seconds.append(self.call())
+
+    def settle(self, limit: float = WARM_UP_SECONDS) -> None:
+        """Warm up until the median of three calls is near that of the three before, or `limit` has passed."""
+        times = self.warm_up
+        while sum(times) < limit or not times:
+            times.append(self.call())
+            if len(times) >= 6:
+                before, last = statistics.median(times[-6:-3]), statistics.median(times[-3:])
+                if abs(last - before) < SETTLED * before:
+                    return
+
+
+@dataclass(frozen=True)
+class Budget:
+    """rounds and seconds: of a case, see `take_turns`; prepare_seconds: for all peers of a case together."""
+
+    rounds: int = 30
+    seconds: float = 90.0
+    prepare_seconds: float = 180.0
+
+
+def contest(
+    entries: Mapping[str, tuple[Peer, Subject]], budget: Budget, skip: Mapping[str, str] | None = None
+) -> Record:
+    """Prepare, check and time all entries; rounds and, of each entry, its record.
+
+    Args:
+        entries: by label; `ours` of a dtype before those that are compared with it.
+        skip: reasons why a label is not even prepared.
+    """
+    torch._dynamo.reset()
+    records: dict[str, Record] = {}
+    runners: dict[str, Runner] = {}
+    started = time.perf_counter()
+    for label, (peer, subject) in entries.items():
+        if skip and label in skip:
+            records[label] = {"dtype": peer.dtype, "status": "skipped", "reason": skip[label]}
+            continue
+        left = budget.prepare_seconds - (time.perf_counter() - started)
+        records[label], run = ready(peer, subject, math.inf if peer.ours else left)
+        if run is not None:
+            runners[label] = Runner(run)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for label in list(runners):
+            if not _keeps_up(label, entries, records, runners):
+                records[label] |= {"seconds": runners.pop(label).warm_up}
+        rounds = take_turns(runners, budget.rounds, budget.seconds) if runners else 0
+    for label, runner in runners.items():
+        records[label] |= {"warm_up_seconds": runner.warm_up, "seconds": runner.seconds}
+    return {"rounds": rounds, "peers": records}
+
+
+def _keeps_up(
+    label: str,
+    entries: Mapping[str, tuple[Peer, Subject]],
+    records: dict[str, Record],
+    runners: Mapping[str, Runner],
+) -> bool:
+    """Warm one runner up, unless it is so slow, or broken, that it has to leave; its record then says so."""
+    peer, runner = entries[label][0], runners[label]
+    ours = [
+        r for name, r in runners.items() if entries[name][0].ours and entries[name][0].dtype == peer.dtype
+    ]
+    try:
+        runner.warm_up.append(runner.call())
+        if ours and runner is not ours[0]:
+            usual = statistics.median(ours[0].warm_up[-3:])
+            if runner.warm_up[0] > SLOW * usual and runner.warm_up[0] < SLOW_TWICE:
+                runner.warm_up.append(runner.call())
+            if (fastest := min(runner.warm_up)) > SLOW * usual:
+                times = fastest / usual
+                reason = f"{times:.0f} times ours in {len(runner.warm_up)} call(s), then left the rounds"
+                records[label] |= {"status": "slow", "reason": reason, "times_ours": times}
+                return False
+        runner.settle()
+    except Exception as error:
+        records[label] |= {"status": "failed", "reason": first_line(error)}
+        return False
+    return True
