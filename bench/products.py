@@ -82,4 +82,4 @@ def gemm_peers(peers: Iterable[Peer]) -> list[Peer]:
     for dtype in DTYPES:
         packed, ours = (functools.partial(f, dtype=dtype) for f in (prepare_packed, prepare_our_linear))
         found += [Peer("ours", dtype, ours, ours=True), Peer("oneDNN, packed", dtype, packed)]
-    return found + [p for p in peers if not p.name.startswith(("ours", "torch.compile"))]
+    return found + [p for p in peers if not p.name.startswith(("our", "torch.compile"))]

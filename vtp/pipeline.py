@@ -15,13 +15,10 @@ A run is one folder:
 """
 
 import dataclasses
-import datetime
 import json
-import platform
 import sys
 from collections.abc import Callable
 from importlib import resources
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from rich.console import Console
 from torch import nn
 
 from vtp.architecture import Architecture, UnsupportedModelError, describe
+from vtp.bench.measure import environment
 from vtp.checkpoint import load, save
 from vtp.compact import compact
 from vtp.cost import count
@@ -350,24 +348,3 @@ def _reslice(sparse: nn.Module, data: Data, config: RunConfig) -> list[dict[str,
             break
         points.append({"rate": rate, **dataclasses.asdict(count(small)), "top1": evaluate(small, data)[0]})
     return points
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine that figures were measured with."""
-    return {
-        **{name: version(name) for name in ("torch", "timm")},
-        "python": platform.python_version(),
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    family = f"family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
-    return f"{fields.get('model name', platform.machine())} {family}".strip()

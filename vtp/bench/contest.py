@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp.bench.measure import relative_error, take_turns
+from vtp.bench.measure import peak_bytes, relative_error, resident_bytes, take_turns
 from vtp.bench.peers import Peer, Run, Unsupported, prepare_eager
 
 Record = dict[str, Any]
@@ -42,13 +42,41 @@ SHORT = 0.25  # seconds: before a call that is shorter, another one brings cache
 
 
 class Subject:
-    """A model in float32 with its images, and what it has to put out."""
+    """A model in float32 with its images, and what it has to put out.
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
-        self.model, self.images = model.eval(), images
-        with torch.inference_mode():
-            self.exact = copy.deepcopy(model).double()(images.double())
+    Args:
+        images: [B, ...]; `repeats` times those, the batch that is timed.
+        exact: outputs for `images` in float64, of another model that this one must equal.
+        macs: of the model and one image, for the record.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        *,
+        repeats: int = 1,
+        exact: Tensor | None = None,
+        macs: int | None = None,
+    ) -> None:
+        self.macs = macs
+        self.model, self.images = model.eval(), images.repeat(repeats, *[1] * (images.ndim - 1))
+        if exact is None:
+            with torch.inference_mode():
+                exact = copy.deepcopy(model).double()(images.double())
+        self.exact = exact.repeat(repeats, *[1] * (exact.ndim - 1))
         self._errors: dict[str, float] = {}
+        self._exports: dict[Any, tuple[Any, float]] = {}
+
+    def exported(self, peer: Peer) -> tuple[Any, float | None]:
+        """What `peer.prepare` takes, and the seconds to make it; once for all peers of the same export."""
+        if peer.export is None:
+            return self.model, None
+        if peer.export not in self._exports:
+            started = time.perf_counter()
+            source = peer.export(self.model, tuple(self.images.shape))
+            self._exports[peer.export] = source, time.perf_counter() - started
+        return self._exports[peer.export]
 
     def eager_error(self, dtype: str) -> float:
         """Relative error of PyTorch's eager mode, on the first image: in bfloat16 eight may take a minute."""
@@ -92,16 +120,21 @@ def time_limit(seconds: float) -> Iterator[None]:
 def ready(peer: Peer, subject: Subject, seconds: float) -> tuple[Record, Run | None]:
     """Prepare and check one peer. Returns its record so far, and its call if there is something to time.
 
+    Its record has the seconds to export the model, those to load it (compile and pack it, up to the end of
+    the first call), and its memory: resident bytes at the peak of a call over those before it was loaded.
+
     Args:
         seconds: after which preparing it is given up.
     """
     record: Record = {"dtype": peer.dtype, "status": "absent", "reason": peer.why_not()}
     if record["reason"] is not None:
         return record, None
-    started = time.perf_counter()
     try:
         with time_limit(seconds):
-            run = peer.prepare(subject.model, subject.images)
+            source, record["export_seconds"] = subject.exported(peer)
+            resident = resident_bytes()
+            started = time.perf_counter()
+            run = peer.prepare(source, subject.images)
     except OutOfTime:
         if "torch._inductor.async_compile" in sys.modules:  # whose processes would disturb the others
             torch._inductor.async_compile.shutdown_compile_workers()
@@ -110,10 +143,12 @@ def ready(peer: Peer, subject: Subject, seconds: float) -> tuple[Record, Run | N
         return record | {"reason": str(error)}, None
     except Exception as error:  # of an exporter, a compiler, ...: the other peers have their figures
         return record | {"status": "failed", "reason": first_line(error)}, None
-    record["prepare_seconds"] = time.perf_counter() - started
     try:
         with torch.inference_mode():
-            error = relative_error(run(), subject.exact)
+            outputs = run()
+            record["prepare_seconds"] = time.perf_counter() - started
+            error = relative_error(outputs, subject.exact)
+            record["memory_bytes"] = None if resident is None else peak_bytes(run) - resident
     except Exception as failure:
         return record | {"status": "failed", "reason": first_line(failure)}, None
     bound = subject.bound(peer)
@@ -122,6 +157,20 @@ def ready(peer: Peer, subject: Subject, seconds: float) -> tuple[Record, Run | N
         reason = f"wrong logits: relative error {error:.2g}, at most {bound:.2g} allowed"
         return record | {"status": "failed", "reason": reason}, None
     return record | {"status": "measured"}, run
+
+
+def slowed(run: Run, share: float) -> Run:
+    """`run`, and then nothing for `share` of the time that it took: a slow-down that a contest must show."""
+
+    def call() -> Tensor:
+        started = time.perf_counter()
+        outputs = run()
+        ended = time.perf_counter()
+        while time.perf_counter() - ended < share * (ended - started):
+            pass
+        return outputs
+
+    return call
 
 
 def first_line(error: Exception) -> str:
@@ -154,7 +203,7 @@ class Runner:
             self.call()
         self.seconds.append(self.call())
 
-    def settle(self, limit: float = WARM_UP_SECONDS) -> None:
+    def settle(self, limit: float) -> None:
         """Warm up until the median of three calls is near that of the three before, or `limit` has passed."""
         times = self.warm_up
         while sum(times) < limit or not times:
@@ -167,11 +216,13 @@ class Runner:
 
 @dataclass(frozen=True)
 class Budget:
-    """rounds and seconds: of a case, see `take_turns`; prepare_seconds: for all peers of a case together."""
+    """rounds and seconds: of a case, see `take_turns`; prepare_seconds: for all peers of a case together,
+    without ours; warm_up_seconds: for each."""
 
     rounds: int = 30
     seconds: float = 90.0
     prepare_seconds: float = 180.0
+    warm_up_seconds: float = WARM_UP_SECONDS
 
 
 def contest(
@@ -193,11 +244,12 @@ def contest(
             continue
         left = budget.prepare_seconds - (time.perf_counter() - started)
         records[label], run = ready(peer, subject, math.inf if peer.ours else left)
+        records[label]["macs"] = subject.macs
         if run is not None:
             runners[label] = Runner(run)
     with torch.compiler.set_stance("fail_on_recompile"):
         for label in list(runners):
-            if not _keeps_up(label, entries, records, runners):
+            if not _keeps_up(label, entries, records, runners, budget.warm_up_seconds):
                 records[label] |= {"seconds": runners.pop(label).warm_up}
         rounds = take_turns(runners, budget.rounds, budget.seconds) if runners else 0
     for label, runner in runners.items():
@@ -210,6 +262,7 @@ def _keeps_up(
     entries: Mapping[str, tuple[Peer, Subject]],
     records: dict[str, Record],
     runners: Mapping[str, Runner],
+    warm_up_seconds: float,
 ) -> bool:
     """Warm one runner up, unless it is so slow, or broken, that it has to leave; its record then says so."""
     peer, runner = entries[label][0], runners[label]
@@ -227,7 +280,7 @@ def _keeps_up(
                 reason = f"{times:.0f} times ours in {len(runner.warm_up)} call(s), then left the rounds"
                 records[label] |= {"status": "slow", "reason": reason, "times_ours": times}
                 return False
-        runner.settle()
+        runner.settle(warm_up_seconds)
     except Exception as error:
         records[label] |= {"status": "failed", "reason": first_line(error)}
         return False

@@ -1,18 +1,25 @@
 """What all comparisons share: whose turn it is, ratios, the error that is checked, the machine."""
 
 import argparse
+import contextlib
+import ctypes
+import datetime
+import gc
 import math
 import os
+import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+PEER_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino", "torch-pruning")
 LEAST_ROUNDS = 5  # the fewest that have quartiles worth printing
 
 
@@ -74,6 +81,33 @@ def pairwise_ratio(own: Sequence[float], reference: Sequence[float]) -> dict[str
 
 
 # --------------------------------------------------------------------------------
+# Memory
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process after what is free was given back; None where the system does not say."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most memory that was resident during a call. Linux only: see `resident_bytes`."""
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to what is resident now
+    call()
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    except (OSError, StopIteration):
+        return None
+
+
+# --------------------------------------------------------------------------------
 # Machine
 
 
@@ -104,6 +138,43 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
+def environment() -> dict[str, Any]:
+    """Versions and machine that figures were measured with."""
+    return {
+        **{name: version(name) for name in ("torch", "timm")},
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    family = f"family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
+    return f"{fields.get('model name', platform.machine())} {family}".strip()
+
+
+def description(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware of a comparison on `device`, for its results file."""
+    return {
+        "environment": environment(),
+        "hardware": {**hardware(device), "isa": vector_flags()},
+        "versions": {name: _version(name) for name in PEER_PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def commit() -> dict[str, Any]:
     """Commit of this checkout and whether files differ from it; None where that is unknown."""
 
@@ -114,8 +185,10 @@ def commit() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    changes = git("status", "--porcelain")
-    return {"commit": git("rev-parse", "HEAD"), "modified": None if changes is None else bool(changes)}
+    # An installed copy may lie in a checkout of something else.
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return {"commit": None, "modified": None}
+    return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain"))}
 
 
 def machine(results: Mapping[str, Any]) -> str:

@@ -13,17 +13,27 @@ import torch
 from torch import Tensor, nn
 
 import vtp
+from vtp.engine import pack_for_ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Run = Callable[[], Tensor]
+
+# How torch.compile may be asked: what else `prepare_compiled` takes. Each needs minutes for a new model.
+COMPILERS: dict[str, dict[str, Any]] = {
+    "torch.compile": {"frozen": False},
+    "torch.compile, frozen": {},
+    "torch.compile, max-autotune": {"mode": "max-autotune"},
+}
 
 
 @dataclass(frozen=True)
 class Peer:
     """A way to run a model.
 
-    prepare: takes a float32 model and images, returns a call without arguments that gives the logits.
+    prepare: takes what `export` made, or the float32 model, and images; returns a call without arguments
+        that gives the outputs.
+    export: converts the float32 model for images of a shape, once and before it is deployed.
     packages: what has to be installed for it, beside PyTorch.
     own_arithmetic: computes in a precision or order of its own, so that `CEILINGS` alone bound its error.
     ours: what other peers of its dtype are compared with.
@@ -31,7 +41,8 @@ class Peer:
 
     name: str
     dtype: str
-    prepare: Callable[[nn.Module, Tensor], Run]
+    prepare: Callable[[Any, Tensor], Run]
+    export: Callable[[nn.Module, tuple[int, ...]], Any] | None = None
     packages: tuple[str, ...] = ()
     own_arithmetic: bool = False
     ours: bool = False
@@ -53,6 +64,13 @@ class Unsupported(Exception):
 def prepare_ours(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
     """`vtp.optimize`."""
     fast = vtp.optimize(model, dtype=DTYPES[dtype])
+    images = images.to(DTYPES[dtype])
+    return lambda: fast(images)
+
+
+def prepare_reference(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
+    """The packed model on PyTorch's operators: what `vtp.optimize` gives where there is no compiler."""
+    fast = pack_for_ops(model, DTYPES[dtype])
     images = images.to(DTYPES[dtype])
     return lambda: fast(images)
 
@@ -93,8 +111,7 @@ def own_code(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
 
 
-@functools.lru_cache(maxsize=1)  # the libraries that take it come one after the other
-def onnx_bytes(model: nn.Module, shape: tuple[int, ...]) -> bytes:
+def export_onnx(model: nn.Module, shape: tuple[int, ...]) -> bytes:
     """The model for images of `shape` as ONNX."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -102,20 +119,19 @@ def onnx_bytes(model: nn.Module, shape: tuple[int, ...]) -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def prepare_onnx_runtime(model: nn.Module, images: Tensor) -> Run:
+def prepare_onnx_runtime(source: bytes, images: Tensor) -> Run:
     """ONNX Runtime on the CPU with all graph optimizations, in float32."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    source = onnx_bytes(model, tuple(images.shape))
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     inputs = {session.get_inputs()[0].name: images.numpy()}
     return lambda: torch.from_numpy(session.run(None, inputs)[0])
 
 
-def prepare_openvino(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
+def prepare_openvino(source: bytes, images: Tensor, *, dtype: str) -> Run:
     """OpenVINO on the CPU, tuned for latency."""
     import openvino
 
@@ -128,7 +144,7 @@ def prepare_openvino(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": hint,
     }
-    compiled = core.compile_model(core.read_model(onnx_bytes(model, tuple(images.shape))), "CPU", config)
+    compiled = core.compile_model(core.read_model(source), "CPU", config)
     request, inputs = compiled.create_infer_request(), [images.numpy()]
     # What it returns is a view of the request's memory: good until the next call, as a user would have it.
     return lambda: torch.from_numpy(request.infer(inputs, share_inputs=True, share_outputs=True)[0])
@@ -142,21 +158,18 @@ def _peers() -> list[Peer]:
         peers += [
             Peer("ours", dtype, ours, ours=True),
             Peer("ours again", dtype, ours),
+            Peer("our reference path", dtype, partial(prepare_reference, dtype=dtype)),
             Peer("PyTorch eager", dtype, partial(prepare_eager, dtype=dtype)),
         ]
+    onnx = {"export": export_onnx, "own_arithmetic": True}
     packages = ("onnx", "onnxscript")
     peers.append(
-        Peer("ONNX Runtime", "float32", prepare_onnx_runtime, (*packages, "onnxruntime"), own_arithmetic=True)
+        Peer("ONNX Runtime", "float32", prepare_onnx_runtime, packages=(*packages, "onnxruntime"), **onnx)
     )
     for dtype in DTYPES:
         run = partial(prepare_openvino, dtype=dtype)
-        peers.append(Peer("OpenVINO", dtype, run, (*packages, "openvino"), own_arithmetic=True))
-    compilers: dict[str, dict[str, Any]] = {
-        "torch.compile": {"frozen": False},
-        "torch.compile, frozen": {},
-        "torch.compile, max-autotune": {"mode": "max-autotune"},
-    }
-    for name, options in compilers.items():
+        peers.append(Peer("OpenVINO", dtype, run, packages=(*packages, "openvino"), **onnx))
+    for name, options in COMPILERS.items():
         for dtype in DTYPES:
             peers.append(Peer(name, dtype, partial(prepare_compiled, dtype=dtype, **options)))
     return peers

@@ -1,5 +1,6 @@
-"""bench/cpu_engine.py at toy size: what it lets through, counts, writes and takes up. No speed counts."""
+"""bench/compare.py at toy size: what it lets through, counts, writes and takes up. No speed counts."""
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -8,13 +9,15 @@ import statistics
 import time
 from pathlib import Path
 
-import cpu_engine as bench
-import cpu_tables
+import cases
+import compare as bench
 import products
 import pytest
+import tables
 import torch
 from torch import Tensor, nn
 
+import vtp
 from vtp.bench import contest, measure
 from vtp.bench import peers as peers_of
 from vtp.compact import ConstantBranch
@@ -61,8 +64,7 @@ def cells(printed: str, title: str) -> list[dict[str, str]]:
 
 
 def toy() -> contest.Subject:
-    (model,) = bench.TOYS["toy"].build([bench.RATE])
-    return contest.Subject(model, bench.random_images(model, 2))
+    return cases.subject_of(cases.cut(cases.TOYS["toy"].gated(), cases.RATE), 2)
 
 
 def changed(change, dtype: str = "float32", name: str = "wrong") -> peers_of.Peer:
@@ -91,42 +93,108 @@ def record_of(**peers: tuple[str, list[float]]) -> dict:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("cpu_engine") / "out.json"
-    assert run(out) == 0
+    out = tmp_path_factory.mktemp("compare") / "out.json"
+    assert run(out, "--cases", *bench.CASES) == 0
     return out
 
 
 def test_a_run_measures_every_case_and_writes_it(measured):
     written = results(measured)
-    assert [path.name for path in measured.parent.iterdir()] == [measured.name]
+    plots = [f"out-{name}.png" for name in ("speed", "throughput", "layers")]
+    assert {path.name for path in measured.parent.iterdir()} == {measured.name, *plots}
     assert list(written["cases"]) == [
-        TOY, "speedup, toy, batch 1", "speedup, toy, batch 2", "widths, dtype float32",
-        "widths, dtype bfloat16", "rate, size 64", "gemm, shape 7x37x61",
+        TOY, "planted, toy", "sweep, toy, batch 1", "sweep, toy, batch 2", "training, toy, batch 2",
+        "layers, embed_dim 48", "widths, dtype float32", "widths, dtype bfloat16", "rate, size 64",
+        "gemm, shape 7x37x61",
     ]  # fmt: skip
     assert {"cpu", "threads", "torch", "date"} <= written["environment"].keys()
     assert written["hardware"]["isa"] == measure.vector_flags()
-    assert written["versions"].keys() == {"onnx", "onnxscript", "onnxruntime", "openvino"}
+    assert written["versions"].keys() == set(measure.PEER_PACKAGES)
     assert all({"commit", "modified", "asked", "wall_seconds"} <= r.keys() for r in written["cases"].values())
-    for peer in written["cases"][TOY]["peers"].values():
-        assert peer["status"] == "measured" and peer["error"] <= peer["error_bound"]
-        assert len(peer["seconds"]) == 3 and peer["warm_up_seconds"]
+    for label, peer in written["cases"][TOY]["peers"].items():
+        if "Torch-Pruning" in label and peer["status"] == "absent":
+            continue
+        assert peer["status"] == "measured" and peer["error"] <= peer["error_bound"], label
+        assert len(peer["seconds"]) == 3 and peer["warm_up_seconds"] and peer["prepare_seconds"] > 0
+
+
+def test_what_stands_in_place_of_the_compact_model_is_what_it_says():
+    gated = cases.TOYS["toy"].gated()
+    plan = vtp.make_plan(gated, rate=cases.RATE, min_keep=0)
+    compact = cases.subject_of(vtp.compact(gated, plan).eval(), 1)
+    entries = cases.in_its_place(gated, plan, compact, peers("ours", "PyTorch eager"))
+    subjects = {label.partition(": ")[0]: subject for label, (_, subject) in entries.items()}
+    assert subjects.keys() >= {"padded to 16", "zeros in place", "dense", "dense of the same MACs"}
+    for name in ("padded to 16", "zeros in place"):
+        with torch.no_grad():
+            exact = copy.deepcopy(subjects[name].model).double()(compact.images.double())
+        assert measure.relative_error(exact, compact.exact) < 1e-12, name
+        assert subjects[name].exact is not compact.exact and torch.equal(subjects[name].exact, compact.exact)
+    padded = subjects["padded to 16"].model
+    for before, after in zip(compact.model.blocks, padded.blocks, strict=True):
+        widths = [*after.attn.value_widths, *after.mlp.fc1.weight.shape, after.attn.qkv.in_features]
+        assert all(width % 16 == 0 for width in widths)
+        assert after.attn.value_widths == tuple(-(-w // 16) * 16 for w in before.attn.value_widths)
+    dense_macs = plan.dense_cost.macs
+    assert subjects["zeros in place"].macs == subjects["dense"].macs == dense_macs
+    assert compact.macs < subjects["padded to 16"].macs < dense_macs
+    assert subjects["dense of the same MACs"].macs == pytest.approx(compact.macs, rel=0.05)
+    assert not any(peer.ours for peer, _ in entries.values()), "only the compact model is what others meet"
+
+
+def test_the_same_macs_by_torch_pruning():
+    pytest.importorskip("torch_pruning")
+    gated = cases.TOYS["toy"].gated()
+    dense = cases.zeros_in_place(gated, vtp.make_plan(gated, rate=0.0))
+    wanted = vtp.make_plan(gated, rate=cases.RATE).cost.macs
+    found = cases.torch_pruning(dense, wanted)
+    assert vtp.count(found).macs == pytest.approx(wanted, rel=0.05)
+    assert vtp.count(dense).macs == vtp.make_plan(gated, rate=cases.RATE).dense_cost.macs, "it is a copy"
+
+
+def test_a_large_batch_repeats_images_and_all_of_it_is_checked():
+    subject = cases.subject_of(cases.cut(cases.TOYS["toy"].gated(), cases.RATE), 2 * cases.IMAGES)
+    assert len(subject.images) == len(subject.exact) == 2 * cases.IMAGES
+    assert torch.equal(subject.exact[0], subject.exact[cases.IMAGES])
+
+    def wrong(logits: Tensor) -> Tensor:
+        return torch.cat([logits[:-1], logits[-1:] * 1.01])
+
+    record, call = contest.ready(changed(wrong), subject, 60.0)
+    assert call is None and record["status"] == "failed"
+
+
+def test_planted_defects_are_seen(measured):
+    record = results(measured)["cases"]["planted, toy"]
+    wrong = record["peers"][f"{cases.WRONG}, float32"]
+    assert wrong["status"] == "failed" and "seconds" not in wrong
+    assert bench.failures(results(measured)) == []
+    wrong["status"] = "measured"
+    assert bench.failures({"cases": {"planted, toy": record}}) == [
+        f"planted, toy: {cases.WRONG}, float32: {wrong['reason']}"
+    ]
+    slow = contest.slowed(lambda: time.sleep(0.02), 0.5)
+    started = time.perf_counter()
+    slow()
+    assert time.perf_counter() - started >= 0.03
 
 
 def test_figures_follow_from_the_raw_times(measured, capsys):
-    record = results(measured)["cases"]["speedup, toy, batch 2"]
+    record = results(measured)["cases"]["sweep, toy, batch 2"]
     assert run(measured, "--markdown") == 0
     printed = capsys.readouterr().out
-    row = cells(printed, "Dense over compact, both on our engine")[2]
-    assert (row["batch"], row["dtype"], row["rounds"]) == ("2", "float32", "3")
-    dense, compact, again = (
-        record["peers"][f"{name}, float32"]["seconds"] for name in ("dense", "compact", "compact again")
+    row = cells(printed, "Dense over cut, both on our engine")[4]
+    assert [row[key] for key in ("batch", "dtype", "cut", "rounds")] == ["2", "float32", "unequal 40%", "3"]
+    dense, cut, again = (
+        record["peers"][f"{name}, float32"]["seconds"]
+        for name in ("dense: ours", "unequal 40%: ours", "unequal 40%: ours again")
     )
-    macs = record["macs"]["dense"] / record["macs"]["compact"]
-    speedup = statistics.median(a / b for a, b in zip(dense, compact, strict=True))
+    macs = record["macs"]["dense"] / record["macs"]["unequal 40%"]
+    speedup = statistics.median(a / b for a, b in zip(dense, cut, strict=True))
     assert row["dense ms"] == f"{1e3 * statistics.median(dense):.2f}"
     assert row["speed-up"].startswith(f"{speedup:.2f}x (") and row["MACs"] == f"{macs:.2f}x"
     assert row["speed-up / MACs"].startswith(f"{speedup / macs:.2f}x (")
-    noise = statistics.median(a / b for a, b in zip(again, compact, strict=True))
+    noise = statistics.median(a / b for a, b in zip(again, cut, strict=True))
     assert row["noise"].startswith(f"{noise:.2f}x (")
     gemm = results(measured)["cases"]["rate, size 64"]
     best = cells(printed, "Rate of a large square product, and inside our engine")[0]
@@ -136,7 +204,18 @@ def test_figures_follow_from_the_raw_times(measured, capsys):
         if p["status"] == "measured"
     ]
     assert best["GFLOP/s, median"] == f"{max(rates):,.0f}"
+    training = results(measured)["cases"]["training, toy, batch 2"]["variants"]
+    gated, plain = training["gated"]["seconds"], training["ungated"]["seconds"]
+    cost = statistics.median(a / b for a, b in zip(gated, plain, strict=True))
+    shown = cells(printed, "Step of sparse training over a step without gates")[0]
+    assert shown["gated"].startswith(f"{cost:.2f}x (")
     assert "Measured on" in printed.splitlines()[-1]
+
+
+def test_the_realised_share_compares_rates_with_the_widest_layer():
+    peers = {f"{w}: ours, float32": {"status": "measured", "seconds": [s]} for w, s in ((10, 2.0), (40, 4.0))}
+    record = {"case": "layers", "macs": {"10": 100, "40": 400}, "peers": peers}
+    assert tables.realised(record, "ours") == {10: 0.5, 40: 1.0}, "a quarter of the MACs in half of the time"
 
 
 def test_the_fastest_peer_of_bfloat16_may_be_of_any_dtype_and_of_float32_not():
@@ -147,14 +226,14 @@ def test_the_fastest_peer_of_bfloat16_may_be_of_any_dtype_and_of_float32_not():
     )
     record["peers"]["ours, bfloat16"] = {**record["peers"]["ours, float32"], "dtype": "bfloat16"}
     record["peers"]["ours, bfloat16"]["seconds"] = [0.4, 0.5, 0.25, 1.0]
-    header, *rows = cpu_tables.fastest_table({"cases": {"x": record}})
+    header, *rows = tables.fastest_table({"cases": {"x": record}})
     single, half = (dict(zip(header, row, strict=True)) for row in rows)
     assert single["fastest peer"] == "eager, float32" and single["ours ms"] == "1500.00"
     assert single["peer / ours"] == "1.75x (1.38-2.00)", "ratios 2, 1.5, 2, 1 of the same rounds"
     assert single["p95 ms"] == "4000.00"
     assert half["fastest peer"] == "quick, bfloat16" and half["peer / ours"] == "1.12x (0.88-1.44)"
     del record["peers"]["quick, bfloat16"]
-    assert dict(zip(header, cpu_tables.fastest_table({"cases": {"x": record}})[2], strict=True))[
+    assert dict(zip(header, tables.fastest_table({"cases": {"x": record}})[2], strict=True))[
         "fastest peer"
     ] == ("eager, float32")
 
@@ -193,8 +272,8 @@ def test_a_failed_peer_is_shown_with_its_reason_and_never_the_fastest(tmp_path, 
     assert run(out, "--markdown") == 0
     printed = capsys.readouterr().out
     assert cells(printed, "Fastest peer over ours")[0]["fastest peer"] == "PyTorch eager, float32"
-    shown = cells(printed, "All peers, and how many times ours of the same dtype")
-    assert {row["peer"]: row["toy, batch 1"] for row in shown}["wrong, float32"] == "failed"
+    shown = cells(printed, "All runtimes, and how many times ours of the same dtype")
+    assert {row["runtime"]: row["toy, batch 1"] for row in shown}["wrong, float32"] == "failed"
     assert "- broken, float32: failed: RuntimeError: no such operator (models, toy, batch 1)" in printed
     assert "- wrong, float32: failed: wrong logits: relative error 1, at most " in printed
 
@@ -249,20 +328,20 @@ def test_what_is_measured_is_taken_up_and_fresh_measures_again(measured, tmp_pat
     out = tmp_path / "out.json"
     out.write_text(measured.read_text())
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "contest", None)
-        assert run(out) == 0
+        patch.setattr(cases, "contest", None)
+        assert run(out, "--cases", *bench.CASES) == 0
     assert results(out) == results(measured)
     assert f"{TOY}: is in " in capsys.readouterr().out
     content = results(out)
     content["cases"][TOY]["peers"]["ours, float32"]["status"] = "unready"
     del content["cases"]["rate, size 64"]
     out.write_text(json.dumps(content))
-    assert run(out, "--cases", "models", "speedup") == 0, "a peer that was not ready gets another chance"
+    assert run(out, "--cases", "models", "sweep") == 0, "a peer that was not ready gets another chance"
     again = results(out)["cases"]
     assert again[TOY]["peers"]["ours, float32"]["status"] == "measured" and "rate, size 64" not in again
-    assert again["speedup, toy, batch 1"] == content["cases"]["speedup, toy, batch 1"]
-    assert run(out, "--cases", "speedup", "--fresh") == 0
-    assert results(out)["cases"].keys() == {"speedup, toy, batch 1", "speedup, toy, batch 2"}
+    assert again["sweep, toy, batch 1"] == content["cases"]["sweep, toy, batch 1"]
+    assert run(out, "--cases", "sweep", "--fresh") == 0
+    assert results(out)["cases"].keys() == {"sweep, toy, batch 1", "sweep, toy, batch 2"}
 
 
 def test_other_options_measure_a_case_again(measured, tmp_path):
@@ -289,9 +368,9 @@ def test_cases_before_one_that_breaks_are_in_the_file(tmp_path, monkeypatch):
     def interrupted(*_) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "measure_speedup", interrupted)
+    monkeypatch.setattr(cases, "measure_sweep", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "out.json", "--cases", "models", "speedup", using=peers("ours"))
+        run(tmp_path / "out.json", "--cases", "models", "sweep", using=peers("ours"))
     assert list(results(tmp_path / "out.json")["cases"]) == [TOY]
 
 
@@ -310,12 +389,10 @@ def test_a_slow_peer_leaves_the_rounds_and_larger_cases(monkeypatch):
     assert "in 2 call(s), then left the rounds" in found["reason"]
     record |= {"case": "models", "model": "toy", "batch": 2, "macs": 100}
     content = {"cases": {"models, toy, batch 2": record}}
-    assert cpu_tables.fastest(record, "float32") is None
-    assert any(
-        f"about {found['times_ours']:.0f}x, 2 call(s)" in row for row in cpu_tables.peers_table(content)
-    )
-    assert bench.too_slow(content, 200) == {}, "it was not measured on less than that"
-    skip = bench.too_slow(content, 201)
+    assert tables.fastest(record, "float32") is None
+    assert any(f"about {found['times_ours']:.0f}x, 2 call(s)" in row for row in tables.peers_table(content))
+    assert cases.too_slow(content, 200) == {}, "it was not measured on less than that"
+    skip = cases.too_slow(content, 201)
     assert skip == {"snail, float32": f"{found['times_ours']:.0f} times ours in models, toy, batch 2"}
     never = {snail.label: (dataclasses.replace(snail, prepare=None), subject)}
     assert contest.contest(never, contest.Budget(), skip)["peers"][snail.label]["status"] == "skipped"
@@ -357,8 +434,8 @@ def test_time_per_mac_is_the_median_over_the_products():
     peers = {width: {"status": "measured", "seconds": times} for width, times in seconds.items()}
     macs = {"15": 2250, "16": 2560, "17": 2890}
     record = {"case": "widths", "dtype": "float32", "rounds": 3, "macs": macs, "peers": peers}
-    assert cpu_tables.picoseconds_per_mac(record) == pytest.approx({15: 3e3 / 2250, 16: 1.0, 17: 10.0})
-    header, row = cpu_tables.widths_table({"cases": {"x": record}})
+    assert tables.picoseconds_per_mac(record) == pytest.approx({15: 3e3 / 2250, 16: 1.0, 17: 10.0})
+    header, row = tables.widths_table({"cases": {"x": record}})
     shown = dict(zip(header, row, strict=True))
     mean = (3e3 / 2250 + 11) / 3
     assert shown["ps per MAC"] == f"{mean:.2f}" and shown["multiples of 16"] == f"{1 / mean:.3f}x"

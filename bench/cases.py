@@ -1,0 +1,275 @@
+"""What bench/compare.py measures: each case builds its models, and lets peers take turns with them."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gating_cost
+import timm
+import torch
+from irregular import cut, gated_model, padded, same_macs_dense, torch_pruning, zeros_in_place
+from products import FeedForward, prepare_feed_forward
+from torch import Tensor, nn
+
+import vtp
+from vtp.bench.contest import Budget, Record, Subject, contest, slowed
+from vtp.bench.peers import COMPILERS, Peer, Run, prepare_eager
+
+RATE = 0.4  # share of dimensions that is removed where a case has one rate
+RATES = (0.0, 0.2, 0.4, 0.6)
+TOKENS = 197  # of an image: the rows of a product at batch 1
+IMAGES = 8  # that differ; a larger batch repeats them
+# M, K, N of linear layers of compact models, batches 1 and 8: tiny's fc1, small's qkv, base's fc1 and fc2.
+SHAPES = [(M, *widths) for M in (197, 1576) for widths in ((115, 461), (231, 1003), (461, 1843), (1843, 768))]
+
+# Not a peer that runs: what stands in the table where the library is not installed.
+TORCH_PRUNING = Peer("Torch-Pruning, same MACs", "float32", prepare_eager, packages=("torch_pruning",))
+
+SLOWED = "ours, slowed by 10%"
+WRONG = "ours, one logit wrong"
+
+Entries = dict[str, tuple[Peer, Subject]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """timm's name and changes to it; batch sizes at which all runtimes meet, and those of the sweep."""
+
+    name: str
+    batches: tuple[int, ...] = (1,)
+    sweep_batches: tuple[int, ...] = (1, 8, 64)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def gated(self, uniform: bool = False) -> nn.Module:
+        return gated_model(self.name, uniform=uniform, **self.changes)
+
+
+MODELS = {
+    "tiny": Model("deit_tiny_patch16_224"),
+    "small": Model("deit_small_patch16_224"),
+    "base": Model("deit_base_patch16_224", batches=(1, 8)),
+}
+TOYS = {
+    "toy": Model(
+        "deit_tiny_patch16_224",
+        (1,),
+        (1, 2),
+        {"img_size": 32, "depth": 1, "num_classes": 16, "embed_dim": 96},
+    )
+}
+
+
+def subject_of(model: nn.Module, batch: int, exact: Tensor | None = None) -> Subject:
+    """The model with random images."""
+    generator = torch.Generator().manual_seed(0)
+    patch, images = model.patch_embed, min(batch, IMAGES)
+    shape = (images, patch.proj.in_channels, *patch.img_size)
+    repeats = -(-batch // images)
+    return Subject(
+        model,
+        torch.randn(shape, generator=generator),
+        repeats=repeats,
+        exact=exact,
+        macs=vtp.count(model).macs,
+    )
+
+
+def of(peers: Iterable[Peer], *names: str, dtypes: Sequence[str] = ("float32",)) -> list[Peer]:
+    """Those of `peers` with these names and dtypes."""
+    return [peer for peer in peers if peer.name in names and peer.dtype in dtypes]
+
+
+# --------------------------------------------------------------------------------
+# Whole models
+
+
+def measure_models(
+    model: Model, batch: int, peers: Sequence[Peer], budget: Budget, compilers: bool, results: Record
+) -> Record:
+    """One compact model by all peers, and by some what a user might run in its place.
+
+    Args:
+        compilers: whether torch.compile takes part.
+    """
+    gated = model.gated()
+    plan = vtp.make_plan(gated, rate=RATE, min_keep=0)
+    subject = subject_of(vtp.compact(gated, plan).eval(), batch)
+    skip = too_slow(results, batch * subject.macs)
+    if not compilers:
+        skip |= {p.label: "it takes minutes to compile: see --compile" for p in peers if p.name in COMPILERS}
+    by_compiler = [peer for peer in peers if peer.name in COMPILERS]
+    entries = {peer.label: (peer, subject) for peer in peers if peer not in by_compiler}
+    if batch == 1:
+        entries |= in_its_place(gated, plan, subject, peers)
+    entries |= {peer.label: (peer, subject) for peer in by_compiler}  # last, as they use the time up
+    return {"macs": subject.macs, **contest(entries, budget, skip)}
+
+
+def in_its_place(gated: nn.Module, plan: vtp.PruningPlan, compact: Subject, peers: Sequence[Peer]) -> Entries:
+    """Other models that a user might run instead of `compact`, each on our engine if it can be, in PyTorch's
+    eager mode and on OpenVINO: labels are "model: runtime"."""
+    others = of(peers, "PyTorch eager", "OpenVINO")
+    ours = of(peers, "ours")
+    everything = vtp.make_plan(gated, rate=0.0)
+    dense = zeros_in_place(gated, everything)
+    # Of these the outputs are those of the compact model.
+    subjects = {
+        "padded to 16": subject_of(padded(gated, plan), len(compact.images), compact.exact),
+        "zeros in place": subject_of(zeros_in_place(gated, plan), len(compact.images), compact.exact),
+    }
+    alone = {"dense": dense, "dense of the same MACs": same_macs_dense(plan.architecture, compact.macs)}
+    if TORCH_PRUNING.why_not() is None:
+        alone[TORCH_PRUNING.name] = torch_pruning(dense, compact.macs)
+    subjects |= {name: subject_of(model, len(compact.images)) for name, model in alone.items()}
+    runs = dict.fromkeys(subjects, others)
+    runs["zeros in place"] = of(others, "PyTorch eager")  # elsewhere it is the dense model
+    entries = {
+        f"{name}: {peer.label}": (peer, subjects[name]) for name, peers in runs.items() for peer in peers
+    }
+    packed = {"padded to 16": subjects["padded to 16"], "dense": subject_of(cut(gated, 0.0), 1)}
+    same = vtp.insert_gates(alone["dense of the same MACs"])
+    packed["dense of the same MACs"] = subject_of(cut(same, 0.0), 1)
+    for name, subject in packed.items():
+        for peer in ours:  # "ours" that others are compared with is the compact model on our engine
+            entries[f"{name}: {peer.label}"] = dataclasses.replace(peer, ours=False), subject
+    if TORCH_PRUNING.why_not() is not None and others:
+        entries[f"{TORCH_PRUNING.name}: {others[0].label}"] = TORCH_PRUNING, compact
+    return entries
+
+
+def measure_sweep(
+    model: Model, batch: int, peers: Sequence[Peer], budget: Budget, rates: Sequence[float], _: Record
+) -> Record:
+    """The model cut at several rates, heads unequal and uniform, on our engine and some others.
+
+    The larger the work, the fewer take part, and what is missing is in the table as such: all cuts and dtypes
+    up to 1e11 multiply-adds in a call of the dense model; then float32 and unequal heads; above 5e11 only the
+    dense model and one cut on our engine.
+    """
+    unequal, uniform = model.gated(), model.gated(uniform=True)
+    cuts = {_cut_name(rate, "unequal"): (unequal, rate) for rate in rates}
+    work = batch * vtp.make_plan(unequal, rate=0.0).cost.macs
+    main = ("dense", _cut_name(RATE, "unequal"))
+    ours, others = of(peers, "ours", dtypes=("float32", "bfloat16")), of(peers, "PyTorch eager", "OpenVINO")
+    if work <= 1e11:
+        cuts |= {_cut_name(rate, "uniform"): (uniform, rate) for rate in rates if rate}
+    else:
+        ours = of(ours, "ours")
+    if work > 5e11:
+        cuts, others = {name: cuts[name] for name in main}, []
+    subjects = {name: subject_of(cut(gated, rate), batch) for name, (gated, rate) in cuts.items()}
+    entries = {f"{name}: {peer.label}": (peer, subjects[name]) for name in subjects for peer in ours}
+    again = of(peers, "ours again")
+    entries |= {
+        f"{name}: {peer.label}": (peer, subjects[name]) for name in main for peer in [*again, *others]
+    }
+    return {"macs": {name: subject.macs for name, subject in subjects.items()}} | contest(entries, budget)
+
+
+def _cut_name(rate: float, heads: str) -> str:
+    return f"{heads} {rate:.0%}" if rate else "dense"
+
+
+def measure_training(model: Model, batch: int, depth: int, budget: Budget, _: Record) -> Record:
+    """A step of sparse training with gates, without, and with the gate on the activation by hand."""
+
+    def build(blocks: int) -> nn.Module:
+        return timm.create_model(model.name, **{**model.changes, "depth": blocks})
+
+    case = gating_cost.Case("float32", batch, depth)
+    return gating_cost.measure(
+        case, build, device=torch.device("cpu"), rounds=budget.rounds, seconds=budget.seconds
+    )
+
+
+def measure_planted(model: Model, peers: Sequence[Peer], budget: Budget, _: Record) -> Record:
+    """Whether a slow-down of 10% and a wrong result of our engine would be seen: both are planted."""
+    subject = subject_of(cut(model.gated(), RATE), 1)
+    (ours,), again = of(peers, "ours"), of(peers, "ours again")
+    slow = Peer(SLOWED, ours.dtype, lambda *arguments: slowed(ours.prepare(*arguments), 0.1))
+    wrong = Peer(WRONG, ours.dtype, lambda *arguments: _wrong(ours.prepare(*arguments)))
+    return contest({peer.label: (peer, subject) for peer in (ours, *again, slow, wrong)}, budget)
+
+
+def _wrong(run: Run) -> Run:
+    def call() -> Tensor:
+        outputs = run().clone()
+        outputs[0, 0] += 0.01 * outputs[0].abs().max()
+        return outputs
+
+    return call
+
+
+def too_slow(results: Record, work: float) -> dict[str, str]:
+    """Label to reason, for peers that left the rounds of a model with less than `work` (batch x MACs)."""
+    found = {}
+    for key, record in results["cases"].items():
+        if record["case"] == "models" and record["batch"] * record["macs"] < work:
+            for label, peer in record["peers"].items():
+                if peer["status"] == "slow":
+                    found[label] = f"{peer['times_ours']:.0f} times ours in {key}"
+    return found
+
+
+# --------------------------------------------------------------------------------
+# Parts of models
+
+WIDTHS_EMBED_DIM = 480
+
+
+def measure_widths(widths: Sequence[int], dtype: str, budget: Budget, _: Record) -> Record:
+    """A feed-forward branch on our engine at many widths, of fc1's inputs and outputs and fc2's inputs."""
+    models = {str(w): FeedForward(WIDTHS_EMBED_DIM, min(w, WIDTHS_EMBED_DIM), w) for w in widths}
+    return {"macs": {w: TOKENS * model.macs_per_token for w, model in models.items()}} | contest(
+        {w: (_feed_forward_peer(dtype), Subject(model, _tokens(model))) for w, model in models.items()},
+        budget,
+    )
+
+
+def measure_layers(
+    embed_dim: int, widths: Sequence[int], peers: Sequence[Peer], budget: Budget, _: Record
+) -> Record:
+    """A feed-forward branch of `embed_dim` inputs at many numbers of hidden units, the last of them dense."""
+    runs = [_feed_forward_peer("float32"), *of(peers, "PyTorch eager")]
+    models = {w: FeedForward(embed_dim, embed_dim, w) for w in widths}
+    subjects = {w: Subject(model, _tokens(model)) for w, model in models.items()}
+    entries = {f"{w}: {peer.label}": (peer, subjects[w]) for w in widths for peer in runs}
+    return {"macs": {str(w): TOKENS * m.macs_per_token for w, m in models.items()}} | contest(entries, budget)
+
+
+def _feed_forward_peer(dtype: str, name: str = "ours") -> Peer:
+    return Peer(name, dtype, functools.partial(prepare_feed_forward, dtype=dtype), ours=True)
+
+
+def _tokens(model: FeedForward) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(1, TOKENS, model.vit.embed_dim)
+
+
+def measure_gemm(shape: tuple[int, int, int], peers: Iterable[Peer], budget: Budget, _: Record) -> Record:
+    """A product of [M, K] and [K, N] by every library."""
+    M, K, N = shape
+    torch.manual_seed(0)
+    subject = Subject(nn.Linear(K, N, bias=False), torch.randn(M, K))
+    # `eager_error` is that of the first row, which is much like any other.
+    return {"flops": 2 * M * K * N} | contest({p.label: (p, subject) for p in peers}, budget)
+
+
+def measure_rate(size: int, peers: Iterable[Peer], budget: Budget, _: Record) -> Record:
+    """A product of `size` x `size` matrices by every library; of ours, all feed-forward branches of a compact
+    DeiT-B at batch 1, norms and GELU included, at the widths that `size` would have in it."""
+    torch.manual_seed(0)
+    square = Subject(nn.Linear(size, size, bias=False), torch.randn(size, size))
+    embed_dim, inputs, hidden = (size * part // 2048 for part in (768, 461, 1843))
+    model = FeedForward(embed_dim, inputs, hidden, depth=12)
+    peers, dtypes = [peer for peer in peers if not peer.ours], {}
+    for peer in peers:
+        dtypes[peer.dtype] = _feed_forward_peer(peer.dtype, "ours, feed-forward of DeiT-B")
+    branches = Subject(model, _tokens(model))
+    entries = {p.label: (p, branches) for p in dtypes.values()} | {p.label: (p, square) for p in peers}
+    record = {"flops": 2 * size**3} | contest(entries, budget)
+    for peer in dtypes.values():
+        record["peers"][peer.label]["flops"] = 2 * TOKENS * model.macs_per_token
+    return record

@@ -1,0 +1,269 @@
+"""What the README's claims rest on: is a pruned model faster than what a user would pick instead?
+
+- models: one compact DeiT (40% of dimensions removed, every layer and head another width) by every runtime,
+  and what might be run in its place: the same padded to multiples of 16, with zeros left in place, the dense
+  model, a dense model of the same MACs, Torch-Pruning's result at the same MACs.
+- planted: whether a slow-down of 10% and a wrong result of our engine would be seen.
+- sweep: cuts of 0 to 60%, heads unequal and uniform, at batches of 1 to 64: does a cut buy its MACs?
+- training: a step of sparse training with gates, without, and with gates by hand.
+- layers: a feed-forward branch at many widths beside the dense one.
+- widths: time per MAC of a feed-forward branch at every width from 449 to 511.
+- rate: the best rate that any library reaches on a large square product, and our engine's inside a model.
+- gemm: rates of single products at the shapes of compact models; only when asked for.
+
+All of a case get the same weights, images and number of threads. A peer is timed only if its outputs are
+right: against float64, at most twice the error of PyTorch's eager mode in the same dtype (ONNX Runtime and
+OpenVINO, whose arithmetic is their own: `CEILINGS` in vtp/bench/contest.py). What fails, is missing or was
+not ready in time is shown with its reason and has no figure. Each warms up until its times settle, then they
+take turns round by round in rotating order; ratios are of times in the same round. "ours again" is our
+engine a second time: its ratio is noise. A peer over 20 times slower than ours is called once or twice and
+then stays out, also of larger cases.
+
+Results are written after each case, and a run takes up what is there for the same machine, versions, threads
+and options, whatever the commit: use --fresh to measure changed code. Exports and compilers have a time limit
+for each case; compilers keep on disk what they have built, so that a second run measures those that were not
+ready in the first.
+
+    python bench/compare.py
+    python bench/compare.py --markdown      # the README's tables, from the file that a run wrote
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cases
+import torch
+from cases import MODELS, RATES, SHAPES, TOYS
+from plots import draw
+from products import gemm_peers
+from rich.console import Console
+from tables import markdown, notes, place, show
+
+from vtp.bench.contest import Budget, Record
+from vtp.bench.measure import commit, description, positive
+from vtp.bench.peers import DTYPES, PEERS, Peer
+from vtp.files import FileError, write_atomic
+
+FOLDER = Path(__file__).parent / "results"
+RESULTS = FOLDER / "compare.json"
+# Without "gemm", which is for people who work on the kernels.
+USUAL_CASES = ("models", "planted", "sweep", "training", "layers", "widths", "rate")
+CASES = (*USUAL_CASES, "gemm")
+
+
+# --------------------------------------------------------------------------------
+# The results file
+
+
+def blank() -> Record:
+    """Results of this machine without a case."""
+    return {**description(torch.device("cpu")), "rate": cases.RATE, "cases": {}}
+
+
+def same_machine(results: Record, other: Record) -> bool:
+    """Whether figures of both may stand in one table: all but date and cases agree."""
+
+    def identity(content: Record) -> Record:
+        without_date = {k: v for k, v in content["environment"].items() if k != "date"}
+        return {**{k: v for k, v in content.items() if k != "cases"}, "environment": without_date}
+
+    return identity(results) == identity(other)
+
+
+def opened(path: Path, fresh: bool) -> Record:
+    """The results to go on with.
+
+    Raises:
+        FileError: what is at `path` was measured elsewhere, or is no results file.
+    """
+    results = blank()
+    if fresh or not path.is_file():
+        return results
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if same_machine(before, results):
+            return before
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"argument --out: {path} is no results file: {error!r}") from error
+    raise FileError(
+        f"argument --out: {path} is of another machine, other versions or threads; use --fresh to replace it"
+    )
+
+
+def is_done(record: Record | None, asked: Record) -> bool:
+    """Whether a case needs no measuring: it was asked for alike, and every peer was ready in time."""
+    if record is None or record["asked"] != asked:
+        return False
+    return not any(peer["status"] == "unready" for peer in record.get("peers", {}).values())
+
+
+def failures(results: Record) -> list[str]:
+    """Peers whose results were wrong or that broke, and planted defects that were not seen."""
+    found = []
+    for key, record in results["cases"].items():
+        for label, peer in record.get("peers", {}).items():
+            planted = record["case"] == "planted" and label.startswith(cases.WRONG)
+            if (peer["status"] == "failed") != planted:
+                found.append(f"{key}: {label}: {peer['reason'] or 'a wrong result was not seen'}")
+        for label, variant in record.get("variants", {}).items():
+            if variant["failed"]:
+                found.append(f"{key}: {label}: {variant['failed']}")
+    return found
+
+
+# --------------------------------------------------------------------------------
+# Command line
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    count, number = positive(int), positive(float)
+    parser.add_argument("--cases", choices=CASES, nargs="+", default=list(USUAL_CASES), help="all but gemm")
+    parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS), help="all three")
+    parser.add_argument(
+        "--compile", choices=MODELS, nargs="*", default=["tiny"],
+        help="models that torch.compile takes part in; it needs minutes for each: tiny",
+    )  # fmt: skip
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES), help="both")
+    parser.add_argument("--rounds", type=count, default=20, help="at most: 20")
+    parser.add_argument("--seconds", type=number, default=40.0, help="budget of a case's rounds: 40")
+    parser.add_argument(
+        "--prepare-seconds", type=number, default=100.0, help="for exports and compilers, of a case: 100"
+    )
+    parser.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads: all cores")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to try it out")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file --out has")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results file; plots lie beside it")
+    parser.add_argument("--markdown", action="store_true", help="print the file --out; measure nothing")
+    options = parser.parse_args(argv)
+    if options.markdown and not options.out.is_file():
+        parser.error(f"argument --out: {options.out} is not there; run without --markdown first")
+    if options.out.is_dir() or not options.out.parent.is_dir():
+        parser.error(f"argument --out: got {options.out}, expected a file name in a folder that exists")
+    if options.quick and options.out == RESULTS:
+        parser.error("argument --out: toy sizes must not replace the results; name another file")
+    return options
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case to measure: what it is, and how, given the results so far.
+
+    asked: options that it alone has.
+    """
+
+    what: Record
+    run: Callable[[Record], Record]
+    asked: Record = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Its name in the results file."""
+        return ", ".join(str(v) if k in ("case", "model") else f"{k} {v}" for k, v in self.what.items())
+
+
+def jobs(options: argparse.Namespace, peers: Sequence[Peer]) -> list[Job]:
+    """All cases that were asked for, the small ones before the large."""
+    budget = Budget(options.rounds, options.seconds, options.prepare_seconds)
+    # Of many entries, all of kinds that need no compiler's warm-up.
+    brief = dataclasses.replace(budget, warm_up_seconds=1.0)
+    peers = [peer for peer in peers if peer.dtype in options.dtypes]
+    quick = options.quick
+    models = TOYS if quick else {name: MODELS[name] for name in MODELS if name in options.models}
+    found: list[Job] = []
+
+    def add(case: str, run: Callable[..., Record], *arguments: Any, **what: Any) -> None:
+        found.append(Job({"case": case, **what}, lambda results: run(*arguments, results)))
+
+    for name, model in models.items():
+        for batch in model.batches:
+            compiled = quick or (name in options.compile and batch == 1)
+            arguments = (model, batch, peers, budget, compiled)
+            add("models", cases.measure_models, *arguments, model=name, batch=batch)
+            found[-1].asked["compilers"] = compiled
+    smallest = next(iter(models))
+    add("planted", cases.measure_planted, models[smallest], peers, budget, model=smallest)
+    for name, model in models.items():
+        for batch in model.sweep_batches:
+            arguments = (model, batch, peers, brief, RATES[::2] if quick else RATES)
+            add("sweep", cases.measure_sweep, *arguments, model=name, batch=batch)
+    for name, model in models.items():
+        batch, depth = (2, 1) if quick else (8, 2)
+        add("training", cases.measure_training, model, batch, depth, budget, model=name, batch=batch)
+    for embed_dim in [48] if quick else [192, 384, 768]:
+        widths = [4 * embed_dim * part // 16 + part % 16 for part in range(2, 17, 7 if quick else 2)]
+        add("layers", cases.measure_layers, embed_dim, widths, peers, brief, embed_dim=embed_dim)
+    for dtype in options.dtypes:
+        widths = range(15, 18) if quick else range(449, 512)
+        add("widths", cases.measure_widths, widths, dtype, brief, dtype=dtype)
+    size = 64 if quick else 2048
+    add("rate", cases.measure_rate, size, gemm_peers(peers), budget, size=size)
+    short = dataclasses.replace(budget, seconds=min(budget.seconds, 15.0))
+    for M, K, N in [(7, 37, 61)] if quick else SHAPES:
+        add("gemm", cases.measure_gemm, (M, K, N), gemm_peers(peers), short, shape=f"{M}x{K}x{N}")
+    return [job for job in found if job.what["case"] in options.cases]
+
+
+def main(argv: Sequence[str] | None = None, peers: Sequence[Peer] = PEERS) -> int:
+    """Run the command line with these peers. Returns the exit status: 1 where a peer failed, 2 where there is
+    no file to read or write."""
+    options, console = parse_arguments(argv), Console(width=None if sys.stdout.isatty() else 200)
+    try:
+        if options.markdown:
+            print(markdown(json.loads(options.out.read_text(encoding="utf-8"))))
+            return 0
+        torch.set_num_threads(options.threads)
+        results = opened(options.out, options.fresh)
+        run(options, peers, results, console)
+    except FileError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (ValueError, KeyError, TypeError) as error:
+        if not options.markdown:
+            raise
+        print(f"argument --out: {options.out} is no results file: {error!r}", file=sys.stderr)
+        return 2
+    for note in notes(results):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    print(f"Measured on {place(results)}. Written to {options.out}")
+    for file in draw(results, options.out):
+        print(f"Drawn: {file}")
+    for line in failures(results):
+        print(f"failed: {line}", file=sys.stderr)
+    return int(bool(failures(results)))
+
+
+def run(options: argparse.Namespace, peers: Sequence[Peer], results: Record, console: Console) -> None:
+    """Measure what `results` lacks, write it after each case, and show it."""
+    usual = {name: getattr(options, name) for name in ("dtypes", "rounds", "seconds", "prepare_seconds")}
+    todo = jobs(options, peers)
+    for number, job in enumerate(todo):
+        asked = usual | job.asked
+        if is_done(results["cases"].get(job.key), asked):
+            console.print(f"{job.key}: is in {options.out}", highlight=False)
+        else:
+            started = time.perf_counter()
+            record = {**job.what, "asked": asked, **commit(), **job.run(results)}
+            record["wall_seconds"] = time.perf_counter() - started
+            results["cases"][job.key] = record
+            text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+            write_atomic(options.out, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+            console.print(f"{job.key}: {record['wall_seconds']:.0f} s", highlight=False)
+        case = job.what["case"]
+        if number + 1 == len(todo) or todo[number + 1].what["case"] != case:
+            show(console, results, case)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

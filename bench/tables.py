@@ -1,0 +1,329 @@
+"""The tables of bench/compare.py, every figure from the raw times of a results file."""
+
+import statistics
+
+from cases import RATE, SLOWED, WRONG
+from gating_cost import REFERENCE
+from rich.console import Console
+
+from vtp.bench.contest import Record
+from vtp.bench.measure import machine
+from vtp.bench.peers import DTYPES
+from vtp.bench.tables import (
+    Rows,
+    costs,
+    in_rounds,
+    markdown_table,
+    milliseconds,
+    p95,
+    print_table,
+    ratio,
+)
+
+OURS = "ours, float32"
+
+
+def of_case(results: Record, case: str) -> list[Record]:
+    return [record for record in results["cases"].values() if record["case"] == case]
+
+
+def _dtypes(record: Record) -> list[str]:
+    return list(dict.fromkeys(peer["dtype"] for peer in record["peers"].values()))
+
+
+def _runs(record: Record) -> list[str]:
+    """Labels of those that run the compact model itself: others are "model: runtime"."""
+    return [label for label in record["peers"] if ": " not in label]
+
+
+# --------------------------------------------------------------------------------
+# Whole models
+
+
+def competitors(record: Record, dtype: str) -> dict[str, list[float]]:
+    """Runtimes of the compact model in `dtype` that were in the rounds, without ours: for bfloat16 of any
+    dtype, else of the same."""
+    found = {}
+    for label in _runs(record):
+        comparable = dtype == "bfloat16" or record["peers"][label]["dtype"] == dtype
+        if comparable and not label.startswith("our") and (seconds := in_rounds(record, label)):
+            found[label] = seconds
+    return found
+
+
+def fastest(record: Record, dtype: str) -> str | None:
+    """The competitor of the least median."""
+    times = competitors(record, dtype)
+    return min(times, key=lambda label: statistics.median(times[label]), default=None)
+
+
+def fastest_table(results: Record) -> Rows:
+    """A row for each model, batch and dtype of ours."""
+    header = ["model", "batch", "MACs", "ours in", "rounds", "ours ms", "p95 ms"]
+    rows = [[*header, "fastest peer", "its ms", "its p95 ms", "peer / ours", "noise"]]
+    for record in of_case(results, "models"):
+        for dtype in _dtypes(record):
+            ours, best = in_rounds(record, f"ours, {dtype}"), fastest(record, dtype)
+            other = None if best is None else in_rounds(record, best)
+            again = in_rounds(record, f"ours again, {dtype}")
+            rows.append([
+                record["model"], str(record["batch"]), f"{record['macs'] / 1e9:.2f} G", dtype,
+                str(record["rounds"]), milliseconds(ours), "-" if ours is None else f"{1e3 * p95(ours):.2f}",
+                best or "none", milliseconds(other), "-" if other is None else f"{1e3 * p95(other):.2f}",
+                ratio(other, ours), ratio(again, ours),
+            ])  # fmt: skip
+    return rows
+
+
+def peers_table(results: Record) -> Rows:
+    """A row for each runtime, a column for each model and batch: milliseconds, and how many times ours."""
+    records = of_case(results, "models")
+    labels = dict.fromkeys(label for record in records for label in _runs(record))
+    rows = [["runtime", *(f"{record['model']}, batch {record['batch']}" for record in records)]]
+    for label in labels:
+        cells = [label]
+        for record in records:
+            peer, seconds = record["peers"].get(label), in_rounds(record, label)
+            if peer is None:
+                cells.append("-")
+            elif seconds is not None:
+                ours = in_rounds(record, f"ours, {peer['dtype']}")
+                cells.append(f"{milliseconds(seconds)} ms, {ratio(seconds, ours)}")
+            elif peer["status"] == "slow":
+                cells.append(f"about {peer['times_ours']:.0f}x, {len(peer['seconds'])} call(s)")
+            else:
+                cells.append(peer["status"])
+        rows.append(cells)
+    return rows
+
+
+def in_its_place_table(results: Record) -> Rows:
+    """A row for each other model, by model: its MACs, and times of runtimes over ours on the compact one."""
+    runtimes = ("ours", "PyTorch eager", "OpenVINO")
+    rows = [["model", "in place of the compact one", "MACs", *(f"{name} / ours" for name in runtimes)]]
+    for record in of_case(results, "models"):
+        ours, peers = in_rounds(record, OURS), record["peers"]
+        names = dict.fromkeys(label.partition(": ")[0] for label in peers if ": " in label)
+        for name in names:
+            labels = {runtime: f"{name}: {runtime}, float32" for runtime in runtimes}
+            macs = next(peers[label].get("macs") for label in labels.values() if label in peers)
+            cells = (ratio(in_rounds(record, label), ours) for label in labels.values())
+            rows.append([record["model"], name, "-" if macs is None else f"{macs / 1e9:.2f} G", *cells])
+    return rows
+
+
+def costs_table(results: Record) -> Rows:
+    """Beside time: what it takes to get a model ready, and its memory."""
+    rows = [["model", "batch", "runtime", "export s", "load s", "memory MiB"]]
+    for record in of_case(results, "models"):
+        for label in _runs(record):
+            if in_rounds(record, label) and not label.startswith("ours again"):
+                cells = costs(record["peers"][label])
+                rows.append([record["model"], str(record["batch"]), label, *cells])
+    return rows
+
+
+def planted_table(results: Record) -> Rows:
+    """What the method sees of a slow-down and of a wrong result that were planted in our engine."""
+    rows = [["model", "rounds", "ours again / ours", f"{SLOWED} / ours", WRONG]]
+    for record in of_case(results, "planted"):
+        ours = in_rounds(record, OURS)
+        ratios = (ratio(in_rounds(record, f"{n}, float32"), ours) for n in ("ours again", SLOWED))
+        wrong = record["peers"][f"{WRONG}, float32"]
+        figure = wrong["reason"] if wrong["status"] == "failed" else "NOT SEEN"
+        rows.append([record["model"], str(record["rounds"]), *ratios, figure])
+    return rows
+
+
+def cuts(record: Record) -> list[str]:
+    """Names of the cuts of a sweep, the dense model first."""
+    return list(record["macs"])
+
+
+def sweep_table(results: Record) -> Rows:
+    """Dense over cut time on our engine, and how much of what the MACs promise that is."""
+    header = ["model", "batch", "dtype", "rounds", "cut", "dense ms", "cut ms", "speed-up", "MACs"]
+    rows = [[*header, "speed-up / MACs", "noise"]]
+    for record in of_case(results, "sweep"):
+        for dtype in DTYPES:
+            dense = in_rounds(record, f"dense: ours, {dtype}")
+            for name in cuts(record)[1:]:
+                own = in_rounds(record, f"{name}: ours, {dtype}")
+                if own is None:
+                    continue
+                promised = record["macs"]["dense"] / record["macs"][name]
+                again = in_rounds(record, f"{name}: ours again, {dtype}")
+                rows.append([
+                    record["model"], str(record["batch"]), dtype, str(record["rounds"]), name,
+                    milliseconds(dense), milliseconds(own), ratio(dense, own), f"{promised:.2f}x",
+                    ratio(dense, own, 1 / promised), ratio(again, own),
+                ])  # fmt: skip
+    return rows
+
+
+def training_table(results: Record) -> Rows:
+    """Time of a step over that of the model without gates."""
+    rows = [["model", "batch", "blocks", "rounds", "step without gates", "gated", "by hand", "noise"]]
+    for record in of_case(results, "training"):
+        variants = record["variants"]
+        cells = ["failed"] * 4
+        if not variants[REFERENCE]["failed"]:
+            plain = variants[REFERENCE]["seconds"]
+            cells = [f"{statistics.median(plain):.3g} s"]
+            cells += [
+                "failed" if variants[name]["failed"] else ratio(variants[name]["seconds"], plain)
+                for name in ("gated", "naive", "ungated again")
+            ]
+        rows.append(
+            [record["model"], str(record["batch"]), str(record["depth"]), str(record["rounds"]), *cells]
+        )
+    return rows
+
+
+# --------------------------------------------------------------------------------
+# Parts of models
+
+
+def realised(record: Record, runtime: str) -> dict[int, float]:
+    """Of a case of layers: by width, the speed-up over the widest layer as a share of what MACs promise."""
+    rates = {}
+    for width, macs in record["macs"].items():
+        if seconds := in_rounds(record, f"{width}: {runtime}, float32"):
+            rates[int(width)] = macs / statistics.median(seconds)
+    return {width: rate / rates[max(rates)] for width, rate in rates.items()}
+
+
+def layers_table(results: Record) -> Rows:
+    """A row for each width of the transformer and runtime."""
+    rows = [["width of the transformer", "runtime", "rounds", "speed-up / MACs, by hidden units kept"]]
+    for record in of_case(results, "layers"):
+        for runtime in ("ours", "PyTorch eager"):
+            shares = (f"{width}: {share:.2f}" for width, share in realised(record, runtime).items())
+            rows.append([str(record["embed_dim"]), runtime, str(record["rounds"]), ", ".join(shares)])
+    return rows
+
+
+def picoseconds_per_mac(record: Record) -> dict[int, float]:
+    """Median time per multiply-add, by width."""
+    times = {width: in_rounds(record, width) for width in record["macs"]}
+    return {
+        int(width): 1e12 * statistics.median(seconds) / record["macs"][width]
+        for width, seconds in times.items()
+        if seconds
+    }
+
+
+def widths_table(results: Record) -> Rows:
+    """How much a width that is no multiple of 16 costs."""
+    header = ["dtype", "widths", "rounds", "ps per MAC", "multiples of 16", "others", "least", "most", "at"]
+    rows = [header]
+    for record in of_case(results, "widths"):
+        per_mac = picoseconds_per_mac(record)
+        if not per_mac:
+            continue
+        mean, most = statistics.mean(per_mac.values()), max(per_mac, key=per_mac.__getitem__)
+        even, odd = ([v for w, v in per_mac.items() if (w % 16 == 0) == whole] for whole in (True, False))
+        rows.append([
+            record["dtype"], str(len(per_mac)), str(record["rounds"]), f"{mean:.2f}",
+            *(f"{statistics.mean(side) / mean:.3f}x" if side else "-" for side in (even, odd)),
+            f"{min(per_mac.values()) / mean:.3f}x", f"{per_mac[most] / mean:.3f}x", str(most),
+        ])  # fmt: skip
+    return rows
+
+
+def rate_table(results: Record) -> Rows:
+    """The rate of each library, fastest first."""
+    rows = [["library", "product", "rounds", "GFLOP/s, median", "fastest call"]]
+    for record in of_case(results, "rate"):
+        times = {label: s for label in record["peers"] if (s := in_rounds(record, label))}
+        flops_of = {label: record["peers"][label].get("flops", record["flops"]) for label in times}
+        for label in sorted(times, key=lambda name: statistics.median(times[name]) / flops_of[name]):
+            flops = flops_of[label]
+            rates = (1e-9 * flops / f(times[label]) for f in (statistics.median, min))
+            rows.append(
+                [label, product(label, record), str(record["rounds"]), *(f"{rate:,.0f}" for rate in rates)]
+            )
+    return rows
+
+
+def product(label: str, record: Record) -> str:
+    """What was multiplied."""
+    return "-" if "flops" in record["peers"][label] else f"{record['size']} cubed"
+
+
+def gemm_table(results: Record) -> Rows:
+    """Rates of single products, a row for each shape."""
+    records = of_case(results, "gemm")
+    labels = list(dict.fromkeys(label for r in records for label in r["peers"] if in_rounds(r, label)))
+    rows = [["GFLOP/s of", *(record["shape"] for record in records)]] if records else [[]]
+    for label in labels:
+        times = [in_rounds(record, label) for record in records]
+        rates = (
+            f"{1e-9 * record['flops'] / statistics.median(seconds):,.0f}" if seconds else "-"
+            for record, seconds in zip(records, times, strict=True)
+        )
+        rows.append([label, *rates])
+    return rows
+
+
+# --------------------------------------------------------------------------------
+# All of them
+
+TABLES = {
+    "models": {
+        "Fastest peer over ours": fastest_table,
+        "All runtimes, and how many times ours of the same dtype": peers_table,
+        f"In place of the model cut by {RATE:.0%}, time over ours of that one": in_its_place_table,
+        "Export, load (with the first call) and memory": costs_table,
+    },
+    "planted": {"Planted in our engine": planted_table},
+    "sweep": {"Dense over cut, both on our engine": sweep_table},
+    "training": {"Step of sparse training over a step without gates": training_table},
+    "layers": {"A feed-forward branch beside the dense one": layers_table},
+    "widths": {"Time per MAC of a feed-forward branch, by width": widths_table},
+    "rate": {"Rate of a large square product, and inside our engine": rate_table},
+    "gemm": {"Rate of single products": gemm_table},
+}  # fmt: skip
+
+
+def tables(results: Record) -> dict[str, Rows]:
+    """All that have a row, by title."""
+    shown = {title: make(results) for case in TABLES.values() for title, make in case.items()}
+    return {title: rows for title, rows in shown.items() if len(rows) > 1}
+
+
+def notes(results: Record) -> list[str]:
+    """One line for each reason why a peer has no figure, with the cases that it holds for."""
+    found: dict[str, list[str]] = {}
+    for key, record in results["cases"].items():
+        for label, peer in record.get("peers", {}).items():
+            if peer["status"] != "measured" and record["case"] != "planted":
+                found.setdefault(f"{label}: {peer['status']}: {peer['reason']}", []).append(key)
+    return [f"{what} ({'; '.join(keys)})" for what, keys in found.items()]
+
+
+def place(results: Record) -> str:
+    """Machine, versions and commits, in one line."""
+    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v is not None)
+    commits = {
+        f"{(r['commit'] or 'unknown')[:8]}{' with changes' * bool(r['modified'])}"
+        for r in results["cases"].values()
+    }
+    isa = " ".join(results["hardware"]["isa"])
+    return f"{machine(results)}; {versions or 'no other library'}; {isa}; commit {', '.join(sorted(commits))}"
+
+
+def markdown(results: Record) -> str:
+    """The README's tables, the reasons of those without figures, and the machine."""
+    lines = [line for title, rows in tables(results).items() for line in markdown_table(title, rows)]
+    return "\n".join(
+        [*lines, *(f"- {note}" for note in notes(results)), "", f"Measured on {place(results)}."]
+    )
+
+
+def show(console: Console, results: Record, case: str) -> None:
+    """The tables of one case on the terminal."""
+    for title, make in TABLES[case].items():
+        rows = make(results)
+        if len(rows) > 1:
+            print_table(console, title, rows)
