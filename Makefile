@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # that made training 17 times slower. Sleeping at once would slow small models on an idle machine; this is between.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test lint accuracy gpu baseline clean
+.PHONY: demo test lint bench accuracy gpu baseline clean
 
 demo: $(VENV)/built
 	rm -rf $(DEMO)
@@ -27,6 +27,13 @@ lint: $(VENV)/installed-dev
 # The accuracy tables of the README: three seeds, about half an hour on two cores; continues where it stopped.
 accuracy: $(VENV)/installed
 	$(BIN)/python bench/accuracy.py --out runs/accuracy
+
+# The comparisons that the README's claims about speed rest on, beside every runtime that can be installed; half an
+# hour on two cores; continues where it stopped. Writes bench/results.
+bench: $(VENV)/installed-bench $(VENV)/built
+	$(BIN)/python bench/compare.py
+	$(BIN)/python bench/latency_budget.py
+	$(BIN)/python -m pytest -q bench/ops -o python_files='bench_*.py' --benchmark-json=bench/results/ops.json
 
 # Measure on this machine's GPU: numerics, compute-sanitizer where installed, times of the ops and of training
 # steps; writes bench/results/gpu-<name>.json. Without a GPU it says so and fails.
@@ -46,6 +53,10 @@ $(VENV)/installed: pyproject.toml setup.py
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed-dev
+	$(PIP) --editable '.[dev,bench]'
 	touch $@
 
 # The C++ operators; without a compiler, or with VTP_BUILD_CPP=0, there are none, and everything works without.

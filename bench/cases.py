@@ -10,11 +10,12 @@ import gating_cost
 import timm
 import torch
 from irregular import cut, gated_model, padded, same_macs_dense, torch_pruning, zeros_in_place
-from products import FeedForward, prepare_feed_forward
+from products import FeedForward
 from torch import Tensor, nn
 
 import vtp
 from vtp.bench.contest import Budget, Record, Subject, contest, slowed
+from vtp.bench.own_model import prepare_blocks
 from vtp.bench.peers import COMPILERS, Peer, Run, prepare_eager
 
 RATE = 0.4  # share of dimensions that is removed where a case has one rate
@@ -240,7 +241,7 @@ def measure_layers(
 
 
 def _feed_forward_peer(dtype: str, name: str = "ours") -> Peer:
-    return Peer(name, dtype, functools.partial(prepare_feed_forward, dtype=dtype), ours=True)
+    return Peer(name, dtype, functools.partial(prepare_blocks, dtype=dtype), ours=True)
 
 
 def _tokens(model: FeedForward) -> Tensor:

@@ -16,8 +16,8 @@ right: against float64, at most twice the error of PyTorch's eager mode in the s
 OpenVINO, whose arithmetic is their own: `CEILINGS` in vtp/bench/contest.py). What fails, is missing or was
 not ready in time is shown with its reason and has no figure. Each warms up until its times settle, then they
 take turns round by round in rotating order; ratios are of times in the same round. "ours again" is our
-engine a second time: its ratio is noise. A peer over 20 times slower than ours is called once or twice and
-then stays out, also of larger cases.
+engine a second time: its ratio is noise. A peer over 8 times slower than ours, whose calls are not
+short, is called once or twice and then stays out, also of larger cases.
 
 Results are written after each case, and a run takes up what is there for the same machine, versions, threads
 and options, whatever the commit: use --fresh to measure changed code. Exports and compilers have a time limit

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 import vtp
 from vtp import cpu_engine
+from vtp.bench.own_model import Blocks
 from vtp.bench.peers import DTYPES, Peer, Run, Unsupported
-from vtp.cpu_engine import CpuBlocks
-from vtp.engine import pack_for_ops
 from vtp_kernels._library import why_no_cpp
 
 
@@ -29,11 +28,10 @@ def prepare_packed(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
     return lambda: ops._linear_pointwise(x, weight, None, "none", [], "")
 
 
-class FeedForward(nn.Module):
-    """The blocks of a compact model without attention: tokens [B, N, embed_dim] to the same shape."""
+class FeedForward(Blocks):
+    """Feed-forward branches alone: tokens [B, N, embed_dim] to the same shape."""
 
     def __init__(self, embed_dim: int, inputs: int, hidden: int, depth: int = 1) -> None:
-        super().__init__()
         torch.manual_seed(0)
         dense = VisionTransformer(
             img_size=32,
@@ -48,20 +46,8 @@ class FeedForward(nn.Module):
         plan = vtp.make_plan(gated, rate=0.0)
         kept = {name: () if "attn" in name else widths for name, widths in plan.kept.items()}
         kept |= {name: widths[:inputs] for name, widths in kept.items() if name.endswith("fc1")}
-        self.vit = vtp.compact(gated, dataclasses.replace(plan, kept=kept))
+        super().__init__(vtp.compact(gated, dataclasses.replace(plan, kept=kept)))
         self.macs_per_token = depth * hidden * (inputs + embed_dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.vit.blocks(tokens)
-
-
-def prepare_feed_forward(model: nn.Module, tokens: Tensor, *, dtype: str) -> Run:
-    """The blocks on the C++ engine."""
-    packed = pack_for_ops(model.vit, DTYPES[dtype]).vit
-    if (reason := cpu_engine.why_not(packed.blocks, DTYPES[dtype])) is not None:
-        raise Unsupported(reason)
-    blocks, tokens = CpuBlocks(packed, DTYPES[dtype]), tokens.to(DTYPES[dtype])
-    return lambda: blocks(tokens)
 
 
 def prepare_our_linear(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:

@@ -2,7 +2,7 @@
 
 Nothing is timed that does not compute the same: outputs are compared with float64 before. What fails, is
 missing or was not ready in time has a reason instead of a figure. A peer over `SLOW` times slower than ours
-is called once or twice and then stays out.
+is called once or twice and then stays out, unless its calls are short.
 """
 
 import contextlib
@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp.bench.measure import peak_bytes, relative_error, resident_bytes, take_turns
+from vtp.bench.measure import memory_bytes, peak_bytes, relative_error, synchronize, take_turns
 from vtp.bench.peers import Peer, Run, Unsupported, prepare_eager
 
 Record = dict[str, Any]
+
+CPU = torch.device("cpu")
 
 FACTOR = 2.0  # how many times the error of PyTorch's eager mode in the same dtype a peer may make
 TINY = {"float32": 1e-6, "bfloat16": 1e-3}  # and this much more, where eager is exact by luck
@@ -31,7 +33,8 @@ TINY = {"float32": 1e-6, "bfloat16": 1e-3}  # and this much more, where eager is
 # choose the arithmetic inside: a hundred float32 roundings, ten bfloat16 roundings.
 CEILINGS = {"float32": 1e-5, "bfloat16": 5e-2}
 
-SLOW = 20.0  # times ours: a peer slower than that leaves the rounds
+SLOW = 8.0  # times ours: a peer slower than that leaves the rounds,
+SLOW_CALL = 0.3  # seconds, if a call takes longer than this
 SLOW_TWICE = 5.0  # seconds: a slow peer is called a second time if one call takes less
 SETTLED = 0.05  # the warm-up ends when the medians of three calls differ by less
 WARM_UP_SECONDS = 10.0
@@ -121,18 +124,19 @@ def ready(peer: Peer, subject: Subject, seconds: float) -> tuple[Record, Run | N
     """Prepare and check one peer. Returns its record so far, and its call if there is something to time.
 
     Its record has the seconds to export the model, those to load it (compile and pack it, up to the end of
-    the first call), and its memory: resident bytes at the peak of a call over those before it was loaded.
+    the first call), and its memory: bytes at the peak of that call over those before it was loaded.
 
     Args:
         seconds: after which preparing it is given up.
     """
-    record: Record = {"dtype": peer.dtype, "status": "absent", "reason": peer.why_not()}
+    device = subject.images.device
+    record: Record = {"dtype": peer.dtype, "status": "absent", "reason": peer.why_not(device.type)}
     if record["reason"] is not None:
         return record, None
     try:
         with time_limit(seconds):
             source, record["export_seconds"] = subject.exported(peer)
-            resident = resident_bytes()
+            before = memory_bytes(device)
             started = time.perf_counter()
             run = peer.prepare(source, subject.images)
     except OutOfTime:
@@ -145,10 +149,10 @@ def ready(peer: Peer, subject: Subject, seconds: float) -> tuple[Record, Run | N
         return record | {"status": "failed", "reason": first_line(error)}, None
     try:
         with torch.inference_mode():
-            outputs = run()
-            record["prepare_seconds"] = time.perf_counter() - started
+            outputs, peak = peak_bytes(run, device)
             error = relative_error(outputs, subject.exact)
-            record["memory_bytes"] = None if resident is None else peak_bytes(run) - resident
+            record["prepare_seconds"] = time.perf_counter() - started
+            record["memory_bytes"] = None if before is None or peak is None else peak - before
     except Exception as failure:
         return record | {"status": "failed", "reason": first_line(failure)}, None
     bound = subject.bound(peer)
@@ -187,14 +191,17 @@ class Runner:
     """A call that is timed, and all its times: `warm_up` before the rounds, `seconds` in them."""
 
     run: Run
+    device: torch.device = CPU
     warm_up: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     def call(self) -> float:
         """Seconds of one call."""
         with torch.inference_mode():
+            synchronize(self.device)
             started = time.perf_counter()
             self.run()
+            synchronize(self.device)
             return time.perf_counter() - started
 
     def step(self) -> None:
@@ -246,7 +253,7 @@ def contest(
         records[label], run = ready(peer, subject, math.inf if peer.ours else left)
         records[label]["macs"] = subject.macs
         if run is not None:
-            runners[label] = Runner(run)
+            runners[label] = Runner(run, subject.images.device)
     with torch.compiler.set_stance("fail_on_recompile"):
         for label in list(runners):
             if not _keeps_up(label, entries, records, runners, budget.warm_up_seconds):
@@ -273,9 +280,10 @@ def _keeps_up(
         runner.warm_up.append(runner.call())
         if ours and runner is not ours[0]:
             usual = statistics.median(ours[0].warm_up[-3:])
-            if runner.warm_up[0] > SLOW * usual and runner.warm_up[0] < SLOW_TWICE:
+            limit = max(SLOW * usual, SLOW_CALL)
+            if limit < runner.warm_up[0] < SLOW_TWICE:
                 runner.warm_up.append(runner.call())
-            if (fastest := min(runner.warm_up)) > SLOW * usual:
+            if (fastest := min(runner.warm_up)) > limit:
                 times = fastest / usual
                 reason = f"{times:.0f} times ours in {len(runner.warm_up)} call(s), then left the rounds"
                 records[label] |= {"status": "slow", "reason": reason, "times_ours": times}

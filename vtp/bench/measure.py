@@ -84,19 +84,35 @@ def pairwise_ratio(own: Sequence[float], reference: Sequence[float]) -> dict[str
 # Memory
 
 
-def resident_bytes() -> int | None:
-    """Memory of this process after what is free was given back; None where the system does not say."""
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Memory in use: of a GPU what PyTorch has allocated; else what is resident of this process, after what
+    is free was given back, or None where the system does not say."""
     gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     return _status_bytes("VmRSS")
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most memory that was resident during a call. Linux only: see `resident_bytes`."""
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to what is resident now
-    call()
-    return _status_bytes("VmHWM")
+def peak_bytes(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, int | None]:
+    """What a call returns, and the most memory in use during it; see `memory_bytes`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        outputs = call()
+        synchronize(device)
+        return outputs, torch.cuda.max_memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to what is resident now
+    except OSError:  # no Linux, or not allowed
+        return call(), None
+    return call(), _status_bytes("VmHWM")
 
 
 def _status_bytes(field: str) -> int | None:

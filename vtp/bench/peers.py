@@ -1,4 +1,4 @@
-"""The peers of a comparison: ways to run a model on a CPU, with what each of them needs."""
+"""The peers of a comparison: ways to run a model, with what each of them needs."""
 
 import copy
 import functools
@@ -34,7 +34,7 @@ class Peer:
     prepare: takes what `export` made, or the float32 model, and images; returns a call without arguments
         that gives the outputs.
     export: converts the float32 model for images of a shape, once and before it is deployed.
-    packages: what has to be installed for it, beside PyTorch.
+    packages: what has to be installed for it, beside PyTorch; devices: what it runs on.
     own_arithmetic: computes in a precision or order of its own, so that `CEILINGS` alone bound its error.
     ours: what other peers of its dtype are compared with.
     """
@@ -44,6 +44,7 @@ class Peer:
     prepare: Callable[[Any, Tensor], Run]
     export: Callable[[nn.Module, tuple[int, ...]], Any] | None = None
     packages: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
     own_arithmetic: bool = False
     ours: bool = False
 
@@ -51,8 +52,10 @@ class Peer:
     def label(self) -> str:
         return f"{self.name}, {self.dtype}"
 
-    def why_not(self) -> str | None:
+    def why_not(self, device: str = "cpu") -> str | None:
         """Why it cannot run here; None where it can."""
+        if device not in self.devices:
+            return f"runs on {' and '.join(self.devices)}, not on {device}"
         missing = [name for name in self.packages if find_spec(name) is None]
         return f"{' and '.join(missing)} not installed: pip install 'vtp[bench]'" if missing else None
 
@@ -82,13 +85,19 @@ def prepare_eager(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
 
 
 def prepare_compiled(
-    model: nn.Module, images: Tensor, *, dtype: str, frozen: bool = True, mode: str | None = None
+    model: nn.Module,
+    images: Tensor,
+    *,
+    dtype: str,
+    frozen: bool = True,
+    mode: str | None = None,
+    backend: str = "inductor",
 ) -> Run:
     """torch.compile for this one shape; `frozen` makes weights constants, which it may then pack."""
     from torch._inductor import config
 
     model, images = copy.deepcopy(model).to(DTYPES[dtype]), images.to(DTYPES[dtype])
-    compiled = torch.compile(own_code(model), dynamic=False, mode=mode)
+    compiled = torch.compile(own_code(model), dynamic=False, mode=mode, backend=backend)
     # It compiles in the first call, and reads its configuration then.
     # With more threads than one it goes on compiling behind the rounds' back once `time_limit` has ended it.
     settings = {"freezing": frozen, "compile_threads": 1, "autotune_num_choices_displayed": 0}
@@ -161,7 +170,7 @@ def _peers() -> list[Peer]:
             Peer("our reference path", dtype, partial(prepare_reference, dtype=dtype)),
             Peer("PyTorch eager", dtype, partial(prepare_eager, dtype=dtype)),
         ]
-    onnx = {"export": export_onnx, "own_arithmetic": True}
+    onnx = {"export": export_onnx, "own_arithmetic": True, "devices": ("cpu",)}
     packages = ("onnx", "onnxscript")
     peers.append(
         Peer("ONNX Runtime", "float32", prepare_onnx_runtime, packages=(*packages, "onnxruntime"), **onnx)
@@ -172,6 +181,17 @@ def _peers() -> list[Peer]:
     for name, options in COMPILERS.items():
         for dtype in DTYPES:
             peers.append(Peer(name, dtype, partial(prepare_compiled, dtype=dtype, **options)))
+    # Never run by the authors, who have had no GPU.
+    peers.append(
+        Peer(
+            "TensorRT",
+            "bfloat16",
+            partial(prepare_compiled, dtype="bfloat16", frozen=False, backend="torch_tensorrt"),
+            packages=("torch_tensorrt",),
+            devices=("cuda",),
+            own_arithmetic=True,
+        )
+    )
     return peers
 
 

@@ -52,7 +52,8 @@ def contest_table(record: Record, reference: str) -> Rows:
     for label, peer in record["peers"].items():
         seconds = in_rounds(record, label)
         if seconds is None:
-            rows.append([label, peer["status"], "-", "-", *costs(peer)])
+            compared = f"about {peer['times_ours']:.0f}x" if peer["status"] == "slow" else "-"
+            rows.append([label, peer["status"], "-", compared, *costs(peer)])
         else:
             compared = ratio(seconds, in_rounds(record, reference))
             rows.append([label, milliseconds(seconds), f"{1e3 * p95(seconds):.2f}", compared, *costs(peer)])
@@ -79,8 +80,8 @@ def print_table(console: Console, title: str, rows: Rows) -> None:
     """On the terminal."""
     header, *others = rows
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for column in header:
-        shown.add_column(column)
+    for number, column in enumerate(header):
+        shown.add_column(column, no_wrap=number == 0)
     for row in others:
         shown.add_row(*row)
     console.print(shown)
