@@ -145,27 +145,26 @@ def measure_sweep(
 ) -> Record:
     """The model cut at several rates, heads unequal and uniform, on our engine and some others.
 
-    The larger the work, the fewer take part, and what is missing is in the table as such: all cuts and dtypes
-    up to 1e11 multiply-adds in a call of the dense model; then float32 and unequal heads; above 5e11 only the
-    dense model and one cut on our engine.
+    The larger the work, the fewer take part: all cuts in both dtypes up to 2e10 multiply-adds in a call of
+    the dense model; bfloat16 for one cut up to 1e11; then float32 and unequal heads; above 5e11 only one cut
+    on our engine.
     """
     unequal, uniform = model.gated(), model.gated(uniform=True)
-    cuts = {_cut_name(rate, "unequal"): (unequal, rate) for rate in rates}
     work = batch * vtp.make_plan(unequal, rate=0.0).cost.macs
-    main = ("dense", _cut_name(RATE, "unequal"))
-    ours, others = of(peers, "ours", dtypes=("float32", "bfloat16")), of(peers, "PyTorch eager", "OpenVINO")
+    cuts = {_cut_name(rate, "unequal"): (unequal, rate) for rate in rates}
     if work <= 1e11:
         cuts |= {_cut_name(rate, "uniform"): (uniform, rate) for rate in rates if rate}
-    else:
-        ours = of(ours, "ours")
+    main = ("dense", _cut_name(RATE, "unequal"))
     if work > 5e11:
-        cuts, others = {name: cuts[name] for name in main}, []
+        cuts = {name: cuts[name] for name in main}
     subjects = {name: subject_of(cut(gated, rate), batch) for name, (gated, rate) in cuts.items()}
-    entries = {f"{name}: {peer.label}": (peer, subjects[name]) for name in subjects for peer in ours}
-    again = of(peers, "ours again")
-    entries |= {
-        f"{name}: {peer.label}": (peer, subjects[name]) for name in main for peer in [*again, *others]
-    }
+    ours, half = of(peers, "ours"), of(peers, "ours", dtypes=("bfloat16",))
+    beside = of(peers, "ours again")
+    if work <= 5e11:
+        beside += of(peers, "PyTorch eager", "OpenVINO")
+    wide, narrow = (ours + half, beside) if work <= 2e10 else (ours, beside + half * (work <= 1e11))
+    entries = {f"{name}: {peer.label}": (peer, subjects[name]) for name in subjects for peer in wide}
+    entries |= {f"{name}: {peer.label}": (peer, subjects[name]) for name in main for peer in narrow}
     return {"macs": {name: subject.macs for name, subject in subjects.items()}} | contest(entries, budget)
 
 

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from irregular import randomize_vectors
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ def prepare_our_linear(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
     weight = cpu_engine.panels(linear.weight.detach(), DTYPES[dtype]).view(-1).view(torch.uint8)
     bias = torch.zeros(-(-outputs // 16) * 16)
     if torch.ops.vtp.cpu_isa() == "avx512_bf16":  # whose activations are in the dtype of the weights
-        x = x.to(DTYPES[dtype])
+        x = F.pad(x, (0, x.shape[1] % 2)).to(DTYPES[dtype])  # inputs lie in pairs
     return lambda: torch.ops.vtp.cpu_linear(x, weight, bias, outputs, dtype == "bfloat16")[:, :outputs]
 
 

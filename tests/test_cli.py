@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import vtp
 from vtp.cli import main
 
-COMMANDS = ("run", "train", "prune", "finetune", "eval", "inspect")
+COMMANDS = ("run", "train", "prune", "finetune", "eval", "bench", "inspect")
 
 
 @pytest.fixture(scope="module")
@@ -424,3 +424,50 @@ def test_training_cannot_write_over_a_file_or_into_a_read_only_place(files, refu
     sparse = ["train", "sparse", "--model", files / "dense.safetensors", "--data", files / "images"]
     for out in (tmp_path / "file", "/proc/run"):
         refused("file|proc", *sparse, "--out", out)
+
+
+# ------------------------------------------------------------------------------------------------ bench
+
+
+def bench(*arguments):
+    return run("bench", *arguments, "--rounds", 3, "--seconds", 1, "--threads", 1)
+
+
+def test_bench_times_a_compact_model_and_says_whether_pruning_paid(files, tmp_path, capsys):
+    assert bench(files / "compact.safetensors", "--json", tmp_path / "times.json") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"PyTorch eager, float32 .*\n dense: ours, float32 ", printed, re.DOTALL)
+    assert re.search(r"^ours, float32: pruning .* fewer MACs, .* faster", printed, re.MULTILINE)
+    written = json.loads((tmp_path / "times.json").read_text())
+    assert {"environment", "hardware", "file", "models"} <= written.keys()
+    assert written["file"] == "compact.safetensors"
+    for label in ("ours, float32", "ours again, float32", "PyTorch eager, float32", "dense: ours, float32"):
+        peer = written["models"]["peers"][label]
+        assert peer["status"] == "measured" and len(peer["seconds"]) >= 3
+        assert peer["error"] <= peer["error_bound"]
+
+
+def test_bench_refuses_what_holds_no_compact_model(files, tmp_path, refused):
+    refused("model: .*gated.safetensors holds no compact model", "bench", files / "gated.safetensors")
+    refused("no file", "bench", tmp_path / "missing.safetensors")
+    refused(
+        "--json: .*folder that exists", "bench", files / "compact.safetensors", "--json", tmp_path / "a/b"
+    )
+
+
+def test_profiled_widths_give_a_plan_for_a_latency(files, tmp_path, monkeypatch, refused, capsys):
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "small.safetensors"
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        refused("latency_ms: there is no latency table", "prune", files / "gated.safetensors",
+                "--latency-ms", 1, "--out", out)  # fmt: skip
+        assert bench(files / "gated.safetensors", "--profile-widths") == 0
+        printed = capsys.readouterr().out
+        dense = float(re.search(r"the dense model takes (\S+) ms", printed)[1])
+        assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
+        assert run("prune", files / "gated.safetensors", "--latency-ms", 2 * dense + 1, "--out", out) == 0
+        assert vtp.load(out).plan.rate == 0, "the dense model meets it"
+    finally:
+        torch.set_num_threads(threads)

@@ -2,7 +2,7 @@
 
 gated = vtp.insert_gates(timm.create_model("deit_base_patch16_224", pretrained=True))
 ...                                     # train with the penalty 1e-4 * vtp.l1_penalty(gated)
-plan = vtp.make_plan(gated, rate=0.4)   # or macs=10.0e9, or params=48e6
+plan = vtp.make_plan(gated, rate=0.4)   # or macs=10.0e9, params=48e6, latency_ms=12
 small = vtp.compact(gated, plan)        # an ordinary, trainable, smaller model
 vtp.save(small, "deit_b_40.safetensors")
 fast = vtp.optimize(small, dtype=torch.bfloat16)    # packed weights, fused kernels, inference only
@@ -15,7 +15,9 @@ from vtp.cost import Cost, count
 from vtp.engine import OptimizedViT, optimize
 from vtp.files import FileError
 from vtp.gates import GatedLinear, insert_gates, l1_penalty, sites
+from vtp.latency_table import LatencyTable
 from vtp.plan import PlanError, PruningPlan, make_plan
+from vtp.profile import profile_widths
 
 __all__ = [
     "Architecture",
@@ -23,6 +25,7 @@ __all__ = [
     "Cost",
     "FileError",
     "GatedLinear",
+    "LatencyTable",
     "OptimizedViT",
     "PlanError",
     "PruningPlan",
@@ -35,6 +38,7 @@ __all__ = [
     "load",
     "make_plan",
     "optimize",
+    "profile_widths",
     "read_metadata",
     "save",
     "sites",

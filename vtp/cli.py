@@ -11,16 +11,24 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from vtp import checkpoint
+from vtp.architecture import describe
+from vtp.bench import own_model
+from vtp.bench.contest import Budget
+from vtp.bench.measure import description, machine, positive
+from vtp.bench.peers import DTYPES
+from vtp.bench.tables import contest_table, print_table, reasons
 from vtp.compact import CompactViT, compact
 from vtp.cost import count
 from vtp.data import EMBEDDED, Data, open_data
-from vtp.files import FileError
+from vtp.files import FileError, write_atomic
 from vtp.gates import insert_gates, sites
+from vtp.latency_table import store_table
 from vtp.loaders import Augment
 from vtp.pipeline import (
     FASHION_DEIT,
@@ -34,6 +42,7 @@ from vtp.pipeline import (
     run,
 )
 from vtp.plan import SCOPES, SCORES, PruningPlan, make_plan
+from vtp.profile import profile_widths
 from vtp.train import (
     STATE_FORMAT,
     NonFiniteLossError,
@@ -146,6 +155,68 @@ def _eval(options: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     top1, loss = evaluate(model.to(device).eval(), data, workers=options.workers)
     _console.print(f"top-1 {top1:.2f}, cross-entropy {loss:.4f}; {count(model)}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    if options.json is not None and not Path(options.json).absolute().parent.is_dir():
+        raise ValueError(f"--json: got {options.json}, expected a file name in a folder that exists")
+    torch.set_num_threads(options.threads)
+    if options.profile_widths:
+        _profile_widths(options)
+        return
+    small = checkpoint.load(options.model)
+    if not isinstance(small, CompactViT):
+        raise FileError(
+            f"model: {options.model} holds no compact model; `vtp prune` makes one from a gated model"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    small = small.float().eval().to(device)
+    budget = Budget(rounds=options.rounds, seconds=options.seconds, warm_up_seconds=5.0)
+    record = own_model.compare(small, options.batch, options.dtypes, budget, compilers=options.compile)
+    results = {**description(device), "file": Path(options.model).name, "models": record}
+    ours = f"ours, {options.dtypes[0]}"
+    print_table(
+        _console, f"{options.model}: {count(small)}, batch {options.batch}", contest_table(record, ours)
+    )
+    for line in reasons(record):
+        _console.print(line)
+    for label in record["peers"]:
+        if label.startswith("dense: "):
+            _console.print(own_model.verdict(record, label.removeprefix("dense: ")))
+    gain = own_model.realised(record, ours)
+    if gain is not None and gain[1] < own_model.PAID:
+        brief = dataclasses.replace(budget, warm_up_seconds=0.5)
+        results["branches"] = own_model.compare_branches(small, options.batch, options.dtypes[0], brief)
+        blame = own_model.blame_table(small, results["branches"])
+        print_table(_console, "Where our engine loses most of what MACs promise", blame)
+    _console.print(f"measured on {machine(results)}")
+    if options.json is not None:
+        text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+        write_atomic(options.json, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _profile_widths(options: argparse.Namespace) -> None:
+    if len(options.dtypes) > 1:
+        raise ValueError(f"--dtypes: got {options.dtypes}, expected one with --profile-widths")
+    is_name = not Path(options.model).is_file()  # of which only the widths matter
+    model = open_model(options.model, from_scratch=is_name)
+    architecture = model.plan.architecture if isinstance(model, CompactViT) else describe(model)
+    with Progress(console=_console, transient=True) as bar:
+        task = bar.add_task("measuring", total=1.0)
+        table = profile_widths(
+            architecture,
+            batch_size=options.batch,
+            dtype=DTYPES[options.dtypes[0]],
+            seconds=options.seconds,
+            progress=lambda share: bar.update(task, completed=share),
+        )
+    file = store_table(table)
+    dense = make_plan(insert_gates(architecture.build("cpu", weight_init="skip")), rate=0.0)
+    _console.print(
+        f"{table.rounds} rounds on {table.engine}: the dense model takes {table.predict(dense):.2f} ms for a "
+        f"batch of {options.batch}\n"
+        f"wrote {file}; make_plan(gated, latency_ms=...) and `vtp prune --latency-ms` use it"
+    )
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -262,7 +333,7 @@ def _parse_setting(setting: str) -> tuple[str, str, Any]:
 def _budget(options: argparse.Namespace) -> dict[str, Any]:
     budget = {
         name: getattr(options, name)
-        for name in ("rate", "macs", "params")
+        for name in ("rate", "macs", "params", "latency_ms")
         if getattr(options, name) is not None
     }
     ranking = {name: getattr(options, name) for name in ("score", "scope", "per_mac", "round_to", "min_keep")}
@@ -282,6 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prune(commands)
     _add_finetune(commands)
     _add_eval(commands)
+    _add_bench(commands)
     _add_inspect(commands)
     return parser
 
@@ -358,6 +430,27 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
 
 
+def _add_bench(commands: Any) -> None:
+    parser = _command(
+        commands, "bench", _bench, "time a compact model by every runtime, and say whether pruning paid",
+        "vtp bench runs/demo/compact.safetensors --batch 8",
+    )  # fmt: skip
+    parser.add_argument("model", help="a file with a compact model; to profile, any file or timm model name")
+    parser.add_argument("--batch", type=positive(int), default=1, help="images in a call (default 1)")
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["float32"], help="default float32")
+    parser.add_argument("--rounds", type=positive(int), default=30, help="at most (default 30)")
+    parser.add_argument("--seconds", type=positive(float), default=60.0, help="budget of them (default 60)")
+    parser.add_argument(
+        "--threads", type=positive(int), default=torch.get_num_threads(), help="CPU threads (default: all)"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes")
+    parser.add_argument("--json", help="also write all times to this file")
+    parser.add_argument(
+        "--profile-widths", action="store_true",
+        help="instead: measure time against width on this machine, for budgets in milliseconds",
+    )  # fmt: skip
+
+
 def _add_inspect(commands: Any) -> None:
     parser = _command(
         commands, "inspect", _inspect, "show what a file of ours holds",
@@ -418,6 +511,10 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--rate", type=float, help="share of dimensions to remove (default 0.4)")
     budget.add_argument("--macs", type=float, help="multiply-adds per image that may remain, e.g. 10e9")
     budget.add_argument("--params", type=float, help="parameters that may remain, e.g. 48e6")
+    budget.add_argument(
+        "--latency-ms", type=float,
+        help="milliseconds that one image may take on this machine: see vtp bench --profile-widths",
+    )  # fmt: skip
     parser.add_argument("--score", choices=SCORES, default="gate", help="what ranks the dimensions")
     parser.add_argument("--scope", choices=SCOPES, default="global", help="which dimensions compete")
     parser.add_argument("--per-mac", action="store_true", help="divide the score by the MACs it saves")

@@ -337,9 +337,8 @@ def _results(models: dict[str, nn.Module], data: Data, run_dir: Path, config: Ru
 
 def _reslice(sparse: nn.Module, data: Data, config: RunConfig) -> list[dict[str, Any]]:
     """Cost and accuracy of the one sparse run cut at other rates, without training."""
-    settings = {
-        name: value for name, value in config.budget.items() if name not in ("rate", "macs", "params")
-    }
+    budgets = ("rate", "macs", "params", "latency_ms", "latency_table")
+    settings = {name: value for name, value in config.budget.items() if name not in budgets}
     points = []
     for rate in RESLICE_RATES:
         try:

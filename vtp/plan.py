@@ -1,8 +1,8 @@
 """Which dimensions of a gated model are kept, and why: scores, a budget, one threshold, kept indices.
 
 The paper (arXiv 2104.08500) sorts |g| over the whole model and cuts at the threshold a rate implies.
-Beside it: budgets in MACs or parameters, Taylor scores, cost-aware scores, ranking per site or layer,
-widths rounded to a multiple, and a floor under each width.
+Beside it: budgets in MACs, parameters or milliseconds on a measured machine, Taylor scores, cost-aware
+scores, ranking per site or layer, widths rounded to a multiple, and a floor under each width.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import numbers
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from vtp.architecture import SITES, Architecture, describe
 from vtp.cost import Cost, attention_cost, in_short, mlp_cost, surroundings_cost
 from vtp.files import FileError, fingerprint, write_atomic
 from vtp.gates import GatedLinear, sites
+
+if TYPE_CHECKING:
+    from vtp.latency_table import LatencyTable
 
 PLAN_VERSION = 1
 SCORES = ("gate", "taylor")
@@ -205,6 +209,8 @@ def make_plan(
     rate: float | None = None,
     macs: float | None = None,
     params: float | None = None,
+    latency_ms: float | None = None,
+    latency_table: "LatencyTable | None" = None,
     score: str | Mapping[str, Tensor] = "gate",
     scope: str = "global",
     per_mac: bool = False,
@@ -217,8 +223,13 @@ def make_plan(
         gated: a model from `insert_gates`, usually after sparse training.
         rate: share of all gates to remove, in [0, 1) (the paper's budget); at least that many go.
         macs: multiply-adds for one image that may remain, e.g. 10.0e9.
-        params: parameters that may remain, e.g. 48e6. Exactly one of the three; a budget is never
-            exceeded, and is met as closely as whole dimensions allow.
+        params: parameters that may remain, e.g. 48e6.
+        latency_ms: milliseconds that a forward pass of one batch may take, packed by `vtp.optimize`, as
+            predicted by `latency_table`. Exactly one of the four budgets; it is never exceeded, and is met
+            as closely as whole dimensions allow.
+        latency_table: time against width, from `vtp.latency_table.profile_widths`. None takes the one that
+            was measured on this machine for one image in float32, with as many threads as now. A table of
+            another machine gives a plan for that machine.
         score: "gate", |g| (the paper); "taylor", the mean of (g * dL/dg)**2 over training steps; or a
             mapping from site name to a score of your own for each gate, larger is more important.
         scope: "global" compares all gates with each other (the paper); "per_site" removes the same share
@@ -234,7 +245,9 @@ def make_plan(
         PlanError: an argument is out of range, a score is missing or not finite, or the budget cannot be
             met; the message names the argument and the least that is possible.
     """
-    budget = _one_budget(rate=rate, macs=macs, params=params)
+    budget = _one_budget(rate=rate, macs=macs, params=params, latency_ms=latency_ms)
+    if latency_table is not None and latency_ms is None:
+        raise PlanError("latency_table: got one without latency_ms, the budget that it is for")
     if scope not in SCOPES:
         raise PlanError(f"scope: got {scope!r}, expected one of {SCOPES}")
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
@@ -249,7 +262,7 @@ def make_plan(
     scores = _scores(layers, score)
     ranks = _ranking(architecture, scores, score, scope, per_mac)
     groups = _groups(architecture, ranks, round_to, min_keep)
-    removed = _fit(architecture, groups, budget)
+    removed = _fit(architecture, groups, _limit(architecture, budget, latency_table))
     kept = _kept_indices(architecture, groups, removed)
     one_number = scope == "global" and not per_mac and round_to == 1
     gone = np.concatenate([np.delete(values, kept[name]) for name, values in scores.items()])
@@ -275,7 +288,7 @@ def _is_number(value: object) -> bool:
 def _one_budget(**budgets: float | None) -> dict[str, float]:
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
-        raise PlanError(f"rate, macs, params: got {sorted(given) or 'none'}, expected exactly one of them")
+        raise PlanError(f"{', '.join(budgets)}: got {sorted(given) or 'none'}, expected exactly one of them")
     ((name, value),) = given.items()
     if name == "rate" and not (_is_number(value) and 0 <= value < 1):
         raise PlanError(f"rate: got {value!r}, expected a share in [0, 1)")
@@ -464,40 +477,91 @@ def _block_of(row: np.ndarray) -> "_BlockWidths":
     return _BlockWidths(qkv, values, fc1, fc2)
 
 
-def _fit(architecture: Architecture, groups: _Groups, budget: Mapping[str, float]) -> list[int]:
+@dataclasses.dataclass(frozen=True)
+class _Limit:
+    """A budget, counted in whole units: dimensions, MACs, parameters or nanoseconds.
+
+    name, value: the argument of `make_plan`; most: units that may remain; outside: units outside the blocks;
+    size: units of a block, from its row of widths; text: a number of units in words.
+    """
+
+    name: str
+    value: float
+    most: float
+    outside: int
+    size: Callable[[np.ndarray], int]
+    text: Callable[[float], str]
+
+
+def _limit(architecture: Architecture, budget: Mapping[str, float], table: "LatencyTable | None") -> _Limit:
+    ((name, value),) = budget.items()
+    if name == "rate":
+        full = _widths_array(architecture).sum()
+        most = full - _removed_at_least(value, full)
+        return _Limit(name, value, most, 0, lambda row: int(row.sum()), lambda n: f"{n:,.0f} dimensions kept")
+    if name != "latency_ms":
+
+        def size(row: np.ndarray) -> int:
+            return getattr(_block_of(row).cost(architecture), name)
+
+        outside = getattr(surroundings_cost(architecture), name)
+        return _Limit(name, value, value, outside, size, lambda n: f"{n:,.0f} {name}")
+    table = _table_for(architecture, table)
+
+    def nanoseconds(row: np.ndarray) -> int:
+        block = _block_of(row)
+        return table.block_nanoseconds(block.qkv, block.values, block.fc1, block.fc2)
+
+    most = math.floor(1e6 * value)
+    most += (most + 1) / 1e6 <= value  # a prediction that is asked for again must be met
+    return _Limit(name, value, most, table.outside_nanoseconds, nanoseconds, lambda n: f"{n / 1e6:,.6g} ms")
+
+
+def _table_for(architecture: Architecture, table: "LatencyTable | None") -> "LatencyTable":
+    # Packing and measuring, which no other budget needs; and they import this module.
+    from vtp.latency_table import LatencyTableError, cached_table, how_to_make_one
+
+    table = cached_table(architecture) if table is None else table
+    if table is None:
+        raise PlanError(
+            "latency_ms: there is no latency table of this model for this machine, its versions and this "
+            f"number of threads, for one image in float32; {how_to_make_one()}"
+        )
+    try:
+        table.refuse_others(architecture)
+    except LatencyTableError as error:
+        raise PlanError(f"latency_table: {error}") from error
+    return table
+
+
+def _fit(architecture: Architecture, groups: _Groups, limit: _Limit) -> list[int]:
     """Which groups go (positions in `groups`): the shortest run of least important ones that meets the
     budget, less those that can be given back because the last step (often a whole head) saved too much."""
-    ((kind, value),) = budget.items()
-    full = _widths_array(architecture)
-    limit = full.sum() - _removed_at_least(value, full.sum()) if kind == "rate" else value
-    outside = 0 if kind == "rate" else getattr(surroundings_cost(architecture), kind)
-
-    def size(row: np.ndarray) -> int:
-        return int(row.sum()) if kind == "rate" else getattr(_block_of(row).cost(architecture), kind)
+    full, size = _widths_array(architecture), limit.size
 
     def widths_after(count: int) -> np.ndarray:
         gone = np.bincount(groups.slots[:count], groups.sizes[:count], minlength=full.size)
         return full - gone.astype(np.int64).reshape(full.shape)
 
     def total(widths: np.ndarray) -> int:
-        return outside + sum(map(size, widths))
+        return limit.outside + sum(map(size, widths))
 
     low, high = 0, len(groups.sizes)
     least = total(widths_after(high))
-    if least > limit:
-        unit = "dimensions kept" if kind == "rate" else kind
+    if least > limit.most:
         raise PlanError(
-            f"{kind}: {value:g} cannot be met: {least:,} {unit} remain when everything but min_keep is "
-            f"removed, at most {limit:,.0f} may; lower min_keep or ask for less"
+            f"{limit.name}: {limit.value:g} cannot be met: {limit.text(least)} remain when everything but "
+            f"min_keep is removed, at most {limit.text(limit.most).split()[0]} may; "
+            "lower min_keep or ask for less"
         )
     while low < high:
         middle = (low + high) // 2
-        if total(widths_after(middle)) <= limit:
+        if total(widths_after(middle)) <= limit.most:
             high = middle
         else:
             low = middle + 1
     widths = widths_after(low)
-    slack, removed, exhausted = limit - total(widths), [], set()
+    slack, removed, exhausted = limit.most - total(widths), [], set()
     for position in range(low - 1, -1, -1):
         slot = int(groups.slots[position])
         row = widths[slot // full.shape[1]]

@@ -1,0 +1,215 @@
+"""Does a model cut to a latency budget take as long as was asked for? Prediction against measurement.
+
+The width table of a DeiT-S is measured (or taken from the cache), then plans are made for three budgets,
+given as shares of what the table predicts for the dense model, with random gates that make widths unequal in
+every layer and head. The dense model and the three compact ones, packed by `vtp.optimize`, then take turns.
+
+Two errors are shown. That of the milliseconds contains how much the machine's speed has changed since the
+table was measured; on a shared machine that is several percent. That of the time relative to the dense model,
+in the same rounds, does not. Prints a table and writes it with all times as JSON; takes four minutes.
+
+    python bench/latency_budget.py
+    python bench/latency_budget.py --markdown   # the README's table, from the file that a run wrote
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from irregular import gated_model
+from torch import nn
+
+import vtp
+from vtp.bench.contest import Runner
+from vtp.bench.measure import commit, description, machine, pairwise_ratio, positive, take_turns
+from vtp.bench.peers import DTYPES
+from vtp.files import FileError, write_atomic
+from vtp.latency_table import LatencyTable, cached_table, store_table
+from vtp.profile import profile_widths
+
+RESULTS = Path(__file__).parent / "results" / "latency_budget.json"
+DENSE = "dense"
+WARM_UP = 5.0  # seconds at most, for each model
+
+
+def plans(gated: nn.Module, table: LatencyTable, shares: Sequence[float]) -> dict[str, vtp.PruningPlan]:
+    """The dense model, and one plan for each share of the milliseconds that the table predicts for it."""
+    dense = vtp.make_plan(gated, rate=0.0)
+    whole = table.predict(dense)
+    cut = {
+        f"{share:.0%}": vtp.make_plan(gated, latency_ms=share * whole, latency_table=table)
+        for share in shares
+    }
+    return {DENSE: dense, **cut}
+
+
+def measure(
+    gated: nn.Module, table: LatencyTable, shares: Sequence[float], *, rounds: int, seconds: float
+) -> dict[str, Any]:
+    """The record of one comparison: predicted and measured time of each model.
+
+    Args:
+        gated: a gated model of the table's geometry.
+        shares: budgets, of the dense model's predicted time.
+        rounds, seconds: see `take_turns`.
+    """
+    dtype = DTYPES[table.dtype]
+    images = torch.randn(table.batch_size, gated.patch_embed.proj.in_channels, *gated.patch_embed.img_size)
+    images, made = images.to(dtype), plans(gated, table, shares)
+    models = {name: vtp.optimize(vtp.compact(gated, plan), dtype) for name, plan in made.items()}
+    runners = {name: Runner(partial(model, images)) for name, model in models.items()}
+    for runner in runners.values():
+        runner.settle(WARM_UP)
+    done = take_turns(runners, rounds, seconds)
+    dense = runners[DENSE].seconds
+    whole = table.predict(made[DENSE])
+    cases = []
+    for name, plan in made.items():
+        own, predicted = runners[name].seconds, table.predict(plan)
+        measured = 1e3 * statistics.median(own)
+        ratio = pairwise_ratio(own, dense)
+        cases.append(
+            {
+                "model": name,
+                "budget_ms": plan.budget.get("latency_ms"),
+                "macs": plan.cost.macs,
+                "predicted_ms": predicted,
+                "median_ms": measured,
+                "error": predicted / measured - 1,
+                "predicted_of_dense": predicted / whole,
+                "measured_of_dense": ratio,
+                "error_of_dense": predicted / whole / ratio["median"] - 1,
+                "engine": models[name].engine,
+                "seconds": own,
+            }
+        )
+    return {"rounds": done, "cases": cases}
+
+
+# --------------------------------------------------------------------------------
+# Tables
+
+_HEADINGS = (
+    "budget", "MACs", "predicted ms", "measured ms", "error",
+    "predicted / dense", "measured / dense", "error of that",
+)  # fmt: skip
+
+
+def rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Cells under `_HEADINGS`, a row for each model."""
+    shown = []
+    for case in results["cases"]:
+        ratio = case["measured_of_dense"]
+        shown.append(
+            [
+                "dense" if case["budget_ms"] is None else f"{case['budget_ms']:.1f} ms",
+                f"{case['macs'] / 1e9:.2f}G",
+                f"{case['predicted_ms']:.1f}",
+                f"{case['median_ms']:.1f}",
+                f"{case['error']:+.1%}",
+                f"{case['predicted_of_dense']:.3f}",
+                f"{ratio['median']:.3f} ({ratio['q1']:.3f}-{ratio['q3']:.3f})",
+                f"{case['error_of_dense']:+.1%}" if case["budget_ms"] is not None else "",
+            ]
+        )
+    return shown
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table, which is the README's, and a line on what it was measured on."""
+    lines = ["| " + " | ".join(_HEADINGS) + " |", "|---" * len(_HEADINGS) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows(results)]
+    return "\n".join([*lines, "", f"{title(results)}. Measured on {machine(results)}."])
+
+
+def title(results: Mapping[str, Any]) -> str:
+    """What was compared, in words."""
+    table, arguments = results["table"], results["arguments"]
+    return (
+        f"{arguments['model']}, batch {table['batch_size']}, {table['dtype']}, {table['engine']}: "
+        f"{results['rounds']} rounds, table of {table['rounds']} rounds"
+    )
+
+
+# --------------------------------------------------------------------------------
+# Command line
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    count, number = positive(int), positive(float)
+    parser.add_argument("--model", default="deit_small_patch16_224", help="timm's name: %(default)s")
+    parser.add_argument(
+        "--shares",
+        type=number,
+        nargs="+",
+        default=[0.85, 0.7, 0.55],
+        help="budgets, of the dense model's predicted time: 0.85 0.7 0.55",
+    )
+    parser.add_argument("--batch", type=count, default=1, help="images: 1")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="float32")
+    parser.add_argument("--cached", action="store_true", help="take the table from the cache if it has one")
+    parser.add_argument("--profile-seconds", type=number, default=75.0, help="of measuring the table: 75")
+    parser.add_argument("--rounds", type=count, default=150, help="timed calls of each model, at most: 150")
+    parser.add_argument("--seconds", type=number, default=75.0, help="of the comparison, at most: 75")
+    parser.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads: all cores")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the file --out as Markdown; measure nothing"
+    )
+    options = parser.parse_args(argv)
+    if not all(share < 1 for share in options.shares):
+        parser.error(f"argument --shares: got {options.shares}, expected shares below 1")
+    if options.markdown and not options.out.is_file():
+        parser.error(f"argument --out: {options.out} is not there; run without --markdown first")
+    if options.out.is_dir() or not options.out.parent.is_dir():
+        parser.error(f"argument --out: got {options.out}, expected a file name in a folder that exists")
+    return options
+
+
+def main(argv: Sequence[str] | None = None, build: Callable[[str], nn.Module] = gated_model) -> int:
+    """Run the command line; `build` makes the gated model of a name. Returns the exit status."""
+    options = parse_arguments(argv)
+    if options.markdown:
+        try:
+            print(markdown(json.loads(options.out.read_text())))
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"argument --out: {options.out} is no results file: {error!r}", file=sys.stderr)
+            return 2
+        return 0
+    torch.set_num_threads(options.threads)
+    gated, dtype = build(options.model), DTYPES[options.dtype]
+    architecture = vtp.describe(gated)
+    table = cached_table(architecture, options.batch, dtype) if options.cached else None
+    try:
+        if table is None:
+            seconds = options.profile_seconds
+            table = profile_widths(architecture, batch_size=options.batch, dtype=dtype, seconds=seconds)
+            store_table(table)
+        results = {
+            **description(torch.device("cpu")),
+            **commit(),
+            "arguments": {**vars(options), "out": options.out.name},
+            "table": table.to_dict(),
+            **measure(gated, table, options.shares, rounds=options.rounds, seconds=options.seconds),
+        }
+        write_atomic(options.out, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    except (FileError, vtp.PlanError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

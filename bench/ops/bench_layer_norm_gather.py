@@ -1,0 +1,44 @@
+"""layer_norm_gather: beside the norm of all columns, of which the kept ones are selected."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from shapes import Case, Peer, plain
+from torch import Tensor
+
+from vtp.bench.peers import Run
+from vtp_kernels import layer_norm_gather
+from vtp_kernels.layer_norm_gather import layer_norm_gather_ref
+
+SITES = ("qkv",)
+BACKWARD = (False,)
+
+
+def operands(case: Case) -> dict[str, Any]:
+    """x [B, N, D], weight and bias [kept], index [kept], or None where all are kept."""
+    D, kept = case.block.embed, case.block.qkv
+    index = torch.randperm(D)[:kept].sort().values if kept < D else None
+    affine = {"weight": torch.rand(kept) + 0.5, "bias": torch.randn(kept)}
+    return {"x": 3 * case.activations(D) + 1, **affine, "index": index, "eps": 1e-6}
+
+
+def norm_then_select(x: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, eps: float) -> Run:
+    """What timm's norm and an index in front of the linear do."""
+    shape = x.shape[-1:]
+    if index is None:
+        return lambda: F.layer_norm(x, shape, weight, bias, eps)
+    weight, bias = (x.new_zeros(shape).index_copy(0, index, t) for t in (weight, bias))
+    return lambda: F.layer_norm(x, shape, weight, bias, eps).index_select(-1, index)
+
+
+def peers(case: Case) -> dict[str, Peer]:
+    return {
+        "ours": plain(layer_norm_gather),
+        "plain expression": plain(layer_norm_gather_ref),
+        "F.layer_norm" + (", index_select" if case.widths == "compact" else ""): Peer(norm_then_select),
+    }
+
+
+def test_layer_norm_gather(measure, case: Case, peer: str) -> None:
+    measure(case, peers(case)[peer], operands, layer_norm_gather_ref)

@@ -1,0 +1,92 @@
+"""ragged_attention: beside PyTorch's SDPA, which takes one width of values for all heads.
+
+A peer with padding has zero columns in qkv already, as the linear before would leave them, and keeps theirs
+in the result: what is timed is a model whose heads were made equal.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from shapes import Case, Peer, plain
+from torch import Tensor
+
+from vtp.bench.peers import Run
+from vtp_kernels import ragged_attention
+from vtp_kernels._triton import in_padded_rows
+from vtp_kernels.ragged_attention import ragged_attention_ref
+
+SITES = ("attn",)
+BACKWARD = (False,)
+
+
+def operands(case: Case) -> dict[str, Any]:
+    """qkv [B, N, 2 H d + V]."""
+    _, width = case.block.linear("qkv")
+    return {
+        "qkv": case.activations(width),
+        "head_dim": case.block.head_dim,
+        "value_widths": case.block.values,
+        "scale": case.block.scale,
+    }
+
+
+def ours(qkv: Tensor, **shape: Any) -> Run:
+    """With rows where the ops put them, at 16 bytes."""
+    qkv = in_padded_rows(qkv)
+    return lambda: ragged_attention(qkv, **shape)
+
+
+def per_head(qkv: Tensor, head_dim: int, value_widths: tuple[int, ...], scale: float) -> Tensor:
+    """SDPA once for each head: [B, N, V]."""
+    H = len(value_widths)
+    query, key, values = qkv.split([H * head_dim, H * head_dim, sum(value_widths)], dim=-1)
+    heads = zip(
+        query.split(head_dim, -1), key.split(head_dim, -1), values.split(value_widths, -1), strict=True
+    )
+    return torch.cat(
+        [
+            F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=scale)[:, 0]
+            for q, k, v in heads
+        ],
+        dim=-1,
+    )
+
+
+def equal_heads(
+    qkv: Tensor, head_dim: int, value_widths: tuple[int, ...], scale: float, *, width: int
+) -> Run:
+    """SDPA of all heads at once, their values padded to `width`: [B, N, H * width]."""
+    H = len(value_widths)
+    query_key, values = qkv.split([2 * H * head_dim, sum(value_widths)], dim=-1)
+    values = [F.pad(v, (0, width - v.shape[-1])) for v in values.split(value_widths, -1)]
+    qkv = torch.cat([query_key, *values], dim=-1)
+
+    def run() -> Tensor:
+        parts = qkv.split([H * head_dim, H * head_dim, H * width], dim=-1)
+        query, key, value = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in parts)
+        return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
+
+    return run
+
+
+def peers(case: Case) -> dict[str, Peer]:
+    block = case.block
+    found = {"ours": Peer(ours), "plain expression": plain(ragged_attention_ref)}
+    if case.widths == "dense":
+        return found | {"SDPA": Peer(partial(equal_heads, width=block.head_dim))}
+    found["SDPA per head"] = plain(per_head)
+    widest = -(-max(block.values) // 8) * 8  # the least that the fused kernels of a GPU take
+    for width in dict.fromkeys((widest, block.head_dim)):
+
+        def kept(out: Tensor, width: int = width) -> Tensor:
+            heads = zip(out.split(width, -1), block.values, strict=True)
+            return torch.cat([head[..., :own] for head, own in heads], dim=-1)
+
+        found[f"SDPA, values padded to {width}"] = Peer(partial(equal_heads, width=width), kept)
+    return found
+
+
+def test_ragged_attention(measure, case: Case, peer: str) -> None:
+    measure(case, peers(case)[peer], operands, ragged_attention_ref)

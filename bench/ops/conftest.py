@@ -1,0 +1,213 @@
+"""One op at a time beside its peers, at the shapes of DeiT: ours, PyTorch's plain expression, and what one
+would write instead.
+
+    pytest bench/ops --benchmark-columns=median,iqr,rounds
+    pytest bench/ops/bench_compact_linear.py --model base --batch 1,8,64 --dtype float32,bfloat16
+    pytest bench/ops --benchmark-json=ops.json
+    pytest bench/ops --toy      # every case once, at toy size
+
+A case is timed only if output and gradients are right: the error against float64 is at most twice that of
+PyTorch's plain expression in the same dtype. A wrong one fails and has no figure.
+
+pytest-benchmark runs peers one after another, so that a machine that grows slower in between makes a peer
+slow: these tables show magnitudes. The scripts beside this folder, in which peers take turns round by round,
+carry the claims.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from shapes import DEVICE, WIDTHS, Case, Peer
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vtp.bench.contest import CEILINGS, FACTOR, TINY
+from vtp.bench.measure import hardware, positive, relative_error
+from vtp.bench.peers import DTYPES, Run
+
+DEFAULTS: dict[str, Any] = {
+    "model": ["tiny", "small", "base"],
+    "batch": [1],
+    "dtype": ["float32"],
+    "threads": os.cpu_count(),
+    "seconds": 0.1,
+    "rounds": 5,
+}
+TOY = {
+    "model": ["toy"],
+    "batch": [2],
+    "dtype": list(DTYPES),
+    "threads": 1,
+    "seconds": 1e-4,
+    "rounds": 1,
+}
+
+
+# --------------------------------------------------------------------------------
+# Cases
+
+
+def listed(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The `type` of an option that takes several values with commas between."""
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
+def one_of(names: list[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected some of {','.join(names)}")
+        return text
+
+    return parse
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench/ops")
+    count = positive(int)
+    group.addoption("--model", type=listed(one_of(list(WIDTHS))), help="tiny,small,base")
+    group.addoption("--batch", type=listed(count), help="images: 1")
+    group.addoption("--dtype", type=listed(one_of(list(DTYPES))), help="float32")
+    group.addoption("--threads", type=count, help="CPU threads: all cores")
+    group.addoption("--seconds", type=positive(float), help="of a peer in a case, about: 0.1")
+    group.addoption("--rounds", type=count, help="of a peer in a case, at least: 5")
+    group.addoption("--toy", action="store_true", help="every case once, at toy size")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config.option, "toy"):  # this folder was met on the way, not asked for
+        return
+    config.addinivalue_line("python_files", "bench_*.py")
+    for name, value in (TOY if config.option.toy else DEFAULTS).items():
+        if getattr(config.option, name) is None:
+            setattr(config.option, name, value)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every case of a module, `SITES` and `BACKWARD`, with all its `peers`."""
+    module, option = metafunc.module, metafunc.config.option
+    axes = option.model, ("dense", "compact"), module.SITES, option.batch, option.dtype, module.BACKWARD
+    parameters = []
+    for case in itertools.starmap(Case, itertools.product(*axes)):
+        mark = pytest.mark.benchmark(
+            group=f"{module.__name__.removeprefix('bench_')} {case}",
+            max_time=option.seconds,
+            min_rounds=option.rounds,
+            warmup=True,
+            warmup_iterations=option.rounds,
+        )
+        parameters += [pytest.param(case, p, id=f"{case}-{p}", marks=mark) for p in module.peers(case)]
+    metafunc.parametrize("case, peer", parameters)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.update(torch=torch.__version__, threads=config.option.threads, **hardware(DEVICE))
+
+
+@pytest.fixture(autouse=True)
+def pinned_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.config.option.threads)
+    yield
+    torch.set_num_threads(before)
+
+
+# --------------------------------------------------------------------------------
+# Correctness: nothing is timed that does not compute the same
+
+
+def mode(case: Case) -> contextlib.AbstractContextManager:
+    """What a case runs in."""
+    return torch.enable_grad() if case.backward else torch.inference_mode()
+
+
+def results(run: Run, operands: dict[str, Any], dy: Tensor | None) -> dict[str, Tensor | None]:
+    """The output of `run`, and, if there is dy, the gradients of all operands that need one, by name."""
+    out = run()
+    if dy is None:
+        return {"output": out}
+    leaves = {f"d{name}": t for name, t in operands.items() if isinstance(t, Tensor) and t.requires_grad}
+    gradients = torch.autograd.grad(out, leaves.values(), dy, allow_unused=True)  # a gate, without gates
+    return {"output": out, **dict(zip(leaves, gradients, strict=True))}
+
+
+class Subject:
+    """The operands of a case, in its dtype on its device, and what has to come out of them."""
+
+    def __init__(
+        self, case: Case, operands: Callable[[Case], dict[str, Any]], reference: Callable[..., Tensor]
+    ) -> None:
+        torch.manual_seed(0)
+        given, self.backward = operands(case), case.backward
+        self.operands = self._converted(given, DTYPES[case.dtype])
+        exact = self._converted(self.operands, torch.float64)
+        with mode(case):
+            with FlopCounterMode(display=False) as counter:
+                out = reference(**exact)
+                self.dy = torch.randn(out.shape).to(DEVICE, DTYPES[case.dtype]) if case.backward else None
+                dy = None if self.dy is None else self.dy.double()
+                self.exact = results(lambda: out, exact, dy)
+            plain = results(lambda: reference(**self.operands), self.operands, self.dy)
+        self.macs = counter.get_total_flops() // 2
+        self.bounds = {
+            name: min(CEILINGS[case.dtype], FACTOR * relative_error(plain[name], t) + TINY[case.dtype])
+            for name, t in self.exact.items()
+            if t is not None
+        }
+
+    def _converted(self, operands: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """A copy of each tensor, those of floating point in `dtype`."""
+        converted = dict(operands)
+        for name, value in operands.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                converted[name] = value.detach().to(DEVICE, dtype, copy=True).requires_grad_(self.backward)
+            elif isinstance(value, Tensor):
+                converted[name] = value.to(DEVICE)
+        return converted
+
+    def errors(self, got: dict[str, Tensor | None]) -> dict[str, float]:
+        """Relative error of the output and of each gradient."""
+        return {name: relative_error(got[name], self.exact[name]) for name in self.bounds}
+
+
+# The peers of a case come one after another.
+subject = functools.lru_cache(maxsize=1)(Subject)
+
+
+@pytest.fixture
+def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Check one peer in one case, then time it."""
+
+    def measured(
+        case: Case, peer: Peer, operands: Callable[[Case], dict[str, Any]], reference: Callable[..., Tensor]
+    ) -> None:
+        right = subject(case, operands, peer.reference or reference)
+        with mode(case):
+            call = peer.prepare(**right.operands)
+            run = functools.partial(results, call, right.operands, right.dy)
+            got = run()
+            errors = right.errors(got | {"output": peer.kept(got["output"])})
+            for name, error in errors.items():
+                if not error <= right.bounds[name]:  # nor NaN
+                    bound = f"at most {right.bounds[name]:.2g} allowed"
+                    pytest.fail(f"wrong {name}: relative error {error:.2g}, {bound}", pytrace=False)
+            benchmark.name = request.node.callspec.params["peer"]
+            benchmark.extra_info |= {
+                **{name: getattr(case, name) for name in ("model", "widths", "site", "batch", "dtype")},
+                "pass": "forward+backward" if case.backward else "forward",
+                "shapes": {n: list(t.shape) for n, t in right.operands.items() if isinstance(t, Tensor)},
+                "macs": right.macs,
+                "errors": errors,
+                "error_bounds": right.bounds,
+                "device": DEVICE.type,
+                "threads": torch.get_num_threads(),
+            }
+            benchmark(run if DEVICE.type == "cpu" else lambda: (run(), torch.cuda.synchronize()))
+
+    return measured
