@@ -33,7 +33,7 @@ accuracy: $(VENV)/installed
 bench: $(VENV)/installed-bench $(VENV)/built
 	$(BIN)/python bench/compare.py
 	$(BIN)/python bench/latency_budget.py
-	$(BIN)/python -m pytest -q bench/ops -o python_files='bench_*.py' --benchmark-json=bench/results/ops.json
+	$(BIN)/python -m pytest -q bench/ops --benchmark-columns=median,iqr,rounds --benchmark-json=bench/results/ops.json
 
 # Measure on this machine's GPU: numerics, compute-sanitizer where installed, times of the ops and of training
 # steps; writes bench/results/gpu-<name>.json. Without a GPU it says so and fails.

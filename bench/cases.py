@@ -118,6 +118,9 @@ def in_its_place(gated: nn.Module, plan: vtp.PruningPlan, compact: Subject, peer
     # Of these the outputs are those of the compact model.
     subjects = {
         "padded to 16": subject_of(padded(gated, plan), len(compact.images), compact.exact),
+        "padded for SDPA": subject_of(
+            padded(gated, plan, whole_heads=True), len(compact.images), compact.exact
+        ),
         "zeros in place": subject_of(zeros_in_place(gated, plan), len(compact.images), compact.exact),
     }
     alone = {"dense": dense, "dense of the same MACs": same_macs_dense(plan.architecture, compact.macs)}
@@ -125,7 +128,8 @@ def in_its_place(gated: nn.Module, plan: vtp.PruningPlan, compact: Subject, peer
         alone[TORCH_PRUNING.name] = torch_pruning(dense, compact.macs)
     subjects |= {name: subject_of(model, len(compact.images)) for name, model in alone.items()}
     runs = dict.fromkeys(subjects, others)
-    runs["zeros in place"] = of(others, "PyTorch eager")  # elsewhere it is the dense model
+    for name in ("padded for SDPA", "zeros in place"):  # elsewhere it is no better than the one beside it
+        runs[name] = of(others, "PyTorch eager")
     entries = {
         f"{name}: {peer.label}": (peer, subjects[name]) for name, peers in runs.items() for peer in peers
     }

@@ -83,13 +83,18 @@ def zeros_in_place(gated: nn.Module, plan: vtp.PruningPlan) -> VisionTransformer
 
 
 @torch.no_grad()
-def padded(gated: nn.Module, plan: vtp.PruningPlan, multiple: int = 16) -> vtp.CompactViT:
-    """The cut with every width of a layer and a head filled up with zeros to a multiple."""
+def padded(gated: nn.Module, plan: vtp.PruningPlan, *, whole_heads: bool = False) -> vtp.CompactViT:
+    """The cut with every width of a layer and a head filled up with zeros to a multiple of 16.
+
+    Args:
+        whole_heads: heads are filled up to the dense model's; PyTorch's fused attention takes equal ones.
+    """
     zeroed = vtp.insert_gates(zeros_in_place(gated, plan))
     kept = {}
     for name, width in plan.widths.items():
-        heads = plan.architecture.num_heads if name.endswith("attn.proj") else 1
-        kept[name] = _filled_up(plan.kept[name], width // heads, multiple)
+        is_proj = name.endswith("attn.proj")
+        part = plan.head_dim if is_proj else width
+        kept[name] = _filled_up(plan.kept[name], part, part if is_proj and whole_heads else 16)
     return vtp.compact(zeroed, dataclasses.replace(plan, kept=kept)).eval()
 
 

@@ -7,7 +7,7 @@ from gating_cost import REFERENCE
 from rich.console import Console
 
 from vtp.bench.contest import Record
-from vtp.bench.measure import machine
+from vtp.bench.measure import machine, pairwise_ratio
 from vtp.bench.peers import DTYPES
 from vtp.bench.tables import (
     Rows,
@@ -141,24 +141,29 @@ def cuts(record: Record) -> list[str]:
 
 
 def sweep_table(results: Record) -> Rows:
-    """Dense over cut time on our engine, and how much of what the MACs promise that is."""
-    header = ["model", "batch", "dtype", "rounds", "cut", "dense ms", "cut ms", "speed-up", "MACs"]
-    rows = [[*header, "speed-up / MACs", "noise"]]
+    """Dense over cut time on our engine, what the MACs promise, and how much of that it is."""
+    names = list(dict.fromkeys(name for r in of_case(results, "sweep") for name in cuts(r)[1:]))
+    rows = [["model", "batch", "dtype", "rounds", "dense ms", *names, "noise"]]
     for record in of_case(results, "sweep"):
         for dtype in DTYPES:
             dense = in_rounds(record, f"dense: ours, {dtype}")
-            for name in cuts(record)[1:]:
+            if dense is None:
+                continue
+            row = [record["model"], str(record["batch"]), dtype, str(record["rounds"]), milliseconds(dense)]
+            for name in names:
                 own = in_rounds(record, f"{name}: ours, {dtype}")
-                if own is None:
-                    continue
-                promised = record["macs"]["dense"] / record["macs"][name]
-                again = in_rounds(record, f"{name}: ours again, {dtype}")
-                rows.append([
-                    record["model"], str(record["batch"]), dtype, str(record["rounds"]), name,
-                    milliseconds(dense), milliseconds(own), ratio(dense, own), f"{promised:.2f}x",
-                    ratio(dense, own, 1 / promised), ratio(again, own),
-                ])  # fmt: skip
+                row.append("-" if own is None else _speedup(record, name, dense, own))
+            again = in_rounds(record, f"dense: ours again, {dtype}")
+            rows.append([*row, ratio(again, dense)])
     return rows
+
+
+def _speedup(record: Record, name: str, dense: list[float], own: list[float]) -> str:
+    """As in "1.80x of 2.00x: 0.90 (0.88-0.92)"."""
+    promised = record["macs"]["dense"] / record["macs"][name]
+    found = pairwise_ratio(dense, own)
+    share, q1, q3 = (found[key] / promised for key in ("median", "q1", "q3"))
+    return f"{found['median']:.2f}x of {promised:.2f}x: {share:.2f} ({q1:.2f}-{q3:.2f})"
 
 
 def training_table(results: Record) -> Rows:
@@ -277,7 +282,7 @@ TABLES = {
         "Export, load (with the first call) and memory": costs_table,
     },
     "planted": {"Planted in our engine": planted_table},
-    "sweep": {"Dense over cut, both on our engine": sweep_table},
+    "sweep": {"Speed-up over the dense model on our engine, of what MACs promise: the share": sweep_table},
     "training": {"Step of sparse training over a step without gates": training_table},
     "layers": {"A feed-forward branch beside the dense one": layers_table},
     "widths": {"Time per MAC of a feed-forward branch, by width": widths_table},

@@ -107,6 +107,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    for name in ("node", "release", "python_build"):  # whose machine it is, is nobody's business
+        machine_info.pop(name, None)
     machine_info.update(torch=torch.__version__, threads=config.option.threads, **hardware(DEVICE))
 
 
