@@ -24,10 +24,9 @@ struct Vector {
   static Vector where_negative(Vector x, Vector yes, Vector no) {
     return {_mm256_blendv_ps(no.v, yes.v, x.v)};
   }
-  // 2^n, where x is n + 1.5 * 2^23: n is in its lowest bits.
+  // 2^n, where x is n + 127 + 1.5 * 2^23: the exponent is in its lowest bits.
   static Vector power_of_two(Vector x) {
-    const __m256i n = _mm256_add_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(127));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(n, 23))};
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23))};
   }
   static __m256i ints(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static Vector load_low_halves(const char* p) {

@@ -23,10 +23,9 @@ struct Vector {
   static Vector where_negative(Vector x, Vector yes, Vector no) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_LT_OQ), no.v, yes.v)};
   }
-  // 2^n, where x is n + 1.5 * 2^23: n is in its lowest bits.
+  // 2^n, where x is n + 127 + 1.5 * 2^23: the exponent is in its lowest bits.
   static Vector power_of_two(Vector x) {
-    const __m512i n = _mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(127));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(n, 23))};
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))};
   }
   static Vector load_low_halves(const char* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};

@@ -44,20 +44,19 @@ inline BFloat16 from_float<BFloat16>(float x) {
 
 // ----------------------------------------------------------------------------------------------- functions
 
-// e^x to 1 ulp or so; 0 below -87.3 in effect, NaN for NaN. Degree 6, fitted to |x| <= ln 2 / 2.
-inline Vector exponential(Vector x) {
-  x = Vector::max(Vector::broadcast(-87.33f), Vector::min(Vector::broadcast(88.0f), x));
-  const Vector magic = Vector::broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vector shifted = Vector::fma(x, Vector::broadcast(1.44269504f), magic);
-  const Vector n = shifted - magic;
-  Vector r = Vector::fma(n, Vector::broadcast(-0.693359375f), x);  // ln 2 in two parts
-  r = Vector::fma(n, Vector::broadcast(2.12194440e-4f), r);
-  Vector p = Vector::broadcast(1.381457310e-03f);
-  p = Vector::fma(p, r, Vector::broadcast(8.368703736e-03f));
-  p = Vector::fma(p, r, Vector::broadcast(4.166838747e-02f));
-  p = Vector::fma(p, r, Vector::broadcast(1.666652074e-01f));
-  p = Vector::fma(p, r, Vector::broadcast(4.999999345e-01f));
-  p = Vector::fma(p * r, r, r) + Vector::broadcast(1.0f);
+// 2^t for t < 128, to 1.6e-7 relative; 2^-126 below -126, NaN for NaN. Degree 5, fitted to |r| <= 1 / 2.
+inline Vector exp2(Vector t) {
+  t = Vector::max(Vector::broadcast(-126.0f), t);
+  // 1.5 * 2^23, adding which rounds to an integer, and the bias of an exponent.
+  const Vector magic = Vector::broadcast(12582912.0f + 127.0f);
+  const Vector shifted = t + magic;
+  const Vector r = t - (shifted - magic);
+  Vector p = Vector::broadcast(1.326957950e-03f);
+  p = Vector::fma(p, r, Vector::broadcast(9.671293199e-03f));
+  p = Vector::fma(p, r, Vector::broadcast(5.550710857e-02f));
+  p = Vector::fma(p, r, Vector::broadcast(2.402224690e-01f));
+  p = Vector::fma(p, r, Vector::broadcast(6.931470037e-01f));
+  p = Vector::fma(p, r, Vector::broadcast(1.0f));
   return p * Vector::power_of_two(shifted);
 }
 
@@ -77,7 +76,7 @@ inline Vector gelu(Vector x) {
   r = Vector::fma(r, u, Vector::broadcast(1.023805937e-01f));
   r = Vector::fma(r, u, Vector::broadcast(2.407942135e-01f));
   r = Vector::fma(r, u, Vector::broadcast(1.551436082e-01f));
-  const Vector below = r * exponential(a * a * Vector::broadcast(-0.5f));
+  const Vector below = r * exp2(a * a * Vector::broadcast(-0.5f * 1.44269504f));
   return x * Vector::where_negative(x, below, one - below);
 }
 
@@ -160,6 +159,7 @@ inline void last_vectors(const typename Dot::Activation* a, int64_t a_stride, in
   }
   Dot::template rows<Vectors>(a, a_stride, rows, b, b_stride, inputs, c, c_stride, add, upcoming);
 }
+
 
 // C [rows, columns rounded up to vectors] = A B. B is in panels, `b_stride` bytes apart, of
 // [inputs / Dot::kStep][16] units of 4 bytes. Chunks of inputs outside, panels inside: A's chunk stays in the
@@ -288,21 +288,20 @@ void norm(const NormRows& t, int64_t first, int64_t last) {
 constexpr int64_t kQueryRows = 24;  // 20 KB of scores at 197 tokens
 
 struct AttentionLayout {  // of the scratch memory, in bytes
-  int64_t keys, values, scores, weights, sums, queries, end;
+  int64_t keys, values, scores, results, queries, row, end;
 };
 
 template <class Dot>
 inline AttentionLayout attention_layout(int64_t tokens, int64_t head_dim, int64_t value_width) {
   const int64_t columns = round_up(tokens, kPanel), value_columns = round_up(value_width, kPanel);
-  const int64_t scores = columns > value_columns ? columns : value_columns;
   AttentionLayout at;
   at.keys = 0;
   at.values = at.keys + columns * round_up(head_dim, 2) * 4;
   at.scores = at.values + value_columns * round_up(tokens, 2) * 4;
-  at.weights = at.scores + kQueryRows * scores * 4;
-  at.sums = at.weights + kQueryRows * columns * 4;
-  at.queries = at.sums + round_up(kQueryRows, kPanel) * 4;
-  at.end = at.queries + kQueryRows * round_up(head_dim, kPanel) * 4 + round_up(head_dim, kPanel) * 4;
+  at.results = at.scores + kQueryRows * columns * 4;
+  at.queries = at.results + kQueryRows * value_columns * 4;
+  at.row = at.queries + kQueryRows * round_up(head_dim, kPanel) * 4;
+  at.end = at.row + round_up(head_dim, kPanel) * 4;
   return at;
 }
 
@@ -319,6 +318,92 @@ inline const Activation* normalized(const Activation* x, int64_t width, const fl
   return room;
 }
 
+// Keys as weights of a linear layer from d to N: panels of 16 columns, zeros behind the last.
+template <class Dot>
+inline void pack_keys(const AttentionRows& t, typename Dot::Activation* keys, float* row,
+                      typename Dot::Activation* room) {
+  using Activation = typename Dot::Activation;
+  constexpr int64_t kStep = Dot::kStep;
+  const int64_t N = t.tokens, d = t.head_dim, units = divide_up(d, kStep);
+  const auto* k = static_cast<const Activation*>(t.k);
+  const Activation zero = from_float<Activation>(0.0f);
+  for (int64_t token = 0; token < round_up(N, kPanel); ++token) {
+    Activation* to = keys + (token / kPanel * units * kPanel + token % kPanel) * kStep;
+    if (token >= N) {
+      for (int64_t u = 0; u < units; ++u)
+        for (int64_t s = 0; s < kStep; ++s) to[u * kPanel * kStep + s] = zero;
+      continue;
+    }
+    const Activation* from = normalized(k + token * t.stride, d, t.k_weight, t.k_bias, t.eps, row, room);
+    for (int64_t j = 0; j < d / kStep; ++j)
+      memcpy(to + j * kPanel * kStep, from + j * kStep, kStep * sizeof(Activation));
+    if (d % kStep) {
+      to[d / kStep * kPanel * kStep] = from[d - 1];
+      to[d / kStep * kPanel * kStep + 1] = zero;
+    }
+  }
+}
+
+// Values as weights of a linear layer from N to w.
+template <class Dot>
+inline void pack_values(const AttentionRows& t, typename Dot::Activation* values) {
+  using Activation = typename Dot::Activation;
+  constexpr int64_t kStep = Dot::kStep;
+  const int64_t N = t.tokens, w = t.value_width, panel = divide_up(N, kStep) * kPanel * kStep;
+  const auto* v = static_cast<const Activation*>(t.v);
+  const Activation zero = from_float<Activation>(0.0f);
+  for (int64_t p = 0; p < divide_up(w, kPanel); ++p) {
+    const int64_t size = w - p * kPanel < kPanel ? w - p * kPanel : kPanel;
+    for (int64_t token = 0; token < round_up(N, kStep); ++token) {
+      Activation* to = values + p * panel + token / kStep * kPanel * kStep + token % kStep;
+      const Activation* from = v + token * t.stride + p * kPanel;
+      if (kStep == 1 && size == kPanel) {
+        memcpy(to, from, kPanel * sizeof(Activation));
+        continue;
+      }
+      const int64_t filled = token < N ? size : 0;
+      for (int64_t j = 0; j < filled; ++j) to[j * kStep] = from[j];
+      for (int64_t j = filled; j < kPanel; ++j) to[j * kStep] = zero;
+    }
+  }
+}
+
+// Scores [rows][stride] become e^(scale (score - the row's largest)), activations in the same place, and
+// `sums` their sums.
+template <class Dot>
+inline void exponentials(float* scores, int64_t stride, int64_t rows, int64_t columns, float scale,
+                         float* sums) {
+  using Activation = typename Dot::Activation;
+  const int64_t width = round_up(columns, Vector::kWidth);
+  const Activation zero = from_float<Activation>(0.0f);
+  const float scale2 = scale * 1.44269504f;  // by log2 e: e^x is 2^(x log2 e)
+  float shifts[kQueryRows];
+  // All rows' largest first: no row's exponentials then wait for the end of its own.
+  for (int64_t i = 0; i < rows; ++i) {
+    float* s = scores + i * stride;
+    for (int64_t j = columns; j < width; ++j) s[j] = -__builtin_inff();
+    Vector top = Vector::load(s);
+    for (int64_t j = Vector::kWidth; j < width; j += Vector::kWidth)
+      top = Vector::max(top, Vector::load(s + j));
+    shifts[i] = -top.max() * scale2;
+  }
+  // A NaN among the scores may be lost above, but not here: its own weight, and with it the sum, is NaN.
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* s = scores + i * stride;
+    auto* to = reinterpret_cast<Activation*>(scores + i * stride);
+    const Vector shift = Vector::broadcast(shifts[i]), factor = Vector::broadcast(scale2);
+    Vector total = Vector::broadcast(0.0f);
+    int64_t j = 0;
+    for (; j < width; j += Vector::kWidth) {
+      const Vector e = exp2(Vector::fma(Vector::load(s + j), factor, shift));
+      store_as(to + j, e);
+      total = total + e;
+    }
+    for (int64_t j = columns; j < round_up(columns, Dot::kStep); ++j) to[j] = zero;
+    sums[i] = total.sum();
+  }
+}
+
 template <class Dot>
 void attention(const AttentionRows& t) {
   using Activation = typename Dot::Activation;
@@ -329,45 +414,16 @@ void attention(const AttentionRows& t) {
   auto* keys = reinterpret_cast<Activation*>(memory + at.keys);
   auto* values = reinterpret_cast<Activation*>(memory + at.values);
   auto* scores = reinterpret_cast<float*>(memory + at.scores);
-  auto* weights = reinterpret_cast<Activation*>(memory + at.weights);
-  auto* sums = reinterpret_cast<float*>(memory + at.sums);
+  auto* results = reinterpret_cast<float*>(memory + at.results);
   auto* queries = reinterpret_cast<Activation*>(memory + at.queries);
-  auto* row = reinterpret_cast<float*>(memory + at.end) - round_up(d, kPanel);
-  const auto *q = static_cast<const Activation*>(t.q), *k = static_cast<const Activation*>(t.k),
-             *v = static_cast<const Activation*>(t.v);
+  auto* row = reinterpret_cast<float*>(memory + at.row);
+  const auto* q = static_cast<const Activation*>(t.q);
   auto* out = static_cast<Activation*>(t.out);
   const Activation zero = from_float<Activation>(0.0f);
+  pack_keys<Dot>(t, keys, row, queries);
+  pack_values<Dot>(t, values);
 
-  // Keys as weights of a linear layer from d to N, values from N to w: panels of 16 columns.
-  const int64_t units = divide_up(d, kStep), key_panel = units * kPanel * kStep;
-  for (int64_t token = 0; token < round_up(N, kPanel); ++token) {
-    Activation* to = keys + token / kPanel * key_panel + token % kPanel * kStep;
-    if (token >= N) {
-      for (int64_t u = 0; u < units; ++u)
-        for (int64_t s = 0; s < kStep; ++s) to[u * kPanel * kStep + s] = zero;
-      continue;
-    }
-    const Activation* from = normalized(k + token * t.stride, d, t.k_weight, t.k_bias, t.eps, row, queries);
-    for (int64_t j = 0; j < d / kStep; ++j)
-      memcpy(to + j * kPanel * kStep, from + j * kStep, kStep * sizeof(Activation));
-    if (d % kStep) {
-      to[d / kStep * kPanel * kStep] = from[d - 1];
-      to[d / kStep * kPanel * kStep + 1] = zero;
-    }
-  }
-  const int64_t value_panels = divide_up(w, kPanel), value_panel = divide_up(N, kStep) * kPanel * kStep;
-  for (int64_t p = 0; p < value_panels; ++p) {
-    const int64_t size = w - p * kPanel < kPanel ? w - p * kPanel : kPanel;
-    for (int64_t token = 0; token < round_up(N, kStep); ++token) {
-      Activation* to = values + p * value_panel + token / kStep * kPanel * kStep + token % kStep;
-      const Activation* from = v + token * t.stride + p * kPanel;
-      const int64_t filled = token < N ? size : 0;
-      for (int64_t j = 0; j < filled; ++j) to[j * kStep] = from[j];
-      for (int64_t j = filled; j < kPanel; ++j) to[j * kStep] = zero;
-    }
-  }
-
-  const int64_t columns = round_up(N, kPanel);
+  const int64_t columns = round_up(N, kPanel), value_columns = round_up(w, kPanel);
   for (int64_t first = t.first_row; first < t.last_row; first += kQueryRows) {
     const int64_t rows = t.last_row - first < kQueryRows ? t.last_row - first : kQueryRows;
     const Activation* a = q + first * t.stride;
@@ -380,33 +436,15 @@ void attention(const AttentionRows& t) {
       }
       a = queries;
     }
-    multiply<Dot>(a, a_stride, rows, reinterpret_cast<const char*>(keys), key_panel * sizeof(Activation), N,
+    multiply<Dot>(a, a_stride, rows, reinterpret_cast<const char*>(keys), divide_up(d, kStep) * kPanel * 4, N,
                   d, scores, columns);
+    float sums[kQueryRows];
+    exponentials<Dot>(scores, columns, rows, N, t.scale, sums);
+    multiply<Dot>(reinterpret_cast<const Activation*>(scores), columns * 4 / sizeof(Activation), rows,
+                  reinterpret_cast<const char*>(values), divide_up(N, kStep) * kPanel * 4, w, N, results,
+                  value_columns);
     for (int64_t i = 0; i < rows; ++i) {
-      float* s = scores + i * columns;
-      for (int64_t j = N; j < columns; ++j) s[j] = -__builtin_inff();
-      Vector top[2] = {Vector::load(s), Vector::load(s)};
-      for (int64_t j = 0; j < columns; j += 2 * Vector::kWidth) {
-        top[0] = Vector::max(top[0], Vector::load(s + j));
-        if (j + Vector::kWidth < columns) top[1] = Vector::max(top[1], Vector::load(s + j + Vector::kWidth));
-      }
-      // A NaN among the scores may be lost here, but not below: its own weight, and with it the sum, is NaN.
-      const Vector shift = Vector::broadcast(-Vector::max(top[0], top[1]).max() * t.scale),
-                   scale = Vector::broadcast(t.scale);
-      Vector total = Vector::broadcast(0.0f);
-      Activation* to = weights + i * columns;
-      for (int64_t j = 0; j < columns; j += Vector::kWidth) {
-        const Vector e = exponential(Vector::fma(Vector::load(s + j), scale, shift));
-        store_as(to + j, e);
-        total = total + e;
-      }
-      for (int64_t j = N; j < columns; ++j) to[j] = zero;
-      sums[i] = total.sum();
-    }
-    multiply<Dot>(weights, columns, rows, reinterpret_cast<const char*>(values),
-                  value_panel * sizeof(Activation), w, N, scores, value_panels * kPanel);
-    for (int64_t i = 0; i < rows; ++i) {
-      const float* from = scores + i * value_panels * kPanel;
+      const float* from = results + i * value_columns;
       Activation* to = out + (first + i) * t.out_stride;
       const float inverse = 1.0f / sums[i];
       const Vector factor = Vector::broadcast(inverse);

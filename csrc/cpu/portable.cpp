@@ -30,8 +30,8 @@ struct Vector {
   static Vector min(Vector a, Vector b) { return {a.v < b.v ? a.v : b.v}; }
   static Vector abs(Vector a) { return {(Four)((FourInts)a.v & 0x7fffffff)}; }
   static Vector where_negative(Vector x, Vector yes, Vector no) { return {x.v < 0.0f ? yes.v : no.v}; }
-  // 2^n, where x is n + 1.5 * 2^23: n is in its lowest bits.
-  static Vector power_of_two(Vector x) { return {(Four)(((FourInts)x.v + 127) << 23)}; }
+  // 2^n, where x is n + 127 + 1.5 * 2^23: the exponent is in its lowest bits.
+  static Vector power_of_two(Vector x) { return {(Four)((FourInts)x.v << 23)}; }
   static Vector load_low_halves(const char* p) { return {(Four)(ints(p) << 16)}; }
   static Vector load_high_halves(const char* p) { return {(Four)(ints(p) & (int32_t)0xffff0000)}; }
   static FourInts ints(const char* p) {
