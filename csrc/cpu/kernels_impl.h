@@ -316,6 +316,30 @@ inline const Activation* normalized(const Activation* x, int64_t width, const fl
   return room;
 }
 
+typedef float FourUnits __attribute__((vector_size(16)));
+
+// Those of the eight units of a and b at these places.
+template <int i, int j, int k, int l>
+inline FourUnits pick(FourUnits a, FourUnits b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, i, j, k, l);
+#else
+  typedef int32_t Places __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, Places{i, j, k, l});
+#endif
+}
+
+// Four rows of four units of 4 bytes become four columns. Strides are in bytes.
+inline void transpose_four(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+  FourUnits x[4];
+  for (int i = 0; i < 4; ++i) memcpy(&x[i], static_cast<const char*>(from) + i * from_stride, 16);
+  const FourUnits a = pick<0, 4, 1, 5>(x[0], x[1]), b = pick<0, 4, 1, 5>(x[2], x[3]);
+  const FourUnits c = pick<2, 6, 3, 7>(x[0], x[1]), d = pick<2, 6, 3, 7>(x[2], x[3]);
+  const FourUnits columns[4] = {pick<0, 1, 4, 5>(a, b), pick<2, 3, 6, 7>(a, b), pick<0, 1, 4, 5>(c, d),
+                                pick<2, 3, 6, 7>(c, d)};
+  for (int i = 0; i < 4; ++i) memcpy(static_cast<char*>(to) + i * to_stride, &columns[i], 16);
+}
+
 // Keys as weights of a linear layer from d to N: panels of 16 columns, zeros behind the last.
 template <class Dot>
 inline void pack_keys(const AttentionRows& t, typename Dot::Activation* keys, float* row,
@@ -325,7 +349,20 @@ inline void pack_keys(const AttentionRows& t, typename Dot::Activation* keys, fl
   const int64_t N = t.tokens, d = t.head_dim, units = divide_up(d, kStep);
   const auto* k = static_cast<const Activation*>(t.k);
   const Activation zero = from_float<Activation>(0.0f);
-  for (int64_t token = 0; token < round_up(N, kPanel); ++token) {
+  int64_t token = 0;
+  // Four tokens at once; of each, the last few units one by one.
+  if (!t.k_weight)
+    for (; token + 4 <= N; token += 4) {
+      const Activation* from = k + token * t.stride;
+      Activation* to = keys + (token / kPanel * units * kPanel + token % kPanel) * kStep;
+      int64_t j = 0;
+      for (; j + 4 * kStep <= d; j += 4 * kStep)
+        transpose_four(from + j, t.stride * sizeof(Activation), to + j * kPanel, kPanel * 4);
+      for (; j < units * kStep; ++j)
+        for (int64_t i = 0; i < 4; ++i)
+          to[j / kStep * kPanel * kStep + i * kStep + j % kStep] = j < d ? from[i * t.stride + j] : zero;
+    }
+  for (; token < round_up(N, kPanel); ++token) {
     Activation* to = keys + (token / kPanel * units * kPanel + token % kPanel) * kStep;
     if (token >= N) {
       for (int64_t u = 0; u < units; ++u)
