@@ -145,19 +145,21 @@ inline void multiply_rows(const typename Dot::Activation* a, int64_t a_stride, i
   }
 }
 
-// The first `columns` columns of a panel, fewer than all of its vectors.
-template <class Dot, int Vectors>
-inline void last_vectors(const typename Dot::Activation* a, int64_t a_stride, int64_t rows, const char* b,
-                         int64_t b_stride, int64_t columns, int64_t inputs, float* c, int64_t c_stride,
-                         bool add, Upcoming& upcoming) {
-  if constexpr (Vectors > 1) {
-    if (columns <= (Vectors - 1) * Vector::kWidth)
-      return last_vectors<Dot, Vectors - 1>(a, a_stride, rows, b, b_stride, columns, inputs, c, c_stride, add,
-                                            upcoming);
-  }
-  Dot::template rows<Vectors>(a, a_stride, rows, b, b_stride, inputs, c, c_stride, add, upcoming);
-}
+constexpr int kFull = kPanels * kVectors;             // vectors of a full tile
+constexpr int kMostVectors = kFull == 2 ? 3 : kFull;  // of any tile
 
+// All rows against `vectors` vectors of columns, at most `Most`.
+template <class Dot, int Most>
+inline void some_vectors(int64_t vectors, const typename Dot::Activation* a, int64_t a_stride, int64_t rows,
+                         const char* b, int64_t b_stride, int64_t inputs, float* c, int64_t c_stride,
+                         bool add, Upcoming& upcoming) {
+  if constexpr (Most > 1) {
+    if (vectors < Most)
+      return some_vectors<Dot, Most - 1>(vectors, a, a_stride, rows, b, b_stride, inputs, c, c_stride, add,
+                                         upcoming);
+  }
+  Dot::template rows<Most>(a, a_stride, rows, b, b_stride, inputs, c, c_stride, add, upcoming);
+}
 
 // C [rows, columns rounded up to vectors] = A B. B is in panels, `b_stride` bytes apart, of
 // [inputs / Dot::kStep][16] units of 4 bytes. Chunks of inputs outside, panels inside: A's chunk stays in the
@@ -173,25 +175,17 @@ void multiply(const typename Dot::Activation* a, int64_t a_stride, int64_t rows,
     for (int64_t j = 0; j < columns;) {
       const char* from = b + j / kPanel * b_stride + k / Dot::kStep * kPanel * 4;
       float* to = c + j;
-      const bool last_panel = j + kPanels * kPanel >= columns;
-      const char* next = !last_panel          ? from + kPanels * b_stride
+      const int64_t left = divide_up(columns - j, Vector::kWidth);
+      // The last three at once: fewer loads for a sum than of a tile of two and one of one.
+      const bool three = kFull == 2 && left == 3;
+      const int64_t vectors = three || left < kFull ? left : kFull;
+      const char* next = vectors < left       ? from + kPanels * b_stride
                          : k + chunk < inputs ? b + (k + chunk) / Dot::kStep * kPanel * 4
                                               : nullptr;
       Upcoming upcoming(next, b_stride, size / Dot::kStep * kPanel * 4, divide_up(rows, kRows));
-      if (columns - j > (kPanels - 1) * kPanel + (kVectors - 1) * Vector::kWidth) {
-        Dot::template rows<kPanels * kVectors>(a + k, a_stride, rows, from, b_stride, size, to, c_stride,
-                                               k > 0, upcoming);
-        j += kPanels * kPanel;
-      } else if (columns - j > (kVectors - 1) * Vector::kWidth) {
-        Dot::template rows<kVectors>(a + k, a_stride, rows, from, b_stride, size, to, c_stride, k > 0,
-                                     upcoming);
-        j += kPanel;
-      } else {
-        if constexpr (kVectors > 1)
-          last_vectors<Dot, kVectors - 1>(a + k, a_stride, rows, from, b_stride, columns - j, size, to,
-                                          c_stride, k > 0, upcoming);
-        break;
-      }
+      some_vectors<Dot, kMostVectors>(vectors, a + k, a_stride, rows, from, b_stride, size, to, c_stride,
+                                      k > 0, upcoming);
+      j += vectors * Vector::kWidth;
     }
   }
 }
