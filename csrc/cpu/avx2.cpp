@@ -21,9 +21,6 @@ struct Vector {
   static Vector max(Vector a, Vector b) { return {_mm256_max_ps(a.v, b.v)}; }
   static Vector min(Vector a, Vector b) { return {_mm256_min_ps(a.v, b.v)}; }
   static Vector abs(Vector a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-  static Vector where_negative(Vector x, Vector yes, Vector no) {
-    return {_mm256_blendv_ps(no.v, yes.v, x.v)};
-  }
   // 2^n, where x is n + 127 + 1.5 * 2^23: the exponent is in its lowest bits.
   static Vector power_of_two(Vector x) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23))};

@@ -20,9 +20,6 @@ struct Vector {
   static Vector max(Vector a, Vector b) { return {_mm512_max_ps(a.v, b.v)}; }
   static Vector min(Vector a, Vector b) { return {_mm512_min_ps(a.v, b.v)}; }
   static Vector abs(Vector a) { return {_mm512_abs_ps(a.v)}; }
-  static Vector where_negative(Vector x, Vector yes, Vector no) {
-    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_LT_OQ), no.v, yes.v)};
-  }
   // 2^n, where x is n + 127 + 1.5 * 2^23: the exponent is in its lowest bits.
   static Vector power_of_two(Vector x) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))};

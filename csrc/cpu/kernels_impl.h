@@ -78,10 +78,11 @@ inline Vector gelu(Vector x) {
   const Vector below = Vector::fma(a, p, q * Vector::broadcast(-0.5f)) / q;  // -Phi(-a)
   return Vector::fma(a, below, Vector::max(Vector::broadcast(0.0f), x));
 }
+
 // ------------------------------------------------------------------------------------------------ products
 
 // Our own micro-kernels and not oneDNN's: GFLOP/s of x [1576, K] by a packed weight [N, K] in float32, 2
-// threads of an AMD EPYC (Zen 3), medians of 12 rounds (bench/cpu_engine.py --cases gemm, 2026-11-23):
+// threads of an AMD EPYC (Zen 3), medians of 12 rounds (bench/compare.py --cases gemm, 2026-11-23):
 //
 //   K x N            115x461   231x1003   461x1843   1843x768
 //   ours                  63        104        163        161

@@ -29,7 +29,6 @@ struct Vector {
   static Vector max(Vector a, Vector b) { return {a.v > b.v ? a.v : b.v}; }
   static Vector min(Vector a, Vector b) { return {a.v < b.v ? a.v : b.v}; }
   static Vector abs(Vector a) { return {(Four)((FourInts)a.v & 0x7fffffff)}; }
-  static Vector where_negative(Vector x, Vector yes, Vector no) { return {x.v < 0.0f ? yes.v : no.v}; }
   // 2^n, where x is n + 127 + 1.5 * 2^23: the exponent is in its lowest bits.
   static Vector power_of_two(Vector x) { return {(Four)((FourInts)x.v << 23)}; }
   static Vector load_low_halves(const char* p) { return {(Four)(ints(p) << 16)}; }

@@ -11,9 +11,6 @@ typedef float __m512 __attribute__((vector_size(64)));
 typedef uint32_t __m512i __attribute__((vector_size(64)));  // as 32-bit integers: there are no others
 typedef uint16_t __m512bh __attribute__((vector_size(64)));
 typedef uint16_t __m256bh __attribute__((vector_size(32)));
-typedef uint16_t __mmask16;
-
-enum { _CMP_LT_OQ = 0x11 };
 
 namespace emulated {
 
@@ -60,7 +57,6 @@ inline __m512i _mm512_loadu_si512(const void* p) {
 inline __m512 _mm512_set1_ps(float x) {
   return emulated::each([x](int) { return x; });
 }
-inline __m512 _mm512_setzero_ps() { return _mm512_set1_ps(0.0f); }
 inline __m512i _mm512_set1_epi32(int x) { return __m512i{} + static_cast<uint32_t>(x); }
 
 inline __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
@@ -81,19 +77,8 @@ inline __m512 _mm512_abs_ps(__m512 a) {
   return emulated::each([&](int i) { return __builtin_fabsf(a[i]); });
 }
 
-inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
-  if (predicate != _CMP_LT_OQ) __builtin_trap();
-  unsigned mask = 0;
-  for (int i = 0; i < 16; ++i) mask |= static_cast<unsigned>(a[i] < b[i]) << i;
-  return static_cast<__mmask16>(mask);
-}
-inline __m512 _mm512_mask_blend_ps(__mmask16 mask, __m512 no, __m512 yes) {
-  return emulated::each([&](int i) { return mask >> i & 1 ? yes[i] : no[i]; });
-}
-
 inline __m512i _mm512_castps_si512(__m512 a) { return (__m512i)a; }
 inline __m512 _mm512_castsi512_ps(__m512i a) { return (__m512)a; }
-inline __m512i _mm512_add_epi32(__m512i a, __m512i b) { return a + b; }
 inline __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
 inline __m512i _mm512_slli_epi32(__m512i a, unsigned n) { return n > 31 ? __m512i{} : a << n; }
 
