@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vtp
+from vtp.bench import own_model
 from vtp.cli import main
 
 COMMANDS = ("run", "train", "prune", "finetune", "eval", "bench", "inspect")
@@ -471,3 +472,14 @@ def test_profiled_widths_give_a_plan_for_a_latency(files, tmp_path, monkeypatch,
         assert vtp.load(out).plan.rate == 0, "the dense model meets it"
     finally:
         torch.set_num_threads(threads)
+
+
+def test_bench_names_the_branches_where_time_is_lost(files, monkeypatch, capsys):
+    monkeypatch.setattr(
+        own_model, "PEERS", [p for p in own_model.PEERS if p.name in ("ours", "PyTorch eager")]
+    )
+    monkeypatch.setattr(own_model, "PAID", 1e9)  # a share that no cut reaches
+    assert bench(files / "compact.safetensors") == 0
+    printed = capsys.readouterr().out
+    assert "Where our engine loses most of what MACs promise" in printed
+    assert re.search(r"blocks\.\d+\.(attn|mlp) .* (into fc1|into qkv)", printed)

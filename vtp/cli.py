@@ -172,7 +172,10 @@ def _bench(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = small.float().eval().to(device)
     budget = Budget(rounds=options.rounds, seconds=options.seconds, warm_up_seconds=5.0)
-    record = own_model.compare(small, options.batch, options.dtypes, budget, compilers=options.compile)
+    with _console.status("") as status:
+        record = own_model.compare(
+            small, options.batch, options.dtypes, budget, compilers=options.compile, tell=status.update
+        )
     results = {**description(device), "file": Path(options.model).name, "models": record}
     ours = f"ours, {options.dtypes[0]}"
     print_table(

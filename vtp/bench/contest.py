@@ -13,7 +13,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -233,13 +233,18 @@ class Budget:
 
 
 def contest(
-    entries: Mapping[str, tuple[Peer, Subject]], budget: Budget, skip: Mapping[str, str] | None = None
+    entries: Mapping[str, tuple[Peer, Subject]],
+    budget: Budget,
+    skip: Mapping[str, str] | None = None,
+    *,
+    tell: Callable[[str], object] = lambda doing: None,
 ) -> Record:
     """Prepare, check and time all entries; rounds and, of each entry, its record.
 
     Args:
         entries: by label; `ours` of a dtype before those that are compared with it.
         skip: reasons why a label is not even prepared.
+        tell: is told what is being done.
     """
     torch._dynamo.reset()
     records: dict[str, Record] = {}
@@ -249,6 +254,7 @@ def contest(
         if skip and label in skip:
             records[label] = {"dtype": peer.dtype, "status": "skipped", "reason": skip[label]}
             continue
+        tell(f"preparing {label}")
         left = budget.prepare_seconds - (time.perf_counter() - started)
         records[label], run = ready(peer, subject, math.inf if peer.ours else left)
         records[label]["macs"] = subject.macs
@@ -256,8 +262,10 @@ def contest(
             runners[label] = Runner(run, subject.images.device)
     with torch.compiler.set_stance("fail_on_recompile"):
         for label in list(runners):
+            tell(f"warming up {label}")
             if not _keeps_up(label, entries, records, runners, budget.warm_up_seconds):
                 records[label] |= {"seconds": runners.pop(label).warm_up}
+        tell("taking turns")
         rounds = take_turns(runners, budget.rounds, budget.seconds) if runners else 0
     for label, runner in runners.items():
         records[label] |= {"warm_up_seconds": runner.warm_up, "seconds": runner.seconds}

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,13 @@ def dense_of(small: CompactViT) -> CompactViT:
 
 
 def compare(
-    small: CompactViT, batch: int, dtypes: Sequence[str], budget: Budget, *, compilers: bool = False
+    small: CompactViT,
+    batch: int,
+    dtypes: Sequence[str],
+    budget: Budget,
+    *,
+    compilers: bool = False,
+    tell: Callable[[str], object] = lambda doing: None,
 ) -> Record:
     """A compact model by every runtime, and the dense one by some: see `contest`.
 
@@ -67,6 +73,7 @@ def compare(
         small: in float32, on the device to compare on.
         batch: images in a call.
         compilers: whether torch.compile takes part, which needs minutes.
+        tell: see `contest`.
     """
     dense = dense_of(small)
     patch, device = small.patch_embed, small.patch_embed.proj.weight.device
@@ -79,9 +86,8 @@ def compare(
         f"dense: {p.label}": (dataclasses.replace(p, ours=False), beside) for p in peers if p.name in _BESIDE
     }
     entries |= {p.label: (p, subject) for p in peers if p.name in COMPILERS and compilers}
-    return {"batch": batch, "macs": {"compact": subject.macs, "dense": beside.macs}} | contest(
-        entries, budget
-    )
+    macs = {"compact": subject.macs, "dense": beside.macs}
+    return {"batch": batch, "macs": macs, **contest(entries, budget, tell=tell)}
 
 
 def branches(model: CompactViT) -> dict[str, tuple[Blocks, int]]:
