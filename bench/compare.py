@@ -48,7 +48,7 @@ from rich.console import Console
 from tables import markdown, notes, place, show
 
 from vtp.bench.contest import Budget, Record
-from vtp.bench.measure import commit, description, positive
+from vtp.bench.measure import commit, description, positive, thread_count
 from vtp.bench.peers import DTYPES, PEERS, Peer
 from vtp.files import FileError, write_atomic
 
@@ -89,8 +89,11 @@ def opened(path: Path, fresh: bool) -> Record:
         return results
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        if same_machine(before, results):
+        complete = all({"case", "asked"} <= r.keys() for r in before["cases"].values())
+        if complete and same_machine(before, results):
             return before
+        if not complete:
+            raise KeyError("a case without 'case' or 'asked'")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"argument --out: {path} is no results file: {error!r}") from error
     raise FileError(
@@ -141,7 +144,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prepare-seconds", type=number, default=100.0, help="for exports and compilers, of a case: 100"
     )
-    parser.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads: all cores")
+    parser.add_argument("--threads", type=thread_count, default=os.cpu_count(), help="CPU threads: all cores")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to try it out")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file --out has")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results file; plots lie beside it")

@@ -51,6 +51,7 @@ from vtp.bench.measure import (
     positive,
     relative_error,
     take_turns,
+    thread_count,
 )
 from vtp.files import FileError, write_atomic
 from vtp.pipeline import environment
@@ -449,7 +450,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=240.0,
         help=f"budget of a case's rounds, which makes them fewer, but not under {LEAST_ROUNDS}: 240",
     )
-    parser.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads: all cores")
+    parser.add_argument("--threads", type=thread_count, default=os.cpu_count(), help="CPU threads: all cores")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPU if any")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
     parser.add_argument(

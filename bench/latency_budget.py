@@ -28,7 +28,7 @@ from torch import nn
 
 import vtp
 from vtp.bench.contest import Runner
-from vtp.bench.measure import commit, description, machine, pairwise_ratio, positive, take_turns
+from vtp.bench.measure import commit, description, machine, pairwise_ratio, positive, take_turns, thread_count
 from vtp.bench.peers import DTYPES
 from vtp.files import FileError, write_atomic
 from vtp.latency_table import LatencyTable, cached_table, store_table
@@ -162,7 +162,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile-seconds", type=number, default=75.0, help="of measuring the table: 75")
     parser.add_argument("--rounds", type=count, default=150, help="timed calls of each model, at most: 150")
     parser.add_argument("--seconds", type=number, default=75.0, help="of the comparison, at most: 75")
-    parser.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads: all cores")
+    parser.add_argument("--threads", type=thread_count, default=os.cpu_count(), help="CPU threads: all cores")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
     parser.add_argument(
         "--markdown", action="store_true", help="print the file --out as Markdown; measure nothing"

@@ -438,7 +438,9 @@ def test_bench_times_a_compact_model_and_says_whether_pruning_paid(files, tmp_pa
     assert bench(files / "compact.safetensors", "--json", tmp_path / "times.json") == 0
     printed = capsys.readouterr().out
     assert re.search(r"PyTorch eager, float32 .*\n dense: ours, float32 ", printed, re.DOTALL)
-    assert re.search(r"^ours, float32: pruning .* fewer MACs, .* faster", printed, re.MULTILINE)
+    assert re.search(
+        r"^ours, float32: pruning .* fewer MACs, .* the speed of the dense model", printed, re.MULTILINE
+    )
     written = json.loads((tmp_path / "times.json").read_text())
     assert {"environment", "hardware", "file", "models"} <= written.keys()
     assert written["file"] == "compact.safetensors"
@@ -448,12 +450,19 @@ def test_bench_times_a_compact_model_and_says_whether_pruning_paid(files, tmp_pa
         assert peer["error"] <= peer["error_bound"]
 
 
-def test_bench_refuses_what_holds_no_compact_model(files, tmp_path, refused):
+def test_bench_refuses_bad_input_before_it_measures(files, tmp_path, refused, monkeypatch, capsys):
+    compact, profile = files / "compact.safetensors", ("bench", "deit_tiny_patch16_224", "--profile-widths")
     refused("model: .*gated.safetensors holds no compact model", "bench", files / "gated.safetensors")
     refused("no file", "bench", tmp_path / "missing.safetensors")
-    refused(
-        "--json: .*folder that exists", "bench", files / "compact.safetensors", "--json", tmp_path / "a/b"
-    )
+    refused("--json: .*cannot write", "bench", compact, "--json", tmp_path / "missing" / "times.json")
+    refused("--json: .*is a folder", "bench", compact, "--json", tmp_path)
+    refused("--json, --compile: without effect", *profile, "--compile")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path / "file"))
+    refused("cache: cannot make", *profile)
+    with pytest.raises(SystemExit):
+        run("bench", compact, "--threads", 100_000)
+    assert "argument --threads: got 100000, expected at most" in capsys.readouterr().err
 
 
 def test_profiled_widths_give_a_plan_for_a_latency(files, tmp_path, monkeypatch, refused, capsys):

@@ -220,7 +220,7 @@ def test_latency_is_one_of_four_budgets_and_the_table_belongs_to_it(model, table
         vtp.PlanError, match=r"latency_ms: got \['latency_ms', 'rate'\], expected exactly one"
     ):
         vtp.make_plan(model, rate=0.4, latency_ms=1.0)
-    with pytest.raises(vtp.PlanError, match="latency_table: got one without latency_ms"):
+    with pytest.raises(vtp.PlanError, match=r"latency_table: got one without latency_ms"):
         vtp.make_plan(model, rate=0.4, latency_table=table)
 
 
@@ -476,3 +476,23 @@ def test_script_compares_prediction_and_measurement(table, model, tmp_path, caps
     assert latency_budget.main(["--markdown", "--out", str(out)]) == 0
     assert capsys.readouterr().out == printed
     assert printed.count("\n| ") == 3 and "deit_small_patch16_224, batch 1, float32" in printed
+
+
+@pytest.mark.parametrize("table", ["x", 1, {}, []])
+def test_what_is_no_table_is_refused(model, table):
+    with pytest.raises(vtp.PlanError, match=r"latency_table: got .*, expected a LatencyTable"):
+        vtp.make_plan(model, latency_ms=1.0, latency_table=table)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_measurement_that_would_not_end_is_refused(seconds):
+    with pytest.raises(LatencyTableError, match=r"seconds: got .*, expected a positive number"):
+        profile_widths(TOY, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"rounds": "x"}, {"rounds": -3}, {"batch_size": None}, {"engine": None}, {"date": 3}]
+)
+def test_fields_of_another_type_are_refused(table, changed):
+    with pytest.raises(LatencyTableError, match=f"{next(iter(changed))}: got"):
+        LatencyTable.from_dict(table.to_dict() | changed)

@@ -20,15 +20,15 @@ from vtp import checkpoint
 from vtp.architecture import describe
 from vtp.bench import own_model
 from vtp.bench.contest import Budget
-from vtp.bench.measure import description, machine, positive
+from vtp.bench.measure import description, machine, positive, thread_count
 from vtp.bench.peers import DTYPES
 from vtp.bench.tables import contest_table, print_table, reasons
 from vtp.compact import CompactViT, compact
 from vtp.cost import count
 from vtp.data import EMBEDDED, Data, open_data
-from vtp.files import FileError, write_atomic
+from vtp.files import FileError, refuse_unwritable, write_atomic
 from vtp.gates import insert_gates, sites
-from vtp.latency_table import store_table
+from vtp.latency_table import make_cache_folder, store_table
 from vtp.loaders import Augment
 from vtp.pipeline import (
     FASHION_DEIT,
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vtp: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # outside of training, where there is nothing to save
-        print("vtp: interrupted; a run continues with --resume", file=sys.stderr)
+        hint = "; a run continues with --resume" if hasattr(options, "resume") else ""
+        print(f"vtp: interrupted{hint}", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"vtp: error: {error}", file=sys.stderr)
@@ -158,8 +159,11 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    if options.json is not None and not Path(options.json).absolute().parent.is_dir():
-        raise ValueError(f"--json: got {options.json}, expected a file name in a folder that exists")
+    if options.json is not None:
+        try:
+            refuse_unwritable(options.json)
+        except FileError as error:
+            raise ValueError(f"--json: {error}") from error
     torch.set_num_threads(options.threads)
     if options.profile_widths:
         _profile_widths(options)
@@ -186,11 +190,12 @@ def _bench(options: argparse.Namespace) -> None:
     for label in record["peers"]:
         if label.startswith("dense: "):
             _console.print(own_model.verdict(record, label.removeprefix("dense: ")))
-    gain = own_model.realised(record, ours)
+    gain, blame = own_model.realised(record, ours), []
     if gain is not None and gain[1] < own_model.PAID:
         brief = dataclasses.replace(budget, warm_up_seconds=0.5)
         results["branches"] = own_model.compare_branches(small, options.batch, options.dtypes[0], brief)
         blame = own_model.blame_table(small, results["branches"])
+    if len(blame) > 1:
         print_table(_console, "Where our engine loses most of what MACs promise", blame)
     _console.print(f"measured on {machine(results)}")
     if options.json is not None:
@@ -199,11 +204,14 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _profile_widths(options: argparse.Namespace) -> None:
+    if options.json is not None or options.compile:
+        raise ValueError("--json, --compile: without effect with --profile-widths")
     if len(options.dtypes) > 1:
         raise ValueError(f"--dtypes: got {options.dtypes}, expected one with --profile-widths")
     is_name = not Path(options.model).is_file()  # of which only the widths matter
     model = open_model(options.model, from_scratch=is_name)
     architecture = model.plan.architecture if isinstance(model, CompactViT) else describe(model)
+    make_cache_folder()
     with Progress(console=_console, transient=True) as bar:
         task = bar.add_task("measuring", total=1.0)
         table = profile_widths(
@@ -444,7 +452,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--rounds", type=positive(int), default=30, help="at most (default 30)")
     parser.add_argument("--seconds", type=positive(float), default=60.0, help="budget of them (default 60)")
     parser.add_argument(
-        "--threads", type=positive(int), default=torch.get_num_threads(), help="CPU threads (default: all)"
+        "--threads", type=thread_count, default=torch.get_num_threads(), help="CPU threads (default: all)"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes")
     parser.add_argument("--json", help="also write all times to this file")

@@ -24,14 +24,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
         FileError: the folder is missing or not writable, `path` is a folder, or the disk is full.
     """
     path = Path(path)
-    if path.is_dir():
-        raise FileError(f"path: {path} is a folder, expected a file name")
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise FileError(f"path: cannot write into {path.parent}: {error.strerror}") from error
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _temporary(path)
     try:
         write(temporary)
         with open(temporary, "rb") as written:
@@ -46,6 +39,23 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def refuse_unwritable(path: str | Path) -> None:
+    """Raise FileError as `write_atomic` would, before work whose result is to be written there."""
+    _temporary(Path(path)).unlink()
+
+
+def _temporary(path: Path) -> Path:
+    """An empty file in the folder of `path`."""
+    if path.is_dir():
+        raise FileError(f"path: {path} is a folder, expected a file name")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise FileError(f"path: cannot write into {path.parent}: {error.strerror}") from error
+    os.close(handle)
+    return Path(name)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -30,11 +30,12 @@ import torch
 from vtp.architecture import SITES, Architecture
 from vtp.bench.measure import environment, vector_flags
 from vtp.compact import CompactViT
-from vtp.files import FileError, write_atomic
+from vtp.files import FileError, refuse_unwritable, write_atomic
 from vtp.plan import FrozenDict, PruningPlan
 from vtp_kernels._library import why_no_cpp
 
 TABLE_VERSION = 1
+_MOST_MS = 1e9  # of anything: eleven days
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of an Architecture; blocks are alike, the packed weights contain biases and scales, and nothing is dropped.
 _WITHOUT_EFFECT = {
@@ -72,8 +73,8 @@ class Grid:
             raise LatencyTableError(
                 f"ms: got {len(self.ms)} times, expected {math.prod(map(len, self.axes))}"
             )
-        if not all(isinstance(ms, float) and 0 <= ms < math.inf for ms in self.ms):
-            raise LatencyTableError("ms: expected finite times of at least 0")
+        if not all(isinstance(ms, float) and 0 <= ms < _MOST_MS for ms in self.ms):
+            raise LatencyTableError(f"ms: expected times from 0 to {_MOST_MS:g}")
 
     @cached_property
     def _times(self) -> np.ndarray:
@@ -126,7 +127,14 @@ class LatencyTable:
             object.__setattr__(self, name, FrozenDict(items))
         if self.dtype not in DTYPES:
             raise LatencyTableError(f"dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
-        if not (isinstance(self.outside_ms, float) and 0 <= self.outside_ms < math.inf):
+        for name in ("batch_size", "rounds"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise LatencyTableError(f"{name}: got {value!r}, expected an integer of at least 1")
+        for name in ("engine", "date"):
+            if not isinstance(getattr(self, name), str):
+                raise LatencyTableError(f"{name}: got {getattr(self, name)!r}, expected a text")
+        if not (isinstance(self.outside_ms, float) and 0 <= self.outside_ms < _MOST_MS):
             raise LatencyTableError(f"outside_ms: got {self.outside_ms!r}, expected a time of at least 0")
         try:
             width, heads = self.geometry["embed_dim"], self.geometry["num_heads"]
@@ -203,7 +211,7 @@ class LatencyTable:
             raise LatencyTableError("not a latency table (no latency_table_version)")
         fields = dict(data)
         if (found := fields.pop("latency_table_version")) != TABLE_VERSION:
-            raise LatencyTableError(f"a latency table of version {found}, expected {TABLE_VERSION}")
+            raise LatencyTableError(f"a latency table of version {found!r}, expected {TABLE_VERSION}")
         try:
             for name in ("attention", "mlp"):
                 axes = tuple(tuple(axis) for axis in fields[name]["axes"])
@@ -299,17 +307,25 @@ def _key(table: LatencyTable) -> dict[str, Any]:
     }
 
 
+def make_cache_folder() -> Path:
+    """The folder of the tables. Raises FileError if it cannot be made or written."""
+    folder = cache_folder() / "latency"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cache: cannot make {folder}: {error.strerror}") from error
+    refuse_unwritable(folder / "table.json")
+    return folder
+
+
 def store_table(table: LatencyTable) -> Path:
     """Put a table into the cache, instead of one that was measured before. Returns its file.
 
     Raises:
         FileError: the folder cannot be made or written.
     """
+    make_cache_folder()
     file = _cache_file(_key(table))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"cache: cannot make {file.parent}: {error.strerror}") from error
     table.save(file)
     return file
 

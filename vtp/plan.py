@@ -282,7 +282,9 @@ def make_plan(
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    return abs(value) < 1e300  # also false for NaN, and for integers that no float holds
 
 
 def _one_budget(**budgets: float | None) -> dict[str, float]:
@@ -292,7 +294,7 @@ def _one_budget(**budgets: float | None) -> dict[str, float]:
     ((name, value),) = given.items()
     if name == "rate" and not (_is_number(value) and 0 <= value < 1):
         raise PlanError(f"rate: got {value!r}, expected a share in [0, 1)")
-    if not (_is_number(value) and value >= 0):
+    if not (_is_number(value) and (value > 0 or (value == 0 and name != "latency_ms"))):
         raise PlanError(f"{name}: got {value!r}, expected a positive number")
     return {name: float(value)}
 
@@ -519,9 +521,11 @@ def _limit(architecture: Architecture, budget: Mapping[str, float], table: "Late
 
 def _table_for(architecture: Architecture, table: "LatencyTable | None") -> "LatencyTable":
     # Packing and measuring, which no other budget needs; and they import this module.
-    from vtp.latency_table import LatencyTableError, cached_table, how_to_make_one
+    from vtp.latency_table import LatencyTable, LatencyTableError, cached_table, how_to_make_one
 
     table = cached_table(architecture) if table is None else table
+    if not isinstance(table, LatencyTable | None):
+        raise PlanError(f"latency_table: got {type(table).__name__}, expected a LatencyTable")
     if table is None:
         raise PlanError(
             "latency_ms: there is no latency table of this model for this machine, its versions and this "
@@ -552,7 +556,7 @@ def _fit(architecture: Architecture, groups: _Groups, limit: _Limit) -> list[int
         raise PlanError(
             f"{limit.name}: {limit.value:g} cannot be met: {limit.text(least)} remain when everything but "
             f"min_keep is removed, at most {limit.text(limit.most).split()[0]} may; "
-            "lower min_keep or ask for less"
+            "lower min_keep or cut less"
         )
     while low < high:
         middle = (low + high) // 2

@@ -8,6 +8,7 @@ so that a machine whose speed drifts slows all of them down alike.
 import dataclasses
 import datetime
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -108,6 +109,8 @@ def profile_widths(
     name = name_of(dtype)
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise LatencyTableError(f"batch_size: got {batch_size!r}, expected an integer of at least 1")
+    if not 0 < seconds < math.inf:
+        raise LatencyTableError(f"seconds: got {seconds!r}, expected a positive number")
     axes = _axes(architecture)
     points = _points(architecture, axes, batch_size, dtype)
     steps = dict(points)

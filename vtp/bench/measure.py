@@ -236,3 +236,11 @@ def positive(kind: type) -> Callable[[str], Any]:
         return value
 
     return parse
+
+
+def thread_count(text: str) -> int:
+    """The `type` of an option for CPU threads: from 1 to the number of cores."""
+    count, cores = positive(int)(text), os.cpu_count()
+    if count > cores:
+        raise argparse.ArgumentTypeError(f"got {count}, expected at most {cores}, one for each core")
+    return count

@@ -47,17 +47,23 @@ def costs(peer: Record) -> list[str]:
 
 
 def contest_table(record: Record, reference: str) -> Rows:
-    """A row for each peer of one contest; `reference` is the label that others are compared with."""
-    rows = [["", "median ms", "p95 ms", f"time / {reference}", "export s", "load s", "memory MiB"]]
+    """Times of each peer of one contest; `reference` is the label that others are compared with."""
+    rows = [["", "median ms", "p95 ms", f"time / {reference}"]]
     for label, peer in record["peers"].items():
         seconds = in_rounds(record, label)
         if seconds is None:
             compared = f"about {peer['times_ours']:.0f}x" if peer["status"] == "slow" else "-"
-            rows.append([label, peer["status"], "-", compared, *costs(peer)])
+            rows.append([label, peer["status"], "-", compared])
         else:
             compared = ratio(seconds, in_rounds(record, reference))
-            rows.append([label, milliseconds(seconds), f"{1e3 * p95(seconds):.2f}", compared, *costs(peer)])
+            rows.append([label, milliseconds(seconds), f"{1e3 * p95(seconds):.2f}", compared])
     return rows
+
+
+def costs_table(record: Record) -> Rows:
+    """What it takes to get each peer of one contest ready, and its memory."""
+    rows = [["", "export s", "load s", "memory MiB"]]
+    return rows + [[label, *costs(peer)] for label, peer in record["peers"].items() if "memory_bytes" in peer]
 
 
 def reasons(record: Record) -> list[str]:
