@@ -416,6 +416,17 @@ def test_a_peer_that_is_not_ready_in_time_is_given_up():
     assert record["ours, float32"]["status"] == "measured"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_time_limit_that_was_lost_in_a_destructor_comes_again():
+    class Slow:
+        def __del__(self) -> None:
+            time.sleep(0.5)  # what is raised here is printed and forgotten
+
+    with pytest.raises(contest.OutOfTime), contest.time_limit(0.2):
+        Slow()
+        time.sleep(30)
+
+
 def test_warm_up_goes_on_until_times_settle(monkeypatch):
     def runner(times: list[float]) -> contest.Runner:
         found, left = contest.Runner(lambda: None), iter(times)

@@ -112,7 +112,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    # Again every second: raised inside a destructor or a callback of the garbage collector, it is lost.
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 1.0)
     try:
         yield
     finally:
@@ -133,11 +134,14 @@ def ready(peer: Peer, subject: Subject, seconds: float) -> tuple[Record, Run | N
     record: Record = {"dtype": peer.dtype, "status": "absent", "reason": peer.why_not(device.type)}
     if record["reason"] is not None:
         return record, None
+    started = time.perf_counter()
     try:
         with time_limit(seconds):
             source, record["export_seconds"] = subject.exported(peer)
-            before = memory_bytes(device)
-            started = time.perf_counter()
+        before = memory_bytes(device)
+        left = seconds - (time.perf_counter() - started)
+        started = time.perf_counter()
+        with time_limit(left):
             run = peer.prepare(source, subject.images)
     except OutOfTime:
         if "torch._inductor.async_compile" in sys.modules:  # whose processes would disturb the others
