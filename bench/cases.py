@@ -150,21 +150,21 @@ def measure_sweep(
     """The model cut at several rates, heads unequal and uniform, on our engine and some others.
 
     The larger the work, the fewer take part: all cuts in both dtypes up to 2e10 multiply-adds in a call of
-    the dense model; bfloat16 for one cut up to 1e11; then float32 and unequal heads; above 5e11 only one cut
-    on our engine.
+    the dense model; unequal heads, and bfloat16 for one cut, up to 1e11; then float32 alone; above 2e11 only
+    one cut on our engine.
     """
     unequal, uniform = model.gated(), model.gated(uniform=True)
     work = batch * vtp.make_plan(unequal, rate=0.0).cost.macs
     cuts = {_cut_name(rate, "unequal"): (unequal, rate) for rate in rates}
-    if work <= 1e11:
+    if work <= 2e10:
         cuts |= {_cut_name(rate, "uniform"): (uniform, rate) for rate in rates if rate}
     main = ("dense", _cut_name(RATE, "unequal"))
-    if work > 5e11:
+    if work > 2e11:
         cuts = {name: cuts[name] for name in main}
     subjects = {name: subject_of(cut(gated, rate), batch) for name, (gated, rate) in cuts.items()}
     ours, half = of(peers, "ours"), of(peers, "ours", dtypes=("bfloat16",))
     beside = of(peers, "ours again")
-    if work <= 5e11:
+    if work <= 2e11:
         beside += of(peers, "PyTorch eager", "OpenVINO")
     wide, narrow = (ours + half, beside) if work <= 2e10 else (ours, beside + half * (work <= 1e11))
     entries = {f"{name}: {peer.label}": (peer, subjects[name]) for name in subjects for peer in wide}

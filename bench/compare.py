@@ -140,7 +140,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES), help="both")
     parser.add_argument("--rounds", type=count, default=20, help="at most: 20")
-    parser.add_argument("--seconds", type=number, default=40.0, help="budget of a case's rounds: 40")
+    parser.add_argument("--seconds", type=number, default=20.0, help="budget of a case's rounds: 20")
     parser.add_argument(
         "--prepare-seconds", type=number, default=100.0, help="for exports and compilers, of a case: 100"
     )
@@ -178,7 +178,7 @@ class Job:
 
 def jobs(options: argparse.Namespace, peers: Sequence[Peer]) -> list[Job]:
     """All cases that were asked for, the small ones before the large."""
-    budget = Budget(options.rounds, options.seconds, options.prepare_seconds)
+    budget = Budget(options.rounds, options.seconds, options.prepare_seconds, warm_up_seconds=4.0)
     # Of many entries, all of kinds that need no compiler's warm-up.
     brief = dataclasses.replace(budget, warm_up_seconds=1.0)
     peers = [peer for peer in peers if peer.dtype in options.dtypes]

@@ -204,7 +204,9 @@ def commit() -> dict[str, Any]:
     # An installed copy may lie in a checkout of something else.
     if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return {"commit": None, "modified": None}
-    return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain"))}
+    # What a comparison writes itself is no change of what it measures.
+    changes = git("status", "--porcelain", "--", ":(top)", ":(top,exclude)bench/results")
+    return {"commit": git("rev-parse", "HEAD"), "modified": bool(changes)}
 
 
 def machine(results: Mapping[str, Any]) -> str:
