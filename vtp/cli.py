@@ -524,7 +524,7 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--params", type=float, help="parameters that may remain, e.g. 48e6")
     budget.add_argument(
         "--latency-ms", type=float,
-        help="milliseconds that one image may take on this machine: see vtp bench --profile-widths",
+        help="milliseconds that one image may take on this machine: see vtp bench MODEL --profile-widths",
     )  # fmt: skip
     parser.add_argument("--score", choices=SCORES, default="gate", help="what ranks the dimensions")
     parser.add_argument("--scope", choices=SCOPES, default="global", help="which dimensions compete")
