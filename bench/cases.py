@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import vtp
 from vtp.bench.contest import Budget, Record, Subject, contest, slowed
 from vtp.bench.own_model import prepare_blocks
-from vtp.bench.peers import COMPILERS, Peer, Run, prepare_eager
+from vtp.bench.peers import COMPILERS, DTYPES, Peer, Run, prepare_eager
 
 RATE = 0.4  # share of dimensions that is removed where a case has one rate
 RATES = (0.0, 0.2, 0.4, 0.6)
@@ -34,17 +34,29 @@ WRONG = "ours, one logit wrong"
 Entries = dict[str, tuple[Peer, Subject]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
-    """timm's name and changes to it; batch sizes at which all runtimes meet, and those of the sweep."""
+    """timm's name and changes to it; batch sizes at which all runtimes meet, and those of the sweep.
+
+    What it makes is made once: cases share models, and so what was exported of them.
+    """
 
     name: str
     batches: tuple[int, ...] = (1,)
     sweep_batches: tuple[int, ...] = (1, 8, 64)
     changes: Mapping[str, Any] = field(default_factory=dict)
 
+    @functools.cache  # noqa: B019, there are a few for the life of the process
     def gated(self, uniform: bool = False) -> nn.Module:
         return gated_model(self.name, uniform=uniform, **self.changes)
+
+    @functools.cache  # noqa: B019
+    def cut(self, rate: float, uniform: bool = False) -> vtp.CompactViT:
+        return cut(self.gated(uniform), rate)
+
+    def shallow(self, depth: int) -> "Model":
+        """The same with fewer blocks."""
+        return dataclasses.replace(self, changes={**self.changes, "depth": depth})
 
 
 MODELS = {
@@ -89,32 +101,49 @@ def of(peers: Iterable[Peer], *names: str, dtypes: Sequence[str] = ("float32",))
 def measure_models(
     model: Model, batch: int, peers: Sequence[Peer], budget: Budget, compilers: bool, results: Record
 ) -> Record:
-    """One compact model by all peers, and by some what a user might run in its place.
+    """One compact model by all peers.
 
     Args:
         compilers: whether torch.compile takes part.
     """
-    gated = model.gated()
-    plan = vtp.make_plan(gated, rate=RATE, min_keep=0)
-    subject = subject_of(vtp.compact(gated, plan).eval(), batch)
+    subject = subject_of(model.cut(RATE), batch)
+    peers = [peer for peer in peers if compilers or peer.name not in COMPILERS]
     skip = too_slow(results, batch * subject.macs)
-    if not compilers:
-        skip |= {p.label: "it takes minutes to compile: see --compile" for p in peers if p.name in COMPILERS}
-    by_compiler = [peer for peer in peers if peer.name in COMPILERS]
-    entries = {peer.label: (peer, subject) for peer in peers if peer not in by_compiler}
-    if batch == 1:
-        entries |= in_its_place(gated, plan, subject, peers)
-    entries |= {peer.label: (peer, subject) for peer in by_compiler}  # last, as they use the time up
-    return {"macs": subject.macs, **contest(entries, budget, skip)}
+    return {"macs": subject.macs, **contest(entries_of(peers, subject), budget, skip)}
 
 
-def in_its_place(gated: nn.Module, plan: vtp.PruningPlan, compact: Subject, peers: Sequence[Peer]) -> Entries:
+def measure_compilers(model: Model, peers: Sequence[Peer], budget: Budget, _: Record) -> Record:
+    """A compact model of a few blocks by torch.compile, beside PyTorch's eager mode and ours."""
+    peers = of(peers, "ours", "ours again", "PyTorch eager", *COMPILERS, dtypes=tuple(DTYPES))
+    # The dtype that every CPU computes in first, as preparing may use all of the time up.
+    peers.sort(key=lambda peer: (not peer.ours, list(DTYPES).index(peer.dtype)))
+    subject = subject_of(model.cut(RATE), 1)
+    return {"macs": subject.macs, **contest(entries_of(peers, subject), budget)}
+
+
+def entries_of(peers: Iterable[Peer], subject: Subject) -> Entries:
+    """All peers on one model; one of them twice."""
+    entries = {peer.label: (peer, subject) for peer in peers}
+    again = [label for label, (peer, _) in entries.items() if peer.name == "ours again"]
+    return {label: entry for label, entry in entries.items() if label not in again[1:]}
+
+
+def measure_place(model: Model, peers: Sequence[Peer], budget: Budget, _: Record) -> Record:
+    """Ours on one compact model, and what a user might run in its place."""
+    plan = vtp.make_plan(model.gated(), rate=RATE, min_keep=0)
+    subject = subject_of(model.cut(RATE), 1)
+    entries = entries_of(of(peers, "ours", "ours again"), subject)
+    entries |= in_its_place(model, plan, subject, peers)
+    return {"macs": subject.macs, **contest(entries, budget)}
+
+
+def in_its_place(model: Model, plan: vtp.PruningPlan, compact: Subject, peers: Sequence[Peer]) -> Entries:
     """Other models that a user might run instead of `compact`, each on our engine if it can be, in PyTorch's
     eager mode and on OpenVINO: labels are "model: runtime"."""
     others = of(peers, "PyTorch eager", "OpenVINO")
     ours = of(peers, "ours")
-    everything = vtp.make_plan(gated, rate=0.0)
-    dense = zeros_in_place(gated, everything)
+    gated = model.gated()
+    dense = zeros_in_place(gated, vtp.make_plan(gated, rate=0.0))
     # Of these the outputs are those of the compact model.
     subjects = {
         "padded to 16": subject_of(padded(gated, plan), len(compact.images), compact.exact),
@@ -133,7 +162,7 @@ def in_its_place(gated: nn.Module, plan: vtp.PruningPlan, compact: Subject, peer
     entries = {
         f"{name}: {peer.label}": (peer, subjects[name]) for name, peers in runs.items() for peer in peers
     }
-    packed = {"padded to 16": subjects["padded to 16"], "dense": subject_of(cut(gated, 0.0), 1)}
+    packed = {"padded to 16": subjects["padded to 16"], "dense": subject_of(model.cut(0.0), 1)}
     same = vtp.insert_gates(alone["dense of the same MACs"])
     packed["dense of the same MACs"] = subject_of(cut(same, 0.0), 1)
     for name, subject in packed.items():
@@ -153,21 +182,19 @@ def measure_sweep(
     the dense model; unequal heads, and bfloat16 for one cut, up to 1e11; then float32 alone; above 2e11 only
     one cut on our engine.
     """
-    unequal, uniform = model.gated(), model.gated(uniform=True)
-    work = batch * vtp.make_plan(unequal, rate=0.0).cost.macs
-    cuts = {_cut_name(rate, "unequal"): (unequal, rate) for rate in rates}
+    work = batch * vtp.count(model.cut(0.0)).macs
+    cuts = {_cut_name(rate, "unequal"): (rate, False) for rate in rates}
     if work <= 2e10:
-        cuts |= {_cut_name(rate, "uniform"): (uniform, rate) for rate in rates if rate}
+        cuts |= {_cut_name(rate, "uniform"): (rate, True) for rate in rates if rate}
     main = ("dense", _cut_name(RATE, "unequal"))
     if work > 2e11:
         cuts = {name: cuts[name] for name in main}
-    subjects = {name: subject_of(cut(gated, rate), batch) for name, (gated, rate) in cuts.items()}
+    subjects = {name: subject_of(model.cut(*asked), batch) for name, asked in cuts.items()}
     ours, half = of(peers, "ours"), of(peers, "ours", dtypes=("bfloat16",))
-    beside = of(peers, "ours again")
-    if work <= 2e11:
-        beside += of(peers, "PyTorch eager", "OpenVINO")
-    wide, narrow = (ours + half, beside) if work <= 2e10 else (ours, beside + half * (work <= 1e11))
-    entries = {f"{name}: {peer.label}": (peer, subjects[name]) for name in subjects for peer in wide}
+    others = of(peers, "PyTorch eager", "OpenVINO") if work <= 2e11 else []
+    wide, narrow = (ours + half, others) if work <= 2e10 else (ours, others + half * (work <= 1e11))
+    entries = {f"dense: {peer.label}": (peer, subjects["dense"]) for peer in ours + of(peers, "ours again")}
+    entries |= {f"{name}: {peer.label}": (peer, subjects[name]) for name in subjects for peer in wide}
     entries |= {f"{name}: {peer.label}": (peer, subjects[name]) for name in main for peer in narrow}
     return {"macs": {name: subject.macs for name, subject in subjects.items()}} | contest(entries, budget)
 
@@ -190,7 +217,7 @@ def measure_training(model: Model, batch: int, depth: int, budget: Budget, _: Re
 
 def measure_planted(model: Model, peers: Sequence[Peer], budget: Budget, _: Record) -> Record:
     """Whether a slow-down of 10% and a wrong result of our engine would be seen: both are planted."""
-    subject = subject_of(cut(model.gated(), RATE), 1)
+    subject = subject_of(model.cut(RATE), 1)
     (ours,), again = of(peers, "ours"), of(peers, "ours again")
     slow = Peer(SLOWED, ours.dtype, lambda *arguments: slowed(ours.prepare(*arguments), 0.1))
     wrong = Peer(WRONG, ours.dtype, lambda *arguments: _wrong(ours.prepare(*arguments)))

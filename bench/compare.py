@@ -1,8 +1,9 @@
 """What the README's claims rest on: is a pruned model faster than what a user would pick instead?
 
-- models: one compact DeiT (40% of dimensions removed, every layer and head another width) by every runtime,
-  and what might be run in its place: the same padded to multiples of 16, with zeros left in place, the dense
-  model, a dense model of the same MACs, Torch-Pruning's result at the same MACs.
+- models: one compact DeiT (40% of dimensions removed, every layer and head another width) by every runtime.
+- compilers: one block of it by torch.compile, which needs minutes for all of them.
+- place: what might be run in place of that model: the same padded to multiples of 16, with zeros left in
+  place, the dense model, a dense model of the same MACs, Torch-Pruning's result at the same MACs.
 - planted: whether a slow-down of 10% and a wrong result of our engine would be seen.
 - sweep: cuts of 0 to 60%, heads unequal and uniform, at batches of 1 to 64: does a cut buy its MACs?
 - training: a step of sparse training with gates, without, and with gates by hand.
@@ -16,8 +17,9 @@ right: against float64, at most twice the error of PyTorch's eager mode in the s
 OpenVINO, whose arithmetic is their own: `CEILINGS` in vtp/bench/contest.py). What fails, is missing or was
 not ready in time is shown with its reason and has no figure. Each warms up until its times settle, then they
 take turns round by round in rotating order; ratios are of times in the same round. "ours again" is our
-engine a second time: its ratio is noise. A peer over 8 times slower than ours, whose calls are not
-short, is called once or twice and then stays out, also of larger cases.
+engine a second time: its ratio is noise. "models" and "planted" have more rounds than the rest. A peer over 8
+times slower than ours, whose calls are not short, is called once or twice and then stays out, also of larger
+cases.
 
 Results are written after each case, and a run takes up what is there for the same machine, versions, threads
 and options, whatever the commit: use --fresh to measure changed code. Exports and compilers have a time limit
@@ -55,7 +57,7 @@ from vtp.files import FileError, write_atomic
 FOLDER = Path(__file__).parent / "results"
 RESULTS = FOLDER / "compare.json"
 # Without "gemm", which is for people who work on the kernels.
-USUAL_CASES = ("models", "planted", "sweep", "training", "layers", "widths", "rate")
+USUAL_CASES = ("models", "compilers", "place", "planted", "sweep", "training", "layers", "widths", "rate")
 CASES = (*USUAL_CASES, "gemm")
 
 
@@ -135,8 +137,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", choices=CASES, nargs="+", default=list(USUAL_CASES), help="all but gemm")
     parser.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS), help="all three")
     parser.add_argument(
-        "--compile", choices=MODELS, nargs="*", default=["tiny"],
-        help="models that torch.compile takes part in; it needs minutes for each: tiny",
+        "--compile", choices=MODELS, nargs="*", default=[],
+        help="models that torch.compile takes part in as a whole; it needs many minutes for each: none",
     )  # fmt: skip
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES), help="both")
     parser.add_argument("--rounds", type=count, default=20, help="at most: 20")
@@ -191,12 +193,17 @@ def jobs(options: argparse.Namespace, peers: Sequence[Peer]) -> list[Job]:
 
     for name, model in models.items():
         for batch in model.batches:
-            compiled = quick or (name in options.compile and batch == 1)
-            arguments = (model, batch, peers, budget, compiled)
+            compiled = name in options.compile and batch == 1
+            long = scaled(budget, 5, 3 if batch == 1 else 8)
+            arguments = (model, batch, peers, long, compiled)
             add("models", cases.measure_models, *arguments, model=name, batch=batch)
             found[-1].asked["compilers"] = compiled
     smallest = next(iter(models))
-    add("planted", cases.measure_planted, models[smallest], peers, budget, model=smallest)
+    shallow = models[smallest].shallow(1)
+    add("compilers", cases.measure_compilers, shallow, peers, budget, model=smallest, blocks=1)
+    for name, model in models.items():
+        add("place", cases.measure_place, model, peers, brief, model=name)
+    add("planted", cases.measure_planted, models[smallest], peers, scaled(budget, 10, 1), model=smallest)
     for name, model in models.items():
         for batch in model.sweep_batches:
             arguments = (model, batch, peers, brief, RATES[::2] if quick else RATES)
@@ -216,6 +223,11 @@ def jobs(options: argparse.Namespace, peers: Sequence[Peer]) -> list[Job]:
     for M, K, N in [(7, 37, 61)] if quick else SHAPES:
         add("gemm", cases.measure_gemm, (M, K, N), gemm_peers(peers), short, shape=f"{M}x{K}x{N}")
     return [job for job in found if job.what["case"] in options.cases]
+
+
+def scaled(budget: Budget, rounds: int, seconds: int) -> Budget:
+    """So many times the rounds, in so many times the seconds."""
+    return dataclasses.replace(budget, rounds=rounds * budget.rounds, seconds=seconds * budget.seconds)
 
 
 def main(argv: Sequence[str] | None = None, peers: Sequence[Peer] = PEERS) -> int:

@@ -31,11 +31,6 @@ def _dtypes(record: Record) -> list[str]:
     return list(dict.fromkeys(peer["dtype"] for peer in record["peers"].values()))
 
 
-def _runs(record: Record) -> list[str]:
-    """Labels of those that run the compact model itself: others are "model: runtime"."""
-    return [label for label in record["peers"] if ": " not in label]
-
-
 # --------------------------------------------------------------------------------
 # Whole models
 
@@ -44,7 +39,7 @@ def competitors(record: Record, dtype: str) -> dict[str, list[float]]:
     """Runtimes of the compact model in `dtype` that were in the rounds, without ours: for bfloat16 of any
     dtype, else of the same."""
     found = {}
-    for label in _runs(record):
+    for label in record["peers"]:
         comparable = dtype == "bfloat16" or record["peers"][label]["dtype"] == dtype
         if comparable and not label.startswith("our") and (seconds := in_rounds(record, label)):
             found[label] = seconds
@@ -57,6 +52,12 @@ def fastest(record: Record, dtype: str) -> str | None:
     return min(times, key=lambda label: statistics.median(times[label]), default=None)
 
 
+def noise(record: Record) -> str:
+    """Of a case in which ours takes part twice: how one compares with the other."""
+    again = next((label for label in record["peers"] if label.startswith("ours again, ")), "")
+    return ratio(in_rounds(record, again), in_rounds(record, again.replace(" again", "")))
+
+
 def fastest_table(results: Record) -> Rows:
     """A row for each model, batch and dtype of ours."""
     header = ["model", "batch", "MACs", "ours in", "rounds", "ours ms", "p95 ms"]
@@ -65,12 +66,11 @@ def fastest_table(results: Record) -> Rows:
         for dtype in _dtypes(record):
             ours, best = in_rounds(record, f"ours, {dtype}"), fastest(record, dtype)
             other = None if best is None else in_rounds(record, best)
-            again = in_rounds(record, f"ours again, {dtype}")
             rows.append([
                 record["model"], str(record["batch"]), f"{record['macs'] / 1e9:.2f} G", dtype,
                 str(record["rounds"]), milliseconds(ours), "-" if ours is None else f"{1e3 * p95(ours):.2f}",
                 best or "none", milliseconds(other), "-" if other is None else f"{1e3 * p95(other):.2f}",
-                ratio(other, ours), ratio(again, ours),
+                ratio(other, ours), noise(record),
             ])  # fmt: skip
     return rows
 
@@ -78,37 +78,52 @@ def fastest_table(results: Record) -> Rows:
 def peers_table(results: Record) -> Rows:
     """A row for each runtime, a column for each model and batch: milliseconds, and how many times ours."""
     records = of_case(results, "models")
-    labels = dict.fromkeys(label for record in records for label in _runs(record))
+    labels = dict.fromkeys(label for record in records for label in record["peers"])
     rows = [["runtime", *(f"{record['model']}, batch {record['batch']}" for record in records)]]
     for label in labels:
-        cells = [label]
-        for record in records:
-            peer, seconds = record["peers"].get(label), in_rounds(record, label)
-            if peer is None:
-                cells.append("-")
-            elif seconds is not None:
-                ours = in_rounds(record, f"ours, {peer['dtype']}")
-                cells.append(f"{milliseconds(seconds)} ms, {ratio(seconds, ours)}")
-            elif peer["status"] == "slow":
-                cells.append(f"about {peer['times_ours']:.0f}x, {len(peer['seconds'])} call(s)")
-            else:
-                cells.append(peer["status"])
-        rows.append(cells)
+        rows.append([label, *(_beside_ours(record, label) for record in records)])
+    return rows
+
+
+def _beside_ours(record: Record, label: str) -> str:
+    peer, seconds = record["peers"].get(label), in_rounds(record, label)
+    if peer is None:
+        return "-"
+    if seconds is not None:
+        ours = in_rounds(record, f"ours, {peer['dtype']}")
+        return f"{milliseconds(seconds)} ms, {ratio(seconds, ours)}"
+    if peer["status"] == "slow":
+        return f"about {peer['times_ours']:.0f}x, {len(peer['seconds'])} call(s)"
+    return peer["status"]
+
+
+def compilers_table(results: Record) -> Rows:
+    """A row for each runtime: its time beside ours, the seconds until it was ready, and memory."""
+    rows = [["model", "blocks", "runtime", "rounds", "time, and over ours", "ready after, s", "memory MiB"]]
+    for record in of_case(results, "compilers"):
+        for label, peer in record["peers"].items():
+            _, load, memory = costs(peer)
+            rows.append([
+                record["model"], str(record["blocks"]), label, str(record["rounds"]),
+                _beside_ours(record, label), load, memory,
+            ])  # fmt: skip
     return rows
 
 
 def in_its_place_table(results: Record) -> Rows:
     """A row for each other model, by model: its MACs, and times of runtimes over ours on the compact one."""
     runtimes = ("ours", "PyTorch eager", "OpenVINO")
-    rows = [["model", "in place of the compact one", "MACs", *(f"{name} / ours" for name in runtimes)]]
-    for record in of_case(results, "models"):
+    header = ["model", "in place of the compact one", "MACs", *(f"{name} / ours" for name in runtimes)]
+    rows = [[*header, "rounds", "noise"]]
+    for record in of_case(results, "place"):
         ours, peers = in_rounds(record, OURS), record["peers"]
         names = dict.fromkeys(label.partition(": ")[0] for label in peers if ": " in label)
         for name in names:
             labels = {runtime: f"{name}: {runtime}, float32" for runtime in runtimes}
             macs = next(peers[label].get("macs") for label in labels.values() if label in peers)
             cells = (ratio(in_rounds(record, label), ours) for label in labels.values())
-            rows.append([record["model"], name, "-" if macs is None else f"{macs / 1e9:.2f} G", *cells])
+            size = "-" if macs is None else f"{macs / 1e9:.2f} G"
+            rows.append([record["model"], name, size, *cells, str(record["rounds"]), noise(record)])
     return rows
 
 
@@ -116,7 +131,7 @@ def costs_table(results: Record) -> Rows:
     """Beside time: what it takes to get a model ready, and its memory."""
     rows = [["model", "batch", "runtime", "export s", "load s", "memory MiB"]]
     for record in of_case(results, "models"):
-        for label in _runs(record):
+        for label in record["peers"]:
             if in_rounds(record, label) and not label.startswith("ours again"):
                 cells = costs(record["peers"][label])
                 rows.append([record["model"], str(record["batch"]), label, *cells])
@@ -278,9 +293,10 @@ TABLES = {
     "models": {
         "Fastest peer over ours": fastest_table,
         "All runtimes, and how many times ours of the same dtype": peers_table,
-        f"In place of the model cut by {RATE:.0%}, time over ours of that one": in_its_place_table,
         "Export, load (with the first call) and memory": costs_table,
     },
+    "compilers": {"torch.compile, in a model of few blocks": compilers_table},
+    "place": {f"In place of the model cut by {RATE:.0%}, time over ours of that one": in_its_place_table},
     "planted": {"Planted in our engine": planted_table},
     "sweep": {"Speed-up over the dense model on our engine, of what MACs promise: the share": sweep_table},
     "training": {"Step of sparse training over a step without gates": training_table},

@@ -65,7 +65,10 @@ def optimize(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedV
     if reason is not None:
         return OptimizedViT(packed.to(dtype), ImageSpec.of(model), f"plain PyTorch: {reason}")
     engine = f"C++, {torch.ops.vtp.cpu_isa()}"
-    return OptimizedViT(cpu_engine.pack(packed, dtype), ImageSpec.of(model), engine)
+    fast = OptimizedViT(cpu_engine.pack(packed, dtype), ImageSpec.of(model), engine)
+    del packed  # with the copies on the way, twice the size of what is left
+    cpu_engine.return_freed_memory()
+    return fast
 
 
 @torch.no_grad()

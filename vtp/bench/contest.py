@@ -7,12 +7,14 @@ is called once or twice and then stays out, unless its calls are short.
 
 import contextlib
 import copy
+import gc
 import math
 import signal
 import statistics
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +36,7 @@ TINY = {"float32": 1e-6, "bfloat16": 1e-3}  # and this much more, where eager is
 CEILINGS = {"float32": 1e-5, "bfloat16": 5e-2}
 
 SLOW = 8.0  # times ours: a peer slower than that leaves the rounds,
-SLOW_CALL = 0.3  # seconds, if a call takes longer than this
+SLOW_CALL = 0.1  # seconds, if a call takes longer than this
 SLOW_TWICE = 5.0  # seconds: a slow peer is called a second time if one call takes less
 SETTLED = 0.05  # the warm-up ends when the medians of three calls differ by less
 WARM_UP_SECONDS = 10.0
@@ -42,6 +44,9 @@ SHORT = 0.25  # seconds: before a call that is shorter, another one brings cache
 
 # --------------------------------------------------------------------------------
 # Correctness: nothing is timed that does not compute the same
+
+# Of each model what exporters made of it, and the seconds that it took.
+_EXPORTS: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, float]]] = weakref.WeakKeyDictionary()
 
 
 class Subject:
@@ -69,17 +74,17 @@ class Subject:
                 exact = copy.deepcopy(model).double()(images.double())
         self.exact = exact.repeat(repeats, *[1] * (exact.ndim - 1))
         self._errors: dict[str, float] = {}
-        self._exports: dict[Any, tuple[Any, float]] = {}
 
     def exported(self, peer: Peer) -> tuple[Any, float | None]:
-        """What `peer.prepare` takes, and the seconds to make it; once for all peers of the same export."""
+        """What `peer.prepare` takes, and the seconds to make it; once for a model, whatever the batch."""
         if peer.export is None:
             return self.model, None
-        if peer.export not in self._exports:
+        made = _EXPORTS.setdefault(self.model, {})
+        if peer.export not in made:
             started = time.perf_counter()
-            source = peer.export(self.model, tuple(self.images.shape))
-            self._exports[peer.export] = source, time.perf_counter() - started
-        return self._exports[peer.export]
+            source = peer.export(self.model, tuple(self.images.shape[1:]))
+            made[peer.export] = source, time.perf_counter() - started
+        return made[peer.export]
 
     def eager_error(self, dtype: str) -> float:
         """Relative error of PyTorch's eager mode, on the first image: in bfloat16 eight may take a minute."""
@@ -153,9 +158,11 @@ def ready(peer: Peer, subject: Subject, seconds: float) -> tuple[Record, Run | N
         return record | {"status": "failed", "reason": first_line(error)}, None
     try:
         with torch.inference_mode():
+            called = time.perf_counter()
             outputs, peak = peak_bytes(run, device)
+            ended = time.perf_counter()
             error = relative_error(outputs, subject.exact)
-            record["prepare_seconds"] = time.perf_counter() - started
+            record |= {"prepare_seconds": ended - started, "first_call_seconds": ended - called}
             record["memory_bytes"] = None if before is None or peak is None else peak - before
     except Exception as failure:
         return record | {"status": "failed", "reason": first_line(failure)}, None
@@ -210,14 +217,14 @@ class Runner:
 
     def step(self) -> None:
         """A round's turn. What ran before has emptied the caches, and its threads may still be spinning."""
-        if self.warm_up[-1] < SHORT:
+        if min(self.warm_up) < SHORT:
             self.call()
         self.seconds.append(self.call())
 
     def settle(self, limit: float) -> None:
         """Warm up until the median of three calls is near that of the three before, or `limit` has passed."""
         times = self.warm_up
-        while sum(times) < limit or not times:
+        while sum(times) < limit:
             times.append(self.call())
             if len(times) >= 6:
                 before, last = statistics.median(times[-6:-3]), statistics.median(times[-3:])
@@ -251,11 +258,36 @@ def contest(
         tell: is told what is being done.
     """
     torch._dynamo.reset()
+    with _no_collections():
+        return _contest(entries, budget, skip or {}, tell)
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """No garbage collection but those that are asked for, which then have less to look through."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
+def _contest(
+    entries: Mapping[str, tuple[Peer, Subject]],
+    budget: Budget,
+    skip: Mapping[str, str],
+    tell: Callable[[str], object],
+) -> Record:
     records: dict[str, Record] = {}
     runners: dict[str, Runner] = {}
     started = time.perf_counter()
     for label, (peer, subject) in entries.items():
-        if skip and label in skip:
+        if label in skip:
             records[label] = {"dtype": peer.dtype, "status": "skipped", "reason": skip[label]}
             continue
         tell(f"preparing {label}")
@@ -263,7 +295,7 @@ def contest(
         records[label], run = ready(peer, subject, math.inf if peer.ours else left)
         records[label]["macs"] = subject.macs
         if run is not None:
-            runners[label] = Runner(run, subject.images.device)
+            runners[label] = Runner(run, subject.images.device, [records[label]["first_call_seconds"]])
     with torch.compiler.set_stance("fail_on_recompile"):
         for label in list(runners):
             tell(f"warming up {label}")
@@ -289,7 +321,6 @@ def _keeps_up(
         r for name, r in runners.items() if entries[name][0].ours and entries[name][0].dtype == peer.dtype
     ]
     try:
-        runner.warm_up.append(runner.call())
         if ours and runner is not ours[0]:
             usual = statistics.median(ours[0].warm_up[-3:])
             limit = max(SLOW * usual, SLOW_CALL)

@@ -1,8 +1,6 @@
 """What all comparisons share: whose turn it is, ratios, the error that is checked, the machine."""
 
 import argparse
-import contextlib
-import ctypes
 import datetime
 import gc
 import math
@@ -18,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from vtp.cpu_engine import return_freed_memory
 
 PEER_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino", "torch-pruning")
 LEAST_ROUNDS = 5  # the fewest that have quartiles worth printing
@@ -96,8 +96,7 @@ def memory_bytes(device: torch.device) -> int | None:
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     return _status_bytes("VmRSS")
 
 

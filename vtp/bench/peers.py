@@ -33,7 +33,7 @@ class Peer:
 
     prepare: takes what `export` made, or the float32 model, and images; returns a call without arguments
         that gives the outputs.
-    export: converts the float32 model for images of a shape, once and before it is deployed.
+    export: converts the float32 model for any number of images of a shape, once and before it is deployed.
     packages: what has to be installed for it, beside PyTorch; devices: what it runs on.
     own_arithmetic: computes in a precision or order of its own, so that `CEILINGS` alone bound its error.
     ours: what other peers of its dtype are compared with.
@@ -121,10 +121,12 @@ def own_code(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def export_onnx(model: nn.Module, shape: tuple[int, ...]) -> bytes:
-    """The model for images of `shape` as ONNX."""
+    """The model for images of [batch, *shape] as ONNX. Who loads it says what `batch` is."""
+    images = torch.zeros(2, *shape)  # a size of 1 would become a constant
+    dynamic = ({0: torch.export.Dim("batch")},)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, (torch.zeros(shape),), dynamo=True, verbose=False)
+        program = torch.onnx.export(model, (images,), dynamic_shapes=dynamic, dynamo=True, verbose=False)
     return program.model_proto.SerializeToString()
 
 
@@ -135,6 +137,7 @@ def prepare_onnx_runtime(source: bytes, images: Tensor) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.add_free_dimension_override_by_name("batch", len(images))
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     inputs = {session.get_inputs()[0].name: images.numpy()}
     return lambda: torch.from_numpy(session.run(None, inputs)[0])
@@ -153,7 +156,9 @@ def prepare_openvino(source: bytes, images: Tensor, *, dtype: str) -> Run:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": hint,
     }
-    compiled = core.compile_model(core.read_model(source), "CPU", config)
+    model = core.read_model(source)
+    model.reshape(list(images.shape))
+    compiled = core.compile_model(model, "CPU", config)
     request, inputs = compiled.create_infer_request(), [images.numpy()]
     # What it returns is a view of the request's memory: good until the next call, as a user would have it.
     return lambda: torch.from_numpy(request.infer(inputs, share_inputs=True, share_outputs=True)[0])
