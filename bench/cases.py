@@ -193,9 +193,9 @@ def measure_sweep(
     ours, half = of(peers, "ours"), of(peers, "ours", dtypes=("bfloat16",))
     others = of(peers, "PyTorch eager", "OpenVINO") if work <= 2e11 else []
     wide, narrow = (ours + half, others) if work <= 2e10 else (ours, others + half * (work <= 1e11))
-    entries = {f"dense: {peer.label}": (peer, subjects["dense"]) for peer in ours + of(peers, "ours again")}
-    entries |= {f"{name}: {peer.label}": (peer, subjects[name]) for name in subjects for peer in wide}
+    entries = {f"{name}: {peer.label}": (peer, subjects[name]) for name in subjects for peer in wide}
     entries |= {f"{name}: {peer.label}": (peer, subjects[name]) for name in main for peer in narrow}
+    entries |= {f"{main[1]}: {peer.label}": (peer, subjects[main[1]]) for peer in of(peers, "ours again")}
     return {"macs": {name: subject.macs for name, subject in subjects.items()}} | contest(entries, budget)
 
 

@@ -142,7 +142,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES), help="both")
     parser.add_argument("--rounds", type=count, default=20, help="at most: 20")
-    parser.add_argument("--seconds", type=number, default=20.0, help="budget of a case's rounds: 20")
+    parser.add_argument("--seconds", type=number, default=15.0, help="budget of a case's rounds: 15")
     parser.add_argument(
         "--prepare-seconds", type=number, default=100.0, help="for exports and compilers, of a case: 100"
     )

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from vtp.architecture import SITES, Architecture
-from vtp.bench.measure import take_turns
+from vtp.bench.measure import take_turns, turns
 from vtp.compact import empty_compact
 from vtp.cost import Cost, attention_cost, mlp_cost, surroundings_cost
 from vtp.engine import OptimizedViT, optimize
@@ -106,36 +106,63 @@ def profile_widths(
     Raises:
         LatencyTableError: an argument is out of range.
     """
-    name = name_of(dtype)
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise LatencyTableError(f"batch_size: got {batch_size!r}, expected an integer of at least 1")
     if not 0 < seconds < math.inf:
         raise LatencyTableError(f"seconds: got {seconds!r}, expected a positive number")
-    axes = _axes(architecture)
-    points = _points(architecture, axes, batch_size, dtype)
-    steps = dict(points)
+    profile = WidthProfile(architecture, batch_size, dtype)
+    steps = {"profile": profile}
     if progress is not None:
         steps["progress"] = _Progress(seconds, progress)
-    rounds = take_turns(steps, 10**9, seconds)
-    medians = dict(zip(points, steady_medians([p.seconds for p in points.values()]), strict=True))
-    outside = 1e3 * medians["outside"]
-    grids = {}
-    for branch, branch_axes in axes.items():
-        keys = [(branch, *widths) for widths in itertools.product(*branch_axes)]
-        ms = [(1e3 * medians[key] - outside) / len(points[key].blocks) for key in keys]
-        shaped = np.maximum(ms, 0).reshape([len(axis) for axis in branch_axes])
-        grids[branch] = Grid(branch_axes, tuple(monotone(shaped).ravel().tolist()))
-    return LatencyTable(
-        geometry=geometry(architecture),
-        machine=machine(),
-        batch_size=batch_size,
-        dtype=name,
-        engine=points["outside"].model.engine,
-        outside_ms=outside,
-        rounds=rounds,
-        date=datetime.date.today().isoformat(),
-        **grids,
-    )
+    take_turns(steps, 10**9, seconds)
+    return profile.table()
+
+
+class WidthProfile:
+    """The models that a table is made from, for whoever has other things to measure in the same rounds.
+
+    Args, Raises: those of `profile_widths`.
+
+    Attributes:
+        rounds: measurements of each point so far.
+    """
+
+    def __init__(self, architecture: Architecture, batch_size: int, dtype: torch.dtype) -> None:
+        self._dtype = name_of(dtype)
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise LatencyTableError(f"batch_size: got {batch_size!r}, expected an integer of at least 1")
+        self._architecture, self._batch_size = architecture, batch_size
+        self._axes = _axes(architecture)
+        self._points = _points(architecture, self._axes, batch_size, dtype)
+        self.rounds = 0
+
+    def step(self) -> None:
+        """One round: every point has a turn."""
+        for key in turns(list(self._points), self.rounds):
+            self._points[key].step()
+        self.rounds += 1
+
+    def table(self, first: int = 0) -> LatencyTable:
+        """What was measured, from round `first` on."""
+        points = self._points
+        times = [point.seconds[first:] for point in points.values()]
+        medians = dict(zip(points, steady_medians(times), strict=True))
+        outside = 1e3 * medians["outside"]
+        grids = {}
+        for branch, branch_axes in self._axes.items():
+            keys = [(branch, *widths) for widths in itertools.product(*branch_axes)]
+            ms = [(1e3 * medians[key] - outside) / len(points[key].blocks) for key in keys]
+            shaped = np.maximum(ms, 0).reshape([len(axis) for axis in branch_axes])
+            grids[branch] = Grid(branch_axes, tuple(monotone(shaped).ravel().tolist()))
+        return LatencyTable(
+            geometry=geometry(self._architecture),
+            machine=machine(),
+            batch_size=self._batch_size,
+            dtype=self._dtype,
+            engine=points["outside"].model.engine,
+            outside_ms=outside,
+            rounds=self.rounds - first,
+            date=datetime.date.today().isoformat(),
+            **grids,
+        )
 
 
 def steady_medians(times: Sequence[Sequence[float]]) -> np.ndarray:

@@ -258,12 +258,12 @@ def contest(
         tell: is told what is being done.
     """
     torch._dynamo.reset()
-    with _no_collections():
+    with no_collections():
         return _contest(entries, budget, skip or {}, tell)
 
 
 @contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
+def no_collections() -> Iterator[None]:
     """No garbage collection but those that are asked for, which then have less to look through."""
     enabled = gc.isenabled()
     gc.collect()
