@@ -216,7 +216,7 @@ def jobs(options: argparse.Namespace, peers: Sequence[Peer]) -> list[Job]:
         add("layers", cases.measure_layers, embed_dim, widths, peers, brief, embed_dim=embed_dim)
     for dtype in options.dtypes:
         widths = range(15, 18) if quick else range(449, 512)
-        add("widths", cases.measure_widths, widths, dtype, brief, dtype=dtype)
+        add("widths", cases.measure_widths, widths, dtype, scaled(brief, 3, 1), dtype=dtype)
     size = 64 if quick else 2048
     add("rate", cases.measure_rate, size, gemm_peers(peers), budget, size=size)
     short = dataclasses.replace(budget, seconds=min(budget.seconds, 15.0))
