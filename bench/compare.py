@@ -50,7 +50,15 @@ from rich.console import Console
 from tables import markdown, notes, place, show
 
 from vtp.bench.contest import Budget, Record
-from vtp.bench.measure import commit, description, positive, thread_count
+from vtp.bench.measure import (
+    add_results_file,
+    check_results_file,
+    commit,
+    description,
+    positive,
+    print_results,
+    thread_count,
+)
 from vtp.bench.peers import DTYPES, PEERS, Peer
 from vtp.files import FileError, write_atomic
 
@@ -149,13 +157,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=thread_count, default=os.cpu_count(), help="CPU threads: all cores")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to try it out")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file --out has")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results file; plots lie beside it")
-    parser.add_argument("--markdown", action="store_true", help="print the file --out; measure nothing")
+    add_results_file(parser, RESULTS)
     options = parser.parse_args(argv)
-    if options.markdown and not options.out.is_file():
-        parser.error(f"argument --out: {options.out} is not there; run without --markdown first")
-    if options.out.is_dir() or not options.out.parent.is_dir():
-        parser.error(f"argument --out: got {options.out}, expected a file name in a folder that exists")
+    check_results_file(parser, options)
     if options.quick and options.out == RESULTS:
         parser.error("argument --out: toy sizes must not replace the results; name another file")
     return options
@@ -234,20 +238,14 @@ def main(argv: Sequence[str] | None = None, peers: Sequence[Peer] = PEERS) -> in
     """Run the command line with these peers. Returns the exit status: 1 where a peer failed, 2 where there is
     no file to read or write."""
     options, console = parse_arguments(argv), Console(width=None if sys.stdout.isatty() else 200)
+    if options.markdown:
+        return print_results(options.out, markdown)
     try:
-        if options.markdown:
-            print(markdown(json.loads(options.out.read_text(encoding="utf-8"))))
-            return 0
         torch.set_num_threads(options.threads)
         results = opened(options.out, options.fresh)
         run(options, peers, results, console)
     except FileError as error:
         print(error, file=sys.stderr)
-        return 2
-    except (ValueError, KeyError, TypeError) as error:
-        if not options.markdown:
-            raise
-        print(f"argument --out: {options.out} is no results file: {error!r}", file=sys.stderr)
         return 2
     for note in notes(results):
         console.print(note, markup=False, highlight=False, soft_wrap=True)

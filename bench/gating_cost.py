@@ -44,11 +44,14 @@ import vtp
 from vtp.architecture import SITES, replace_sites
 from vtp.bench.measure import (
     LEAST_ROUNDS,
+    add_results_file,
+    check_results_file,
     commit,
     hardware,
     machine,
     pairwise_ratio,
     positive,
+    print_results,
     relative_error,
     take_turns,
     thread_count,
@@ -452,19 +455,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=thread_count, default=os.cpu_count(), help="CPU threads: all cores")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPU if any")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
-    parser.add_argument(
-        "--markdown", action="store_true", help="print the file --out as Markdown; measure nothing"
-    )
+    add_results_file(parser, RESULTS)
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: got 'cuda', but PyTorch sees no GPU")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.markdown and not options.out.is_file():
-        parser.error(f"argument --out: {options.out} is not there; run without --markdown first")
-    if options.out.is_dir() or not options.out.parent.is_dir():
-        parser.error(f"argument --out: got {options.out}, expected a file name in a folder that exists")
+    check_results_file(parser, options)
     return options
 
 
@@ -477,12 +474,7 @@ def main(
     variant failed its check, 2 where there is no file to read or write."""
     options, console = parse_arguments(argv), Console()
     if options.markdown:
-        try:
-            print(markdown(json.loads(options.out.read_text())))
-        except (ValueError, KeyError, TypeError) as error:
-            print(f"argument --out: {options.out} is no results file: {error!r}", file=sys.stderr)
-            return 2
-        return 0
+        return print_results(options.out, markdown)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     results: dict[str, Any] = {

@@ -30,7 +30,18 @@ from torch import nn
 
 import vtp
 from vtp.bench.contest import Runner, no_collections
-from vtp.bench.measure import commit, description, machine, pairwise_ratio, positive, take_turns, thread_count
+from vtp.bench.measure import (
+    add_results_file,
+    check_results_file,
+    commit,
+    description,
+    machine,
+    pairwise_ratio,
+    positive,
+    print_results,
+    take_turns,
+    thread_count,
+)
 from vtp.bench.peers import DTYPES
 from vtp.files import FileError, write_atomic
 from vtp.latency_table import LatencyTable, cached_table, store_table
@@ -167,17 +178,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=count, default=150, help="timed calls of each model, at most: 150")
     parser.add_argument("--seconds", type=number, default=60.0, help="of the comparison, at most: 60")
     parser.add_argument("--threads", type=thread_count, default=os.cpu_count(), help="CPU threads: all cores")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
-    parser.add_argument(
-        "--markdown", action="store_true", help="print the file --out as Markdown; measure nothing"
-    )
+    add_results_file(parser, RESULTS)
     options = parser.parse_args(argv)
     if not all(share < 1 for share in options.shares):
         parser.error(f"argument --shares: got {options.shares}, expected shares below 1")
-    if options.markdown and not options.out.is_file():
-        parser.error(f"argument --out: {options.out} is not there; run without --markdown first")
-    if options.out.is_dir() or not options.out.parent.is_dir():
-        parser.error(f"argument --out: got {options.out}, expected a file name in a folder that exists")
+    check_results_file(parser, options)
     return options
 
 
@@ -185,12 +190,7 @@ def main(argv: Sequence[str] | None = None, build: Callable[[str], nn.Module] = 
     """Run the command line; `build` makes the gated model of a name. Returns the exit status."""
     options = parse_arguments(argv)
     if options.markdown:
-        try:
-            print(markdown(json.loads(options.out.read_text())))
-        except (ValueError, KeyError, TypeError) as error:
-            print(f"argument --out: {options.out} is no results file: {error!r}", file=sys.stderr)
-            return 2
-        return 0
+        return print_results(options.out, markdown)
     torch.set_num_threads(options.threads)
     gated, dtype = build(options.model), DTYPES[options.dtype]
     architecture = vtp.describe(gated)
