@@ -35,10 +35,11 @@ bench: $(VENV)/installed-bench $(VENV)/built
 	$(BIN)/python bench/latency_budget.py
 	$(BIN)/python -m pytest -q bench/ops --benchmark-columns=median,iqr,rounds --benchmark-json=bench/results/ops.json
 
-# Measure on this machine's GPU: numerics, compute-sanitizer where installed, times of the ops and of training
-# steps; writes bench/results/gpu-<name>.json. Without a GPU it says so and fails.
+# Measure on this machine's GPU: numerics, compute-sanitizer where installed, times of the ops, of training steps and
+# of whole models; writes bench/results/gpu-<name>.json and compare-cuda.json. Without a GPU it says so and fails.
 gpu: $(VENV)/installed-dev
 	$(BIN)/python bench/gpu.py
+	$(BIN)/python bench/compare.py --device cuda
 
 # The shipped baseline, from the original idx files (make baseline FASHION_MNIST=folder); about an hour.
 baseline: $(VENV)/installed

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +31,15 @@ TORCH_PRUNING = Peer("Torch-Pruning, same MACs", "float32", prepare_eager, packa
 SLOWED = "ours, slowed by 10%"
 WRONG = "ours, one logit wrong"
 
+# What is compared in where a case has one dtype, by device: what one would deploy in.
+MAIN_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+
 Entries = dict[str, tuple[Peer, Subject]]
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """timm's name and changes to it; batch sizes at which all runtimes meet, and those of the sweep.
+    """timm's name and changes to it; batch sizes at which all runtimes meet, and those of the sweep; device.
 
     What it makes is made once: cases share models, and so what was exported of them.
     """
@@ -45,6 +48,11 @@ class Model:
     batches: tuple[int, ...] = (1,)
     sweep_batches: tuple[int, ...] = (1, 8, 64)
     changes: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+
+    @property
+    def dtype(self) -> str:
+        return MAIN_DTYPE[self.device]
 
     @functools.cache  # noqa: B019, there are a few for the life of the process
     def gated(self, uniform: bool = False) -> nn.Module:
@@ -57,6 +65,19 @@ class Model:
     def shallow(self, depth: int) -> "Model":
         """The same with fewer blocks."""
         return dataclasses.replace(self, changes={**self.changes, "depth": depth})
+
+    def subject(self, module: nn.Module, batch: int, exact: Tensor | None = None) -> Subject:
+        """The module, which is moved to the device, with random images."""
+        generator = torch.Generator().manual_seed(0)
+        patch, images = module.patch_embed, min(batch, IMAGES)
+        shape = (images, patch.proj.in_channels, *patch.img_size)
+        return Subject(
+            module.to(self.device),
+            torch.randn(shape, generator=generator).to(self.device),
+            repeats=-(-batch // images),
+            exact=exact,
+            macs=vtp.count(module).macs,
+        )
 
 
 MODELS = {
@@ -74,22 +95,7 @@ TOYS = {
 }
 
 
-def subject_of(model: nn.Module, batch: int, exact: Tensor | None = None) -> Subject:
-    """The model with random images."""
-    generator = torch.Generator().manual_seed(0)
-    patch, images = model.patch_embed, min(batch, IMAGES)
-    shape = (images, patch.proj.in_channels, *patch.img_size)
-    repeats = -(-batch // images)
-    return Subject(
-        model,
-        torch.randn(shape, generator=generator),
-        repeats=repeats,
-        exact=exact,
-        macs=vtp.count(model).macs,
-    )
-
-
-def of(peers: Iterable[Peer], *names: str, dtypes: Sequence[str] = ("float32",)) -> list[Peer]:
+def of(peers: Iterable[Peer], dtypes: Container[str], *names: str) -> list[Peer]:
     """Those of `peers` with these names and dtypes."""
     return [peer for peer in peers if peer.name in names and peer.dtype in dtypes]
 
@@ -106,7 +112,7 @@ def measure_models(
     Args:
         compilers: whether torch.compile takes part.
     """
-    subject = subject_of(model.cut(RATE), batch)
+    subject = model.subject(model.cut(RATE), batch)
     peers = [peer for peer in peers if compilers or peer.name not in COMPILERS]
     skip = too_slow(results, batch * subject.macs)
     return {"macs": subject.macs, **contest(entries_of(peers, subject), budget, skip)}
@@ -114,10 +120,10 @@ def measure_models(
 
 def measure_compilers(model: Model, peers: Sequence[Peer], budget: Budget, _: Record) -> Record:
     """A compact model of a few blocks by torch.compile, beside PyTorch's eager mode and ours."""
-    peers = of(peers, "ours", "ours again", "PyTorch eager", *COMPILERS, dtypes=tuple(DTYPES))
+    peers = of(peers, DTYPES, "ours", "ours again", "PyTorch eager", *COMPILERS)
     # The dtype that every CPU computes in first, as preparing may use all of the time up.
     peers.sort(key=lambda peer: (not peer.ours, list(DTYPES).index(peer.dtype)))
-    subject = subject_of(model.cut(RATE), 1)
+    subject = model.subject(model.cut(RATE), 1)
     return {"macs": subject.macs, **contest(entries_of(peers, subject), budget)}
 
 
@@ -131,8 +137,8 @@ def entries_of(peers: Iterable[Peer], subject: Subject) -> Entries:
 def measure_place(model: Model, peers: Sequence[Peer], budget: Budget, _: Record) -> Record:
     """Ours on one compact model, and what a user might run in its place."""
     plan = vtp.make_plan(model.gated(), rate=RATE, min_keep=0)
-    subject = subject_of(model.cut(RATE), 1)
-    entries = entries_of(of(peers, "ours", "ours again"), subject)
+    subject = model.subject(model.cut(RATE), 1)
+    entries = entries_of(of(peers, (model.dtype,), "ours", "ours again"), subject)
     entries |= in_its_place(model, plan, subject, peers)
     return {"macs": subject.macs, **contest(entries, budget)}
 
@@ -140,32 +146,31 @@ def measure_place(model: Model, peers: Sequence[Peer], budget: Budget, _: Record
 def in_its_place(model: Model, plan: vtp.PruningPlan, compact: Subject, peers: Sequence[Peer]) -> Entries:
     """Other models that a user might run instead of `compact`, each on our engine if it can be, in PyTorch's
     eager mode and on OpenVINO: labels are "model: runtime"."""
-    others = of(peers, "PyTorch eager", "OpenVINO")
-    ours = of(peers, "ours")
-    gated = model.gated()
+    others = of(peers, (model.dtype,), "PyTorch eager", "OpenVINO")
+    ours = of(peers, (model.dtype,), "ours")
+    gated, batch = model.gated(), len(compact.images)
     dense = zeros_in_place(gated, vtp.make_plan(gated, rate=0.0))
-    # Of these the outputs are those of the compact model.
-    subjects = {
-        "padded to 16": subject_of(padded(gated, plan), len(compact.images), compact.exact),
-        "padded for SDPA": subject_of(
-            padded(gated, plan, whole_heads=True), len(compact.images), compact.exact
-        ),
-        "zeros in place": subject_of(zeros_in_place(gated, plan), len(compact.images), compact.exact),
-    }
-    alone = {"dense": dense, "dense of the same MACs": same_macs_dense(plan.architecture, compact.macs)}
+    same_macs = same_macs_dense(plan.architecture, compact.macs)
+    packed = {"dense": model.cut(0.0), "dense of the same MACs": cut(vtp.insert_gates(same_macs), 0.0)}
+    alone = {"dense": dense, "dense of the same MACs": same_macs}
     if TORCH_PRUNING.why_not() is None:
         alone[TORCH_PRUNING.name] = torch_pruning(dense, compact.macs)
-    subjects |= {name: subject_of(model, len(compact.images)) for name, model in alone.items()}
+    equal = {  # to the compact model in what they put out
+        "padded to 16": padded(gated, plan),
+        "padded for SDPA": padded(gated, plan, whole_heads=True),
+        "zeros in place": zeros_in_place(gated, plan),
+    }
+    subjects = {name: model.subject(module, batch, compact.exact) for name, module in equal.items()}
+    subjects |= {name: model.subject(module, batch) for name, module in alone.items()}
     runs = dict.fromkeys(subjects, others)
     for name in ("padded for SDPA", "zeros in place"):  # elsewhere it is no better than the one beside it
-        runs[name] = of(others, "PyTorch eager")
+        runs[name] = of(others, DTYPES, "PyTorch eager")
     entries = {
         f"{name}: {peer.label}": (peer, subjects[name]) for name, peers in runs.items() for peer in peers
     }
-    packed = {"padded to 16": subjects["padded to 16"], "dense": subject_of(model.cut(0.0), 1)}
-    same = vtp.insert_gates(alone["dense of the same MACs"])
-    packed["dense of the same MACs"] = subject_of(cut(same, 0.0), 1)
-    for name, subject in packed.items():
+    on_ours = {name: model.subject(module, batch) for name, module in packed.items()}
+    on_ours["padded to 16"] = subjects["padded to 16"]
+    for name, subject in on_ours.items():
         for peer in ours:  # "ours" that others are compared with is the compact model on our engine
             entries[f"{name}: {peer.label}"] = dataclasses.replace(peer, ours=False), subject
     if TORCH_PRUNING.why_not() is not None and others:
@@ -180,22 +185,26 @@ def measure_sweep(
 
     The larger the work, the fewer take part: all cuts in both dtypes up to 2e10 multiply-adds in a call of
     the dense model; unequal heads, and bfloat16 for one cut, up to 1e11; then float32 alone; above 2e11 only
-    one cut on our engine.
+    one cut on our engine. On a GPU no work counts as large.
     """
-    work = batch * vtp.count(model.cut(0.0)).macs
+    work = 0 if model.device != "cpu" else batch * vtp.count(model.cut(0.0)).macs
     cuts = {_cut_name(rate, "unequal"): (rate, False) for rate in rates}
     if work <= 2e10:
         cuts |= {_cut_name(rate, "uniform"): (rate, True) for rate in rates if rate}
     main = ("dense", _cut_name(RATE, "unequal"))
     if work > 2e11:
         cuts = {name: cuts[name] for name in main}
-    subjects = {name: subject_of(model.cut(*asked), batch) for name, asked in cuts.items()}
-    ours, half = of(peers, "ours"), of(peers, "ours", dtypes=("bfloat16",))
-    others = of(peers, "PyTorch eager", "OpenVINO") if work <= 2e11 else []
+    subjects = {name: model.subject(model.cut(*asked), batch) for name, asked in cuts.items()}
+    ours, half = of(peers, ("float32",), "ours"), of(peers, ("bfloat16",), "ours")
+    others = of(peers, (model.dtype,), "PyTorch eager", "OpenVINO") if work <= 2e11 else []
     wide, narrow = (ours + half, others) if work <= 2e10 else (ours, others + half * (work <= 1e11))
-    entries = {f"{name}: {peer.label}": (peer, subjects[name]) for name in subjects for peer in wide}
+    again = of(peers, (model.dtype,), "ours again")
+    entries: Entries = {}
+    for name, subject in subjects.items():
+        beside = again if name == main[1] else []  # next to what it is compared with
+        for peer in (*wide[:1], *beside, *wide[1:]):
+            entries[f"{name}: {peer.label}"] = peer, subject
     entries |= {f"{name}: {peer.label}": (peer, subjects[name]) for name in main for peer in narrow}
-    entries |= {f"{main[1]}: {peer.label}": (peer, subjects[main[1]]) for peer in of(peers, "ours again")}
     return {"macs": {name: subject.macs for name, subject in subjects.items()}} | contest(entries, budget)
 
 
@@ -209,16 +218,19 @@ def measure_training(model: Model, batch: int, depth: int, budget: Budget, _: Re
     def build(blocks: int) -> nn.Module:
         return timm.create_model(model.name, **{**model.changes, "depth": blocks})
 
-    case = gating_cost.Case("float32", batch, depth)
     return gating_cost.measure(
-        case, build, device=torch.device("cpu"), rounds=budget.rounds, seconds=budget.seconds
+        gating_cost.Case(model.dtype, batch, depth),
+        build,
+        device=torch.device(model.device),
+        rounds=budget.rounds,
+        seconds=budget.seconds,
     )
 
 
 def measure_planted(model: Model, peers: Sequence[Peer], budget: Budget, _: Record) -> Record:
     """Whether a slow-down of 10% and a wrong result of our engine would be seen: both are planted."""
-    subject = subject_of(model.cut(RATE), 1)
-    (ours,), again = of(peers, "ours"), of(peers, "ours again")
+    subject = model.subject(model.cut(RATE), 1)
+    (ours,), again = (of(peers, (model.dtype,), name) for name in ("ours", "ours again"))
     slow = Peer(SLOWED, ours.dtype, lambda *arguments: slowed(ours.prepare(*arguments), 0.1))
     wrong = Peer(WRONG, ours.dtype, lambda *arguments: _wrong(ours.prepare(*arguments)))
     return contest({peer.label: (peer, subject) for peer in (ours, *again, slow, wrong)}, budget)
@@ -263,7 +275,7 @@ def measure_layers(
     embed_dim: int, widths: Sequence[int], peers: Sequence[Peer], budget: Budget, _: Record
 ) -> Record:
     """A feed-forward branch of `embed_dim` inputs at many numbers of hidden units, the last of them dense."""
-    runs = [_feed_forward_peer("float32"), *of(peers, "PyTorch eager")]
+    runs = [_feed_forward_peer("float32"), *of(peers, ("float32",), "PyTorch eager")]
     models = {w: FeedForward(embed_dim, embed_dim, w) for w in widths}
     subjects = {w: Subject(model, _tokens(model)) for w, model in models.items()}
     entries = {f"{w}: {peer.label}": (peer, subjects[w]) for w in widths for peer in runs}

@@ -28,6 +28,7 @@ ready in the first.
 
     python bench/compare.py
     python bench/compare.py --markdown      # the README's tables, from the file that a run wrote
+    python bench/compare.py --device cuda   # whole models and steps on a GPU; never run by the authors
 """
 
 import argparse
@@ -63,7 +64,8 @@ from vtp.bench.peers import DTYPES, PEERS, Peer
 from vtp.files import FileError, write_atomic
 
 FOLDER = Path(__file__).parent / "results"
-RESULTS = FOLDER / "compare.json"
+RESULTS = FOLDER / "compare.json"  # of a CPU
+ON_GPU = ("models", "compilers", "place", "planted", "sweep", "training")
 # Without "gemm", which is for people who work on the kernels.
 USUAL_CASES = ("models", "compilers", "place", "planted", "sweep", "training", "layers", "widths", "rate")
 CASES = (*USUAL_CASES, "gemm")
@@ -73,9 +75,9 @@ CASES = (*USUAL_CASES, "gemm")
 # The results file
 
 
-def blank() -> Record:
+def blank(device: str) -> Record:
     """Results of this machine without a case."""
-    return {**description(torch.device("cpu")), "rate": cases.RATE, "cases": {}}
+    return {**description(torch.device(device)), "rate": cases.RATE, "cases": {}}
 
 
 def same_machine(results: Record, other: Record) -> bool:
@@ -88,13 +90,13 @@ def same_machine(results: Record, other: Record) -> bool:
     return identity(results) == identity(other)
 
 
-def opened(path: Path, fresh: bool) -> Record:
+def opened(path: Path, fresh: bool, device: str) -> Record:
     """The results to go on with.
 
     Raises:
         FileError: what is at `path` was measured elsewhere, or is no results file.
     """
-    results = blank()
+    results = blank(device)
     if fresh or not path.is_file():
         return results
     try:
@@ -155,10 +157,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prepare-seconds", type=number, default=100.0, help="for exports and compilers, of a case: 100"
     )
     parser.add_argument("--threads", type=thread_count, default=os.cpu_count(), help="CPU threads: all cores")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu; cuda: what runs there")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to try it out")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file --out has")
     add_results_file(parser, RESULTS)
     options = parser.parse_args(argv)
+    if options.device == "cuda" and not (options.markdown or torch.cuda.is_available()):
+        parser.error("argument --device: got 'cuda', but PyTorch sees no GPU")
+    if options.device == "cuda":
+        options.cases = [case for case in options.cases if case in ON_GPU]
+        if options.out == RESULTS:
+            options.out = FOLDER / "compare-cuda.json"
+    if not options.cases:
+        parser.error(f"argument --cases: on a GPU expected some of {', '.join(ON_GPU)}")
+    main, needed = cases.MAIN_DTYPE[options.device], {"place", "planted", "sweep"}.intersection(options.cases)
+    if needed and main not in options.dtypes:
+        parser.error(f"argument --dtypes: expected {main} among them for {', '.join(sorted(needed))}")
     check_results_file(parser, options)
     if options.quick and options.out == RESULTS:
         parser.error("argument --out: toy sizes must not replace the results; name another file")
@@ -190,6 +204,8 @@ def jobs(options: argparse.Namespace, peers: Sequence[Peer]) -> list[Job]:
     peers = [peer for peer in peers if peer.dtype in options.dtypes]
     quick = options.quick
     models = TOYS if quick else {name: MODELS[name] for name in MODELS if name in options.models}
+    if options.device != "cpu":
+        models = {name: dataclasses.replace(model, device=options.device) for name, model in models.items()}
     found: list[Job] = []
 
     def add(case: str, run: Callable[..., Record], *arguments: Any, **what: Any) -> None:
@@ -242,7 +258,7 @@ def main(argv: Sequence[str] | None = None, peers: Sequence[Peer] = PEERS) -> in
         return print_results(options.out, markdown)
     try:
         torch.set_num_threads(options.threads)
-        results = opened(options.out, options.fresh)
+        results = opened(options.out, options.fresh, options.device)
         run(options, peers, results, console)
     except FileError as error:
         print(error, file=sys.stderr)

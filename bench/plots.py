@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from cases import RATE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import cuts, of_case, realised
+from tables import cuts, main_dtype, of_case, realised
 
 from vtp.bench.contest import Record
 from vtp.bench.measure import machine
@@ -42,8 +42,8 @@ def _wanted(name: str, record: Record) -> bool:
     return name != "speed" or record["batch"] == 1
 
 
-def _images_per_second(record: Record, label: str) -> float | None:
-    seconds = in_rounds(record, label)
+def _images_per_second(record: Record, name: str) -> float | None:
+    seconds = in_rounds(record, f"{name}, {main_dtype(record)}")
     return record["batch"] / statistics.median(seconds) if seconds else None
 
 
@@ -52,7 +52,7 @@ def speed(figure: Figure, records: list[Record]) -> None:
     for number, record in enumerate(records):
         axes = figure.add_subplot(1, len(records), number + 1)
         macs, names = record["macs"], cuts(record)
-        dense = _images_per_second(record, "dense: ours, float32")
+        dense = _images_per_second(record, "dense: ours")
         shown = sorted(macs.values())
         if dense is not None:
             axes.plot(
@@ -68,7 +68,7 @@ def speed(figure: Figure, records: list[Record]) -> None:
                 points = [
                     (macs[n] / 1e9, rate)
                     for n in own
-                    if (rate := _images_per_second(record, f"{n}: {runtime}, float32")) is not None
+                    if (rate := _images_per_second(record, f"{n}: {runtime}")) is not None
                 ]
                 if len(points) > 1:
                     style = {"alpha": 0.5, "mfc": "none"} if heads == "uniform" else {}
@@ -87,7 +87,7 @@ def throughput(figure: Figure, records: list[Record]) -> None:
                 points = [
                     (r["batch"], rate)
                     for r in own
-                    if (rate := _images_per_second(r, f"{name}: {runtime}, float32")) is not None
+                    if (rate := _images_per_second(r, f"{name}: {runtime}")) is not None
                 ]
                 if points:
                     style = {"alpha": 0.5, "mfc": "none"} if name == "dense" else {}

@@ -20,11 +20,15 @@ from vtp.bench.tables import (
     ratio,
 )
 
-OURS = "ours, float32"
-
 
 def of_case(results: Record, case: str) -> list[Record]:
     return [record for record in results["cases"].values() if record["case"] == case]
+
+
+def main_dtype(record: Record) -> str:
+    """That of our engine's second time, which is in every case."""
+    label = next((label for label in record["peers"] if "ours again, " in label), ", float32")
+    return label.rpartition(", ")[2]
 
 
 def _dtypes(record: Record) -> list[str]:
@@ -116,10 +120,11 @@ def in_its_place_table(results: Record) -> Rows:
     header = ["model", "in place of the compact one", "MACs", *(f"{name} / ours" for name in runtimes)]
     rows = [[*header, "rounds", "noise"]]
     for record in of_case(results, "place"):
-        ours, peers = in_rounds(record, OURS), record["peers"]
+        dtype, peers = main_dtype(record), record["peers"]
+        ours = in_rounds(record, f"ours, {dtype}")
         names = dict.fromkeys(label.partition(": ")[0] for label in peers if ": " in label)
         for name in names:
-            labels = {runtime: f"{name}: {runtime}, float32" for runtime in runtimes}
+            labels = {runtime: f"{name}: {runtime}, {dtype}" for runtime in runtimes}
             macs = next(peers[label].get("macs") for label in labels.values() if label in peers)
             cells = (ratio(in_rounds(record, label), ours) for label in labels.values())
             size = "-" if macs is None else f"{macs / 1e9:.2f} G"
@@ -142,9 +147,10 @@ def planted_table(results: Record) -> Rows:
     """What the method sees of a slow-down and of a wrong result that were planted in our engine."""
     rows = [["model", "rounds", "ours again / ours", f"{SLOWED} / ours", WRONG]]
     for record in of_case(results, "planted"):
-        ours = in_rounds(record, OURS)
-        ratios = (ratio(in_rounds(record, f"{n}, float32"), ours) for n in ("ours again", SLOWED))
-        wrong = record["peers"][f"{WRONG}, float32"]
+        dtype = main_dtype(record)
+        ours = in_rounds(record, f"ours, {dtype}")
+        ratios = (ratio(in_rounds(record, f"{n}, {dtype}"), ours) for n in ("ours again", SLOWED))
+        wrong = record["peers"][f"{WRONG}, {dtype}"]
         figure = wrong["reason"] if wrong["status"] == "failed" else "NOT SEEN"
         rows.append([record["model"], str(record["rounds"]), *ratios, figure])
     return rows

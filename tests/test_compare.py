@@ -64,7 +64,7 @@ def cells(printed: str, title: str) -> list[dict[str, str]]:
 
 
 def toy() -> contest.Subject:
-    return cases.subject_of(cases.TOYS["toy"].cut(cases.RATE), 2)
+    return cases.TOYS["toy"].subject(cases.TOYS["toy"].cut(cases.RATE), 2)
 
 
 def changed(change, dtype: str = "float32", name: str = "wrong") -> peers_of.Peer:
@@ -127,7 +127,7 @@ def test_a_run_measures_every_case_and_writes_it(measured):
 def test_what_stands_in_place_of_the_compact_model_is_what_it_says():
     model = cases.TOYS["toy"]
     plan = vtp.make_plan(model.gated(), rate=cases.RATE, min_keep=0)
-    compact = cases.subject_of(model.cut(cases.RATE), 1)
+    compact = model.subject(model.cut(cases.RATE), 1)
     entries = cases.in_its_place(model, plan, compact, peers("ours", "PyTorch eager"))
     subjects = {label.partition(": ")[0]: subject for label, (_, subject) in entries.items()}
     assert subjects.keys() >= {"padded to 16", "zeros in place", "dense", "dense of the same MACs"}
@@ -161,7 +161,7 @@ def test_the_same_macs_by_torch_pruning():
 
 
 def test_a_large_batch_repeats_images_and_all_of_it_is_checked():
-    subject = cases.subject_of(cases.cut(cases.TOYS["toy"].gated(), cases.RATE), 2 * cases.IMAGES)
+    subject = cases.TOYS["toy"].subject(cases.TOYS["toy"].cut(cases.RATE), 2 * cases.IMAGES)
     assert len(subject.images) == len(subject.exact) == 2 * cases.IMAGES
     assert torch.equal(subject.exact[0], subject.exact[cases.IMAGES])
 
@@ -181,7 +181,7 @@ def test_planted_defects_are_seen(measured):
     assert bench.failures({"cases": {"planted, toy": record}}) == [
         f"planted, toy: {cases.WRONG}, float32: {wrong['reason']}"
     ]
-    slow = contest.slowed(lambda: time.sleep(0.02), 0.5)
+    slow = contest.slowed(lambda: time.sleep(0.02) or torch.zeros(()), 0.5)
     started = time.perf_counter()
     slow()
     assert time.perf_counter() - started >= 0.03
@@ -479,3 +479,38 @@ def test_a_foreign_file_is_no_results_file(tmp_path, capsys):
     assert run(tmp_path / "x.json", "--markdown") == 2
     assert run(tmp_path / "x.json") == 2
     assert capsys.readouterr().err.count("is no results file") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--device", "cuda"], "argument --device: got 'cuda', but PyTorch sees no GPU"),
+        (["--dtypes", "bfloat16", "--cases", "models", "sweep"], "expected float32 among them for sweep"),
+        (
+            ["--markdown", "--device", "cuda", "--cases", "rate"],
+            "--cases: on a GPU expected some of",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(arguments, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench.main([*arguments, "--out", str(tmp_path / "x.json")])
+    assert message in capsys.readouterr().err
+
+
+def test_on_a_gpu_cases_compare_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = bench.parse_arguments(["--device", "cuda"])
+    assert options.out.name == "compare-cuda.json"
+    named = {job.what["case"] for job in bench.jobs(options, peers_of.PEERS)}
+    assert named == {"models", "compilers", "place", "planted", "sweep", "training"}
+    model = dataclasses.replace(cases.TOYS["toy"], device="cuda")
+    on_cpu = functools.partial(cases.Model.subject, cases.TOYS["toy"])
+    monkeypatch.setattr(cases.Model, "subject", lambda self, *arguments: on_cpu(*arguments))
+    asked = {}
+    monkeypatch.setattr(cases, "contest", lambda entries, *_: asked.update(entries) or {"peers": {}})
+    cases.measure_place(model, peers_of.PEERS, contest.Budget(), {})
+    cases.measure_planted(model, peers_of.PEERS, contest.Budget(), {})
+    assert {peer.dtype for peer, _ in asked.values()} <= {"bfloat16", cases.TORCH_PRUNING.dtype}
+    assert {"padded for SDPA: PyTorch eager, bfloat16", f"{cases.SLOWED}, bfloat16"} <= asked.keys()

@@ -56,7 +56,7 @@ def pack(vit: VisionTransformer, dtype: torch.dtype) -> nn.Module:
 
 def return_freed_memory() -> None:
     """Give the system back what was freed, where the C library would keep it for later (glibc)."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -180,6 +180,7 @@ def slowed(run: Run, share: float) -> Run:
     def call() -> Tensor:
         started = time.perf_counter()
         outputs = run()
+        synchronize(outputs.device)
         ended = time.perf_counter()
         while time.perf_counter() - ended < share * (ended - started):
             pass
