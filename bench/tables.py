@@ -51,9 +51,11 @@ def competitors(record: Record, dtype: str) -> dict[str, list[float]]:
 
 
 def fastest(record: Record, dtype: str) -> str | None:
-    """The competitor of the least median."""
-    times = competitors(record, dtype)
-    return min(times, key=lambda label: statistics.median(times[label]), default=None)
+    """The competitor of the least time over ours in the same rounds."""
+    ours, times = in_rounds(record, f"ours, {dtype}"), competitors(record, dtype)
+    if ours is None:
+        return None
+    return min(times, key=lambda label: pairwise_ratio(times[label], ours)["median"], default=None)
 
 
 def noise(record: Record) -> str:
