@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 from cases import RATE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from tables import cuts, main_dtype, of_case, realised
 
 from vtp.bench.contest import Record
@@ -93,6 +94,7 @@ def throughput(figure: Figure, records: list[Record]) -> None:
                     style = {"alpha": 0.5, "mfc": "none"} if name == "dense" else {}
                     axes.plot(*zip(*points, strict=True), mark, label=f"{runtime}, {name}", **style)
         _finish(axes, model, "batch", "images per second")
+        axes.set_xticks([r["batch"] for r in own])
 
 
 def layers(figure: Figure, records: list[Record]) -> None:
@@ -111,7 +113,11 @@ def layers(figure: Figure, records: list[Record]) -> None:
 
 def _finish(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
-    axes.grid(True, which="both", lw=0.3)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+    axes.grid(True, lw=0.3)
     axes.legend(fontsize=6)
 
 
