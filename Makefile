@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+BENCH := runs/bench
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 # OpenMP threads that wait spin for a while by default, milliseconds in GCC's: beside one busy process on a core
@@ -29,11 +30,12 @@ accuracy: $(VENV)/installed
 	$(BIN)/python bench/accuracy.py --out runs/accuracy
 
 # The comparisons that the README's claims about speed rest on, beside every runtime that can be installed; half an
-# hour on two cores; continues where it stopped. Writes bench/results.
+# hour on two cores; continues where it stopped. Writes $(BENCH); what the README shows of it is in bench/results.
 bench: $(VENV)/installed-bench $(VENV)/built
-	$(BIN)/python bench/compare.py
-	$(BIN)/python bench/latency_budget.py
-	$(BIN)/python -m pytest -q bench/ops --benchmark-columns=median,iqr,rounds --benchmark-json=bench/results/ops.json
+	mkdir -p $(BENCH)
+	$(BIN)/python bench/compare.py --out $(BENCH)/compare.json
+	$(BIN)/python bench/latency_budget.py --out $(BENCH)/latency_budget.json
+	$(BIN)/python -m pytest -q bench/ops --benchmark-columns=median,iqr,rounds --benchmark-json=$(BENCH)/ops.json
 
 # Measure on this machine's GPU: numerics, compute-sanitizer where installed, times of the ops, of training steps and
 # of whole models; writes bench/results/gpu-<name>.json and compare-cuda.json. Without a GPU it says so and fails.

@@ -115,7 +115,7 @@ def measure_models(
     subject = model.subject(model.cut(RATE), batch)
     peers = [peer for peer in peers if compilers or peer.name not in COMPILERS]
     skip = too_slow(results, batch * subject.macs)
-    return {"macs": subject.macs, **contest(entries_of(peers, subject), budget, skip)}
+    return {"macs": subject.macs, **contest({p.label: (p, subject) for p in peers}, budget, skip)}
 
 
 def measure_compilers(model: Model, peers: Sequence[Peer], budget: Budget, _: Record) -> Record:
@@ -124,21 +124,14 @@ def measure_compilers(model: Model, peers: Sequence[Peer], budget: Budget, _: Re
     # The dtype that every CPU computes in first, as preparing may use all of the time up.
     peers.sort(key=lambda peer: (not peer.ours, list(DTYPES).index(peer.dtype)))
     subject = model.subject(model.cut(RATE), 1)
-    return {"macs": subject.macs, **contest(entries_of(peers, subject), budget)}
-
-
-def entries_of(peers: Iterable[Peer], subject: Subject) -> Entries:
-    """All peers on one model; one of them twice."""
-    entries = {peer.label: (peer, subject) for peer in peers}
-    again = [label for label, (peer, _) in entries.items() if peer.name == "ours again"]
-    return {label: entry for label, entry in entries.items() if label not in again[1:]}
+    return {"macs": subject.macs, **contest({p.label: (p, subject) for p in peers}, budget)}
 
 
 def measure_place(model: Model, peers: Sequence[Peer], budget: Budget, _: Record) -> Record:
     """Ours on one compact model, and what a user might run in its place."""
     plan = vtp.make_plan(model.gated(), rate=RATE, min_keep=0)
     subject = model.subject(model.cut(RATE), 1)
-    entries = entries_of(of(peers, (model.dtype,), "ours", "ours again"), subject)
+    entries = {p.label: (p, subject) for p in of(peers, (model.dtype,), "ours", "ours again")}
     entries |= in_its_place(model, plan, subject, peers)
     return {"macs": subject.macs, **contest(entries, budget)}
 
@@ -201,8 +194,7 @@ def measure_sweep(
     again = of(peers, (model.dtype,), "ours again")
     entries: Entries = {}
     for name, subject in subjects.items():
-        beside = again if name == main[1] else []  # next to what it is compared with
-        for peer in (*wide[:1], *beside, *wide[1:]):
+        for peer in (*wide, *(again if name == main[1] else [])):
             entries[f"{name}: {peer.label}"] = peer, subject
     entries |= {f"{name}: {peer.label}": (peer, subjects[name]) for name in main for peer in narrow}
     return {"macs": {name: subject.macs for name, subject in subjects.items()}} | contest(entries, budget)

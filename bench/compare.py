@@ -13,13 +13,13 @@
 - gemm: rates of single products at the shapes of compact models; only when asked for.
 
 All of a case get the same weights, images and number of threads. A peer is timed only if its outputs are
-right: against float64, at most twice the error of PyTorch's eager mode in the same dtype (ONNX Runtime and
-OpenVINO, whose arithmetic is their own: `CEILINGS` in vtp/bench/contest.py). What fails, is missing or was
-not ready in time is shown with its reason and has no figure. Each warms up until its times settle, then they
-take turns round by round in rotating order; ratios are of times in the same round. "ours again" is our
-engine a second time: its ratio is noise. "models" and "planted" have more rounds than the rest. A peer over 8
-times slower than ours, whose calls are not short, is called once or twice and then stays out, also of larger
-cases.
+right, and has a figure only if they still are in the last round: against float64, at most a rounding more
+than twice the error of PyTorch's eager mode in the same dtype (ONNX Runtime and OpenVINO, whose arithmetic
+is their own: `CEILINGS` in vtp/bench/contest.py). What fails, is missing or was not ready in time is shown
+with its reason and has no figure. Each warms up until its times settle, then they take turns round by round
+in random order; ratios are of times in the same round. "ours again" is our engine a second time: its ratio
+is noise. "models" and "planted" have more rounds than the rest. A peer over 8 times slower than ours, whose
+calls are not short, is called once or twice and then stays out, also of larger cases.
 
 Results are written after each case, and a run takes up what is there for the same machine, versions, threads
 and options, whatever the commit: use --fresh to measure changed code. Exports and compilers have a time limit
@@ -48,7 +48,7 @@ from cases import MODELS, RATES, SHAPES, TOYS
 from plots import draw
 from products import gemm_peers
 from rich.console import Console
-from tables import markdown, notes, place, show
+from tables import main_dtype, markdown, notes, place, show
 
 from vtp.bench.contest import Budget, Record
 from vtp.bench.measure import (
@@ -56,11 +56,13 @@ from vtp.bench.measure import (
     check_results_file,
     commit,
     description,
+    pairwise_ratio,
     positive,
     print_results,
     thread_count,
 )
 from vtp.bench.peers import DTYPES, PEERS, Peer
+from vtp.bench.tables import in_rounds
 from vtp.files import FileError, write_atomic
 
 FOLDER = Path(__file__).parent / "results"
@@ -106,7 +108,7 @@ def opened(path: Path, fresh: bool, device: str) -> Record:
             return before
         if not complete:
             raise KeyError("a case without 'case' or 'asked'")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise FileError(f"argument --out: {path} is no results file: {error!r}") from error
     raise FileError(
         f"argument --out: {path} is of another machine, other versions or threads; use --fresh to replace it"
@@ -128,10 +130,23 @@ def failures(results: Record) -> list[str]:
             planted = record["case"] == "planted" and label.startswith(cases.WRONG)
             if (peer["status"] == "failed") != planted:
                 found.append(f"{key}: {label}: {peer['reason'] or 'a wrong result was not seen'}")
+        if record["case"] == "planted" and not record["asked"].get("quick") and not slow_down_seen(record):
+            found.append(f"{key}: a slow-down of 10% was not seen")
         for label, variant in record.get("variants", {}).items():
             if variant["failed"]:
                 found.append(f"{key}: {label}: {variant['failed']}")
     return found
+
+
+def slow_down_seen(record: Record) -> bool:
+    """Whether what was slowed down stands out from the noise, at three of four rounds."""
+    dtype = main_dtype(record)
+    ours, again, slow = (
+        in_rounds(record, f"{name}, {dtype}") for name in ("ours", "ours again", cases.SLOWED)
+    )
+    if ours is None or again is None or slow is None:
+        return False
+    return pairwise_ratio(slow, ours)["q1"] > pairwise_ratio(again, ours)["median"]
 
 
 # --------------------------------------------------------------------------------
@@ -275,7 +290,9 @@ def main(argv: Sequence[str] | None = None, peers: Sequence[Peer] = PEERS) -> in
 
 def run(options: argparse.Namespace, peers: Sequence[Peer], results: Record, console: Console) -> None:
     """Measure what `results` lacks, write it after each case, and show it."""
-    usual = {name: getattr(options, name) for name in ("dtypes", "rounds", "seconds", "prepare_seconds")}
+    usual = {
+        name: getattr(options, name) for name in ("quick", "dtypes", "rounds", "seconds", "prepare_seconds")
+    }
     todo = jobs(options, peers)
     for number, job in enumerate(todo):
         asked = usual | job.asked

@@ -44,7 +44,7 @@ from vtp.bench.measure import (
 )
 from vtp.bench.peers import DTYPES
 from vtp.files import FileError, write_atomic
-from vtp.latency_table import LatencyTable, cached_table, store_table
+from vtp.latency_table import LatencyTable, cached_table
 from vtp.profile import WidthProfile
 
 RESULTS = Path(__file__).parent / "results" / "latency_budget.json"
@@ -192,15 +192,18 @@ def main(argv: Sequence[str] | None = None, build: Callable[[str], nn.Module] = 
     if options.markdown:
         return print_results(options.out, markdown)
     torch.set_num_threads(options.threads)
-    gated, dtype = build(options.model), DTYPES[options.dtype]
-    architecture = vtp.describe(gated)
+    try:
+        gated, dtype = build(options.model), DTYPES[options.dtype]
+        architecture = vtp.describe(gated)
+    except (RuntimeError, ValueError, TypeError) as error:  # of timm, or of what vtp does not support
+        print(f"argument --model: got {options.model!r}: {error}", file=sys.stderr)
+        return 2
     table = cached_table(architecture, options.batch, dtype) if options.cached else None
     profile = WidthProfile(architecture, options.batch, dtype)
     try:
         if table is None:
             take_turns({"table": profile}, 10**9, options.profile_seconds)
             table = profile.table()
-            store_table(table)
         results = {
             **description(torch.device("cpu")),
             **commit(),

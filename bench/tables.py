@@ -58,10 +58,9 @@ def fastest(record: Record, dtype: str) -> str | None:
     return min(times, key=lambda label: pairwise_ratio(times[label], ours)["median"], default=None)
 
 
-def noise(record: Record) -> str:
+def noise(record: Record, dtype: str) -> str:
     """Of a case in which ours takes part twice: how one compares with the other."""
-    again = next((label for label in record["peers"] if label.startswith("ours again, ")), "")
-    return ratio(in_rounds(record, again), in_rounds(record, again.replace(" again", "")))
+    return ratio(in_rounds(record, f"ours again, {dtype}"), in_rounds(record, f"ours, {dtype}"))
 
 
 def fastest_table(results: Record) -> Rows:
@@ -76,7 +75,7 @@ def fastest_table(results: Record) -> Rows:
                 record["model"], str(record["batch"]), f"{record['macs'] / 1e9:.2f} G", dtype,
                 str(record["rounds"]), milliseconds(ours), "-" if ours is None else f"{1e3 * p95(ours):.2f}",
                 best or "none", milliseconds(other), "-" if other is None else f"{1e3 * p95(other):.2f}",
-                ratio(other, ours), noise(record),
+                ratio(other, ours), noise(record, dtype),
             ])  # fmt: skip
     return rows
 
@@ -127,10 +126,10 @@ def in_its_place_table(results: Record) -> Rows:
         names = dict.fromkeys(label.partition(": ")[0] for label in peers if ": " in label)
         for name in names:
             labels = {runtime: f"{name}: {runtime}, {dtype}" for runtime in runtimes}
-            macs = next(peers[label].get("macs") for label in labels.values() if label in peers)
+            macs = next((peers[label].get("macs") for label in labels.values() if label in peers), None)
             cells = (ratio(in_rounds(record, label), ours) for label in labels.values())
             size = "-" if macs is None else f"{macs / 1e9:.2f} G"
-            rows.append([record["model"], name, size, *cells, str(record["rounds"]), noise(record)])
+            rows.append([record["model"], name, size, *cells, str(record["rounds"]), noise(record, dtype)])
     return rows
 
 

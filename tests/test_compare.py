@@ -115,7 +115,6 @@ def test_a_run_measures_every_case_and_writes_it(measured):
     for key, rounds in ((TOY, 15), ("place, toy", 3), ("compilers, toy, blocks 1", 3)):
         peers = written["cases"][key]["peers"]
         assert {"ours, float32", "ours again, float32"} <= peers.keys()
-        assert "ours again, bfloat16" not in peers, "one gauge is enough"
         for label, peer in peers.items():
             if "Torch-Pruning" in label and peer["status"] == "absent":
                 continue
@@ -247,6 +246,47 @@ def test_the_fastest_peer_of_bfloat16_may_be_of_any_dtype_and_of_float32_not():
     assert dict(zip(header, tables.fastest_table({"cases": {"x": record}})[2], strict=True))[
         "fastest peer"
     ] == ("eager, float32")
+
+
+def test_a_peer_that_goes_wrong_or_breaks_in_the_rounds_has_no_figure_and_harms_nobody():
+    def later(name: str, change) -> peers_of.Peer:
+        def prepare(model: nn.Module, images: Tensor) -> peers_of.Run:
+            right, calls = peers_of.prepare_eager(model, images, dtype="float32"), []
+
+            def call() -> Tensor:
+                calls.append(None)
+                return change(right()) if len(calls) > 20 else right()
+
+            return call
+
+        return peers_of.Peer(name, "float32", prepare)
+
+    def breaks(logits: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    subject = toy()
+    using = [*peers("ours"), later("stale", lambda logits: logits * 5), later("broken", breaks)]
+    entries = {peer.label: (peer, subject) for peer in using}
+    record = contest.contest(entries, contest.Budget(rounds=30, warm_up_seconds=0.001))
+    assert record["rounds"] == 30 and len(record["peers"]["ours, float32"]["seconds"]) == 30
+    stale, broken = (record["peers"][f"{name}, float32"] for name in ("stale", "broken"))
+    assert stale["status"] == broken["status"] == "failed" and not {"seconds"} & (
+        stale.keys() | broken.keys()
+    )
+    assert "relative error 4" in stale["reason"] and broken["reason"] == "RuntimeError: out of memory"
+
+
+def test_a_planted_slow_down_that_is_not_seen_is_a_failure():
+    record = record_of(
+        ours=("float32", [1.0, 1.0, 1.0, 1.0]),
+        ours_again=("float32", [1.0, 1.0, 1.01, 1.0]),
+    ) | {"case": "planted", "asked": {"quick": False}}
+    slow = record["peers"]["ours, float32"] | {"seconds": [1.1, 1.1, 1.2, 0.9]}
+    wrong = {"dtype": "float32", "status": "failed", "reason": "wrong logits"}
+    record["peers"] |= {f"{cases.SLOWED}, float32": slow, f"{cases.WRONG}, float32": wrong}
+    assert bench.failures({"cases": {"x": record}}) == []
+    slow["seconds"] = [1.1, 0.9, 1.2, 0.9]
+    assert bench.failures({"cases": {"x": record}}) == ["x: a slow-down of 10% was not seen"]
 
 
 @pytest.mark.parametrize(

@@ -166,12 +166,19 @@ def ready(peer: Peer, subject: Subject, seconds: float) -> tuple[Record, Run | N
             record["memory_bytes"] = None if before is None or peak is None else peak - before
     except Exception as failure:
         return record | {"status": "failed", "reason": first_line(failure)}, None
-    bound = subject.bound(peer)
-    record |= {"error": error if math.isfinite(error) else None, "error_bound": bound}
-    if not error <= bound:  # nor NaN
-        reason = f"wrong logits: relative error {error:.2g}, at most {bound:.2g} allowed"
+    record |= {"error": error if math.isfinite(error) else None, "error_bound": subject.bound(peer)}
+    if (reason := _wrong((peer, subject), outputs)) is not None:
         return record | {"status": "failed", "reason": reason}, None
     return record | {"status": "measured"}, run
+
+
+def _wrong(entry: tuple[Peer, Subject], outputs: Tensor | None) -> str | None:
+    """What is wrong with the outputs, if anything."""
+    peer, subject = entry
+    error, bound = relative_error(outputs, subject.exact), subject.bound(peer)
+    if error <= bound:  # nor NaN
+        return None
+    return f"wrong logits: relative error {error:.2g}, at most {bound:.2g} allowed"
 
 
 def slowed(run: Run, share: float) -> Run:
@@ -206,13 +213,14 @@ class Runner:
     device: torch.device = CPU
     warm_up: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    outputs: Tensor | None = None  # of the last call
 
     def call(self) -> float:
         """Seconds of one call."""
         with torch.inference_mode():
             synchronize(self.device)
             started = time.perf_counter()
-            self.run()
+            self.outputs = self.run()
             synchronize(self.device)
             return time.perf_counter() - started
 
@@ -231,6 +239,21 @@ class Runner:
                 before, last = statistics.median(times[-6:-3]), statistics.median(times[-3:])
                 if abs(last - before) < SETTLED * before:
                     return
+
+
+@dataclass
+class _Entrant:
+    """Takes turns until it breaks, without harm to the others."""
+
+    runner: Runner
+    failure: str | None = None
+
+    def step(self) -> None:
+        if self.failure is None:
+            try:
+                self.runner.step()
+            except Exception as error:
+                self.failure = first_line(error)
 
 
 @dataclass(frozen=True)
@@ -303,9 +326,14 @@ def _contest(
             if not _keeps_up(label, entries, records, runners, budget.warm_up_seconds):
                 records[label] |= {"seconds": runners.pop(label).warm_up}
         tell("taking turns")
-        rounds = take_turns(runners, budget.rounds, budget.seconds) if runners else 0
+        entrants = {label: _Entrant(runner) for label, runner in runners.items()}
+        rounds = take_turns(entrants, budget.rounds, budget.seconds) if runners else 0
     for label, runner in runners.items():
-        records[label] |= {"warm_up_seconds": runner.warm_up, "seconds": runner.seconds}
+        reason = entrants[label].failure or _wrong(entries[label], runner.outputs)
+        if reason is None:
+            records[label] |= {"warm_up_seconds": runner.warm_up, "seconds": runner.seconds}
+        else:
+            records[label] |= {"status": "failed", "reason": reason}
     return {"rounds": rounds, "peers": records}
 
 

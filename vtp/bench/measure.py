@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -50,11 +51,8 @@ class Step(Protocol):
 
 
 def turns(names: Sequence[str], number: int) -> list[str]:
-    """The order of round `number`: each name starts in turn, and every other round runs backwards, so that
-    nobody always follows the same one."""
-    shift = number // 2 % len(names)
-    order = [*names[shift:], *names[:shift]]
-    return order[::-1] if number % 2 else order
+    """The order of round `number`: at random, but always the same, so that all follow all others."""
+    return random.Random(number).sample(names, len(names))
 
 
 def take_turns(steps: Mapping[str, Step], rounds: int, seconds: float) -> int:
@@ -261,7 +259,15 @@ def print_results(path: Path, markdown: Callable[[Any], str]) -> int:
     """What --markdown does. Returns the exit status: 2 where the file is of something else."""
     try:
         print(markdown(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        TypeError,
+        AttributeError,
+        StopIteration,
+        OSError,
+    ) as error:
         print(f"argument --out: {path} is no results file: {error!r}", file=sys.stderr)
         return 2
     return 0
