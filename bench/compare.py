@@ -229,7 +229,7 @@ def jobs(options: argparse.Namespace, peers: Sequence[Peer]) -> list[Job]:
     for name, model in models.items():
         for batch in model.batches:
             compiled = name in options.compile and batch == 1
-            long = scaled(budget, 5, 3 if batch == 1 else 8)
+            long = scaled(budget, 5, 3 if batch == 1 else 12)
             arguments = (model, batch, peers, long, compiled)
             add("models", cases.measure_models, *arguments, model=name, batch=batch)
             found[-1].asked["compilers"] = compiled
