@@ -75,7 +75,7 @@ FLUSHED_BYTES = 512 * 2**20  # several times the largest L2
 # The GPU writes that long before each sample, and meanwhile the host queues the sample's kernels.
 LEAD_SECONDS = 2e-3
 METHOD = (
-    "Peers take turns round by round in rotating order. `gpu` is the time between two CUDA events around one "
+    "Peers take turns round by round in random order. `gpu` is the time between two CUDA events around one "
     f"call; before it {FLUSHED_BYTES >> 20} MiB are written for at least {LEAD_SECONDS * 1e3:g} ms: L2 holds "
     "no operand, and launching takes no part unless it takes longer than that. `call` is wall-clock time of "
     "one call and the wait for its end, with what L2 holds. Medians and quartiles; ratios are of times in "

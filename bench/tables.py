@@ -26,7 +26,7 @@ def of_case(results: Record, case: str) -> list[Record]:
 
 
 def main_dtype(record: Record) -> str:
-    """That of our engine's second time, which is in every case."""
+    """The dtype of a case that compares in one: that of our engine's second time."""
     label = next((label for label in record["peers"] if "ours again, " in label), ", float32")
     return label.rpartition(", ")[2]
 
