@@ -62,6 +62,11 @@ class Model:
     def cut(self, rate: float, uniform: bool = False) -> vtp.CompactViT:
         return cut(self.gated(uniform), rate)
 
+    @functools.cache  # noqa: B019
+    def dense(self) -> nn.Module:
+        """timm's own model with the weights that the cuts are made of."""
+        return zeros_in_place(self.gated(), vtp.make_plan(self.gated(), rate=0.0))
+
     def shallow(self, depth: int) -> "Model":
         """The same with fewer blocks."""
         return dataclasses.replace(self, changes={**self.changes, "depth": depth})
@@ -105,7 +110,7 @@ def of(peers: Iterable[Peer], dtypes: Container[str], *names: str) -> list[Peer]
 
 
 def measure_models(
-    model: Model, batch: int, peers: Sequence[Peer], budget: Budget, compilers: bool, results: Record
+    model: Model, batch: int, peers: Sequence[Peer], compilers: bool, budget: Budget, results: Record
 ) -> Record:
     """One compact model by all peers.
 
@@ -142,7 +147,7 @@ def in_its_place(model: Model, plan: vtp.PruningPlan, compact: Subject, peers: S
     others = of(peers, (model.dtype,), "PyTorch eager", "OpenVINO")
     ours = of(peers, (model.dtype,), "ours")
     gated, batch = model.gated(), len(compact.images)
-    dense = zeros_in_place(gated, vtp.make_plan(gated, rate=0.0))
+    dense = model.dense()
     same_macs = same_macs_dense(plan.architecture, compact.macs)
     packed = {"dense": model.cut(0.0), "dense of the same MACs": cut(vtp.insert_gates(same_macs), 0.0)}
     alone = {"dense": dense, "dense of the same MACs": same_macs}
@@ -172,13 +177,13 @@ def in_its_place(model: Model, plan: vtp.PruningPlan, compact: Subject, peers: S
 
 
 def measure_sweep(
-    model: Model, batch: int, peers: Sequence[Peer], budget: Budget, rates: Sequence[float], _: Record
+    model: Model, batch: int, peers: Sequence[Peer], rates: Sequence[float], budget: Budget, _: Record
 ) -> Record:
     """The model cut at several rates, heads unequal and uniform, on our engine and some others.
 
     The larger the work, the fewer take part: all cuts in both dtypes up to 2e10 multiply-adds in a call of
-    the dense model; unequal heads, and bfloat16 for one cut, up to 1e11; then float32 alone; above 2e11 only
-    one cut on our engine. On a GPU no work counts as large.
+    the dense model; unequal heads, and bfloat16 for one cut, up to 1e11; then our engine in float32 alone;
+    above 2e11 only one cut. On a GPU no work counts as large. The dense model of others is timm's.
     """
     work = 0 if model.device != "cpu" else batch * vtp.count(model.cut(0.0)).macs
     cuts = {_cut_name(rate, "unequal"): (rate, False) for rate in rates}
@@ -189,14 +194,16 @@ def measure_sweep(
         cuts = {name: cuts[name] for name in main}
     subjects = {name: model.subject(model.cut(*asked), batch) for name, asked in cuts.items()}
     ours, half = of(peers, ("float32",), "ours"), of(peers, ("bfloat16",), "ours")
-    others = of(peers, (model.dtype,), "PyTorch eager", "OpenVINO") if work <= 2e11 else []
-    wide, narrow = (ours + half, others) if work <= 2e10 else (ours, others + half * (work <= 1e11))
+    others = of(peers, (model.dtype,), "PyTorch eager", "OpenVINO") if work <= 1e11 else []
+    wide, narrow = (ours + half, []) if work <= 2e10 else (ours, half * (work <= 1e11))
     again = of(peers, (model.dtype,), "ours again")
     entries: Entries = {}
     for name, subject in subjects.items():
         for peer in (*wide, *(again if name == main[1] else [])):
             entries[f"{name}: {peer.label}"] = peer, subject
     entries |= {f"{name}: {peer.label}": (peer, subjects[name]) for name in main for peer in narrow}
+    beside = {**subjects, main[0]: model.subject(model.dense(), batch)} if others else {}
+    entries |= {f"{name}: {peer.label}": (peer, beside[name]) for name in main for peer in others}
     return {"macs": {name: subject.macs for name, subject in subjects.items()}} | contest(entries, budget)
 
 
@@ -216,6 +223,7 @@ def measure_training(model: Model, batch: int, depth: int, budget: Budget, _: Re
         device=torch.device(model.device),
         rounds=budget.rounds,
         seconds=budget.seconds,
+        precision=budget.precision,
     )
 
 

@@ -18,8 +18,10 @@ than twice the error of PyTorch's eager mode in the same dtype (ONNX Runtime and
 is their own: `CEILINGS` in vtp/bench/contest.py). What fails, is missing or was not ready in time is shown
 with its reason and has no figure. Each warms up until its times settle, then they take turns round by round
 in random order; ratios are of times in the same round. "ours again" is our engine a second time: its ratio
-is noise. "models" and "planted" have more rounds than the rest. A peer over 8 times slower than ours, whose
-calls are not short, is called once or twice and then stays out, also of larger cases.
+is noise, and rounds go on until its standard error is below 0.3%, or the case's time is up. What
+a case leaves of its time, later ones share, so that the whole takes as long on a noisy machine. A peer over
+8 times slower than ours, whose calls are not short, is called once or twice and then stays out, also of
+larger cases.
 
 Results are written after each case, and a run takes up what is there for the same machine, versions, threads
 and options, whatever the commit: use --fresh to measure changed code. Exports and compilers have a time limit
@@ -33,6 +35,7 @@ ready in the first.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -71,6 +74,22 @@ ON_GPU = ("models", "compilers", "place", "planted", "sweep", "training")
 # Without "gemm", which is for people who work on the kernels.
 USUAL_CASES = ("models", "compilers", "place", "planted", "sweep", "training", "layers", "widths", "rate")
 CASES = (*USUAL_CASES, "gemm")
+
+PRECISION = 0.003  # of what is noise: where its median has a smaller standard error, rounds end
+# Budget of a case's rounds over --seconds, and by model and batch where the work is more than usual.
+SHARES = {"models": 3.0, "planted": 0.7, "layers": 0.4, "widths": 1.3}
+LARGE = {
+    ("models", "tiny", 1): 2.0,
+    ("models", "base", 8): 9.0,
+    ("place", "base", None): 2.0,
+    ("sweep", "tiny", 64): 3.0,
+    ("sweep", "small", 8): 1.5,
+    ("sweep", "small", 64): 3.0,
+    ("sweep", "base", 1): 3.0,
+    ("sweep", "base", 8): 4.0,
+    ("sweep", "base", 64): 9.0,
+    ("training", "base", 8): 1.5,
+}
 
 
 # --------------------------------------------------------------------------------
@@ -166,8 +185,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="models that torch.compile takes part in as a whole; it needs many minutes for each: none",
     )  # fmt: skip
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES), help="both")
-    parser.add_argument("--rounds", type=count, default=20, help="at most: 20")
-    parser.add_argument("--seconds", type=number, default=15.0, help="budget of a case's rounds: 15")
+    parser.add_argument("--rounds", type=count, default=200, help="at most: 200")
+    parser.add_argument("--seconds", type=number, default=15.0, help="of a usual case's rounds: 15")
     parser.add_argument(
         "--prepare-seconds", type=number, default=100.0, help="for exports and compilers, of a case: 100"
     )
@@ -196,13 +215,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Job:
-    """A case to measure: what it is, and how, given the results so far.
+    """A case to measure: what it is, and how, given a budget and the results so far.
 
-    asked: options that it alone has.
+    budget: what is planned for it; asked: options that it alone has.
     """
 
     what: Record
-    run: Callable[[Record], Record]
+    run: Callable[[Budget, Record], Record]
+    budget: Budget
     asked: Record = field(default_factory=dict)
 
     @property
@@ -213,9 +233,6 @@ class Job:
 
 def jobs(options: argparse.Namespace, peers: Sequence[Peer]) -> list[Job]:
     """All cases that were asked for, the small ones before the large."""
-    budget = Budget(options.rounds, options.seconds, options.prepare_seconds, warm_up_seconds=4.0)
-    # Of many entries, all of kinds that need no compiler's warm-up.
-    brief = dataclasses.replace(budget, warm_up_seconds=1.0)
     peers = [peer for peer in peers if peer.dtype in options.dtypes]
     quick = options.quick
     models = TOYS if quick else {name: MODELS[name] for name in MODELS if name in options.models}
@@ -224,45 +241,46 @@ def jobs(options: argparse.Namespace, peers: Sequence[Peer]) -> list[Job]:
     found: list[Job] = []
 
     def add(case: str, run: Callable[..., Record], *arguments: Any, **what: Any) -> None:
-        found.append(Job({"case": case, **what}, lambda results: run(*arguments, results)))
+        size = (case, what.get("model"), what.get("batch"))
+        budget = Budget(
+            options.rounds,
+            options.seconds * LARGE.get(size, SHARES.get(case, 1.0)),
+            options.prepare_seconds,
+            # Of many entries, none of which compiles in its first calls.
+            warm_up_seconds=1.0 if case in ("place", "sweep", "layers", "widths") else 4.0,
+            precision=PRECISION,
+        )
+        found.append(Job({"case": case, **what}, functools.partial(run, *arguments), budget))
 
     for name, model in models.items():
         for batch in model.batches:
             compiled = name in options.compile and batch == 1
-            long = scaled(budget, 5, 3 if batch == 1 else 12)
-            arguments = (model, batch, peers, long, compiled)
-            add("models", cases.measure_models, *arguments, model=name, batch=batch)
+            add("models", cases.measure_models, model, batch, peers, compiled, model=name, batch=batch)
             found[-1].asked["compilers"] = compiled
     smallest = next(iter(models))
     shallow = models[smallest].shallow(1)
-    add("compilers", cases.measure_compilers, shallow, peers, budget, model=smallest, blocks=1)
+    add("compilers", cases.measure_compilers, shallow, peers, model=smallest, blocks=1)
     for name, model in models.items():
-        add("place", cases.measure_place, model, peers, brief, model=name)
-    add("planted", cases.measure_planted, models[smallest], peers, scaled(budget, 10, 1), model=smallest)
+        add("place", cases.measure_place, model, peers, model=name)
+    add("planted", cases.measure_planted, models[smallest], peers, model=smallest)
     for name, model in models.items():
         for batch in model.sweep_batches:
-            arguments = (model, batch, peers, brief, RATES[::2] if quick else RATES)
-            add("sweep", cases.measure_sweep, *arguments, model=name, batch=batch)
+            rates = RATES[::2] if quick else RATES
+            add("sweep", cases.measure_sweep, model, batch, peers, rates, model=name, batch=batch)
     for name, model in models.items():
         batch, depth = (2, 1) if quick else (8, 2)
-        add("training", cases.measure_training, model, batch, depth, budget, model=name, batch=batch)
+        add("training", cases.measure_training, model, batch, depth, model=name, batch=batch)
     for embed_dim in [48] if quick else [192, 384, 768]:
         widths = [4 * embed_dim * part // 16 + part % 16 for part in range(2, 17, 7 if quick else 2)]
-        add("layers", cases.measure_layers, embed_dim, widths, peers, brief, embed_dim=embed_dim)
+        add("layers", cases.measure_layers, embed_dim, widths, peers, embed_dim=embed_dim)
     for dtype in options.dtypes:
         widths = range(15, 18) if quick else range(449, 512)
-        add("widths", cases.measure_widths, widths, dtype, scaled(brief, 3, 1), dtype=dtype)
+        add("widths", cases.measure_widths, widths, dtype, dtype=dtype)
     size = 64 if quick else 2048
-    add("rate", cases.measure_rate, size, gemm_peers(peers), budget, size=size)
-    short = dataclasses.replace(budget, seconds=min(budget.seconds, 15.0))
+    add("rate", cases.measure_rate, size, gemm_peers(peers), size=size)
     for M, K, N in [(7, 37, 61)] if quick else SHAPES:
-        add("gemm", cases.measure_gemm, (M, K, N), gemm_peers(peers), short, shape=f"{M}x{K}x{N}")
+        add("gemm", cases.measure_gemm, (M, K, N), gemm_peers(peers), shape=f"{M}x{K}x{N}")
     return [job for job in found if job.what["case"] in options.cases]
-
-
-def scaled(budget: Budget, rounds: int, seconds: int) -> Budget:
-    """So many times the rounds, in so many times the seconds."""
-    return dataclasses.replace(budget, rounds=rounds * budget.rounds, seconds=seconds * budget.seconds)
 
 
 def main(argv: Sequence[str] | None = None, peers: Sequence[Peer] = PEERS) -> int:
@@ -293,19 +311,22 @@ def run(options: argparse.Namespace, peers: Sequence[Peer], results: Record, con
     usual = {
         name: getattr(options, name) for name in ("quick", "dtypes", "rounds", "seconds", "prepare_seconds")
     }
-    todo = jobs(options, peers)
+    todo, spare = jobs(options, peers), 0.0
     for number, job in enumerate(todo):
         asked = usual | job.asked
         if is_done(results["cases"].get(job.key), asked):
-            console.print(f"{job.key}: is in {options.out}", highlight=False)
+            print(f"{job.key}: is in {options.out}", flush=True)
         else:
-            started = time.perf_counter()
-            record = {**job.what, "asked": asked, **commit(), **job.run(results)}
+            started, planned = time.perf_counter(), job.budget.seconds
+            # Half of what those before have left: one noisy case is not to take it from all that follow.
+            budget = dataclasses.replace(job.budget, seconds=planned + spare / 2)
+            record = {**job.what, "asked": asked, **commit(), **job.run(budget, results)}
+            spare += planned - record["rounds_seconds"]
             record["wall_seconds"] = time.perf_counter() - started
             results["cases"][job.key] = record
             text = json.dumps(results, indent=1, allow_nan=False) + "\n"
             write_atomic(options.out, lambda path, text=text: path.write_text(text, encoding="utf-8"))
-            console.print(f"{job.key}: {record['wall_seconds']:.0f} s", highlight=False)
+            print(f"{job.key}: {record['wall_seconds']:.0f} s", flush=True)
         case = job.what["case"]
         if number + 1 == len(todo) or todo[number + 1].what["case"] != case:
             show(console, results, case)

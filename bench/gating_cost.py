@@ -53,6 +53,7 @@ from vtp.bench.measure import (
     positive,
     print_results,
     relative_error,
+    standard_error,
     take_turns,
     thread_count,
 )
@@ -67,6 +68,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
 SETTLED = 0.1  # a warm-up step this close to the one before it is the last
 REFERENCE = "ungated"
+AGAIN = "ungated again"
 
 # The learning rate is so small that all variants stay at the weights that were checked.
 CONFIG = TrainConfig(lr=1e-5, l1=1e-4, label_smoothing=0.0)
@@ -125,7 +127,7 @@ def naive(dense: nn.Module) -> Variant:
 
 
 Variants = Mapping[str, Callable[[nn.Module], Variant]]
-VARIANTS: Variants = {REFERENCE: ungated, "gated": gated, "naive": naive, "ungated again": ungated}
+VARIANTS: Variants = {REFERENCE: ungated, "gated": gated, "naive": naive, AGAIN: ungated}
 
 
 class Trainee:
@@ -318,6 +320,7 @@ def measure(
     device: torch.device,
     rounds: int,
     seconds: float,
+    precision: float = 0.0,
     variants: Variants = VARIANTS,
 ) -> dict[str, Any]:
     """Check, then measure the variants of one case; the record that the results file has of it.
@@ -325,6 +328,7 @@ def measure(
     Args:
         build: makes the plain model of so many blocks.
         seconds: budget of the rounds; see `take_turns`.
+        precision: rounds end early where the standard error of the ratio that shows noise is smaller.
         variants: the reference, under that name, and others; see `VARIANTS`.
     """
     torch.manual_seed(0)
@@ -337,7 +341,14 @@ def measure(
         persistent, peak = peak_memory(trainee)
         records[name] |= {"persistent_bytes": persistent, "peak_bytes": peak}
     warm_up(trainees, seconds / 4)
-    done = take_turns(trainees, rounds, seconds)
+
+    def precise(rounds: int) -> bool:
+        twice = [trainees[name].seconds[-rounds:] for name in (AGAIN, REFERENCE) if name in trainees]
+        return len(twice) == 2 and standard_error(*twice) < precision
+
+    started = time.perf_counter()
+    done = take_turns(trainees, rounds, seconds, precise)
+    rounds_seconds = time.perf_counter() - started
     reference = trainees[REFERENCE].seconds[-done:]
     for name, trainee in trainees.items():
         own = trainee.seconds[-done:]
@@ -348,7 +359,7 @@ def measure(
             "seconds": own,
             "warm_up_seconds": trainee.seconds[:-done],
         }
-    return {**asdict(case), "rounds": done, "variants": records}
+    return {**asdict(case), "rounds": done, "rounds_seconds": rounds_seconds, "variants": records}
 
 
 def check(
@@ -416,7 +427,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines.append(
             f"| {case['dtype']} | {case['batch']} | {case['depth']} | {case['rounds']} "
             f"| {plain['median_seconds']:.3g} s "
-            f"| {_ratio(records['gated'])} | {_ratio(records['naive'])} | {_ratio(records['ungated again'])} "
+            f"| {_ratio(records['gated'])} | {_ratio(records['naive'])} | {_ratio(records[AGAIN])} "
             f"| {plain['peak_bytes'] / 2**20:.0f} MiB "
             f"| {_peak_ratio(records['gated'])} | {_peak_ratio(records['naive'])} |"
         )

@@ -278,6 +278,17 @@ def test_rounds_fit_the_budget_but_are_enough_for_quartiles(bench, monkeypatch, 
     assert all(len(trainee.seconds) == 2 + rounds for trainee in trainees.values())
 
 
+def test_rounds_end_when_enough_are_precise(bench, monkeypatch):
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: Clock.now)
+    asked = []
+
+    def precise(done: int) -> bool:
+        asked.append(done)
+        return done == 12
+
+    assert bench.take_turns({"one": Clock(1.0)}, 15, 1e9, precise) == 12 and asked == [10, 11, 12]
+
+
 def test_warm_up_goes_on_until_steps_settle(bench):
     class Cooling(Clock):
         def step(self) -> None:

@@ -22,8 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp.bench.measure import memory_bytes, peak_bytes, relative_error, synchronize, take_turns
-from vtp.bench.peers import Peer, Run, Unsupported, prepare_eager
+from vtp.bench.measure import (
+    memory_bytes,
+    peak_bytes,
+    relative_error,
+    standard_error,
+    synchronize,
+    take_turns,
+)
+from vtp.bench.peers import AGAIN, Peer, Run, Unsupported, prepare_eager
 
 Record = dict[str, Any]
 
@@ -41,6 +48,8 @@ SLOW_TWICE = 5.0  # seconds: a slow peer is called a second time if one call tak
 SETTLED = 0.05  # the warm-up ends when the medians of three calls differ by less
 WARM_UP_SECONDS = 10.0
 SHORT = 0.25  # seconds: before a call that is shorter, another one brings caches and threads back
+LEAST_TURN = 0.01  # seconds: a turn has as many calls as take that long,
+MOST_CALLS = 20  # but not more than these
 
 # --------------------------------------------------------------------------------
 # Correctness: nothing is timed that does not compute the same
@@ -225,10 +234,13 @@ class Runner:
             return time.perf_counter() - started
 
     def step(self) -> None:
-        """A round's turn. What ran before has emptied the caches, and its threads may still be spinning."""
-        if min(self.warm_up) < SHORT:
+        """A round's turn: the median of its calls. What ran before has emptied the caches, and its threads
+        may still be spinning."""
+        usual = min(self.warm_up)
+        if usual < SHORT:
             self.call()
-        self.seconds.append(self.call())
+        calls = math.ceil(LEAST_TURN / max(usual, LEAST_TURN / MOST_CALLS))
+        self.seconds.append(statistics.median(self.call() for _ in range(calls)))
 
     def settle(self, limit: float) -> None:
         """Warm up until the median of three calls is near that of the three before, or `limit` has passed."""
@@ -259,12 +271,14 @@ class _Entrant:
 @dataclass(frozen=True)
 class Budget:
     """rounds and seconds: of a case, see `take_turns`; prepare_seconds: for all peers of a case together,
-    without ours; warm_up_seconds: for each."""
+    without ours; warm_up_seconds: for each; precision: rounds end early where the standard error of all
+    ratios of "ours again" to "ours" is smaller."""
 
     rounds: int = 30
     seconds: float = 90.0
     prepare_seconds: float = 180.0
     warm_up_seconds: float = WARM_UP_SECONDS
+    precision: float = 0.0
 
 
 def contest(
@@ -327,14 +341,30 @@ def _contest(
                 records[label] |= {"seconds": runners.pop(label).warm_up}
         tell("taking turns")
         entrants = {label: _Entrant(runner) for label, runner in runners.items()}
-        rounds = take_turns(entrants, budget.rounds, budget.seconds) if runners else 0
+        started = time.perf_counter()
+        rounds = 0
+        if runners:
+            rounds = take_turns(entrants, budget.rounds, budget.seconds, _precise(runners, budget.precision))
+        rounds_seconds = time.perf_counter() - started
     for label, runner in runners.items():
         reason = entrants[label].failure or _wrong(entries[label], runner.outputs)
         if reason is None:
             records[label] |= {"warm_up_seconds": runner.warm_up, "seconds": runner.seconds}
         else:
             records[label] |= {"status": "failed", "reason": reason}
-    return {"rounds": rounds, "peers": records}
+    return {"rounds": rounds, "rounds_seconds": rounds_seconds, "peers": records}
+
+
+def _precise(runners: Mapping[str, Runner], precision: float) -> Callable[[int], bool]:
+    """Whether so many rounds have shown what is noise; never where nothing takes part twice."""
+    twice = [(label, label.replace(AGAIN, "ours")) for label in runners if AGAIN in label]
+    pairs = [(runners[again], runners[first]) for again, first in twice if first in runners]
+
+    def precise(rounds: int) -> bool:
+        whole = [pair for pair in pairs if all(len(runner.seconds) == rounds for runner in pair)]
+        return bool(pairs) and all(standard_error(a.seconds, b.seconds) < precision for a, b in whole)
+
+    return precise
 
 
 def _keeps_up(

@@ -24,6 +24,7 @@ from vtp.cpu_engine import return_freed_memory
 
 PEER_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino", "torch-pruning")
 LEAST_ROUNDS = 5  # the fewest that have quartiles worth printing
+ENOUGH_ROUNDS = 10  # the fewest that say how much times scatter
 
 
 # --------------------------------------------------------------------------------
@@ -55,16 +56,24 @@ def turns(names: Sequence[str], number: int) -> list[str]:
     return random.Random(number).sample(names, len(names))
 
 
-def take_turns(steps: Mapping[str, Step], rounds: int, seconds: float) -> int:
+def take_turns(
+    steps: Mapping[str, Step],
+    rounds: int,
+    seconds: float,
+    precise: Callable[[int], bool] = lambda done: False,
+) -> int:
     """Round by round, one step of each. Returns the number of rounds.
 
     Args:
         rounds: how many; fewer, but at least `LEAST_ROUNDS`, where one more would exceed `seconds`.
+        precise: whether so many are enough, asked from `ENOUGH_ROUNDS` on.
     """
     started = time.perf_counter()
     for done in range(rounds):
         elapsed = time.perf_counter() - started
         if done >= LEAST_ROUNDS and elapsed * (done + 1) / done > seconds:
+            return done
+        if done >= ENOUGH_ROUNDS and precise(done):
             return done
         for name in turns(list(steps), done):
             steps[name].step()
@@ -78,6 +87,13 @@ def pairwise_ratio(own: Sequence[float], reference: Sequence[float]) -> dict[str
         ratios *= 2
     q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
     return {"median": median, "q1": q1, "q3": q3}
+
+
+def standard_error(own: Sequence[float], reference: Sequence[float]) -> float:
+    """Of the median of `pairwise_ratio`: sqrt(pi / 2) sigma / sqrt(rounds) of a normal distribution, whose
+    quartiles are 1.349 sigma apart."""
+    ratio = pairwise_ratio(own, reference)
+    return math.sqrt(math.pi / 2 / len(own)) * (ratio["q3"] - ratio["q1"]) / 1.349
 
 
 # --------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import vtp
 from vtp.engine import pack_for_ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AGAIN = "ours again"  # our engine a second time, to show what is noise
 
 Run = Callable[[], Tensor]
 
@@ -173,7 +174,7 @@ def _peers() -> list[Peer]:
         ours = partial(prepare_ours, dtype=dtype)
         peers += [
             Peer("ours", dtype, ours, ours=True),
-            Peer("ours again", dtype, ours),
+            Peer(AGAIN, dtype, ours),
             Peer("our reference path", dtype, partial(prepare_reference, dtype=dtype)),
             Peer("PyTorch eager", dtype, partial(prepare_eager, dtype=dtype)),
         ]
