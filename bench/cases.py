@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import vtp
 from vtp.bench.contest import Budget, Record, Subject, contest, slowed
 from vtp.bench.own_model import prepare_blocks
-from vtp.bench.peers import COMPILERS, DTYPES, Peer, Run, prepare_eager
+from vtp.bench.peers import AGAIN, COMPILERS, DTYPES, Peer, Run, prepare_eager
 
 RATE = 0.4  # share of dimensions that is removed where a case has one rate
 RATES = (0.0, 0.2, 0.4, 0.6)
@@ -105,6 +105,11 @@ def of(peers: Iterable[Peer], dtypes: Container[str], *names: str) -> list[Peer]
     return [peer for peer in peers if peer.name in names and peer.dtype in dtypes]
 
 
+def once_again(peers: Iterable[Peer], model: Model) -> list[Peer]:
+    """All, but our engine a second time in one dtype only: what it shows is the machine's noise."""
+    return [peer for peer in peers if peer.name != AGAIN or peer.dtype == model.dtype]
+
+
 # --------------------------------------------------------------------------------
 # Whole models
 
@@ -118,14 +123,14 @@ def measure_models(
         compilers: whether torch.compile takes part.
     """
     subject = model.subject(model.cut(RATE), batch)
-    peers = [peer for peer in peers if compilers or peer.name not in COMPILERS]
+    peers = [p for p in once_again(peers, model) if compilers or p.name not in COMPILERS]
     skip = too_slow(results, batch * subject.macs)
     return {"macs": subject.macs, **contest({p.label: (p, subject) for p in peers}, budget, skip)}
 
 
 def measure_compilers(model: Model, peers: Sequence[Peer], budget: Budget, _: Record) -> Record:
     """A compact model of a few blocks by torch.compile, beside PyTorch's eager mode and ours."""
-    peers = of(peers, DTYPES, "ours", "ours again", "PyTorch eager", *COMPILERS)
+    peers = of(once_again(peers, model), DTYPES, "ours", AGAIN, "PyTorch eager", *COMPILERS)
     # The dtype that every CPU computes in first, as preparing may use all of the time up.
     peers.sort(key=lambda peer: (not peer.ours, list(DTYPES).index(peer.dtype)))
     subject = model.subject(model.cut(RATE), 1)
@@ -136,7 +141,7 @@ def measure_place(model: Model, peers: Sequence[Peer], budget: Budget, _: Record
     """Ours on one compact model, and what a user might run in its place."""
     plan = vtp.make_plan(model.gated(), rate=RATE, min_keep=0)
     subject = model.subject(model.cut(RATE), 1)
-    entries = {p.label: (p, subject) for p in of(peers, (model.dtype,), "ours", "ours again")}
+    entries = {p.label: (p, subject) for p in of(peers, (model.dtype,), "ours", AGAIN)}
     entries |= in_its_place(model, plan, subject, peers)
     return {"macs": subject.macs, **contest(entries, budget)}
 
@@ -161,7 +166,7 @@ def in_its_place(model: Model, plan: vtp.PruningPlan, compact: Subject, peers: S
     subjects = {name: model.subject(module, batch, compact.exact) for name, module in equal.items()}
     subjects |= {name: model.subject(module, batch) for name, module in alone.items()}
     runs = dict.fromkeys(subjects, others)
-    for name in ("padded for SDPA", "zeros in place"):  # elsewhere it is no better than the one beside it
+    for name in equal:  # elsewhere zeros are no better than what is beside them
         runs[name] = of(others, DTYPES, "PyTorch eager")
     entries = {
         f"{name}: {peer.label}": (peer, subjects[name]) for name, peers in runs.items() for peer in peers
@@ -196,7 +201,7 @@ def measure_sweep(
     ours, half = of(peers, ("float32",), "ours"), of(peers, ("bfloat16",), "ours")
     others = of(peers, (model.dtype,), "PyTorch eager", "OpenVINO") if work <= 1e11 else []
     wide, narrow = (ours + half, []) if work <= 2e10 else (ours, half * (work <= 1e11))
-    again = of(peers, (model.dtype,), "ours again")
+    again = of(peers, (model.dtype,), AGAIN)
     entries: Entries = {}
     for name, subject in subjects.items():
         for peer in (*wide, *(again if name == main[1] else [])):
@@ -230,7 +235,7 @@ def measure_training(model: Model, batch: int, depth: int, budget: Budget, _: Re
 def measure_planted(model: Model, peers: Sequence[Peer], budget: Budget, _: Record) -> Record:
     """Whether a slow-down of 10% and a wrong result of our engine would be seen: both are planted."""
     subject = model.subject(model.cut(RATE), 1)
-    (ours,), again = (of(peers, (model.dtype,), name) for name in ("ours", "ours again"))
+    (ours,), again = (of(peers, (model.dtype,), name) for name in ("ours", AGAIN))
     slow = Peer(SLOWED, ours.dtype, lambda *arguments: slowed(ours.prepare(*arguments), 0.1))
     wrong = Peer(WRONG, ours.dtype, lambda *arguments: _wrong(ours.prepare(*arguments)))
     return contest({peer.label: (peer, subject) for peer in (ours, *again, slow, wrong)}, budget)

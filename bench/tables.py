@@ -3,12 +3,13 @@
 import statistics
 
 from cases import RATE, SLOWED, WRONG
+from gating_cost import AGAIN as AGAIN_UNGATED
 from gating_cost import REFERENCE
 from rich.console import Console
 
 from vtp.bench.contest import Record
 from vtp.bench.measure import machine, pairwise_ratio
-from vtp.bench.peers import DTYPES
+from vtp.bench.peers import AGAIN, DTYPES
 from vtp.bench.tables import (
     Rows,
     costs,
@@ -58,9 +59,19 @@ def fastest(record: Record, dtype: str) -> str | None:
     return min(times, key=lambda label: pairwise_ratio(times[label], ours)["median"], default=None)
 
 
-def noise(record: Record, dtype: str) -> str:
+def noise(record: Record) -> str:
     """Of a case in which ours takes part twice: how one compares with the other."""
-    return ratio(in_rounds(record, f"ours again, {dtype}"), in_rounds(record, f"ours, {dtype}"))
+    return next((ratio(*pair) for pair in twice(record)), "-")
+
+
+def twice(record: Record) -> list[tuple[list[float], list[float]]]:
+    """Times of what takes part a second time, and of the first, in the same rounds."""
+    if variants := record.get("variants"):
+        pair = [variants[name].get("seconds") for name in (AGAIN_UNGATED, REFERENCE)]
+        return [(pair[0], pair[1])] if all(pair) else []
+    labels = [label for label in record["peers"] if AGAIN in label]
+    pairs = [(in_rounds(record, label), in_rounds(record, label.replace(AGAIN, "ours"))) for label in labels]
+    return [(again, first) for again, first in pairs if again and first]
 
 
 def fastest_table(results: Record) -> Rows:
@@ -75,7 +86,7 @@ def fastest_table(results: Record) -> Rows:
                 record["model"], str(record["batch"]), f"{record['macs'] / 1e9:.2f} G", dtype,
                 str(record["rounds"]), milliseconds(ours), "-" if ours is None else f"{1e3 * p95(ours):.2f}",
                 best or "none", milliseconds(other), "-" if other is None else f"{1e3 * p95(other):.2f}",
-                ratio(other, ours), noise(record, dtype),
+                ratio(other, ours), noise(record),
             ])  # fmt: skip
     return rows
 
@@ -129,7 +140,7 @@ def in_its_place_table(results: Record) -> Rows:
             macs = next((peers[label].get("macs") for label in labels.values() if label in peers), None)
             cells = (ratio(in_rounds(record, label), ours) for label in labels.values())
             size = "-" if macs is None else f"{macs / 1e9:.2f} G"
-            rows.append([record["model"], name, size, *cells, str(record["rounds"]), noise(record, dtype)])
+            rows.append([record["model"], name, size, *cells, str(record["rounds"]), noise(record)])
     return rows
 
 
@@ -175,8 +186,7 @@ def sweep_table(results: Record) -> Rows:
             for name in names:
                 own = in_rounds(record, f"{name}: ours, {dtype}")
                 row.append("-" if own is None else _speedup(record, name, dense, own))
-            labels = (f"unequal {RATE:.0%}: {name}, {dtype}" for name in ("ours again", "ours"))
-            rows.append([*row, ratio(*(in_rounds(record, label) for label in labels))])
+            rows.append([*row, noise(record)])
     return rows
 
 
@@ -199,7 +209,7 @@ def training_table(results: Record) -> Rows:
             cells = [f"{statistics.median(plain):.3g} s"]
             cells += [
                 "failed" if variants[name]["failed"] else ratio(variants[name]["seconds"], plain)
-                for name in ("gated", "naive", "ungated again")
+                for name in ("gated", "naive", AGAIN_UNGATED)
             ]
         rows.append(
             [record["model"], str(record["batch"]), str(record["depth"]), str(record["rounds"]), *cells]

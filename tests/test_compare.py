@@ -475,6 +475,19 @@ def test_other_options_measure_a_case_again(measured, tmp_path):
     assert results(out)["cases"][TOY] == results(measured)["cases"][TOY]
 
 
+@pytest.mark.parametrize("again, noisy", [(1.019, False), (1.021, True), (0.979, True)])
+def test_a_case_whose_noise_is_too_large_is_measured_again(again, noisy):
+    times = {"ours": ("float32", [1.0] * 5), "ours_again": ("float32", [again] * 5)}
+    asked = {"quick": False}
+    record = record_of(**times) | {"asked": asked}
+    assert bench.is_done(record, asked) is not noisy
+    variants = {name: {"seconds": [2.0, 3.0]} for name in ("ungated", "gated")}
+    variants["ungated again"] = {"seconds": [2 * again, 3 * again]}
+    record = {"case": "training", "asked": asked, "variants": variants}
+    assert bench.is_done(record, asked) is not noisy
+    assert bench.is_done(record | {"asked": {"quick": True}}, {"quick": True})
+
+
 def test_results_of_another_machine_are_not_mixed_in(measured, tmp_path, capsys):
     out = tmp_path / "out.json"
     content = results(measured)
