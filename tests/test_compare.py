@@ -335,7 +335,7 @@ def test_time_that_a_case_leaves_goes_to_later_ones_by_halves(tmp_path, monkeypa
 
     def jobs(*_: object) -> list[bench.Job]:
         budget = contest.Budget(seconds=10.0)
-        used = {"quick": 2.0, "noisy": 14.0, "last": 10.0}
+        used = {"there": 10.0, "quick": 2.0, "noisy": 19.0, "last": 10.0}
         return [
             bench.Job({"case": "models", "model": name}, functools.partial(measured, name, seconds), budget)
             for name, seconds in used.items()
@@ -344,8 +344,10 @@ def test_time_that_a_case_leaves_goes_to_later_ones_by_halves(tmp_path, monkeypa
     monkeypatch.setattr(bench, "jobs", jobs)
     monkeypatch.setattr(bench, "show", lambda *_: None)
     monkeypatch.setattr(bench, "draw", lambda *_: [])
+    done = iter([True, False, False, False])
+    monkeypatch.setattr(bench, "is_done", lambda *_: next(done))
     assert run(tmp_path / "out.json") == 0
-    assert given == {"quick": 10.0, "noisy": 14.0, "last": 12.0}
+    assert given == {"quick": 15.0, "noisy": 19.0, "last": 14.5}
 
 
 def test_a_planted_slow_down_that_is_not_seen_is_a_failure():
