@@ -267,7 +267,7 @@ def test_warmup_runs_every_batch_size_and_changes_nothing(tiny):
     assert all(torch.equal(tensor, before[name]) for name, tensor in fast.state_dict().items())
 
 
-@pytest.mark.parametrize("sizes", [3, [-1], [1.5]], ids=str)
+@pytest.mark.parametrize("sizes", [3, [-1], [1.5], [True]], ids=str)
 def test_warmup_refuses_what_is_no_list_of_batch_sizes(tiny, sizes):
     with pytest.raises(ValueError, match=r"batch_sizes: got .* expected integers from 0"):
         vtp.optimize(tiny).warmup(sizes)

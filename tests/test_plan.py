@@ -272,8 +272,9 @@ def test_rounding_keeps_the_best_dimensions_of_each_vector(fashion):
             assert not kept.any() or kept.all() or score[kept].min() > score[~kept].max()
 
 
-def test_rounding_to_more_than_a_width_removes_all_of_it_or_nothing(fashion):
-    plan = vtp.make_plan(fashion, rate=0.4, round_to=1000, min_keep=0)
+@pytest.mark.parametrize("round_to", [1000, 2**63])
+def test_rounding_to_more_than_a_width_removes_all_of_it_or_nothing(fashion, round_to):
+    plan = vtp.make_plan(fashion, rate=0.4, round_to=round_to, min_keep=0)
     assert all(len(kept) in (0, 96, 384) for name, kept in plan.kept.items() if not name.endswith("proj"))
     assert all(width in (0, 32) for block in range(6) for width in plan.value_widths(block))
 
@@ -609,6 +610,7 @@ def test_tampered_indices_are_refused(plan, indices):
         lambda d: d["architecture"].update(patch_size=4),
         lambda d: d["architecture"].update(depth=-1),
         lambda d: d["architecture"].update(depth=3),
+        lambda d: d["architecture"].update(depth=10**12),
         lambda d: d["architecture"].update(global_pool="best"),
         lambda d: d["architecture"].update(reg_tokens=-2),
         lambda d: d["architecture"].update(unknown=1),

@@ -292,7 +292,7 @@ def test_a_run_killed_in_mid_epoch_resumes_to_the_same_end(tmp_path, whole):
     process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL
     with open(tmp_path / "metrics.jsonl", "a") as file:  # as if it had died while it wrote the third line
-        file.write('{"stage": "stage", "epo')
+        file.write('[1]\n{"stage": "stage", "epo')
     time.sleep(1)  # TensorBoard orders its files by a time in whole seconds
     result = run(tmp_path, EVERYTHING, resume=True)
     assert_same_run(result, expected)

@@ -23,6 +23,7 @@ class UnsupportedModelError(ValueError):
 
 # The attribute of the block that each gated linear layer is; the order of a block's forward pass.
 SITES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+MOST_BLOCKS = 1000  # that a file may ask for; each is built before its tensors are compared
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 # Settings that a module's printed form does not show and that change what a model computes.
@@ -138,6 +139,8 @@ class Architecture:
         for name in ("in_chans", "embed_dim", "depth", "num_heads", "mlp_hidden"):
             if fields[name] < 1:
                 raise ValueError(f"architecture.{name}: got {fields[name]}, expected at least 1")
+        if fields["depth"] > MOST_BLOCKS:
+            raise ValueError(f"architecture.depth: got {fields['depth']}, expected at most {MOST_BLOCKS}")
         if fields["embed_dim"] % fields["num_heads"]:
             raise ValueError(f"architecture.num_heads: {fields['num_heads']} do not divide embed_dim")
         architecture = cls(**fields | {name: tuple(fields[name]) for name in ("img_size", "patch_size")})

@@ -363,7 +363,7 @@ class OptimizedViT(nn.Module):
         Raises:
             ValueError: a batch size is not an integer from 0, or the model takes no images of that size.
         """
-        if isinstance(batch_sizes, int) or not all(isinstance(b, int) and b >= 0 for b in batch_sizes):
+        if isinstance(batch_sizes, int) or not all(type(b) is int and b >= 0 for b in batch_sizes):
             raise ValueError(f"batch_sizes: got {batch_sizes}, expected integers from 0, as in [1, 8]")
         size, device = image_size or self.images.size, self._weight.device
         for batch in batch_sizes:

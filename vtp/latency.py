@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vtp.bench.measure import turns
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -22,7 +24,7 @@ class Latency:
 def interleaved_latency(
     models: Mapping[str, nn.Module], images: Tensor, *, seconds: float = 8.0, min_rounds: int = 15
 ) -> dict[str, Latency]:
-    """Time a forward pass of each model on `images` [B, C, H, W], in turn, in an order that rotates.
+    """Time a forward pass of each model on `images` [B, C, H, W], in turn, in random order.
 
     Args:
         models: name to model, all on the device of `images`; the first is the reference of `speedup`.
@@ -34,8 +36,7 @@ def interleaved_latency(
     times: dict[str, list[float]] = {name: [] for name in order}
     started = time.perf_counter()
     while len(times[order[0]]) < min_rounds or time.perf_counter() - started < seconds:
-        shift = len(times[order[0]]) % len(order)
-        for name in order[shift:] + order[:shift]:
+        for name in turns(order, len(times[order[0]])):
             times[name].append(_timed(models[name], images))
     reference = times[order[0]]
     return {

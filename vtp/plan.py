@@ -440,7 +440,7 @@ def _groups(
         protected[best_first[:floor]] = True
         for head in range(heads):
             own = best_first[best_first // per_head == head]
-            starts = np.arange(0, per_head, round_to)
+            starts = np.arange(0, per_head, min(round_to, per_head))
             counts = np.diff(starts, append=per_head)
             # Within a vector the order is strict even where means tie: groups go from its end.
             key = np.stack(

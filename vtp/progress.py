@@ -114,7 +114,7 @@ def rewrite_metrics(path: Path, stage: str, history: list[dict[str, Any]]) -> No
             record = json.loads(line)
         except json.JSONDecodeError:  # cut short by the kill that this run resumes from
             continue
-        if record.get("stage") != stage:
+        if isinstance(record, dict) and record.get("stage") != stage:
             others.append(record)
     text = "".join(json.dumps(record) + "\n" for record in others + history)
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
