@@ -78,10 +78,10 @@ CASES = (*USUAL_CASES, "gemm")
 PRECISION = 0.003  # of what is noise: where its median has a smaller standard error, rounds end
 MOST_NOISE = 0.02  # by which two of the same may differ: a case with more is measured again by the next run
 # Budget of a case's rounds over --seconds, and by model and batch where the work is more than usual.
-SHARES = {"models": 3.0, "planted": 0.7, "layers": 0.4, "widths": 1.3}
+SHARES = {"models": 2.5, "planted": 0.7, "layers": 0.4, "widths": 1.0}
 LARGE = {
     ("models", "tiny", 1): 1.5,
-    ("models", "base", 8): 7.0,
+    ("models", "base", 8): 5.5,
     ("place", "base", None): 2.0,
     ("sweep", "tiny", 64): 3.0,
     ("sweep", "small", 8): 1.5,

@@ -176,7 +176,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cached", action="store_true", help="take the table from the cache if it has one")
     parser.add_argument("--profile-seconds", type=number, default=45.0, help="of measuring the table: 45")
     parser.add_argument("--rounds", type=count, default=150, help="timed calls of each model, at most: 150")
-    parser.add_argument("--seconds", type=number, default=50.0, help="of the comparison, at most: 50")
+    parser.add_argument("--seconds", type=number, default=40.0, help="of the comparison, at most: 40")
     parser.add_argument("--threads", type=thread_count, default=os.cpu_count(), help="CPU threads: all cores")
     add_results_file(parser, RESULTS)
     options = parser.parse_args(argv)
