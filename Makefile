@@ -27,21 +27,21 @@ lint: $(VENV)/installed-dev
 
 # The accuracy tables of the README: three seeds, about half an hour on two cores; continues where it stopped.
 accuracy: $(VENV)/installed
-	$(BIN)/python bench/accuracy.py --out runs/accuracy
+	$(BIN)/python -m bench.accuracy --out runs/accuracy
 
 # The comparisons that the README's claims about speed rest on, beside every runtime that can be installed; half an
 # hour on two cores; continues where it stopped. Writes $(BENCH); what the README shows of it is in bench/results.
 bench: $(VENV)/installed-bench $(VENV)/built
 	mkdir -p $(BENCH)
-	$(BIN)/python bench/compare.py --out $(BENCH)/compare.json
-	$(BIN)/python bench/latency_budget.py --out $(BENCH)/latency_budget.json
+	$(BIN)/python -m bench.compare --out $(BENCH)/compare.json
+	$(BIN)/python -m bench.latency_budget --out $(BENCH)/latency_budget.json
 	$(BIN)/python -m pytest -q bench/ops --benchmark-columns=median,iqr,rounds --benchmark-json=$(BENCH)/ops.json
 
 # Measure on this machine's GPU: numerics, compute-sanitizer where installed, times of the ops, of training steps and
 # of whole models; writes bench/results/gpu-<name>.json and compare-cuda.json. Without a GPU it says so and fails.
 gpu: $(VENV)/installed-dev
-	$(BIN)/python bench/gpu.py
-	$(BIN)/python bench/compare.py --device cuda
+	$(BIN)/python -m bench.gpu
+	$(BIN)/python -m bench.compare --device cuda
 
 # The shipped baseline, from the original idx files (make baseline FASHION_MNIST=folder); about an hour.
 baseline: $(VENV)/installed

@@ -5,7 +5,7 @@ other rankings then cut the same sparse-trained weights to the same MACs, and al
 only the choice of dimensions differs. Prints a Markdown table and writes results.json; started again with
 the same --out, it continues where it stopped.
 
-    python bench/accuracy.py --out runs/accuracy
+    python -m bench.accuracy --out runs/accuracy
 """
 
 import argparse
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 import vtp
-from vtp.data import Data, open_data
 from vtp.files import write_atomic
-from vtp.loaders import Augment
 from vtp.pipeline import FASHION_DEIT, RECIPES, environment, open_model
-from vtp.train import TrainConfig, evaluate, train
+from vtp.training.data import Data, open_data
+from vtp.training.loaders import Augment
+from vtp.training.loop import TrainConfig, evaluate, train
 
 RATES = (0.4, 0.6)
 

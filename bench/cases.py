@@ -6,17 +6,17 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import gating_cost
 import timm
 import torch
-from irregular import cut, gated_model, padded, same_macs_dense, torch_pruning, zeros_in_place
-from products import FeedForward
 from torch import Tensor, nn
 
 import vtp
-from vtp.bench.contest import Budget, Record, Subject, contest, slowed
-from vtp.bench.own_model import prepare_blocks
-from vtp.bench.peers import AGAIN, COMPILERS, DTYPES, Peer, Run, prepare_eager
+from bench import gating_cost
+from bench.irregular import cut, gated_model, padded, same_macs_dense, torch_pruning, zeros_in_place
+from bench.products import FeedForward
+from vtp.comparison.comparison import Budget, Record, Subject, contest, slowed
+from vtp.comparison.own_model import prepare_blocks
+from vtp.comparison.runtimes import AGAIN, COMPILERS, DTYPES, Peer, Run, prepare_eager
 
 RATE = 0.4  # share of dimensions that is removed where a case has one rate
 RATES = (0.0, 0.2, 0.4, 0.6)

@@ -1,12 +1,12 @@
 """What a compact model moves and multiplies on a GPU, and what else one could run. Predicted.
 
-    python bench/compact_accounting.py               # DeiT-B, 40% of dimensions removed: tables and JSON
-    python bench/compact_accounting.py --markdown    # the README's tables, from the file that a run wrote
+    python -m bench.compact_accounting               # DeiT-B, 40% of dimensions removed: tables and JSON
+    python -m bench.compact_accounting --markdown    # the README's tables, from the file that a run wrote
 
 A DeiT gets random gates, so that every layer and every head keeps a width of its own, and is cut by
 `vtp.make_plan`. `vtp.optimize` of the result, and the same compact model in eager PyTorch, run on meta
-tensors while every launch is noted, of Triton kernels and of PyTorch's operators (`vtp_kernels._accounting`
-has the assumptions). Only the blocks count; what is around them is the same everywhere. Nothing is measured.
+tensors while every launch is noted, of Triton kernels and of PyTorch's operators (`proofs.roofline` has the
+assumptions). Only the blocks count; what is around them is the same everywhere. Nothing is measured.
 
 - kept: FLOPs of the widths that are kept, and bytes with each operand of a launch of the packed model read
   and each result written once, without any padding.
@@ -27,17 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from irregular import irregular_models
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from vtp.compact import CompactViT
-from vtp.engine import pack_for_ops
+from bench.irregular import irregular_models
 from vtp.files import FileError, write_atomic
 from vtp.pipeline import environment
+from vtp.pruning.compact import CompactViT
+from vtp.runtime.optimize import pack_for_ops
 from vtp_kernels import compact_linear  # noqa: F401 (so that its module is loaded)
-from vtp_kernels._accounting import GPUS, Record, Recorder, cdiv, floors, total
+from vtp_kernels.proofs.roofline import GPUS, Record, Recorder, cdiv, floors, total
 
 RESULTS = Path(__file__).parent / "results" / "compact_accounting.json"
 AMOUNTS = ("dram_bytes", "tile_bytes", "flops", "tiled_flops")
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     small = random_model(options.model, options.rate)
     content = {
-        "label": "predicted, not measured; assumptions in vtp_kernels/_accounting.py",
+        "label": "predicted, not measured; assumptions in vtp_kernels/proofs/roofline.py",
         "model": options.model,
         "rate": options.rate,
         "widths": [list(each) for each in widths(small)],

@@ -15,10 +15,10 @@
 All of a case get the same weights, images and number of threads. A peer is timed only if its outputs are
 right, and has a figure only if they still are in the last round: against float64, at most a rounding more
 than twice the error of PyTorch's eager mode in the same dtype (ONNX Runtime and OpenVINO, whose arithmetic
-is their own: `CEILINGS` in vtp/bench/contest.py). What fails, is missing or was not ready in time is shown
-with its reason and has no figure. Each warms up until its times settle, then they take turns round by round
-in random order; ratios are of times in the same round. "ours again" is our engine a second time: its ratio
-is noise, and rounds go on until its standard error is below 0.3%, or the case's time is up. What a case
+is their own: `CEILINGS` in vtp/comparison/comparison.py). What fails, is missing or was not ready in time is
+shown with its reason and has no figure. Each warms up until its times settle, then they take turns round by
+round in random order; ratios are of times in the same round. "ours again" is our engine a second time: its
+ratio is noise, and rounds go on until its standard error is below 0.3%, or the case's time is up. What a case
 leaves of its time, later ones share: the whole takes no longer on a noisy machine. A peer over 8 times slower
 than ours, whose calls are not short, is called once or twice and then stays out, also of larger cases.
 
@@ -28,9 +28,9 @@ by over 2% is named at the end, and measured again by the next run. Exports and 
 for each case; compilers keep on disk what they have built, so that a second run measures those that were not
 ready in the first.
 
-    python bench/compare.py
-    python bench/compare.py --markdown      # the README's tables, from the file that a run wrote
-    python bench/compare.py --device cuda   # whole models and steps on a GPU; never run by the authors
+    python -m bench.compare
+    python -m bench.compare --markdown      # the README's tables, from the file that a run wrote
+    python -m bench.compare --device cuda   # whole models and steps on a GPU; never run by the authors
 """
 
 import argparse
@@ -45,16 +45,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cases
 import torch
-from cases import MODELS, RATES, SHAPES, TOYS
-from plots import draw
-from products import gemm_peers
 from rich.console import Console
-from tables import main_dtype, markdown, notes, place, show, twice
 
-from vtp.bench.contest import Budget, Record
-from vtp.bench.measure import (
+from bench import cases
+from bench.cases import MODELS, RATES, SHAPES, TOYS
+from bench.plots import draw
+from bench.products import gemm_peers
+from bench.tables import main_dtype, markdown, notes, place, show, twice
+from vtp.comparison.comparison import Budget, Record
+from vtp.comparison.runtimes import DTYPES, PEERS, Peer
+from vtp.comparison.tables import in_rounds
+from vtp.files import FileError, write_atomic
+from vtp.machine import (
     add_results_file,
     check_results_file,
     commit,
@@ -64,9 +67,6 @@ from vtp.bench.measure import (
     print_results,
     thread_count,
 )
-from vtp.bench.peers import DTYPES, PEERS, Peer
-from vtp.bench.tables import in_rounds
-from vtp.files import FileError, write_atomic
 
 FOLDER = Path(__file__).parent / "results"
 RESULTS = FOLDER / "compare.json"  # of a CPU

@@ -10,8 +10,8 @@ A variant is timed only if loss and all gradients of its first step are right. V
 round; ratios are of times in the same round. Peak memory is counted from every allocation of a step. Prints a
 table and writes it with all times as JSON; takes a quarter of an hour on two cores without bf16 instructions.
 
-    python bench/gating_cost.py
-    python bench/gating_cost.py --markdown      # the README's table, from the file that a run wrote
+    python -m bench.gating_cost
+    python -m bench.gating_cost --markdown      # the README's table, from the file that a run wrote
 """
 
 import argparse
@@ -41,8 +41,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vtp
-from vtp.architecture import SITES, replace_sites
-from vtp.bench.measure import (
+from vtp.files import FileError, write_atomic
+from vtp.machine import (
     LEAST_ROUNDS,
     add_results_file,
     check_results_file,
@@ -57,9 +57,9 @@ from vtp.bench.measure import (
     take_turns,
     thread_count,
 )
-from vtp.files import FileError, write_atomic
+from vtp.model.architecture import SITES, replace_sites
 from vtp.pipeline import environment
-from vtp.train import TrainConfig, gate_param_groups, gated_linears, settle_gates
+from vtp.training.loop import TrainConfig, gate_param_groups, gated_linears, settle_gates
 
 RESULTS = Path(__file__).parent / "results" / "gating_cost.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -144,7 +144,7 @@ class Trainee:
             torch.autocast, images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"
         )
         groups = gate_param_groups(self.model, variant.gates, CONFIG)
-        self.optimizer = torch.optim.AdamW(groups, lr=CONFIG.lr, fused=True)  # as vtp.train has it
+        self.optimizer = torch.optim.AdamW(groups, lr=CONFIG.lr, fused=True)  # as vtp.training.loop has it
 
     def step(self) -> Tensor:
         """One training step, whose gradients stay until the next. Returns the task loss, 0-dim."""

@@ -1,7 +1,7 @@
 """Measure where a GPU is: numerics, stray accesses and races, times of the ops and of whole training steps.
 
     make gpu
-    python bench/gpu.py --parts gated_linear --models base --batch 1 2 4 8 16 32
+    python -m bench.gpu --parts gated_linear --models base --batch 1 2 4 8 16 32
 
 Four parts, in this order: `numerics` runs tests/gpu; `sanitizer` runs a few of these tests under
 compute-sanitizer; `gated_linear` times the op at the linears of DeiT beside its peers, and along each of its
@@ -35,19 +35,19 @@ from xml.etree import ElementTree
 
 import torch
 import torch.nn.functional as F
-from gating_cost import synchronize
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from vtp.bench.measure import commit, hardware, pairwise_ratio, positive, relative_error, turns
+from bench.gating_cost import synchronize
 from vtp.files import FileError, write_atomic
+from vtp.machine import commit, hardware, pairwise_ratio, positive, relative_error, turns
 from vtp.pipeline import environment
 from vtp_kernels import gated_linear
-from vtp_kernels._library import why_not_triton
 from vtp_kernels.gated_linear import _FUSED_ROWS, gated_linear_ref
+from vtp_kernels.library import why_not_triton
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests" / "gpu"

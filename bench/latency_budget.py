@@ -10,8 +10,8 @@ budget" is beside what was asked for, by the first table: it contains how much t
 in between, on a shared machine up to 10%. Prints a table and writes it with all times as JSON; takes three
 minutes.
 
-    python bench/latency_budget.py
-    python bench/latency_budget.py --markdown   # the README's table, from the file that a run wrote
+    python -m bench.latency_budget
+    python -m bench.latency_budget --markdown   # the README's table, from the file that a run wrote
 """
 
 import argparse
@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from irregular import gated_model
 from torch import nn
 
 import vtp
-from vtp.bench.contest import Runner, no_collections
-from vtp.bench.measure import (
+from bench.irregular import gated_model
+from vtp.comparison.comparison import Runner, no_collections
+from vtp.comparison.runtimes import DTYPES
+from vtp.files import FileError, write_atomic
+from vtp.machine import (
     add_results_file,
     check_results_file,
     commit,
@@ -42,10 +44,8 @@ from vtp.bench.measure import (
     take_turns,
     thread_count,
 )
-from vtp.bench.peers import DTYPES
-from vtp.files import FileError, write_atomic
-from vtp.latency_table import LatencyTable, cached_table
-from vtp.profile import WidthProfile
+from vtp.pruning.latency_table import LatencyTable, cached_table
+from vtp.runtime.latency_profile import WidthProfile
 
 RESULTS = Path(__file__).parent / "results" / "latency_budget.json"
 DENSE = "dense"

@@ -8,16 +8,16 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from cases import RATE
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
-from tables import cuts, main_dtype, of_case, realised
 
-from vtp.bench.contest import Record
-from vtp.bench.measure import machine
-from vtp.bench.tables import in_rounds
+from bench.cases import RATE
+from bench.tables import cuts, main_dtype, of_case, realised
+from vtp.comparison.comparison import Record
+from vtp.comparison.tables import in_rounds
 from vtp.files import write_atomic
+from vtp.machine import machine
 
 MARKS = {"ours": "o-", "PyTorch eager": "s--", "OpenVINO": "^:"}
 

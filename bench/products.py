@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from irregular import randomize_vectors
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vtp
-from vtp import cpu_engine
-from vtp.bench.own_model import Blocks
-from vtp.bench.peers import DTYPES, Peer, Run, Unsupported
-from vtp_kernels._library import why_no_cpp
+from bench.irregular import randomize_vectors
+from vtp.comparison.own_model import Blocks
+from vtp.comparison.runtimes import DTYPES, Peer, Run, Unsupported
+from vtp.runtime import cpu
+from vtp_kernels.library import why_no_cpp
 
 
 def prepare_packed(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
@@ -56,7 +56,7 @@ def prepare_our_linear(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
     if (reason := why_no_cpp()) is not None:
         raise Unsupported(reason)
     outputs = len(linear.weight)
-    weight = cpu_engine.panels(linear.weight.detach(), DTYPES[dtype]).view(-1).view(torch.uint8)
+    weight = cpu.panels(linear.weight.detach(), DTYPES[dtype]).view(-1).view(torch.uint8)
     bias = torch.zeros(-(-outputs // 16) * 16)
     if torch.ops.vtp.cpu_isa() == "avx512_bf16":  # whose activations are in the dtype of the weights
         x = F.pad(x, (0, x.shape[1] % 2)).to(DTYPES[dtype])  # inputs lie in pairs

@@ -2,15 +2,14 @@
 
 import statistics
 
-from cases import RATE, SLOWED, WRONG
-from gating_cost import AGAIN as AGAIN_UNGATED
-from gating_cost import REFERENCE
 from rich.console import Console
 
-from vtp.bench.contest import Record
-from vtp.bench.measure import machine, pairwise_ratio
-from vtp.bench.peers import AGAIN, DTYPES
-from vtp.bench.tables import (
+from bench.cases import RATE, SLOWED, WRONG
+from bench.gating_cost import AGAIN as AGAIN_UNGATED
+from bench.gating_cost import REFERENCE
+from vtp.comparison.comparison import Record
+from vtp.comparison.runtimes import AGAIN, DTYPES
+from vtp.comparison.tables import (
     Rows,
     costs,
     in_rounds,
@@ -20,6 +19,7 @@ from vtp.bench.tables import (
     print_table,
     ratio,
 )
+from vtp.machine import machine, pairwise_ratio
 
 
 def of_case(results: Record, case: str) -> list[Record]:

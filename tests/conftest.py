@@ -1,12 +1,8 @@
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parents[1] / "bench"))  # its scripts import their neighbours
 torch.set_num_threads(2)
 
 
@@ -15,7 +11,7 @@ def interpreter():
     """A worker process in which Triton kernels run without a GPU."""
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    from triton_harness import Interpreter
+    from tests.support.triton_harness import Interpreter
 
     with Interpreter() as worker:
         yield worker

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-import vtp.data
-from vtp.data import read_idx
+import vtp
+from vtp.training.data import read_idx
 
 SEED = 2104_08500
 PER_CLASS = {"train": 1000, "t10k": 200}
 NUM_CLASSES = 10
-DEFAULT_OUT = Path(vtp.data.__file__).parent / "datasets" / "fashion-mnist-10k"
+DEFAULT_OUT = Path(vtp.__file__).parent / "datasets" / "fashion-mnist-10k"
 
 LICENSE = """\
 The .gz files of this folder are data of Fashion-MNIST (https://github.com/zalandoresearch/fashion-mnist),

@@ -8,16 +8,16 @@ vtp.save(small, "deit_b_40.safetensors")
 fast = vtp.optimize(small, dtype=torch.bfloat16)    # packed weights, fused kernels, inference only
 """
 
-from vtp.architecture import Architecture, UnsupportedModelError, describe
 from vtp.checkpoint import load, read_metadata, save
-from vtp.compact import CompactViT, compact
-from vtp.cost import Cost, count
-from vtp.engine import OptimizedViT, optimize
 from vtp.files import FileError
-from vtp.gates import GatedLinear, insert_gates, l1_penalty, sites
-from vtp.latency_table import LatencyTable
-from vtp.plan import PlanError, PruningPlan, make_plan
-from vtp.profile import profile_widths
+from vtp.model.architecture import Architecture, UnsupportedModelError, describe
+from vtp.model.cost import Cost, count
+from vtp.pruning.compact import CompactViT, compact
+from vtp.pruning.gates import GatedLinear, insert_gates, l1_penalty, sites
+from vtp.pruning.latency_table import LatencyTable
+from vtp.pruning.plan import PlanError, PruningPlan, make_plan
+from vtp.runtime.latency_profile import profile_widths
+from vtp.runtime.optimize import OptimizedViT, optimize
 
 __all__ = [
     "Architecture",

@@ -4,7 +4,7 @@ The metadata entry "vtp" of the file is JSON with these fields:
 
     format_version   of this layout; a file with a newer one is refused
     kind             "dense", "gated" or "compact"
-    architecture     the fields of vtp.architecture.Architecture
+    architecture     the fields of vtp.model.architecture.Architecture
     plan             of a compact model: kept indices, scores, budget, parent fingerprint; else null
     pretrained_cfg   timm's description of the baseline (name, mean, std, ...), or null
     versions         of vtp, torch and timm that wrote the file
@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 from timm.layers import DropPath, PatchDropout
 from torch import Tensor, nn
 
-from vtp.architecture import Architecture, UnsupportedModelError, describe, describe_surroundings
-from vtp.compact import CompactViT, LayerNormGather, empty_compact
 from vtp.files import FileError, fingerprint, write_atomic
-from vtp.gates import GatedLinear, insert_gates
-from vtp.plan import PruningPlan
+from vtp.model.architecture import Architecture, UnsupportedModelError, describe, describe_surroundings
+from vtp.pruning.compact import CompactViT, LayerNormGather, empty_compact
+from vtp.pruning.gates import GatedLinear, insert_gates
+from vtp.pruning.plan import PruningPlan
 
 FORMAT_VERSION = 1
 _FIELDS = {

@@ -17,19 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from vtp import checkpoint
-from vtp.architecture import describe
-from vtp.bench import own_model
-from vtp.bench.contest import Budget
-from vtp.bench.measure import description, machine, positive, thread_count
-from vtp.bench.peers import DTYPES
-from vtp.bench.tables import contest_table, print_table, reasons
-from vtp.compact import CompactViT, compact
-from vtp.cost import count
-from vtp.data import EMBEDDED, Data, open_data
+from vtp.comparison import own_model
+from vtp.comparison.comparison import Budget
+from vtp.comparison.runtimes import DTYPES
+from vtp.comparison.tables import contest_table, print_table, reasons
 from vtp.files import FileError, refuse_unwritable, write_atomic
-from vtp.gates import insert_gates, sites
-from vtp.latency_table import make_cache_folder, store_table
-from vtp.loaders import Augment
+from vtp.machine import description, machine, positive, thread_count
+from vtp.model.architecture import describe
+from vtp.model.cost import count
 from vtp.pipeline import (
     FASHION_DEIT,
     RECIPES,
@@ -41,9 +36,14 @@ from vtp.pipeline import (
     open_model,
     run,
 )
-from vtp.plan import SCOPES, SCORES, PruningPlan, make_plan
-from vtp.profile import profile_widths
-from vtp.train import (
+from vtp.pruning.compact import CompactViT, compact
+from vtp.pruning.gates import insert_gates, sites
+from vtp.pruning.latency_table import make_cache_folder, store_table
+from vtp.pruning.plan import SCOPES, SCORES, PruningPlan, make_plan
+from vtp.runtime.latency_profile import profile_widths
+from vtp.training.data import EMBEDDED, Data, open_data
+from vtp.training.loaders import Augment
+from vtp.training.loop import (
     STATE_FORMAT,
     NonFiniteLossError,
     TrainConfig,

@@ -28,20 +28,20 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
-from vtp.architecture import Architecture, UnsupportedModelError, describe
-from vtp.bench.measure import environment
 from vtp.checkpoint import load, save
-from vtp.compact import compact
-from vtp.cost import count
-from vtp.data import EMBEDDED, Data, DataError, check_data, open_data
-from vtp.engine import optimize
 from vtp.files import FileError, write_atomic
-from vtp.gates import insert_gates
-from vtp.latency import interleaved_latency
-from vtp.loaders import Augment
-from vtp.plan import PlanError, make_plan
+from vtp.machine import environment
+from vtp.model.architecture import Architecture, UnsupportedModelError, describe
+from vtp.model.cost import count
+from vtp.pruning.compact import compact
+from vtp.pruning.gates import insert_gates
+from vtp.pruning.plan import PlanError, make_plan
 from vtp.report import comparison_table, write_report
-from vtp.train import TrainConfig, evaluate, train
+from vtp.runtime.optimize import optimize
+from vtp.timing import interleaved_latency
+from vtp.training.data import EMBEDDED, Data, DataError, check_data, open_data
+from vtp.training.loaders import Augment
+from vtp.training.loop import TrainConfig, evaluate, train
 
 FASHION_DEIT = "fashion-deit"
 RESLICE_RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -93,7 +93,7 @@ class RunConfig:
 
     Attributes:
         model: "fashion-deit", a timm name (released weights), or a file that `vtp.save` wrote.
-        data: as `vtp.data.open_data` takes it; data_root: for data sets that keep their files elsewhere.
+        data: as `open_data` takes it; data_root: for data sets that keep their files elsewhere.
         from_scratch: new weights, and a dense training stage, instead of a released baseline.
         new_head: keep the baseline's weights but give it a new head for the classes of `data`, and train
             that first.
@@ -182,7 +182,7 @@ def run(config: RunConfig, run_dir: str | Path, *, resume: bool = False, progres
     Raises:
         FileError: `run_dir` holds another run, or cannot be written.
         DataError, PlanError, UnsupportedModelError: before the first step, wherever that can be known.
-        TrainingInterrupted, NonFiniteLossError: see `vtp.train`.
+        TrainingInterrupted, NonFiniteLossError: see `vtp.training.loop`.
     """
     run_dir, process = Path(run_dir), Accelerator()
     # A log file has no width of its own; 80 columns would break the final table.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtp_kernels._library import autocast_is_on
+from vtp_kernels.library import autocast_is_on
 
 
 def as_autocast_casts(x: Any, *others: Any) -> tuple[Any, ...]:

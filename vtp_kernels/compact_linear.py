@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from vtp_kernels import _arguments, _library, _triton
-from vtp_kernels._library import LIBRARY, define
-from vtp_kernels._triton import Config, TensorDescriptor, Variant, is_amd, launch, tl, triton
+from vtp_kernels import _arguments, launching, library
 from vtp_kernels.gated_linear import _grouped_tile
+from vtp_kernels.launching import Config, TensorDescriptor, Variant, is_amd, launch, tl, triton
+from vtp_kernels.library import LIBRARY, define
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -369,13 +369,13 @@ def _inputs_per_part(tiles: int, K: int, config: Config) -> int:
 
 
 def _empty_rows(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`_triton.empty_rows`, and the same memory as [M, width] with the stride of a row even if M is 1."""
-    out = _triton.empty_rows(*shape, dtype=dtype, device=device)
-    return out, out.as_strided((shape[:-1].numel(), shape[-1]), (_triton.padded_width(shape[-1]), 1))
+    """`launching.empty_rows`, and the same memory as [M, width] with the stride of a row even if M is 1."""
+    out = launching.empty_rows(*shape, dtype=dtype, device=device)
+    return out, out.as_strided((shape[:-1].numel(), shape[-1]), (launching.padded_width(shape[-1]), 1))
 
 
 def _tiles(x: Tensor) -> Config:
-    config = _TILES[_triton.operands(x.dtype)]
+    config = _TILES[launching.operands(x.dtype)]
     if is_amd(x.device):
         return dataclasses.replace(config, blocks={**config.blocks, "BOTTOM_M": 16})
     return config
@@ -417,7 +417,7 @@ def _launch_fwd(
         config = dataclasses.replace(
             config, num_warps=8
         )  # two results: with 4 a few registers spill on sm_120
-    descriptors = _triton.has_descriptors(x.device)
+    descriptors = launching.has_descriptors(x.device)
     launch(
         _compact_linear_fwd_kernel,
         (grid.tiles, parts),
@@ -432,7 +432,7 @@ def _launch_fwd(
         config,
         SAVE=z is not None and partial is None,
         DESCRIPTORS=descriptors,
-        PRECISION=_triton.dot_precision(x.dtype),
+        PRECISION=launching.dot_precision(x.dtype),
     )  # fmt: skip
     if partial is not None:
         _launch_parts(partial, M, N, finish)
@@ -454,10 +454,10 @@ def _launch_dz(
     """dz [M, N] in `dtype`, and sums [programs, N rounded up to 8] of its columns; either may be None."""
     M, N = dy.shape
     programs = triton.cdiv(M, _DZ_ROWS)
-    dz = _triton.empty_rows(M, N, dtype=dtype, device=dy.device) if need_dz else None
+    dz = launching.empty_rows(M, N, dtype=dtype, device=dy.device) if need_dz else None
     partial = None
     if need_db:
-        partial = torch.empty((programs, _triton.padded_width(N)), dtype=torch.float32, device=dy.device)
+        partial = torch.empty((programs, launching.padded_width(N)), dtype=torch.float32, device=dy.device)
     launch(
         _compact_linear_dz_kernel,
         (programs, triton.cdiv(N, _DZ.blocks["BLOCK_N"])),
@@ -498,8 +498,8 @@ def _forward_triton(
     if 0 in (x.numel(), N) or x.dtype == torch.float64:
         return _forward_plain(x, weight, bias, gelu, residual, save)
     shape = torch.Size((*x.shape[:-1], N))
-    x, weight = _triton.with_padded_rows(x), _triton.with_padded_rows(weight)
-    residual = None if residual is None else _triton.with_padded_rows(residual)
+    x, weight = launching.with_padded_rows(x), launching.with_padded_rows(weight)
+    residual = None if residual is None else launching.with_padded_rows(residual)
     if len(x) >= _VENDOR_ROWS and residual is None and not (gelu or save):
         return _product(x, weight.t(), shape, bias), x.new_empty(0)
     out, out_rows = _empty_rows(shape, x.dtype if residual is None else residual.dtype, x.device)
@@ -515,26 +515,26 @@ def _backward_triton(
     if 0 in (x.numel(), dy.numel()) or x.dtype == torch.float64:
         return _backward_plain(dy, x, weight, z, need_x, need_weight, need_bias)
     shape = x.shape
-    dz, x, weight = map(_triton.with_padded_rows, (dy, x, weight))
+    dz, x, weight = map(launching.with_padded_rows, (dy, x, weight))
     need_dz = (need_x or need_weight) and (z is not None or dy.dtype != x.dtype)
     db = None
     if need_dz or need_bias:
-        z_rows = None if z is None else _triton.with_padded_rows(z)
+        z_rows = None if z is None else launching.with_padded_rows(z)
         made, partial = _launch_dz(dz, z_rows, x.dtype, need_dz, need_bias)
         dz = made if need_dz else dz
         db = _launch_db(partial, len(weight), x.dtype) if need_bias else None
     dx = _product(dz, weight, shape) if need_x else None
     dw = _product(dz.t(), x, weight.shape) if need_weight else None
-    return _library.empty_for_none(x, dx, dw, db)
+    return library.empty_for_none(x, dx, dw, db)
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every compilation that the launchers above can ask for on `target`, for `vtp_kernels.aot`."""
+    """Every compilation that the launchers above can ask for on `target`, for `proofs.compilations`."""
     cases = [(dtype, "highest") for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     cases += [(torch.float32, "high")]
-    with _triton.recording("compact_linear", target) as found:
+    with launching.recording("compact_linear", target) as found:
         for dtype, precision in cases:
-            with _triton.matmul_precision(precision):
+            with launching.matmul_precision(precision):
                 for inputs in (768, 2 * _LEAST_INPUTS):  # in one piece, and with inputs split
                     _record(dtype, inputs)
     yield from found.values()
@@ -567,7 +567,7 @@ def _forward_plain(
     out = F.gelu(z) if gelu else z
     if residual is not None:
         out = out + residual
-    return _triton.in_padded_rows(out), _triton.in_padded_rows(z) if save else x.new_empty(0)
+    return launching.in_padded_rows(out), launching.in_padded_rows(z) if save else x.new_empty(0)
 
 
 def _backward_plain(
@@ -578,9 +578,9 @@ def _backward_plain(
     dz = dy if z is None else torch.ops.aten.gelu_backward(dy, z.to(dy.dtype))
     dz = dz.to(x.dtype)
     rows = dz.reshape(math.prod(dz.shape[:-1]), N)
-    dx = _triton.in_padded_rows(dz @ weight) if need_x else None
-    dw = _triton.in_padded_rows(rows.t() @ x.reshape(len(rows), K)) if need_weight else None
-    return _library.empty_for_none(x, dx, dw, rows.sum(0) if need_bias else None)
+    dx = launching.in_padded_rows(dz @ weight) if need_x else None
+    dw = launching.in_padded_rows(rows.t() @ x.reshape(len(rows), K)) if need_weight else None
+    return library.empty_for_none(x, dx, dw, rows.sum(0) if need_bias else None)
 
 
 # ---------------------------------------------------------------------------------------------- registration
@@ -588,14 +588,14 @@ def _backward_plain(
 
 def _forward_fake(x, weight, bias, gelu, residual, save):
     shape = (*x.shape[:-1], weight.shape[0])
-    out = _triton.empty_rows_like(x, *shape, dtype=None if residual is None else residual.dtype)
-    return out, _triton.empty_rows_like(x, *shape) if save else x.new_empty(0)
+    out = launching.empty_rows_like(x, *shape, dtype=None if residual is None else residual.dtype)
+    return out, launching.empty_rows_like(x, *shape) if save else x.new_empty(0)
 
 
 def _backward_fake(dy, x, weight, z, need_x, need_weight, need_bias):
-    dx = _triton.empty_rows_like(x, *x.shape) if need_x else None
-    dw = _triton.empty_rows_like(x, *weight.shape) if need_weight else None
-    return _library.empty_for_none(x, dx, dw, x.new_empty(weight.shape[0]) if need_bias else None)
+    dx = launching.empty_rows_like(x, *x.shape) if need_x else None
+    dw = launching.empty_rows_like(x, *weight.shape) if need_weight else None
+    return library.empty_for_none(x, dx, dw, x.new_empty(weight.shape[0]) if need_bias else None)
 
 
 def _setup_context(ctx, inputs, output):

@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from vtp_kernels import _arguments, _library, _triton
-from vtp_kernels._library import LIBRARY, define
-from vtp_kernels._triton import (
+from vtp_kernels import _arguments, launching, library
+from vtp_kernels.compact_linear import compact_linear
+from vtp_kernels.launching import (
     Config,
     TensorDescriptor,
     Variant,
@@ -46,7 +46,7 @@ from vtp_kernels._triton import (
     triton,
     with_padded_rows,
 )
-from vtp_kernels.compact_linear import compact_linear
+from vtp_kernels.library import LIBRARY, define
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -277,7 +277,7 @@ _GELU_BWD_ROWS = 128  # per program: one partial sum of a column for each
 
 def _is_fused(dtype: torch.dtype, M: int, N: int) -> bool:
     """Whether one kernel makes the whole branch."""
-    return N <= _WIDEST and M >= _FUSED_ROWS and _triton.operands(dtype) != "ieee"
+    return N <= _WIDEST and M >= _FUSED_ROWS and launching.operands(dtype) != "ieee"
 
 
 # ------------------------------------------------------------------------------------------------- launchers
@@ -295,7 +295,7 @@ def _launch_fwd(
     dtype = x.dtype if residual is None else residual.dtype
     out = empty_rows(M, N, dtype=dtype, device=x.device)
     z = empty_rows(M, hidden, dtype=x.dtype, device=x.device) if keep_z else None
-    descriptors = _triton.has_descriptors(x.device)
+    descriptors = launching.has_descriptors(x.device)
 
     def tiles_of(source: Tensor, rows: int, columns: int):
         """What a kernel loads tiles from: a descriptor, or the pointer."""
@@ -317,7 +317,7 @@ def _launch_fwd(
         HAS_RESIDUAL=residual is not None,
         KEEP_Z=keep_z,
         DESCRIPTORS=descriptors,
-        PRECISION=_triton.dot_precision(x.dtype),
+        PRECISION=launching.dot_precision(x.dtype),
     )  # fmt: skip
     return out, z
 
@@ -343,7 +343,7 @@ def _launch_gelu_bwd(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _whole_rows(t: Tensor) -> Tensor:
     """t [..., width] of padded rows together with their padding, up to a multiple of 8 columns."""
-    return t.as_strided((*t.shape[:-1], _triton.padded_width(t.shape[-1])), t.stride())
+    return t.as_strided((*t.shape[:-1], launching.padded_width(t.shape[-1])), t.stride())
 
 
 def _zero_padded(matrix: Tensor, rows: bool = False) -> Tensor:
@@ -408,15 +408,15 @@ def _backward_triton(
             dx = (dz @ _zero_padded(fc1_weight, rows=True))[:, :K].view(x.shape)
         if need_fc1:  # what lies behind the width of x makes columns that are cut off
             dw1 = (dz.t() @ _whole_rows(with_padded_rows(x)))[:hidden, :K]
-    return _library.empty_for_none(x, dx, dw1, db1, dw2, db2)
+    return library.empty_for_none(x, dx, dw1, db1, dw2, db2)
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every compilation that the launchers above can ask for on `target`, for `vtp_kernels.aot`.
+    """Every compilation that the launchers above can ask for on `target`, for `proofs.compilations`.
 
     Those of the two launches are `compact_linear`'s.
     """
-    with _triton.recording("compact_mlp", target) as found, _triton.matmul_precision("high"):
+    with launching.recording("compact_mlp", target) as found, launching.matmul_precision("high"):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             _record(dtype)
     yield from found.values()
@@ -448,7 +448,7 @@ def _forward_plain(
     out = F.linear(F.gelu(z), fc2_weight, fc2_bias)
     if residual is not None:
         out = residual + out
-    return _triton.in_padded_rows(out), _triton.in_padded_rows(z) if keep_z else x.new_empty(0)
+    return launching.in_padded_rows(out), launching.in_padded_rows(z) if keep_z else x.new_empty(0)
 
 
 def _backward_plain(
@@ -461,13 +461,13 @@ def _backward_plain(
     db2 = dy.sum(0).to(x.dtype) if need_fc2_bias else None
     dy, z = dy.to(x.dtype), z.reshape(M, hidden)
     if need_fc2:
-        dw2 = _triton.in_padded_rows(dy.t() @ F.gelu(z))
+        dw2 = launching.in_padded_rows(dy.t() @ F.gelu(z))
     if need_x or need_fc1 or need_fc1_bias:
         dz = torch.ops.aten.gelu_backward(dy @ fc2_weight, z)
         db1 = dz.sum(0) if need_fc1_bias else None
-        dx = _triton.in_padded_rows((dz @ fc1_weight).view(x.shape)) if need_x else None
-        dw1 = _triton.in_padded_rows(dz.t() @ x.reshape(M, K)) if need_fc1 else None
-    return _library.empty_for_none(x, dx, dw1, db1, dw2, db2)
+        dx = launching.in_padded_rows((dz @ fc1_weight).view(x.shape)) if need_x else None
+        dw1 = launching.in_padded_rows(dz.t() @ x.reshape(M, K)) if need_fc1 else None
+    return library.empty_for_none(x, dx, dw1, db1, dw2, db2)
 
 
 # ---------------------------------------------------------------------------------------------- registration
@@ -475,19 +475,19 @@ def _backward_plain(
 
 def _forward_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z):
     lead, dtype = x.shape[:-1], None if residual is None else residual.dtype
-    out = _triton.empty_rows_like(x, *lead, fc2_weight.shape[0], dtype=dtype)
-    return out, _triton.empty_rows_like(x, *lead, fc1_weight.shape[0]) if keep_z else x.new_empty(0)
+    out = launching.empty_rows_like(x, *lead, fc2_weight.shape[0], dtype=dtype)
+    return out, launching.empty_rows_like(x, *lead, fc1_weight.shape[0]) if keep_z else x.new_empty(0)
 
 
 def _backward_fake(
     dy, x, z, fc1_weight, fc2_weight, need_x, need_fc1, need_fc1_bias, need_fc2, need_fc2_bias
 ):
-    return _library.empty_for_none(
+    return library.empty_for_none(
         x,
-        _triton.empty_rows_like(x, *x.shape) if need_x else None,
-        _triton.empty_rows_like(x, *fc1_weight.shape) if need_fc1 else None,
+        launching.empty_rows_like(x, *x.shape) if need_x else None,
+        launching.empty_rows_like(x, *fc1_weight.shape) if need_fc1 else None,
         x.new_empty(fc1_weight.shape[0]) if need_fc1_bias else None,
-        _triton.empty_rows_like(x, *fc2_weight.shape) if need_fc2 else None,
+        launching.empty_rows_like(x, *fc2_weight.shape) if need_fc2 else None,
         x.new_empty(fc2_weight.shape[0]) if need_fc2_bias else None,
     )
 

@@ -32,10 +32,10 @@ from torch import Tensor
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from vtp_kernels import _library, _triton
+from vtp_kernels import launching, library
 from vtp_kernels._arguments import as_autocast_casts, check_dtypes, check_inputs, check_shape, check_tensors
-from vtp_kernels._library import LIBRARY, define, without_autocast
-from vtp_kernels._triton import Config, TensorDescriptor, Variant, launch, tl, triton
+from vtp_kernels.launching import Config, TensorDescriptor, Variant, launch, tl, triton
+from vtp_kernels.library import LIBRARY, define, without_autocast
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -343,7 +343,7 @@ _GATE_GRADIENT = Config({"BLOCK_R": 16, "BLOCK_K": 64}, num_warps=4, num_stages=
 
 # Rows of x up to which a product runs in the fused kernel; with more, it is the vendor's GEMM with N x K
 # kernels around it. Predicted, not measured: those kernels move about 4 bytes per weight and product in 16
-# bits and 8 in float32 (`vtp_kernels.accounting`); the fused GEMM takes perhaps a fifth more time for its 2 M
+# bits and 8 in float32 (`proofs.gating_roofline`); the fused GEMM takes perhaps a fifth more time for its 2 M
 # flop per weight. The two are then equal at M = 2,950 on an H100 (990 TFLOP/s, 3.35 TB/s) and 1,530 on an
 # A100 (312, 2.0) in 16 bits, at 400 and 190 in float32 without tensor cores.
 _FUSED_ROWS = {2: 2048, 4: 256}
@@ -369,11 +369,11 @@ def _rows(x: Tensor) -> Tensor:
 
 def _layout(*operands: Tensor) -> dict[str, bool | str]:
     """The constexprs that follow from where the operands lie and from their dtype."""
-    aligned = _triton.is_aligned(*operands)
+    aligned = launching.is_aligned(*operands)
     ieee = operands[0].dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return {
         "ALIGNED": aligned,
-        "DESCRIPTORS": aligned and _triton.has_descriptors(operands[0].device),
+        "DESCRIPTORS": aligned and launching.has_descriptors(operands[0].device),
         "PRECISION": "ieee" if ieee else "tf32",
     }
 
@@ -467,7 +467,7 @@ def _launch_fold(weight: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
     folded = torch.empty((N, K), dtype=dtype, device=weight.device)
     grid = (triton.cdiv(N, _FOLD.blocks["BLOCK_N"]), triton.cdiv(K, _FOLD.blocks["BLOCK_K"]))
     arguments = dict(weight=weight, gate=gate, folded=folded, N=N, K=K, stride_w=weight.stride(0))
-    launch(_fold_kernel, grid, arguments, _FOLD, ALIGNED=_triton.is_aligned(weight))
+    launch(_fold_kernel, grid, arguments, _FOLD, ALIGNED=launching.is_aligned(weight))
     return folded
 
 
@@ -477,7 +477,7 @@ def _launch_unfold(
     """From `product` [N, K], contiguous, dY^T X: dW and partial sums as `_launch_dw` returns them."""
     N, K = product.shape
     programs = triton.cdiv(N, _UNFOLD_ROWS)
-    aligned = _triton.is_aligned(weight)
+    aligned = launching.is_aligned(weight)
     config = _UNFOLD[aligned]
     device = product.device
     dw = torch.empty((N, K), dtype=weight.dtype, device=device) if need_weight else None
@@ -559,7 +559,7 @@ def _backward_triton(
     if partial is not None:
         dg = _launch_gate_gradient(partial, gate, l1).to(gate_dtype)
     db = None if bias_dtype is None else dy.sum(0, dtype=torch.float32).to(bias_dtype)
-    return _library.empty_for_none(x, _shaped(dx, shape), dw, dg, db)
+    return library.empty_for_none(x, _shaped(dx, shape), dw, dg, db)
 
 
 def _fold_triton(weight: Tensor, gate: Tensor, dtype: torch.dtype, l1: float) -> Tensor:
@@ -577,7 +577,7 @@ def _unfold_triton(
     gate32 = _float32(gate)
     dw, partial = _launch_unfold(product.contiguous(), _rows(weight), folded, gate32, need_weight, need_gate)
     dg = None if partial is None else _launch_gate_gradient(partial, gate32, l1).to(gate.dtype)
-    return _library.empty_for_none(product, dw, dg)
+    return library.empty_for_none(product, dw, dg)
 
 
 def _shaped(dx: Tensor | None, shape: torch.Size) -> Tensor | None:
@@ -585,7 +585,7 @@ def _shaped(dx: Tensor | None, shape: torch.Size) -> Tensor | None:
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every compilation that the launchers above can ask for on `target`, for `vtp_kernels.aot`.
+    """Every compilation that the launchers above can ask for on `target`, for `proofs.compilations`.
 
     A view that starts off a 16-byte boundary is compiled when it is met; all other cases are here.
     """
@@ -594,7 +594,7 @@ def variants(target: str) -> Iterator[Variant]:
     cases += [(torch.float32, torch.float32, precision) for precision in ("highest", "high")]
     before = torch.get_float32_matmul_precision()
     try:
-        with _triton.recording("gated_linear", target) as found:
+        with launching.recording("gated_linear", target) as found:
             for x_dtype, weight_dtype, precision in cases:
                 torch.set_float32_matmul_precision(precision)
                 for width in (1536, 1411):  # aligned and not, both wide enough for the fused dW
@@ -640,7 +640,7 @@ def _chunks(*matrices: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 def _scaled(matrix: Tensor, gate: Tensor, out: Tensor) -> Tensor:
     """`matrix * gate` rounded once, into `out` (which may be `matrix`)."""
-    if out.dtype != matrix.dtype and _library.has_cpp(out, matrix, gate):  # else PyTorch's is as fast
+    if out.dtype != matrix.dtype and library.has_cpp(out, matrix, gate):  # else PyTorch's is as fast
         torch.ops.vtp.cpu_fold_gate(matrix, gate, out)
         return out
     if matrix.dtype == out.dtype == gate.dtype:
@@ -669,14 +669,14 @@ def _unfold_plain(
     need_weight: bool, need_gate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dw, total = _unfolded(product, weight, gate, None, need_weight, need_gate)
-    return _library.empty_for_none(product, dw, None if total is None else _gate_gradient(total, gate, l1))
+    return library.empty_for_none(product, dw, None if total is None else _gate_gradient(total, gate, l1))
 
 
 def _unfolded(
     product: Tensor, weight: Tensor, gate: Tensor, out: Tensor | None, need_weight: bool, need_gate: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dW, the gate's gradient without l1), those that are needed; dW goes into `out` if there is one."""
-    if need_gate and _library.has_cpp(product, weight, gate):  # both in one pass, 2 to 4 times as fast
+    if need_gate and library.has_cpp(product, weight, gate):  # both in one pass, 2 to 4 times as fast
         dw = (torch.empty_like(weight) if out is None else out) if need_weight else None
         return dw, torch.ops.vtp.cpu_unfold_gate(product, weight, gate, dw)
     total = _column_products(product, weight) if need_gate else None
@@ -724,7 +724,7 @@ def _backward_plain(
     dg = None if total is None else _gate_gradient(total, gate, l1)
     # `sum(dtype=)` would copy all of dY to that dtype; without it the sum is still made in float32.
     db = None if bias_dtype is None else dy.sum(0).to(bias_dtype)
-    return _library.empty_for_none(x, _shaped(dx, shape), dw, dg, db)
+    return library.empty_for_none(x, _shaped(dx, shape), dw, dg, db)
 
 
 # ---------------------------------------------------------------------------------------------- registration
@@ -738,7 +738,7 @@ def _backward_fake(dy, x, weight, gate, bias_dtype, l1, need_x, need_weight, nee
     db = None if bias_dtype is None else x.new_empty(weight.shape[0], dtype=bias_dtype)
     dw = weight.new_empty(weight.shape) if need_weight else None
     dg = gate.new_empty(gate.shape) if need_gate else None
-    return _library.empty_for_none(x, x.new_empty(x.shape) if need_x else None, dw, dg, db)
+    return library.empty_for_none(x, x.new_empty(x.shape) if need_x else None, dw, dg, db)
 
 
 def _fold_fake(weight, gate, dtype, l1):
@@ -747,7 +747,7 @@ def _fold_fake(weight, gate, dtype, l1):
 
 def _unfold_fake(product, weight, folded, gate, l1, need_weight, need_gate):
     dw = weight.new_empty(weight.shape) if need_weight else None
-    return _library.empty_for_none(product, dw, gate.new_empty(gate.shape) if need_gate else None)
+    return library.empty_for_none(product, dw, gate.new_empty(gate.shape) if need_gate else None)
 
 
 def _setup_context(ctx, inputs, output):

@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import register_autograd
 
-from vtp_kernels import _arguments, _triton
-from vtp_kernels._library import LIBRARY, autocast_is_on, define
-from vtp_kernels._triton import Config, Variant, empty_rows, launch, tl, triton, with_padded_rows
+from vtp_kernels import _arguments, launching
+from vtp_kernels.launching import Config, Variant, empty_rows, launch, tl, triton, with_padded_rows
+from vtp_kernels.library import LIBRARY, autocast_is_on, define
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -284,13 +284,13 @@ def _backward_triton(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every compilation that the launchers above can ask for on `target`, for `vtp_kernels.aot`.
+    """Every compilation that the launchers above can ask for on `target`, for `proofs.compilations`.
 
     A 16-bit x under an autocast to the other 16-bit dtype is compiled when it is met; all else is here.
     """
     dtypes = [(dtype, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     dtypes += [(torch.float32, dtype) for dtype in (torch.bfloat16, torch.float16)]  # under autocast
-    with _triton.recording("layer_norm_gather", target) as found:
+    with launching.recording("layer_norm_gather", target) as found:
         for x_dtype, dtype in dtypes:
             for D in _FWD:
                 x = torch.empty((64, D), dtype=x_dtype, device="meta")
@@ -327,7 +327,7 @@ def _forward_plain(
     out = F.layer_norm(x.to(_wide(x.dtype)), (D,), weight, bias, eps)
     if index is not None:
         out = out.index_select(-1, index)
-    return _triton.in_padded_rows(out.to(dtype))
+    return launching.in_padded_rows(out.to(dtype))
 
 
 def _backward_plain(
@@ -342,7 +342,7 @@ def _backward_plain(
     dx, *gradients = torch.ops.aten.native_layer_norm_backward(
         dy, rows, (D,), mean, rstd, scale, scale, needs
     )
-    dx = _triton.in_padded_rows(dx.to(x.dtype).view(x.shape))
+    dx = launching.in_padded_rows(dx.to(x.dtype).view(x.shape))
     if weight is None:
         return dx, x.new_empty(0), x.new_empty(0)
     if index is not None:
@@ -360,7 +360,7 @@ def _forward_fake(x, weight, bias, index, eps, dtype):
 
 def _backward_fake(dy, x, weight, index, eps):
     like = x.new_empty(0) if weight is None else weight
-    dx = _triton.empty_rows_like(x, *x.shape)
+    dx = launching.empty_rows_like(x, *x.shape)
     return dx, like.new_empty(like.shape), like.new_empty(like.shape)
 
 

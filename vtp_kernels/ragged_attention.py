@@ -41,9 +41,9 @@ from torch import Tensor
 from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
-from vtp_kernels import _arguments, _triton
-from vtp_kernels._library import LIBRARY, define
-from vtp_kernels._triton import Config, Variant, launch, tl, triton, with_padded_rows
+from vtp_kernels import _arguments, launching
+from vtp_kernels.launching import Config, Variant, launch, tl, triton, with_padded_rows
+from vtp_kernels.library import LIBRARY, define
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -654,7 +654,7 @@ def _constants(head_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "PRECISION": _triton.dot_precision(dtype),
+        "PRECISION": launching.dot_precision(dtype),
     }
 
 
@@ -665,7 +665,7 @@ def _choice(N: int, head_dim: int, dtype: torch.dtype) -> tuple[object, Config, 
     """
     if N <= _MOST_KEYS and head_dim <= 64 and dtype.itemsize == 2:
         return _ragged_attention_fwd_kernel, _ONE_PASS, True
-    return _ragged_attention_online_kernel, _ONLINE[_triton.operands(dtype)], False
+    return _ragged_attention_online_kernel, _ONLINE[launching.operands(dtype)], False
 
 
 def _forward_triton(
@@ -698,12 +698,12 @@ def _backward_triton(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, head_dim: int, value_widths: Sequence[int],
     scale: float,
 ) -> Tensor:  # fmt: skip
-    products = _triton.operands(qkv.dtype)
+    products = launching.operands(qkv.dtype)
     if not qkv.numel() or qkv.dtype == torch.float64 or products not in _DQ:
         return _backward_plain(dout, qkv, out, lse, head_dim, value_widths, scale)
     (B, N, width), H, V = qkv.shape, len(value_widths), sum(value_widths)
     padded = _round_up(width, 8) - 2 * H * head_dim
-    dqkv = _triton.empty_rows_like(qkv, *qkv.shape)
+    dqkv = launching.empty_rows_like(qkv, *qkv.shape)
     delta = torch.empty_like(lse)
     dout_rows, qkv_rows, out_rows = map(with_padded_rows, (dout, qkv, out))
     common = dict(
@@ -745,14 +745,14 @@ def _tiled_flops(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """The compilations for `vtp_kernels.aot`: what usual models ask for, in `_COMPILED`.
+    """The compilations for `proofs.compilations`: what usual models ask for, in `_COMPILED`.
 
     Others are the same kernels with other values of two constants: head_dim, and the tokens rounded up to 16
     where they are 256 or fewer.
     """
-    with _triton.recording("ragged_attention", target) as found:
+    with launching.recording("ragged_attention", target) as found:
         for dtype, precision, head_dim, N in _COMPILED:
-            with _triton.matmul_precision(precision):
+            with launching.matmul_precision(precision):
                 _record(dtype, head_dim, N)
     yield from found.values()
 
@@ -816,7 +816,7 @@ def _backward_plain(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, head_dim: int, value_widths: Sequence[int],
     scale: float,
 ) -> Tensor:  # fmt: skip
-    dqkv = _triton.empty_rows_like(qkv, *qkv.shape)
+    dqkv = launching.empty_rows_like(qkv, *qkv.shape)
     if not dqkv.numel():
         return dqkv
     query, key, values = _split(qkv, head_dim, value_widths)
@@ -842,7 +842,7 @@ def _results(qkv: Tensor, value_widths: Sequence[int], need_lse: bool) -> tuple[
     (B, N, _), H = qkv.shape, len(value_widths)
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     lse = qkv.new_empty((B, H, N) if need_lse else 0, dtype=dtype)
-    return _triton.empty_rows_like(qkv, B, N, sum(value_widths)), lse
+    return launching.empty_rows_like(qkv, B, N, sum(value_widths)), lse
 
 
 def _forward_fake(qkv, head_dim, value_widths, scale, need_lse):
@@ -850,7 +850,7 @@ def _forward_fake(qkv, head_dim, value_widths, scale, need_lse):
 
 
 def _backward_fake(dout, qkv, out, lse, head_dim, value_widths, scale):
-    return _triton.empty_rows_like(qkv, *qkv.shape)
+    return launching.empty_rows_like(qkv, *qkv.shape)
 
 
 def _setup_context(ctx, inputs, output):

@@ -3,14 +3,14 @@
 from typing import Any
 
 import torch.nn.functional as F
-from shapes import DEVICE, Case, Peer, engine_dtype, engine_linear, linear_operands, padded, plain
 from torch import Tensor
 
-from vtp.bench.peers import Run
+from bench.ops.shapes import DEVICE, Case, Peer, engine_dtype, engine_linear, linear_operands, padded, plain
+from vtp.comparison.runtimes import Run
 from vtp_kernels import compact_mlp
-from vtp_kernels._library import why_no_cpp
-from vtp_kernels._triton import in_padded_rows
 from vtp_kernels.compact_mlp import compact_mlp_ref
+from vtp_kernels.launching import in_padded_rows
+from vtp_kernels.library import why_no_cpp
 
 SITES = ("mlp",)
 BACKWARD = (False,)

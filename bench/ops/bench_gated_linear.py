@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from shapes import Case, Peer, linear_operands, plain
 from torch import Tensor
 
+from bench.ops.shapes import Case, Peer, linear_operands, plain
 from vtp_kernels import gated_linear
 from vtp_kernels.gated_linear import gated_linear_ref
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from shapes import Case, Peer, plain
 from torch import Tensor
 
-from vtp.bench.peers import Run
+from bench.ops.shapes import Case, Peer, plain
+from vtp.comparison.runtimes import Run
 from vtp_kernels import layer_norm_gather
 from vtp_kernels.layer_norm_gather import layer_norm_gather_ref
 

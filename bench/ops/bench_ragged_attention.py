@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from shapes import Case, Peer, plain
 from torch import Tensor
 
-from vtp.bench.peers import Run
+from bench.ops.shapes import Case, Peer, plain
+from vtp.comparison.runtimes import Run
 from vtp_kernels import ragged_attention
-from vtp_kernels._triton import in_padded_rows
+from vtp_kernels.launching import in_padded_rows
 from vtp_kernels.ragged_attention import ragged_attention_ref
 
 SITES = ("attn",)

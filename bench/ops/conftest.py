@@ -24,13 +24,13 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import DEVICE, WIDTHS, Case, Peer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vtp.bench.contest import CEILINGS, FACTOR, TINY
-from vtp.bench.measure import hardware, positive, relative_error
-from vtp.bench.peers import DTYPES, Run
+from bench.ops.shapes import DEVICE, WIDTHS, Case, Peer
+from vtp.comparison.comparison import CEILINGS, FACTOR, TINY
+from vtp.comparison.runtimes import DTYPES, Run
+from vtp.machine import hardware, positive, relative_error
 
 DEFAULTS: dict[str, Any] = {
     "model": ["tiny", "small", "base"],

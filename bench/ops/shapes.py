@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtp.bench.peers import Run
+from vtp.comparison.runtimes import Run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -136,7 +136,7 @@ def engine_linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
 
     The weight is packed here, once. N is a multiple of 16, and K, for bfloat16, even.
     """
-    from vtp.cpu_engine import panels
+    from vtp.runtime.cpu import panels
 
     packed, bias = panels(weight, weight.dtype).view(-1).view(torch.uint8), bias.float()
     is_bf16 = weight.dtype == torch.bfloat16

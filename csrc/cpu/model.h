@@ -1,5 +1,5 @@
 // A packed model: one block of bytes with all weights, and a list of integers that says what lies where.
-// vtp/cpu_engine.py writes both; the numbers below are the contract between the two.
+// vtp/runtime/cpu.py writes both; the numbers below are the contract between the two.
 
 #pragma once
 

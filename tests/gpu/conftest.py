@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vtp_kernels._library import why_not_triton
 from vtp_kernels.gated_linear import _FUSED_ROWS
+from vtp_kernels.library import why_not_triton
 
 HERE = Path(__file__).parent
 # What to write into `_FUSED_ROWS`, so that a product of any number of rows takes the path.

@@ -5,11 +5,11 @@ import importlib
 
 import pytest
 import torch
-from engine_cases import MODELS, compact_model
-from models import image
-from numerics import assert_close_to_float64
 
 import vtp
+from tests.support.engine_cases import MODELS, compact_model
+from tests.support.models import image
+from tests.support.numerics import assert_close_to_float64
 from vtp_kernels.compact_linear import compact_linear, compact_linear_ref
 from vtp_kernels.compact_mlp import compact_mlp, compact_mlp_ref
 from vtp_kernels.layer_norm_gather import layer_norm_gather, layer_norm_gather_ref

@@ -6,11 +6,11 @@ from collections import defaultdict
 
 import pytest
 import torch
-from gated_linear_cases import DTYPES, L1, inputs
-from op_checks import leaves
-from test_gated_linear import run
 
-from vtp_kernels import _triton, gated_linear
+from tests.support.gated_linear_cases import DTYPES, L1, inputs
+from tests.support.op_checks import leaves
+from tests.vtp_kernels.test_gated_linear import run
+from vtp_kernels import gated_linear, launching
 
 gated_linear_module = importlib.import_module("vtp_kernels.gated_linear")
 
@@ -32,7 +32,7 @@ def kernels(module):
 def foreseen(device):
     """The keys of all variants for this GPU; found before a test forces a path or notes launches."""
     # Of a chip, variants depend on this alone.
-    target = "sm_90" if _triton.has_descriptors(device) else "sm_80"
+    target = "sm_90" if launching.has_descriptors(device) else "sm_80"
     return {variant.key() for variant in gated_linear_module.variants(target)}
 
 
@@ -42,7 +42,7 @@ def compilations(monkeypatch):
     import triton
 
     noted = Compilations()
-    recorder, real = _triton._Recording("gated_linear", "of this machine"), gated_linear_module.launch
+    recorder, real = launching._Recording("gated_linear", "of this machine"), gated_linear_module.launch
     noted.launched = recorder.variants
 
     def launch(kernel, grid, arguments, config, **constants):

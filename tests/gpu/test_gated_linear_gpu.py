@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch._dynamo.config
 import torch.nn.functional as F
-from gated_linear_cases import DTYPES, L1, NAMES, inputs, reference, references
-from numerics import FEWEST, assert_close_to_float64
-from op_checks import leaves
-from test_gated_linear import SHAPES, check, run, with_layout
 
-from vtp_kernels import _library, gated_linear
+from tests.support.gated_linear_cases import DTYPES, L1, NAMES, inputs, reference, references
+from tests.support.numerics import FEWEST, assert_close_to_float64
+from tests.support.op_checks import leaves
+from tests.vtp_kernels.test_gated_linear import SHAPES, check, run, with_layout
+from vtp_kernels import gated_linear, library
 
 # The package's attribute of this name is the function.
 module = importlib.import_module("vtp_kernels.gated_linear")
@@ -346,7 +346,7 @@ def test_tensors_on_another_device_than_the_current_one(device, path, dtypes):
 
 
 def test_where_triton_cannot_run_plain_operators_do_and_say_so_once(device, monkeypatch):
-    monkeypatch.setattr(_library, "why_not_triton", lambda _: "a reason that no other test gives")
+    monkeypatch.setattr(library, "why_not_triton", lambda _: "a reason that no other test gives")
     given = on_gpu(device, 40, 21, 34, torch.float32, torch.float32)
     with pytest.warns(UserWarning, match="a reason that no other test gives"):
         y = gated(*leaves(given[:4]))

@@ -1,5 +1,5 @@
 // Small random models: as plain numbers, computed naively in double precision, and packed for the engine as
-// vtp/cpu_engine.py does it.
+// vtp/runtime/cpu.py does it.
 
 #pragma once
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from vtp import checkpoint
 from vtp.files import FileError, write_atomic
-from vtp.gates import sites
-from vtp.plan import PruningPlan
+from vtp.pruning.gates import sites
+from vtp.pruning.plan import PruningPlan
 from vtp.report import figures, sections
 from vtp.report.numbers import headline
 

@@ -1,0 +1,136 @@
+"""The accounting of a compact model: counts made by hand, the claims on waste, and the committed file."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to account for")
+
+import vtp
+from bench import compact_accounting as bench
+from tests.support.models import TINY, build, gated
+from vtp.runtime.optimize import pack_for_ops
+from vtp_kernels.compact_linear import compact_linear
+from vtp_kernels.compact_mlp import compact_mlp
+from vtp_kernels.layer_norm_gather import layer_norm_gather
+from vtp_kernels.proofs.roofline import Recorder, cdiv, total
+from vtp_kernels.ragged_attention import ragged_attention
+
+
+def half(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+def recorded(function):
+    recorder = Recorder()
+    with torch.no_grad(), recorder.noting():
+        function()
+    return recorder.records
+
+
+def test_a_linear_layer_moves_padded_rows_and_multiplies_its_tiles():
+    M, N, K = 197, 461, 115
+    x, weight, bias, residual = half(M, 120)[:, :K], half(N, 120)[:, :K], half(N), half(M, 464)[:, :N]
+    (found,) = recorded(lambda: compact_linear(x, weight, bias, residual=residual))
+    assert found.dram_bytes == 2 * (M * 120 + N * 120 + N + M * 464 + M * 464)
+    # Three tiles of 64 rows and one of 8; three of 128 columns and three of 32, the last rows by 64; K by 16.
+    columns, bottom = 3 * 128 + 3 * 32, cdiv(N, 64) * 64
+    assert found.flops == 2 * M * N * K
+    assert found.tiled_flops == 2 * (3 * 64 * columns + 8 * bottom) * 128
+
+
+def test_a_product_that_is_split_is_charged_its_partial_sums():
+    M, N, K = 64, 192, 4096
+    records = recorded(lambda: compact_linear(half(M, K), half(N, K), half(N)))
+    parts = records[0].partial_bytes // (4 * M * N)
+    assert parts > 1 and [r.partial_bytes for r in records] == [4 * parts * M * N] * 2
+    assert records[0].dram_bytes == 2 * (M * K + N * K) + 4 * parts * M * N
+    assert records[1].dram_bytes == 4 * parts * M * N + 2 * (N + M * N)
+
+
+def test_a_norm_reads_whole_rows_and_writes_the_kept_columns():
+    x, index = half(197, 768), torch.empty(461, dtype=torch.int64, device="meta")
+    (found,) = recorded(lambda: layer_norm_gather(x, None, None, index, 1e-6))
+    assert found.dram_bytes == 2 * 197 * (768 + 464) + 8 * 461
+    assert found.flops == found.tiled_flops == 0
+
+
+def test_attention_multiplies_what_its_heads_keep_rounded_up_to_16():
+    B, N, d, values = 2, 197, 64, (32, 48)  # start at multiples of 8: nothing of a neighbour comes along
+    (found,) = recorded(lambda: ragged_attention(half(B, N, 4 * d + 80), d, values, d**-0.5))
+    assert found.flops == 2 * B * N * N * (2 * d + 80)
+    assert found.tiled_flops == 2 * B * 208 * 208 * (2 * d + 80)
+    assert found.dram_bytes == 2 * B * N * (4 * d + 80 + 80) + 4 * 2 * 5  # and the table of heads
+
+
+def test_a_fused_branch_moves_no_hidden_activation():
+    M, K, hidden, N = 64 * 70, 115, 461, 192
+    x, fc1, fc2 = half(M, 120)[:, :K], half(hidden, 120)[:, :K], half(N, 464)[:, :hidden]
+    (found,) = recorded(lambda: compact_mlp(x, fc1, half(hidden), fc2, half(N), None))
+    assert found.dram_bytes == 2 * (M * 120 + hidden * 120 + hidden + N * 464 + N + M * N)
+    assert found.flops == 2 * M * hidden * (K + N)
+    assert found.tiled_flops == 2 * M * 480 * (128 + 192)
+
+
+def test_operators_of_pytorch_are_counted_without_views_and_outputs_given():
+    x, weight, out = half(4, 8), half(8, 8), half(4, 8)
+    (found,) = recorded(lambda: torch.mm(x, weight.t(), out=out))
+    assert found.dram_bytes == 2 * (32 + 64 + 32) and found.flops == 2 * 4 * 8 * 8
+    assert [r.name for r in recorded(lambda: torch.cat([x.detach(), out[:2]]).view(-1) + 1)] == ["cat", "add"]
+
+
+# ---- a whole model ----
+
+
+@pytest.fixture(scope="module")
+def base():
+    return bench.random_model("deit_base_patch16_224", 0.4)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 128])
+def test_a_compact_model_costs_what_it_keeps(base, batch):
+    found = bench.account(base, batch)
+    kept, packed = found["kept"], found["packed"]
+    assert packed["flops"] == kept["flops"]
+    assert packed["tiled_flops"] <= 1.05 * kept["flops"] < found["padded"]["flops"]
+    assert packed["dram_bytes"] - packed["partial_bytes"] <= 1.1 * kept["dram_bytes"]
+    assert packed["dram_bytes"] < found["eager"]["dram_bytes"]
+    assert found["folded"]["launches"] == 5 * len(base.blocks)
+    assert packed["launches"] == 7 * len(base.blocks)
+    for who in ("packed", "eager"):
+        layers = [sums[who] for sums in found["layers"].values()]
+        assert all(sums["launches"] for sums in layers)
+        assert sum(sums["dram_bytes"] for sums in layers) == found[who]["dram_bytes"]
+
+    content = json.loads(bench.RESULTS.read_text())
+    assert content["batches"][str(batch)] == json.loads(json.dumps(found)), "run bench/compact_accounting.py"
+
+
+def test_the_models_of_every_run_are_one(base):
+    again = bench.random_model("deit_base_patch16_224", 0.4)
+    assert list(bench.widths(again)) == list(bench.widths(base))
+    values = [values for _, values, _, _ in bench.widths(base)]
+    assert len({width for each in values for width in each}) > 10  # unequal heads
+
+
+def test_flops_of_the_packed_model_are_those_of_the_compact_one():
+    model = gated(build(TINY, torch.float32))
+    small = vtp.compact(model, vtp.make_plan(model, rate=0.4)).to("meta", torch.bfloat16)
+    packed = bench.launches(pack_for_ops(small), bench.PACKED, 2)
+    assert total(packed, amount="flops") == bench.ideal(small, 2)["flops"]
+
+
+def test_markdown_has_a_table_of_the_waste_and_one_for_each_batch(capsys):
+    assert bench.main(["--markdown"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("| layer |") == 3 and "predicted" in text
+
+
+def test_a_file_that_cannot_be_written_is_said_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "random_model", lambda *_: SimpleNamespace(blocks=[], patch_embed=None))
+    monkeypatch.setattr(bench, "account", lambda *_: {})
+    monkeypatch.setattr(bench, "widths", lambda _: [])
+    assert bench.main(["--out", str(tmp_path / "missing" / "a")]) == 2
+    assert "error: path: cannot write" in capsys.readouterr().err

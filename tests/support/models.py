@@ -1,0 +1,71 @@
+"""Models and plans that several tests use."""
+
+import copy
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+import vtp
+from vtp.model.architecture import Architecture
+from vtp.pipeline import fashion_deit_architecture
+from vtp.pruning.gates import sites
+
+TINY = dataclasses.replace(
+    fashion_deit_architecture(),
+    img_size=(8, 8),
+    patch_size=(4, 4),
+    embed_dim=12,
+    depth=2,
+    num_heads=3,
+    mlp_hidden=20,
+)
+
+
+def build(architecture: Architecture = TINY, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    """A model with random weights everywhere, biases and norms included, in eval mode."""
+    torch.manual_seed(seed)
+    model = architecture.build().to(dtype)
+    randomize(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> None:
+    """Weights that make every part matter: zero biases or tiny LayerScale would hide a wrong cut."""
+    for parameter in model.parameters():
+        scale = 0.5 if parameter.ndim <= 1 else parameter[0].numel() ** -0.5
+        parameter.copy_(torch.randn_like(parameter) * scale)
+
+
+def gated(model: nn.Module, seed: int = 1) -> nn.Module:
+    """`insert_gates(model)` with random gates of either sign."""
+    result = vtp.insert_gates(model)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in sites(result).values():
+        layer.gate.data = torch.randn(layer.in_features, generator=generator).to(layer.weight.dtype)
+    return result
+
+
+def with_zeros(model: nn.Module, plan: vtp.PruningPlan) -> nn.Module:
+    """The gated model with every gate that the plan removes set to 0: what the cut must reproduce."""
+    result = copy.deepcopy(model)
+    for name, layer in sites(result).items():
+        removed = torch.ones(layer.in_features, dtype=torch.bool)
+        removed[list(plan.kept[name])] = False
+        layer.gate.data[removed] = 0
+    return result
+
+
+def image(model: nn.Module, batch: int = 2, seed: int = 2) -> Tensor:
+    """Random images of the model's own size and dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = model.patch_embed.proj.weight.dtype
+    shape = (batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected magnitude."""
+    assert got.shape == expected.shape
+    return ((got - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,423 @@
+import collections
+import contextlib
+import copy
+import dataclasses
+import importlib
+import pickle
+
+import pytest
+import timm
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import vtp
+from tests.support.engine_cases import NotedOperators, assert_gradients_close_to_float64
+from tests.support.guarded_memory import replaced
+from tests.support.models import TINY, build, gated, image, randomize, relative_error, with_zeros
+from vtp.model.architecture import Architecture
+from vtp.pruning.compact import ConstantBranch
+
+# Names from timm, each with the arguments that keep the test small; weights are random.
+TIMM_MODELS = {
+    "deit_tiny_patch16_224": {"img_size": 32},
+    "deit_small_patch16_224": {"img_size": 32},
+    "deit_base_patch16_224": {"img_size": 32, "depth": 2},
+    "deit_tiny_distilled_patch16_224": {"img_size": 32},
+    "deit_base_distilled_patch16_384": {"img_size": 48, "depth": 2},
+    "deit3_small_patch16_224": {"img_size": 32},
+    "deit3_medium_patch16_224": {"img_size": 32, "depth": 3},
+    "deit3_large_patch16_384": {"img_size": 32, "depth": 2},
+    "vit_tiny_patch16_224": {"img_size": (32, 48)},
+    "vit_small_patch8_224": {"img_size": 24},
+    "vit_small_patch32_224": {"img_size": 64},
+    "vit_base_patch16_gap_224": {"img_size": 32, "depth": 2},
+    "vit_base_patch14_dinov2": {"img_size": 28, "depth": 2},
+    "vit_small_patch14_dinov2": {"img_size": 42},
+    "vit_small_patch14_reg4_dinov2": {"img_size": 28},
+    "vit_base_patch16_siglip_224": {"img_size": 32, "depth": 2},
+    "vit_base_patch16_siglip_gap_224": {"img_size": 32, "depth": 2},
+    "vit_so400m_patch14_siglip_224": {"img_size": 28, "depth": 1},
+    "vit_xsmall_patch16_clip_224": {"img_size": 32},
+    "vit_medium_patch32_clip_224": {"img_size": 64, "depth": 3},
+    "vit_base_patch16_clip_quickgelu_224": {"img_size": 32, "depth": 2},
+    "vit_wee_patch16_reg1_gap_256": {"img_size": 32},
+    "vit_little_patch16_reg4_gap_256": {"img_size": 32},
+    "vit_mediumd_patch16_reg4_gap_256": {"img_size": 32, "depth": 3},
+    "vit_betwixt_patch16_reg4_gap_256": {"img_size": 32, "depth": 3},
+    "vit_so150m2_patch16_reg1_gap_256": {"img_size": 32, "depth": 2},
+    "vit_so150m_patch16_reg4_map_256": {"img_size": 32, "depth": 2},
+    "vit_intern300m_patch14_448": {"img_size": 28, "depth": 2},
+    "vit_small_patch16_384": {"img_size": 32, "depth": 3, "qk_norm": True, "init_values": 0.1},
+    "vit_tiny_patch16_384": {"img_size": 32, "dynamic_img_size": True},
+    "flexivit_small": {"img_size": 32, "class_token": False, "global_pool": "avg"},
+}
+
+
+def random_plan(model, seed, *, removed=0.5, dead_sites=0.0):
+    """A plan from random scores; `dead_sites` is the chance that a site, or a head, keeps nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = {}
+    for name, layer in vtp.sites(model).items():
+        score = torch.rand(layer.in_features, generator=generator)
+        parts = model.blocks[0].attn.num_heads if name.endswith("proj") else 1
+        dead = torch.rand(parts, generator=generator) < dead_sites
+        score[dead.repeat_interleave(layer.in_features // parts)] -= 2
+        scores[name] = score
+    # At least everything dead goes, so that a random draw of dead sites is always carried out.
+    lost = sum((score < 0).sum().item() for score in scores.values())
+    total = sum(map(len, scores.values()))
+    rate = max(removed, min(lost / total, 1 - 1e-6))
+    return vtp.make_plan(model, rate=rate, score=scores, min_keep=0)
+
+
+@pytest.mark.parametrize("name", TIMM_MODELS)
+def test_compact_equals_gated_with_zeros_for_timm_model(name):
+    model = timm.create_model(name, **TIMM_MODELS[name]).double().eval()
+    randomize(model)
+    model = gated(model)
+    plan = random_plan(model, seed=len(name), dead_sites=0.1)
+    small, x = vtp.compact(model, plan), image(model)
+    assert relative_error(small(x), with_zeros(model, plan)(x)) <= 1e-12
+    assert vtp.count(small) == plan.cost
+
+
+@st.composite
+def architectures(draw) -> Architecture:
+    heads, head_dim = draw(st.integers(1, 4)), draw(st.integers(1, 7))
+    class_token = draw(st.booleans())
+    pools = ["avg", "max", "avgmax", "map"] + (["token", "token"] if class_token else [])
+    pool = draw(st.sampled_from(pools))
+    final_norm = draw(st.booleans())
+    return dataclasses.replace(
+        TINY,
+        img_size=(8, draw(st.sampled_from([8, 12]))),
+        in_chans=draw(st.sampled_from([1, 3])),
+        num_classes=draw(st.sampled_from([1, 5])),
+        embed_dim=heads * head_dim,
+        num_heads=heads,
+        depth=draw(st.integers(1, 3)),
+        mlp_hidden=draw(st.integers(1, 23)),
+        class_token=class_token,
+        global_pool=pool,
+        final_norm=final_norm,
+        fc_norm=final_norm and draw(st.booleans()),
+        reg_tokens=draw(st.integers(0, 2)),
+        qkv_bias=draw(st.booleans()),
+        proj_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        init_values=draw(st.sampled_from([None, 0.1])),
+        pos_embed=draw(st.sampled_from(["learn", "learn", "none"])) if class_token else "learn",
+        no_embed_class=draw(st.booleans()),
+        pre_norm=draw(st.booleans()),
+        dynamic_img_size=False,
+        act_layer=draw(st.sampled_from([None, "gelu", "quick_gelu", "relu", "silu", "gelu_tanh"])),
+    )
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(architectures(), st.integers(0, 10**6), st.floats(0, 0.99), st.sampled_from([0.0, 0.2, 0.7, 1.0]))
+def test_compact_is_exact_for_any_architecture_and_plan(architecture, seed, removed, dead_sites):
+    model = gated(build(architecture, seed=seed), seed=seed)
+    plan = random_plan(model, seed, removed=removed, dead_sites=dead_sites)
+    small, x = vtp.compact(model, plan), image(model)
+    expected = with_zeros(model, plan)(x)
+    # Head-sized widths of 1 normalise to 0 and leave nothing but bias: compare absolutely there.
+    assert (small(x) - expected).abs().max() <= 1e-12 * expected.abs().max().clamp(min=1)
+    assert vtp.count(small) == plan.cost
+
+
+def test_plan_that_keeps_nothing_leaves_constants():
+    model = gated(build())
+    plan = random_plan(model, 0, dead_sites=1.0)
+    plan = dataclasses.replace(plan, kept=dict.fromkeys(plan.kept, ()))
+    small, x = vtp.compact(model, plan), image(model)
+    assert all(isinstance(b.attn, ConstantBranch) and isinstance(b.mlp, ConstantBranch) for b in small.blocks)
+    assert relative_error(small(x), with_zeros(model, plan)(x)) <= 1e-12
+    assert vtp.count(small) == plan.cost
+
+
+def test_dead_head_goes_with_its_query_and_key():
+    model = gated(build())
+    scores = {name: torch.ones(layer.in_features) for name, layer in vtp.sites(model).items()}
+    scores["blocks.0.attn.proj"][4:8] = 0  # the second of three heads of width 4
+    plan = vtp.make_plan(model, rate=4 / sum(map(len, scores.values())), score=scores, min_keep=0)
+    small, x = vtp.compact(model, plan), image(model)
+    assert plan.value_widths(0) == (4, 0, 4)
+    assert small.blocks[0].attn.qkv.out_features == 2 * 4 + 2 * 4 + 8
+    assert relative_error(small(x), with_zeros(model, plan)(x)) <= 1e-12
+
+
+def test_keeping_everything_is_the_gated_model_bit_for_bit_in_float32():
+    model = vtp.insert_gates(build(dtype=torch.float32))
+    small = vtp.compact(model, vtp.make_plan(model, rate=0.0))
+    assert torch.equal(small(image(model)), model(image(model)))
+
+
+def test_float32_cut_is_as_close_to_float64_as_float32_itself():
+    reference = gated(build())
+    plan = random_plan(reference, 3)
+    single = copy.deepcopy(reference).float()
+    x = image(reference)
+    expected = with_zeros(reference, plan)(x)
+    own_error = (with_zeros(single, plan)(x.float()) - expected).abs().max()
+    assert (vtp.compact(single, plan)(x.float()) - expected).abs().max() <= 2 * own_error + 1e-7
+
+
+@pytest.mark.parametrize("mask", ["causal", "boolean", "additive"])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_attention_masks_act_as_in_timm(mask, seed):
+    model = gated(build())
+    plan = random_plan(model, seed)
+    small, x = vtp.compact(model, plan), image(model)
+    tokens = model.pos_embed.shape[1]
+    allowed = torch.ones(tokens, tokens, dtype=torch.bool).tril(1)
+    arguments = {
+        "causal": {"is_causal": True},
+        "boolean": {"attn_mask": allowed},
+        "additive": {"attn_mask": torch.randn(tokens, tokens, dtype=torch.float64)},
+    }[mask]
+    expected = with_zeros(model, plan)(x, **arguments)
+    assert relative_error(small(x, **arguments), expected) <= 1e-12
+    assert relative_error(small(x), expected) > 1e-3
+
+
+def test_unfused_attention_of_timm_gives_the_same_cut():
+    model = build()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    model = gated(model)
+    plan = random_plan(model, 1)
+    assert (
+        relative_error(vtp.compact(model, plan)(image(model)), with_zeros(model, plan)(image(model))) <= 1e-12
+    )
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = gated(build(dtype=torch.float32))
+    return vtp.compact(model, random_plan(model, 7, dead_sites=0.2))
+
+
+def test_every_parameter_gets_a_gradient(small):
+    model = copy.deepcopy(small).train()
+    model(image(model)).square().sum().backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # A key's bias shifts all scores of a query alike, which softmax ignores; it is part of qkv.bias.
+    assert missing == []
+
+
+def test_compact_shares_no_memory_with_the_gated_model():
+    model = gated(build())
+    plan = random_plan(model, 1)
+    cut = vtp.compact(model, plan)
+    x, expected = image(model), cut(image(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(cut(x), expected)
+
+
+@pytest.mark.parametrize(
+    "round_trip", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_copies_compute_the_same(small, round_trip):
+    again = round_trip(small)
+    assert torch.equal(again(image(small)), small(image(small)))
+    assert again.plan == small.plan
+
+
+def test_state_dict_goes_into_a_new_model_of_the_same_plan(small):
+    again = vtp.CompactViT(small.plan).eval()
+    again.load_state_dict(small.state_dict())
+    assert torch.equal(again(image(small)), small(image(small)))
+
+
+def test_compiles_without_graph_breaks(small):
+    torch._dynamo.reset()
+    compiled = torch.compile(small, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(image(small)), small(image(small)))
+
+
+def test_exports(small):
+    x = image(small)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(small, (x,), dynamic_shapes=({0: batch},))
+    larger = image(small, batch=5)
+    torch.testing.assert_close(program.module()(larger), small(larger))
+
+
+def test_timm_interface_works(small):
+    model, x = copy.deepcopy(small), image(small)
+    features = model.forward_features(x)
+    assert features.shape == (2, 5, 12)
+    torch.testing.assert_close(model.forward_head(features), small(x))
+    final, intermediates = model.forward_intermediates(x, indices=2)
+    torch.testing.assert_close(final, features)
+    assert [y.shape for y in intermediates] == [(2, 12, 2, 2)] * 2
+    model.set_grad_checkpointing(True)
+    torch.testing.assert_close(model.train()(x), small(x))
+    model.eval().reset_classifier(7)
+    assert model(x).shape == (2, 7)
+
+
+def test_distilled_model_returns_both_heads_in_distilled_training():
+    model = build(dataclasses.replace(TINY, distilled=True))
+    model.set_distilled_training(True)
+    cut = vtp.compact(gated(model), random_plan(gated(model), 3)).train()
+    assert isinstance(cut, vtp.CompactViT)
+    assert [out.shape for out in cut(image(model))] == [(2, 10), (2, 10)]
+
+
+def test_other_image_size_with_dynamic_img_size():
+    model = gated(build(dataclasses.replace(TINY, dynamic_img_size=True)))
+    plan = random_plan(model, 2)
+    x = torch.randn(1, 1, 16, 12, dtype=torch.float64)
+    assert relative_error(vtp.compact(model, plan)(x), with_zeros(model, plan)(x)) <= 1e-12
+
+
+def test_training_settings_of_the_dense_model_carry_over():
+    rates = {"proj_drop_rate": 0.1, "attn_drop_rate": 0.2, "drop_path_rate": 0.3, "pos_drop_rate": 0.4}
+    model = gated(build(dataclasses.replace(TINY, **rates))).train()
+    cut = vtp.compact(model, random_plan(model, 0))
+    assert cut.training
+    assert cut.blocks[1].attn.attn_drop.p == 0.2
+    assert cut.blocks[1].attn.proj_drop.p == cut.blocks[1].mlp.drop1.p == 0.1
+    assert cut.blocks[1].drop_path1.drop_prob == pytest.approx(0.3)  # timm spaces the rates in float32
+    assert cut.pos_drop.p == 0.4
+
+
+def test_plan_of_another_model_is_refused():
+    plan = random_plan(gated(build()), 0)
+    other = gated(build(dataclasses.replace(TINY, depth=3)))
+    with pytest.raises(vtp.PlanError, match="2 blocks of width 12, got a model with 3 blocks"):
+        vtp.compact(other, plan)
+
+
+def test_empty_batch_gives_empty_logits():
+    model = gated(build())
+    for plan in (vtp.make_plan(model, rate=0.0), random_plan(model, 0)):
+        assert vtp.compact(model, plan)(image(model, batch=0)).shape == (0, 10)
+
+
+# -- On a GPU the modules run on ops, whose plain PyTorch sides stand for the kernels here ------------------
+
+
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """Modules take the ops; operators are noted."""
+    module = importlib.import_module("vtp.pruning.compact")
+    with replaced([(module, "_on_kernels", lambda x: True)]), NotedOperators() as noted:
+        yield noted.names
+
+
+def calls_of_ops(names):
+    """How often each op of the namespace vtp was called."""
+    return collections.Counter(name.removeprefix("vtp::") for name in names if name.startswith("vtp::"))
+
+
+def output_and_gradients(model, x, **arguments):
+    """Logits, and the gradient of every parameter."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(0)
+    out = model(x, **arguments)
+    out.float().square().mean().backward()
+    return {"logits": out.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_equal_to_1e_12(got, expected):
+    largest = max(value.abs().max() for value in expected.values())
+    for name, value in expected.items():
+        # The gradient of a bias that shifts all scores alike is 0, and what is computed is rounding.
+        allowed = 1e-12 * value.abs().max() + 1e-15 * largest
+        assert (got[name] - value).abs().max() <= allowed, name
+
+
+# Changes to the architecture, and the calls of a forward and backward pass of two blocks.
+ON_OPS = {
+    "plain": ({}, {"layer_norm_gather": 4, "compact_linear": 4, "ragged_attention": 2, "compact_mlp": 2}),
+    "qk-norm": (
+        {"qk_norm": True},
+        {"layer_norm_gather": 4, "compact_linear": 4, "ragged_attention": 2, "compact_mlp": 2},
+    ),
+    "another-activation": (
+        {"act_layer": "quick_gelu"},
+        {"layer_norm_gather": 4, "compact_linear": 8, "ragged_attention": 2},
+    ),
+    "dropout": (
+        {"attn_drop_rate": 0.2, "proj_drop_rate": 0.3},
+        {"layer_norm_gather": 4, "compact_linear": 8},
+    ),
+    "layer-scale-and-drop-path": (
+        {"init_values": 0.1, "drop_path_rate": 0.2, "qkv_bias": False, "proj_bias": False},
+        {"layer_norm_gather": 4, "compact_linear": 4, "ragged_attention": 2, "compact_mlp": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ON_OPS)
+def test_training_on_the_ops_is_exact(case):
+    changes, expected_calls = ON_OPS[case]
+    model = gated(build(dataclasses.replace(TINY, **changes)))
+    small, x = vtp.compact(model, random_plan(model, 4)).train(), image(model)
+    expected = output_and_gradients(small, x)
+    with as_on_a_gpu() as names:
+        got = output_and_gradients(small, x)
+    calls = calls_of_ops(names)
+    assert {name: n for name, n in calls.items() if not name.endswith("_backward")} == expected_calls
+    assert {name: calls[f"{name}_backward"] for name in expected_calls} == expected_calls
+    assert_equal_to_1e_12(got, expected)
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast"])
+def test_training_on_the_ops_is_as_close_to_float64_as_on_pytorchs_operators(small, precision):
+    model = copy.deepcopy(small).train()
+    x = image(model)
+    exact = output_and_gradients(model.double(), x.double())
+    model.float()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
+    with autocast:
+        same_dtype = output_and_gradients(model, x)
+    with as_on_a_gpu() as names, autocast:
+        got = output_and_gradients(model, x)
+    calls = calls_of_ops(names)
+    assert calls["layer_norm_gather_backward"] == calls["layer_norm_gather"] > 0
+    assert_gradients_close_to_float64(got, exact, same_dtype)
+
+
+@pytest.mark.parametrize(
+    "mask", [{"is_causal": True}, {"attn_mask": torch.ones(5, 5, dtype=torch.bool).tril(1)}]
+)
+def test_masked_attention_stays_on_pytorchs_operators(mask):
+    model = gated(build())
+    small, x = vtp.compact(model, random_plan(model, 4)), image(model)
+    expected = output_and_gradients(small, x, **mask)
+    with as_on_a_gpu() as names:
+        got = output_and_gradients(small, x, **mask)
+    assert "ragged_attention" not in calls_of_ops(names)
+    assert_equal_to_1e_12(got, expected)
+
+
+class Doubled(torch.nn.Linear):
+    """Stands for an adapter: more than its weight."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("name", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+def test_a_module_in_the_place_of_a_linear_keeps_its_forward_on_a_gpu(name):
+    model = gated(build())
+    small, x = vtp.compact(model, random_plan(model, 4)), image(model)
+    small.blocks[0].get_submodule(name).__class__ = Doubled
+    with as_on_a_gpu():
+        got = small(x)
+    assert relative_error(got, small(x)) <= 1e-12
+
+
+def test_on_a_cpu_and_in_an_exported_program_there_are_no_ops(small):
+    with NotedOperators() as noted:
+        output_and_gradients(small, image(small))
+    assert not calls_of_ops(noted.names)
+    program = torch.export.export(small, (image(small),))
+    assert not [node for node in program.graph.nodes if "vtp" in str(node.target)]

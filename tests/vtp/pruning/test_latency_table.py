@@ -1,0 +1,502 @@
+"""Latency tables: what a table predicts, what a latency budget keeps, which tables are used or refused.
+
+Tables are made up, with times that are known for every width; one test measures a toy. No speed is asserted.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import vtp
+from bench import latency_budget
+from tests.support.models import gated
+from vtp.files import FileError
+from vtp.pipeline import fashion_deit_architecture
+from vtp.pruning import latency_table
+from vtp.pruning.latency_table import Grid, LatencyTable, LatencyTableError, cached_table, store_table
+from vtp.runtime import latency_profile as profile
+from vtp.runtime.latency_profile import monotone, profile_widths, steady_medians
+
+TOY = dataclasses.replace(
+    fashion_deit_architecture(), img_size=(32, 32), patch_size=(8, 8), embed_dim=24, depth=3, num_heads=3,
+    mlp_hidden=40,
+)  # fmt: skip
+HEAD_DIM = TOY.head_dim
+OUTSIDE = 0.25
+
+
+def attention_ms(qkv, heads, values):
+    """Linear in each width alone, as multiply-adds are; so interpolation has no error."""
+    return 0.01 + 1e-4 * qkv * (2 * HEAD_DIM * heads + heads * values) + 3e-3 * heads * (HEAD_DIM + values)
+
+
+def mlp_ms(fc1, fc2):
+    return 0.02 + 2e-4 * fc1 * fc2 + 3e-3 * fc2
+
+
+def made_up(architecture=TOY, **changes):
+    width, heads, hidden = architecture.embed_dim, architecture.num_heads, architecture.mlp_hidden
+    axes = {
+        attention_ms: ((1, width // 2, width), (1, heads), (1, 3, architecture.head_dim)),
+        mlp_ms: ((1, width), (1, hidden // 4, hidden)),
+    }
+    grids = [Grid(a, tuple(itertools.starmap(ms, itertools.product(*a)))) for ms, a in axes.items()]
+    fields = {
+        "geometry": latency_table.geometry(architecture), "machine": latency_table.machine(),
+        "batch_size": 1, "dtype": "float32", "engine": "made up", "outside_ms": OUTSIDE,
+        "attention": grids[0], "mlp": grids[1], "rounds": 7, "date": "2026-11-23",
+    }  # fmt: skip
+    return LatencyTable(**fields | changes)
+
+
+def block_ms(qkv, values, fc1, fc2):
+    """What a block takes, from the formulas; each head has its own width."""
+    alive, ms = [width for width in values if width], 0.0
+    if qkv and alive:
+        ms += sum(attention_ms(qkv, len(alive), width) for width in alive) / len(alive)
+    return ms + (mlp_ms(fc1, fc2) if fc1 and fc2 else 0.0)
+
+
+def plan_ms(plan):
+    total = OUTSIDE
+    for i in range(plan.architecture.depth):
+        qkv, fc1, fc2 = (len(plan.kept[f"blocks.{i}.{s}"]) for s in ("attn.qkv", "mlp.fc1", "mlp.fc2"))
+        total += block_ms(qkv, plan.value_widths(i), fc1, fc2)
+    return total
+
+
+@pytest.fixture(scope="module")
+def table():
+    return made_up()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return gated(TOY.build(), seed=3)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """No test reads or writes the user's own cache."""
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def one_thread():
+    """A toy gains nothing from threads, and on a busy machine waits for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------ prediction
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 0.8, 0.95])
+def test_prediction_is_the_sum_of_what_its_widths_take(model, table, rate):
+    plan = vtp.make_plan(model, rate=rate, min_keep=0)
+    assert table.predict(plan) == pytest.approx(plan_ms(plan), abs=1e-6 * TOY.depth)
+
+
+def test_compact_model_is_predicted_as_its_plan(model, table):
+    plan = vtp.make_plan(model, rate=0.4)
+    assert table.predict(vtp.compact(model, plan)) == table.predict(plan)
+
+
+def test_grid_is_interpolated_along_each_axis_between_measured_widths():
+    grid = Grid(((1, 3, 7), (1, 5)), (1.0, 3.0, 5.0, 6.0, 5.0, 10.0))
+    assert grid.mean(3, last=[5]) == 6
+    assert grid.mean(2, last=[1]) == 3
+    assert grid.mean(5, last=[3]) == pytest.approx((5.5 + 7.5) / 2)
+    assert grid.mean(3, last=[1, 5]) == 5.5
+
+
+def test_unequal_heads_take_the_mean_of_what_equal_ones_take():
+    # More than linear in the width of a head: the mean of times, not the time of the mean.
+    grid = Grid(((1, 24), (1, 3), (1, 4, 8)), (1.0, 2.0, 9.0) * 4)
+    table = made_up(attention=grid)
+    assert table.block_nanoseconds(24, [8, 4, 1], 0, 0) == 4_000_000
+    assert table.block_nanoseconds(24, [4, 4, 4], 0, 0) == 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("widths", "ms"),
+    [
+        ((24, [0, 0, 0], 24, 40), mlp_ms(24, 40)),
+        ((0, [8, 8, 8], 24, 40), mlp_ms(24, 40)),
+        ((24, [8, 8, 8], 0, 40), attention_ms(24, 3, 8)),
+        ((24, [8, 8, 8], 24, 0), attention_ms(24, 3, 8)),
+        ((24, [0, 8, 0], 0, 0), attention_ms(24, 1, 8)),
+        ((0, [0, 0, 0], 0, 0), 0.0),
+    ],
+    ids=["no values", "no inputs of qkv", "no inputs of fc1", "no hidden", "one head", "nothing"],
+)
+def test_dead_heads_branches_and_blocks_take_no_time(table, widths, ms):
+    assert table.block_nanoseconds(*widths) == pytest.approx(1e6 * ms, abs=1)
+
+
+def test_wider_never_takes_less(table):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        widths = rng.integers(1, [25, 9, 9, 9, 25, 41])
+        wider = np.minimum(widths + rng.integers(0, 3, 6), [24, 8, 8, 8, 24, 40])
+        times = [table.block_nanoseconds(w[0], w[1:4].tolist(), w[4], w[5]) for w in (widths, wider)]
+        assert times[0] <= times[1]
+
+
+def test_table_serves_a_model_of_another_depth_and_no_other_geometry(table, model):
+    deeper = dataclasses.replace(TOY, depth=5)
+    plan = vtp.make_plan(gated(deeper.build()), rate=0.3)
+    assert table.predict(plan) == pytest.approx(plan_ms(plan), abs=1e-5)
+    wider = dataclasses.replace(TOY, mlp_hidden=48)
+    with pytest.raises(LatencyTableError, match="mlp_hidden 40, the model has 48"):
+        table.predict(vtp.make_plan(gated(wider.build()), rate=0.3))
+
+
+# -------------------------------------------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize("share", [0.9, 0.7, 0.5, 0.3])
+@pytest.mark.parametrize("options", [{}, {"min_keep": 0}, {"per_mac": True}, {"scope": "per_layer"}], ids=str)
+def test_budget_is_met_closely_and_never_exceeded(model, table, share, options):
+    budget = share * table.predict(vtp.make_plan(model, rate=0.0))
+    plan = vtp.make_plan(model, latency_ms=budget, latency_table=table, **options)
+    assert dict(plan.budget) == {"latency_ms": budget}
+    # One more of the dimensions that a budget gives back, an input or a hidden one, is 0.2 ms at most here.
+    assert 0.97 * budget < table.predict(plan) <= budget
+
+
+def test_budget_that_the_dense_model_meets_removes_nothing(model, table):
+    dense = vtp.make_plan(model, rate=0.0)
+    for budget in (table.predict(dense), 2 * table.predict(dense)):
+        assert vtp.make_plan(model, latency_ms=budget, latency_table=table).kept == dense.kept
+
+
+def test_prediction_of_a_plan_is_a_budget_that_the_plan_meets(model, table):
+    for rate in (0.1, 0.33, 0.62):
+        plan = vtp.make_plan(model, rate=rate)
+        again = vtp.make_plan(model, latency_ms=table.predict(plan), latency_table=table)
+        assert table.predict(again) == table.predict(plan)
+
+
+def test_smaller_budget_is_faster(model, table):
+    times = [
+        table.predict(vtp.make_plan(model, latency_ms=ms, latency_table=table)) for ms in (0.7, 1.0, 1.4)
+    ]
+    assert times == sorted(times) and times[0] < times[-1]
+
+
+def test_budget_that_cannot_be_met_is_refused_with_the_least_possible(model, table):
+    with pytest.raises(vtp.PlanError, match=r"^latency_ms: 0.01 cannot be met: ([\d.]+) ms remain") as error:
+        vtp.make_plan(model, latency_ms=0.01, latency_table=table, min_keep=0.5)
+    least = float(re.search(r"met: ([\d.]+) ms", str(error.value))[1])
+    with pytest.raises(vtp.PlanError):
+        vtp.make_plan(model, latency_ms=0.999 * least, latency_table=table, min_keep=0.5)
+    vtp.make_plan(model, latency_ms=1.001 * least, latency_table=table, min_keep=0.5)
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, "12", True], ids=str)
+def test_latency_that_is_no_number_is_refused(model, table, value):
+    with pytest.raises(vtp.PlanError, match=r"latency_ms: got .* expected a positive number"):
+        vtp.make_plan(model, latency_ms=value, latency_table=table)
+
+
+def test_latency_is_one_of_four_budgets_and_the_table_belongs_to_it(model, table):
+    with pytest.raises(
+        vtp.PlanError, match=r"latency_ms: got \['latency_ms', 'rate'\], expected exactly one"
+    ):
+        vtp.make_plan(model, rate=0.4, latency_ms=1.0)
+    with pytest.raises(vtp.PlanError, match=r"latency_table: got one without latency_ms"):
+        vtp.make_plan(model, rate=0.4, latency_table=table)
+
+
+def test_table_of_another_model_is_refused(model):
+    other = made_up(dataclasses.replace(TOY, embed_dim=48))
+    with pytest.raises(vtp.PlanError, match=r"latency_table: .*embed_dim 48, the model has 24"):
+        vtp.make_plan(model, latency_ms=1.0, latency_table=other)
+
+
+def test_plan_of_a_latency_budget_is_saved_and_read_and_says_its_budget(model, table, tmp_path):
+    plan = vtp.make_plan(model, latency_ms=0.9, latency_table=table)
+    plan.save(tmp_path / "plan.json")
+    assert vtp.PruningPlan.load(tmp_path / "plan.json") == plan
+    assert "latency_ms 0.9" in str(plan)
+
+
+# ---------------------------------------------------------------------------------------------------- cache
+
+
+def test_cached_table_is_used_without_being_named(model, table):
+    assert cached_table(TOY) is None
+    store_table(table)
+    assert cached_table(TOY) == table
+    plan = vtp.make_plan(model, latency_ms=0.9)
+    assert plan == vtp.make_plan(model, latency_ms=0.9, latency_table=table)
+
+
+def test_without_a_table_the_error_says_how_to_make_one(model):
+    with pytest.raises(vtp.PlanError) as error:
+        vtp.make_plan(model, latency_ms=0.9)
+    assert "`vtp bench MODEL --profile-widths`" in str(error.value)
+    assert "vtp.profile_widths" in str(error.value)
+
+
+@pytest.mark.parametrize("changed", ["cpu", "flags", "cores", "threads", "instruction_set", "torch", "vtp"])
+def test_table_of_another_machine_or_version_is_not_used(table, monkeypatch, changed):
+    store_table(table)
+    elsewhere = latency_table.machine() | {changed: "another"}
+    monkeypatch.setattr(latency_table, "machine", lambda: elsewhere)
+    assert cached_table(TOY) is None
+
+
+def test_table_of_other_threads_is_not_used(table):
+    store_table(table)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert cached_table(TOY) is None
+    finally:
+        torch.set_num_threads(threads)
+    assert cached_table(TOY) == table
+
+
+def test_table_of_another_batch_dtype_or_geometry_is_not_used(table):
+    store_table(table)
+    assert cached_table(TOY, batch_size=2) is None
+    assert cached_table(TOY, dtype=torch.bfloat16) is None
+    assert cached_table(dataclasses.replace(TOY, num_classes=11)) is None
+    assert cached_table(dataclasses.replace(TOY, depth=9)) == table
+
+
+def test_file_in_the_cache_that_is_damaged_or_of_another_key_counts_as_none_and_is_replaced(table):
+    file = store_table(table)
+    file.write_text(file.read_text()[:-100])
+    assert cached_table(TOY) is None
+    made_up(machine=dict(table.machine) | {"cpu": "another"}).save(file)
+    assert cached_table(TOY) is None
+    assert store_table(table) == file
+    assert cached_table(TOY) == table
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"VTP_CACHE": "{}/own", "XDG_CACHE_HOME": "{}/xdg"}, "own"),
+        ({"XDG_CACHE_HOME": "{}/xdg"}, "xdg/vtp"),
+        ({"XDG_CACHE_HOME": ""}, ".cache/vtp"),
+    ],
+    ids=["own", "xdg", "home"],
+)
+def test_cache_is_where_the_environment_says(table, tmp_path, monkeypatch, variables, folder):
+    monkeypatch.delenv("VTP_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value.format(tmp_path))
+    assert store_table(table).parent == tmp_path / folder / "latency"
+
+
+def test_cache_that_cannot_be_written_is_said(table, cache):
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(FileError, match="cache: cannot make"):
+        store_table(table)
+    assert cached_table(TOY) is None
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def test_file_gives_back_the_table(table, tmp_path):
+    table.save(tmp_path / "table.json")
+    loaded = LatencyTable.load(tmp_path / "table.json")
+    assert loaded == table
+    assert loaded.block_nanoseconds(13, [5, 0, 7], 17, 31) == table.block_nanoseconds(13, [5, 0, 7], 17, 31)
+
+
+def test_failed_write_leaves_the_old_file(table, tmp_path, monkeypatch):
+    file = tmp_path / "table.json"
+    table.save(file)
+    before = file.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(FileError, match="No space left"):
+        made_up(outside_ms=9.0).save(file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.glob(".table*")) == []
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileError, match=r"cannot read .*absent\.json"):
+        LatencyTable.load(tmp_path / "absent.json")
+
+
+DAMAGE = {
+    "not a table": lambda d: [],
+    "no version": lambda d: d.pop("latency_table_version"),
+    "newer": lambda d: d.update(latency_table_version=2),
+    "no grid": lambda d: d.pop("mlp"),
+    "unknown field": lambda d: d.update(colour="red"),
+    "too few times": lambda d: d["mlp"]["ms"].pop(),
+    "negative time": lambda d: d["mlp"]["ms"].__setitem__(0, -1.0),
+    "text as time": lambda d: d["attention"]["ms"].__setitem__(0, "fast"),
+    "descending axis": lambda d: d["attention"]["axes"][0].reverse(),
+    "axis that ends early": lambda d: d["mlp"]["axes"][1].__setitem__(-1, 39),
+    "dtype": lambda d: d.update(dtype="int8"),
+    "outside": lambda d: d.update(outside_ms=None),
+    "geometry": lambda d: d["geometry"].pop("num_heads"),
+    "no geometry": lambda d: d.update(geometry=None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_or_foreign_file_is_refused_by_name(table, tmp_path, damage):
+    data = json.loads(json.dumps(table.to_dict()))
+    data = [] if damage(data) == [] else data
+    (tmp_path / "table.json").write_text(json.dumps(data))
+    with pytest.raises(FileError, match=r"table\.json"):
+        LatencyTable.load(tmp_path / "table.json")
+
+
+def test_file_that_is_cut_off_is_refused_by_name(table, tmp_path):
+    file = tmp_path / "table.json"
+    table.save(file)
+    file.write_text(file.read_text()[:-100])
+    with pytest.raises(FileError, match=r"table\.json is not JSON, or it is cut off"):
+        LatencyTable.load(file)
+
+
+# ---------------------------------------------------------------------------------------------- measurement
+
+
+def test_slow_rounds_do_not_change_what_points_take():
+    usual, slowness = np.array([1.0, 5.0, 0.2]), np.array([1, 1, 3, 1, 1.5, 1, 1, 2])
+    times = usual[:, None] * slowness
+    times[1, 4] *= 40  # something else ran just then
+    np.testing.assert_allclose(steady_medians(times.tolist()), usual)
+
+
+def test_point_that_only_had_turns_in_slow_rounds_is_not_slower_than_the_others():
+    # Each point is far off in some round of its own; the median of its own times would be as well.
+    slowness = np.linspace(1, 2, 9)
+    assert steady_medians([slowness.tolist(), (3 * slowness).tolist()]) == pytest.approx([1.5, 4.5])
+
+
+def test_noise_that_makes_a_wider_one_faster_is_evened_out():
+    times = np.array([[1.0, 3.0, 2.8], [2.0, 2.5, 4.0]])
+    smooth = monotone(times)
+    assert (np.diff(smooth, axis=0) >= 0).all() and (np.diff(smooth, axis=1) >= 0).all()
+    assert np.abs(smooth - times).max() <= 0.5
+    rising = np.array([[1.0, 2.0], [3.0, 4.0]])
+    assert (monotone(rising) == rising).all()
+
+
+def test_measured_widths_have_the_mean_of_the_grid_and_stay_within_the_model():
+    for width, number in itertools.product((1, 2, 5, 37, 39, 40), (1, 2, 3, 12)):
+        around = profile._around(width, 8, 40, number)
+        assert len(around) == number and min(around) >= 1 and max(around) <= 40
+        assert sum(around) == pytest.approx(number * width, abs=number / 2)
+    assert profile._around(40, 8, 40, 3) == [40, 40, 40]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"batch_size": True}, "batch_size: got True"),
+        ({"dtype": torch.float64}, "dtype: got torch.float64"),
+    ],
+    ids=str,
+)
+def test_profile_refuses_bad_arguments(changes, message):
+    with pytest.raises(LatencyTableError, match=message):
+        profile_widths(TOY, **changes)
+
+
+def test_profile_of_a_toy_makes_a_table_that_a_budget_can_use(one_thread, tmp_path):
+    toy = dataclasses.replace(
+        fashion_deit_architecture(), img_size=(32, 32), patch_size=(4, 4), embed_dim=96, depth=1, num_heads=3,
+        mlp_hidden=384,
+    )  # fmt: skip
+    shares, random_state = [], torch.get_rng_state()
+    table = profile_widths(toy, seconds=0.2, progress=shares.append)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert shares == sorted(shares) and shares[-1] == 1.0
+    assert table.rounds >= 5 and table.machine["threads"] == 1
+    assert table.engine == vtp.optimize(vtp.compact(*_dense(toy))).engine
+    store_table(table)
+    assert cached_table(toy) == table
+    model, dense = _dense(toy)
+    whole = table.predict(dense)
+    assert whole > table.outside_ms > 0
+    assert table.predict(vtp.make_plan(model, rate=0.9)) < whole
+    budget = (whole + table.outside_ms) / 2
+    plan = vtp.make_plan(model, latency_ms=budget, min_keep=0)  # dead branches meet it, whatever the noise
+    assert table.predict(plan) <= budget
+    assert len(vtp.compact(model, plan)(torch.zeros(1, toy.in_chans, 32, 32))) == 1
+
+
+def _dense(architecture):
+    model = gated(architecture.build(), seed=5)
+    return model, vtp.make_plan(model, rate=0.0)
+
+
+# --------------------------------------------------------------------------------- bench/latency_budget.py
+
+
+def test_script_compares_prediction_and_measurement(table, model, tmp_path, capsys, one_thread):
+    store_table(made_up())  # of one thread
+    out = tmp_path / "results.json"
+    arguments = ["--cached", "--rounds", "5", "--seconds", "0.1", "--threads", "1", "--out", str(out)]
+    assert latency_budget.main([*arguments, "--shares", "0.8", "0.6"], lambda name: model) == 0
+    results = json.loads(out.read_text())
+    assert [case["model"] for case in results["cases"]] == ["dense", "80%", "60%"]
+    whole = table.predict(vtp.make_plan(model, rate=0.0))
+    measured_again = LatencyTable.from_dict(results["second_table"])
+    assert measured_again.rounds == 5 and measured_again.engine != table.engine
+    for case, share in zip(results["cases"], (1, 0.8, 0.6), strict=True):
+        if share < 1:
+            assert case["budget_ms"] == pytest.approx(share * whole)
+        plan = (
+            vtp.make_plan(model, rate=0.0)
+            if share == 1
+            else vtp.make_plan(model, latency_ms=share * whole, latency_table=table)
+        )
+        assert case["predicted_ms"] == pytest.approx(measured_again.predict(plan))
+        assert len(case["seconds"]) == results["rounds"] == 5
+        median = 1e3 * sorted(case["seconds"])[2]
+        assert case["median_ms"] == pytest.approx(median)
+        assert case["error"] == pytest.approx(case["predicted_ms"] / median - 1)
+        of_dense = sorted(a / b for a, b in zip(case["seconds"], results["cases"][0]["seconds"], strict=True))
+        assert case["of_dense"]["median"] == pytest.approx(of_dense[2])
+    printed = capsys.readouterr().out
+    assert latency_budget.main(["--markdown", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == printed
+    assert printed.count("\n| ") == 3 and "deit_small_patch16_224, batch 1, float32" in printed
+
+
+@pytest.mark.parametrize("table", ["x", 1, {}, []])
+def test_what_is_no_table_is_refused(model, table):
+    with pytest.raises(vtp.PlanError, match=r"latency_table: got .*, expected a LatencyTable"):
+        vtp.make_plan(model, latency_ms=1.0, latency_table=table)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_measurement_that_would_not_end_is_refused(seconds):
+    with pytest.raises(LatencyTableError, match=r"seconds: got .*, expected a positive number"):
+        profile_widths(TOY, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"rounds": "x"}, {"rounds": -3}, {"batch_size": None}, {"engine": None}, {"date": 3}]
+)
+def test_fields_of_another_type_are_refused(table, changed):
+    with pytest.raises(LatencyTableError, match=f"{next(iter(changed))}: got"):
+        LatencyTable.from_dict(table.to_dict() | changed)

@@ -1,0 +1,136 @@
+"""The C++ of the CPU engine without PyTorch: `tests/native`, built with sanitizers and run.
+
+AVX-512 instructions are emulated (tests/native/emulated), so that its kernels are tested on every machine.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[3]
+CPU, NATIVE = ROOT / "csrc" / "cpu", ROOT / "tests" / "native"
+COMPILER = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+
+X86 = platform.machine() in ("x86_64", "AMD64")
+# Emulated instructions become AVX2 ones where there are: faster, and the same numbers.
+AVX2 = ["-mavx2", "-mfma"] if X86 and torch.backends.cpu.get_cpu_capability() != "DEFAULT" else []
+EMULATED = [f"-I{NATIVE / 'emulated'}", *AVX2]
+ENGINE = {
+    CPU / "portable.cpp": [],
+    CPU / "model.cpp": [],
+    CPU / "engine.cpp": [],
+    NATIVE / "main.cpp": [],
+    NATIVE / "kernel_checks.cpp": [],
+    NATIVE / "engine_checks.cpp": [],
+}
+EVERY_SET = {CPU / "avx512.cpp": EMULATED, CPU / "avx512_bf16.cpp": EMULATED, **ENGINE}
+if X86:
+    EVERY_SET[CPU / "avx2.cpp"] = ["-mavx2", "-mfma"]
+# Memory that was not written yet is NaN, in float32 and in bfloat16.
+UNWRITTEN_IS_NAN = "max_malloc_fill_size=1000000000:malloc_fill_byte=255"
+FLAGS = ["-std=c++17", "-O1", "-g1", "-Wno-psabi", f"-I{CPU}"]
+
+
+@pytest.fixture(scope="module")
+def memory_checked(tmp_path_factory):
+    """The program with every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    with_sets = ["-DWITH_AVX512", *(["-DWITH_AVX2"] if X86 else [])]
+    return build(tmp_path_factory.mktemp("memory"), EVERY_SET, flags, with_sets)
+
+
+@pytest.fixture(scope="module")
+def thread_checked(tmp_path_factory):
+    """The program with the portable kernels, under ThreadSanitizer."""
+    return build(tmp_path_factory.mktemp("threads"), ENGINE, ["-fsanitize=thread"])
+
+
+def build(
+    folder: Path, sources: dict[Path, list[str]], sanitizer: list[str], more: Sequence[str] = ()
+) -> Path:
+    """Compile and link `sources` with their flags; skips where there are no such sanitizers."""
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler")
+    refuse_missing_sanitizer(folder, sanitizer)
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [
+            pool.submit(compiler, *FLAGS, *sanitizer, *more, *flags, "-c", str(source), "-o", str(target))
+            for (source, flags), target in zip(sources.items(), objects, strict=True)
+        ]
+    for job in jobs:
+        job.result()
+    program = folder / "engine_test"
+    compiler(*sanitizer, *map(str, objects), "-o", str(program), "-pthread")
+    return program
+
+
+def compiler(*arguments: str) -> None:
+    run = subprocess.run([COMPILER, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def refuse_missing_sanitizer(folder: Path, sanitizer: list[str]) -> None:
+    """Skips if a program built with it does not even return 0 here."""
+    source, program = folder / "probe.cpp", folder / "probe"
+    source.write_text("int main() { return 0; }\n")
+    built = subprocess.run(
+        [COMPILER, *sanitizer, str(source), "-o", str(program)], capture_output=True, text=True
+    )
+    run = built if built.returncode else subprocess.run([program], capture_output=True, text=True)
+    if run.returncode:
+        pytest.skip(f"{COMPILER} {sanitizer[0]} does not work here: {run.stderr.strip()[-200:]}")
+
+
+def check(program: Path, group: str) -> None:
+    environment = os.environ | {"ASAN_OPTIONS": UNWRITTEN_IS_NAN}
+    run = subprocess.run([program, group], capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, f"{run.stdout[-6000:]}\n{run.stderr[-6000:]}"
+
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sanitizers as of GCC and Clang")
+
+
+def test_a_kernel_agrees_with_plain_loops_and_stays_in_its_memory(memory_checked):
+    check(memory_checked, "kernels")
+
+
+def test_a_model_agrees_with_plain_loops_and_stays_in_its_memory(memory_checked):
+    check(memory_checked, "models")
+
+
+def test_an_image_has_the_same_logits_alone_and_in_a_batch(memory_checked):
+    check(memory_checked, "batches")
+
+
+def test_threads_that_are_few_or_late_change_no_bit(memory_checked):
+    check(memory_checked, "threads")
+
+
+def test_a_steady_stream_of_calls_takes_no_memory(memory_checked):
+    check(memory_checked, "steady")
+
+
+def test_a_garbled_model_is_refused_or_stays_in_its_memory(memory_checked):
+    check(memory_checked, "garbled")
+
+
+def test_a_model_that_makes_no_sense_is_refused(memory_checked):
+    check(memory_checked, "wrong")
+
+
+def test_a_list_that_claims_to_be_long_takes_no_memory_to_refuse(memory_checked):
+    check(memory_checked, "claims")
+
+
+@pytest.mark.parametrize("group", ["threads", "callers"])
+def test_threads_and_callers_do_not_race(thread_checked, group):
+    check(thread_checked, group)

@@ -1,0 +1,393 @@
+"""A model packed for the ops against the compact model that it was made from, on plain PyTorch."""
+
+import copy
+import os
+import shutil
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vtp
+from tests.support.engine_cases import MODELS, compact_model, references, with_dead_parts
+from tests.support.models import build, gated, image, relative_error
+from tests.support.numerics import assert_close_to_float64
+from vtp.pruning.compact import ConstantBranch
+from vtp.runtime import cpu
+from vtp.runtime.optimize import PackedLinear
+from vtp_kernels import launching
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def without_the_cpp_engine(monkeypatch):
+    monkeypatch.setattr(cpu, "why_no_cpp", lambda: "switched off")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A compact model of odd widths in float32."""
+    return compact_model("tiny")
+
+
+# -- What it computes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", *MODELS])
+def test_packing_changes_nothing_in_float64(name):
+    small = compact_model(name, torch.float64)
+    images = image(small)
+    assert relative_error(vtp.optimize(small)(images), small(images)) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "name", ["deit-tiny", "deit-small", "deit-base", "dinov2-layer-scale", "deit-distilled"]
+)
+def test_packed_model_is_as_close_to_float64_as_pytorch(name, dtype):
+    small = compact_model(name)
+    images = image(small, batch=3)
+    exact, same_dtype = references(small, images, DTYPES[dtype])
+    assert_close_to_float64(vtp.optimize(small, DTYPES[dtype])(images), exact, same_dtype, "logits")
+
+
+# Sites of two or three blocks that keep nothing. (A site of attention or of the MLP kills its branch.)
+DEAD = {
+    "first-attention": ("0.attn.qkv",),
+    "first-mlp": ("0.mlp.fc2",),
+    "first-block": ("0.attn.proj", "0.mlp.fc1"),
+    "first-two-blocks": ("0.attn.qkv", "0.mlp.fc1", "1.attn.proj", "1.mlp.fc2"),
+    "middle-attention": ("1.attn.proj",),
+    "middle-mlp": ("1.mlp.fc1",),
+    "middle-block": ("1.attn.qkv", "1.mlp.fc2"),
+    "last-attention": ("2.attn.qkv",),
+    "last-mlp": ("2.mlp.fc2",),
+    "last-block": ("2.attn.proj", "2.mlp.fc1"),
+    "attention-everywhere": ("0.attn.qkv", "1.attn.qkv", "2.attn.qkv"),
+    "mlp-everywhere": ("0.mlp.fc1", "1.mlp.fc1", "2.mlp.fc1"),
+    "everything": tuple(f"{i}.{site}" for i in range(3) for site in ("attn.qkv", "mlp.fc1")),
+    "heads": ("0.attn.proj.1", "1.attn.proj.0", "1.attn.proj.2", "2.attn.proj.2"),
+}
+
+
+@pytest.mark.parametrize("scale", [None, 0.1], ids=["plain", "layer-scale"])
+@pytest.mark.parametrize("dead", DEAD)
+def test_constants_of_dead_branches_are_kept(dead, scale):
+    small = with_dead_parts(DEAD[dead], torch.float64, depth=3, init_values=scale)
+    images = image(small)
+    fast = vtp.optimize(small)
+    assert relative_error(fast(images), small(images)) <= 1e-12
+    exact, same_dtype = references(small.float(), images, torch.float32)
+    assert_close_to_float64(vtp.optimize(small)(images.float()), exact, same_dtype, "logits")
+    first_is_dead = isinstance(small.blocks[0].attn, ConstantBranch)
+    assert [block.offset is not None for block in fast.vit.blocks] == [first_is_dead, False, False]
+
+
+def test_a_bias_gets_its_constants_before_it_is_rounded():
+    """Each of 20 constants would be lost beside a bias of 1 in bfloat16; their sum is not."""
+    dead = [f"{i}.{site}" for i in range(1, 11) for site in ("attn.qkv", "mlp.fc1")]
+    small = with_dead_parts(tuple(dead), depth=11)
+    with torch.no_grad():
+        small.blocks[0].mlp.fc2.bias.fill_(1.0)
+        for block in small.blocks[1:]:
+            block.attn.bias.fill_(0.003)
+            block.mlp.bias.fill_(0.003)
+    bias = vtp.optimize(small, torch.bfloat16).vit.blocks[0].mlp.fc2.bias
+    assert torch.equal(bias, torch.full((12,), 1.06).bfloat16())
+
+
+@pytest.mark.parametrize("mask", ["causal", "boolean", "additive"])
+@pytest.mark.parametrize("name", ["tiny", "qk-norm"])
+def test_attention_masks_act_as_in_the_compact_model(name, mask):
+    small = compact_model(name, torch.float64)
+    tokens = small.pos_embed.shape[1]
+    arguments = {
+        "causal": {"is_causal": True},
+        "boolean": {"attn_mask": torch.ones(tokens, tokens, dtype=torch.bool).tril(1)},
+        "additive": {"attn_mask": torch.randn(tokens, tokens, dtype=torch.float64)},
+    }[mask]
+    fast, images = vtp.optimize(small), image(small)
+    expected = small(images, **arguments)
+    assert relative_error(fast(images, **arguments), expected) <= 1e-12
+    assert relative_error(fast(images), expected) > 1e-3
+
+
+def test_heads_too_wide_for_the_op_are_computed_by_pytorch():
+    small = compact_model("tiny", torch.float64, embed_dim=540, num_heads=2, mlp_hidden=8, depth=1)
+    assert small.blocks[0].attn.head_dim == 270
+    images = image(small)
+    assert relative_error(vtp.optimize(small)(images), small(images)) <= 1e-12
+
+
+def test_it_may_be_made_of_a_model_of_16_bits(tiny):
+    half = copy.deepcopy(tiny).bfloat16()
+    images = image(tiny)
+    exact, same_dtype = references(half, images.bfloat16(), torch.bfloat16)
+    fast = vtp.optimize(half)
+    assert fast(images).dtype == torch.bfloat16
+    assert_close_to_float64(fast(images), exact, same_dtype, "logits")
+
+
+def test_an_empty_batch_gives_empty_logits(tiny):
+    assert vtp.optimize(tiny)(image(tiny, batch=0)).shape == (0, 10)
+
+
+def test_channels_last_images_give_the_same_logits():
+    small = compact_model("deit-tiny", depth=2)
+    fast, images = vtp.optimize(small), image(small)
+    torch.testing.assert_close(fast(images.to(memory_format=torch.channels_last)), fast(images))
+
+
+def test_other_image_sizes_where_the_model_takes_them():
+    small = compact_model("any-image-size", torch.float64)
+    images = torch.randn(1, 3, 48, 64, dtype=torch.float64)
+    assert relative_error(vtp.optimize(small)(images), small(images)) <= 1e-12
+
+
+def test_a_changed_head_and_input_size_are_those_of_the_packed_model():
+    small = compact_model("deit-tiny", torch.float64, depth=1)
+    small.reset_classifier(7)
+    small.head.double()
+    small.set_input_size((48, 32))
+    images = torch.randn(2, 3, 48, 32, dtype=torch.float64)
+    assert relative_error(vtp.optimize(small)(images), small(images)) <= 1e-12
+
+
+# -- What it is ---------------------------------------------------------------------------------------------
+
+
+def packed_linears(fast):
+    return [module for module in fast.modules() if isinstance(module, PackedLinear)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_weights_start_at_16_bytes_and_are_padded_with_zeros(tiny, dtype):
+    fast = vtp.optimize(tiny, DTYPES[dtype])
+    layers = packed_linears(fast)
+    assert len(layers) == 8
+    assert any(layer.in_features % 8 for layer in layers)
+    assert all(launching.has_padded_rows(layer.weight) for layer in layers)
+    assert not any(layer.storage[:, layer.in_features :].any() for layer in layers)
+
+
+def test_everything_but_indices_is_in_its_dtype(tiny):
+    fast = vtp.optimize(tiny, torch.bfloat16)
+    kinds = {name: tensor.dtype for name, tensor in fast.state_dict().items()}
+    odd = {name for name, dtype in kinds.items() if dtype != torch.bfloat16}
+    assert odd == {name for name in kinds if name.endswith(".index")}
+    assert all(kinds[name] == torch.int64 for name in odd)
+
+
+def test_it_shares_no_memory_with_the_compact_model(tiny):
+    small = copy.deepcopy(tiny)
+    fast, images = vtp.optimize(small), image(small)
+    expected = fast(images)
+    with torch.no_grad():
+        for tensor in small.state_dict().values():
+            tensor.zero_()
+    assert torch.equal(fast(images), expected)
+
+
+def test_the_compact_model_is_left_as_it_was():
+    small = compact_model("tiny").train()
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    vtp.optimize(small, torch.bfloat16)
+    assert small.training
+    assert all(p.requires_grad for p in small.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
+
+
+def test_it_is_for_inference_only():
+    small = compact_model(
+        "tiny", proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5, pos_drop_rate=0.5
+    )
+    fast, images = vtp.optimize(small.train()), image(small)
+    expected = small.eval()(images)
+    torch.testing.assert_close(fast(images), expected)
+    student = nn.ModuleList([fast]).train()
+    assert not fast.training
+    torch.testing.assert_close(student[0](images), expected)
+    assert not fast(images.requires_grad_()).requires_grad
+    assert not any(p.requires_grad for p in fast.parameters())
+
+
+def test_autocast_changes_no_bits(tiny):
+    fast, images = vtp.optimize(tiny), image(tiny)
+    expected = fast(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(images), expected)
+
+
+def test_images_of_another_float_dtype_are_cast(tiny):
+    fast, images = vtp.optimize(tiny, torch.bfloat16), image(tiny)
+    assert torch.equal(fast(images), fast(images.bfloat16()))
+    assert torch.equal(fast(images.half()), fast(images.half().bfloat16()))
+
+
+def test_a_copy_computes_the_same_and_shares_nothing(tiny):
+    fast, images = vtp.optimize(tiny), image(tiny)
+    expected = fast(images)
+    again = copy.deepcopy(fast)
+    with torch.no_grad():
+        for tensor in fast.state_dict().values():
+            tensor.zero_()
+    assert torch.equal(again(images), expected)
+    assert all(launching.has_padded_rows(layer.weight) for layer in packed_linears(again))
+
+
+def test_its_state_dict_goes_into_another_of_the_same_plan(tiny, tmp_path):
+    other = copy.deepcopy(tiny)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+    fast, again, images = vtp.optimize(tiny), vtp.optimize(other), image(tiny)
+    torch.save(fast.state_dict(), tmp_path / "fast.pt")
+    again.load_state_dict(torch.load(tmp_path / "fast.pt"))
+    assert torch.equal(again(images), fast(images))
+
+
+def test_a_dtype_chosen_later_keeps_rows_padded(tiny):
+    fast = vtp.optimize(tiny).to(torch.bfloat16)
+    assert all(launching.has_padded_rows(layer.weight) for layer in packed_linears(fast))
+    assert fast(image(tiny)).dtype == torch.bfloat16
+
+
+def test_warmup_runs_every_batch_size_and_changes_nothing(tiny):
+    fast, images = vtp.optimize(tiny), image(tiny)
+    expected, before = fast(images), copy.deepcopy(fast.state_dict())
+    seen = []
+    handle = fast.vit.register_forward_pre_hook(lambda _, arguments: seen.append(tuple(arguments[0].shape)))
+    assert fast.warmup((1, 4)) is None
+    handle.remove()
+    assert seen == [(1, 1, 8, 8), (4, 1, 8, 8)]
+    assert torch.equal(fast(images), expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fast.state_dict().items())
+
+
+@pytest.mark.parametrize("sizes", [3, [-1], [1.5], [True]], ids=str)
+def test_warmup_refuses_what_is_no_list_of_batch_sizes(tiny, sizes):
+    with pytest.raises(ValueError, match=r"batch_sizes: got .* expected integers from 0"):
+        vtp.optimize(tiny).warmup(sizes)
+
+
+def test_warmup_at_another_image_size():
+    vtp.optimize(compact_model("any-image-size")).warmup(image_size=(48, 16))
+
+
+# -- Compilation and export ---------------------------------------------------------------------------------
+
+
+def variety():
+    """Odd widths, a dead head, dead branches at either end of the stream, LayerScale."""
+    dead = ("0.attn.qkv", "1.attn.proj.1", "1.mlp.fc1")
+    return with_dead_parts(dead, depth=2, init_values=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [(variety, "f32"), (lambda: compact_model("qk-norm", depth=1), "bf16")],
+    ids=["tiny-f32", "qk-norm-bf16"],
+)
+def test_compiles_without_breaks_and_without_recompiling_for_the_batch(make, dtype):
+    small = make()
+    fast = vtp.optimize(small, DTYPES[dtype])
+    torch.compiler.reset()
+    compiled = torch.compile(fast, fullgraph=True, dynamic=True, backend="aot_eager")
+    for i, batch in enumerate((2, 5, 8)):
+        images = image(small, batch)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            torch.testing.assert_close(compiled(images), fast(images))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_exports_with_a_dynamic_batch(dtype, tmp_path):
+    small = variety()
+    fast = vtp.optimize(small, DTYPES[dtype])
+    program = torch.export.export(
+        fast, (image(small),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)
+    )
+    torch.export.save(program, tmp_path / "fast.pt2")
+    again = torch.export.load(tmp_path / "fast.pt2").module()
+    for batch in (1, 7):
+        images = image(small, batch)
+        torch.testing.assert_close(again(images), fast(images))
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(sys.platform != "linux", reason="packages are tested on Linux")
+def test_packages_with_aotinductor(tmp_path):
+    small = variety()
+    fast = vtp.optimize(small)
+    program = torch.export.export(
+        fast, (image(small),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)
+    )
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "fast.pt2"))
+    loaded = torch._inductor.aoti_load_package(package)
+    for batch in (1, 2, 7):
+        images = image(small, batch)
+        torch.testing.assert_close(loaded(images), fast(images))
+
+
+# -- What is refused ----------------------------------------------------------------------------------------
+
+
+def wrapped_linear():
+    small = compact_model("tiny")
+    small.blocks[1].mlp.fc1 = nn.Sequential(small.blocks[1].mlp.fc1)
+    return small
+
+
+def other_block():
+    small = compact_model("tiny")
+    small.blocks[1] = nn.Identity()
+    return small
+
+
+REFUSED = {
+    "dense": (lambda: build(), r"model: got VisionTransformer, expected a CompactViT: .*vtp\.compact"),
+    "gated": (lambda: gated(build()), r"model: got VisionTransformer, expected a CompactViT"),
+    "timm-model-of-another-kind": (
+        lambda: timm.create_model("resnet18"), r"model: got ResNet, expected a CompactViT",
+    ),
+    "packed": (lambda: vtp.optimize(compact_model("tiny")), r"model: got OptimizedViT"),
+    "adapter": (wrapped_linear, r"model\.blocks\.1\.mlp\.fc1: got Sequential, expected nn\.Linear"),
+    "block": (other_block, r"model\.blocks\.1: got Identity, expected CompactBlock"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_model_that_cannot_be_packed_is_refused_by_name(case):
+    make, message = REFUSED[case]
+    with pytest.raises(TypeError, match=message):
+        vtp.optimize(make())
+
+
+def test_a_dtype_without_kernels_is_refused(tiny):
+    with pytest.raises(TypeError, match=r"dtype: got torch\.int8, expected one of torch\.float32"):
+        vtp.optimize(tiny, torch.int8)
+
+
+BAD_IMAGES = {
+    "not-a-tensor": ([[1.0]], TypeError, r"images: got list, expected a tensor"),
+    "uint8": (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), TypeError, r"images: got torch\.uint8"),
+    "float64": (torch.zeros(1, 1, 8, 8, dtype=torch.float64), TypeError, r"images: got torch\.float64"),
+    "rank": (torch.zeros(1, 8, 8), ValueError, r"got shape \(1, 8, 8\), expected \[B, 1, H, W\]"),
+    "channels": (torch.zeros(1, 3, 8, 8), ValueError, r"got shape \(1, 3, 8, 8\), expected \[B, 1, H, W\]"),
+    "size": (torch.zeros(1, 1, 8, 12), ValueError, r"height and width \(8, 12\), expected \(8, 8\)"),
+    "device": (torch.zeros(1, 1, 8, 8, device="meta"), ValueError, r"images: on meta, expected cpu"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_bad_images_are_refused_by_name(tiny, case):
+    images, error, message = BAD_IMAGES[case]
+    with pytest.raises(error, match=message):
+        vtp.optimize(tiny)(images)
+
+
+def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused():
+    with pytest.raises(ValueError, match=r"height and width \(32, 40\), expected multiples of \(16, 16\)"):
+        vtp.optimize(compact_model("any-image-size"))(torch.zeros(1, 3, 32, 40))

@@ -1,0 +1,494 @@
+"""vtp.cli: every command on good and bad input, in process; the exit status and what is said."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import vtp
+from tests.support.models import TINY, build, gated
+from vtp.cli import main
+from vtp.comparison import own_model
+
+COMMANDS = ("run", "train", "prune", "finetune", "eval", "bench", "inspect")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A dense, a gated and a compact model, a plan, and an image folder with two classes."""
+    folder = tmp_path_factory.mktemp("files")
+    architecture = TINY.__class__(**{**TINY.__dict__, "num_classes": 2})
+    dense = build(architecture, dtype=torch.float32)
+    model = gated(dense)
+    plan = vtp.make_plan(model, rate=0.4)
+    vtp.save(dense, folder / "dense.safetensors")
+    vtp.save(model, folder / "gated.safetensors")
+    vtp.save(vtp.compact(model, plan), folder / "compact.safetensors", metadata={"top1": 87.5})
+    plan.save(folder / "plan.json")
+    generator = np.random.default_rng(0)
+    for split, number in (("train", 8), ("val", 5)):
+        for label, name in enumerate(("dark", "light")):
+            (folder / "images" / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = generator.integers(0, 100, (8, 8)) + 150 * label
+                Image.fromarray(pixels.astype("uint8")).save(folder / "images" / split / name / f"{i}.png")
+    return folder
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function that runs a command that must be refused: status 2, one line that matches, no traceback."""
+
+    def check(message, *arguments):
+        capsys.readouterr()
+        assert run(*arguments) == 2
+        out, error = capsys.readouterr()
+        assert out == ""
+        assert error.startswith("vtp: error: ")
+        assert error.count("\n") == 1
+        assert re.search(message, error), error
+
+    return check
+
+
+@pytest.fixture
+def misused(capsys):
+    """A function that runs a command with arguments that do not parse: status 2 and the reason at the end."""
+
+    def check(message, *arguments):
+        with pytest.raises(SystemExit) as stopped:
+            run(*arguments)
+        assert stopped.value.code == 2
+        out, error = capsys.readouterr()
+        assert out == ""
+        assert re.search(message, error.splitlines()[-1]), error
+
+    return check
+
+
+# ----------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_shows_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(command, "--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    example = text.split("example:\n")[1].strip()
+    assert example.startswith(f"vtp {command} ")
+    vtp.cli._parser().parse_args(example.split()[1:])
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^ +{command} +\w", text, re.MULTILINE) for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["cut"], "invalid choice: 'cut'"),
+        (["prune"], "required: file, --out"),
+        (["prune", "a", "--out", "b", "--rate", "0.4", "--macs", "1e6"], "not allowed with argument --rate"),
+        (["prune", "a", "--out", "b", "--rate", "much"], "--rate: invalid float value: 'much'"),
+        (["prune", "a", "--out", "b", "--round-to", "1.5"], "--round-to: invalid int value"),
+        (["prune", "a", "--out", "b", "--score", "magnitude"], "--score: invalid choice"),
+        (["prune", "a", "--out", "b", "--scope", "head"], "--scope: invalid choice"),
+        (["train", "finetune", "--out", "b"], "invalid choice: 'finetune'"),
+        (["run"], "required: --out"),
+        (["run", "--out", "b", "--recipe", "large"], "--recipe: invalid choice"),
+        (["run", "--out", "b", "--precision", "int8"], "--precision: invalid choice"),
+        (["inspect"], "required: file"),
+        (["inspect", "a", "b"], "unrecognized arguments: b"),
+    ],
+    ids=" ".join,
+)
+def test_arguments_that_do_not_parse_are_refused_by_name(misused, arguments, message):
+    misused(message, *arguments)
+
+
+# ---------------------------------------------------------------------------------------------------- prune
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], {"rate": 0.4}),
+        (["--rate", "0.25"], {"rate": 0.25}),
+        (["--macs", "12e3"], {"macs": 12_000}),
+        (["--params", "2000"], {"params": 2000}),
+        (["--rate", "0.5", "--scope", "per_layer", "--round-to", "2", "--min-keep", "3"],
+         {"rate": 0.5, "scope": "per_layer", "round_to": 2, "min_keep": 3}),
+        (["--macs", "12e3", "--per-mac"], {"macs": 12_000, "per_mac": True}),
+    ],
+)  # fmt: skip
+def test_prune_does_what_make_plan_and_compact_do(files, tmp_path, capsys, options, expected):
+    out, plan_file = tmp_path / "small.safetensors", tmp_path / "plan.json"
+    assert run("prune", files / "gated.safetensors", "--out", out, "--plan", plan_file, *options) == 0
+    model = vtp.load(files / "gated.safetensors")
+    plan = vtp.make_plan(model, **expected)
+    small = vtp.load(out)
+    assert small.plan == vtp.PruningPlan.load(plan_file) == plan
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(small(x), vtp.compact(model, plan)(x))
+    printed = capsys.readouterr().out
+    assert str(plan) in printed
+    assert str(out) in printed.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rate", "1.2"], r"rate: got 1\.2, expected a share in \[0, 1\)"),
+        (["--rate", "1"], r"rate: got 1\.0"),
+        (["--rate", "-0.1"], r"rate: got -0\.1"),
+        (["--rate", "nan"], "rate: got nan"),
+        (["--macs", "1"], "macs: 1 cannot be met: .* remain"),
+        (["--macs", "-5"], r"macs: got -5\.0"),
+        (["--params", "inf"], "params: got inf"),
+        (["--round-to", "0"], "round_to: got 0"),
+        (["--min-keep", "-1"], r"min_keep: got -1\.0"),
+        (["--min-keep", "1.5"], r"min_keep: got 1\.5"),
+        (["--min-keep", "nan"], "min_keep: got nan"),
+        (["--rate", "0.99"], r"rate: 0\.99 cannot be met: .* lower min_keep"),
+        (["--score", "taylor"], "'taylor' has no statistics at blocks.0.attn.qkv"),
+    ],
+    ids=" ".join,
+)
+def test_prune_refuses_what_cannot_be_and_writes_nothing(files, tmp_path, refused, options, message):
+    out = tmp_path / "small.safetensors"
+    refused(message, "prune", files / "gated.safetensors", "--out", out, *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["dense", "compact"])
+def test_prune_refuses_a_model_without_gates(files, tmp_path, refused, name):
+    refused("has no gates", "prune", files / f"{name}.safetensors", "--out", tmp_path / "small.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prune_refuses_folders_that_cannot_be_written(files, tmp_path, refused):
+    source = files / "gated.safetensors"
+    refused("cannot write into .*none: No such file", "prune", source, "--out", tmp_path / "none" / "a")
+    refused("is a folder", "prune", source, "--out", tmp_path)
+    refused("cannot write into /proc", "prune", source, "--out", "/proc/small.safetensors")
+
+
+# -------------------------------------------------------------------------------------------------- inspect
+
+
+def inspected(capsys, file):
+    assert run("inspect", file) == 0
+    out, error = capsys.readouterr()
+    assert error == ""
+    return out
+
+
+def test_inspect_shows_a_dense_model(files, capsys):
+    out = inspected(capsys, files / "dense.safetensors")
+    model = vtp.load(files / "dense.safetensors")
+    assert "dense model, format 1, vtp " in out
+    assert str(vtp.count(model)) in out
+    assert '"embed_dim": 12' in out
+
+
+def test_inspect_shows_the_gates_of_a_gated_model(files, capsys):
+    out = inspected(capsys, files / "gated.safetensors")
+    assert "gated model" in out
+    for name, layer in vtp.sites(vtp.load(files / "gated.safetensors")).items():
+        assert re.search(rf"{re.escape(name)} .* {layer.gate.abs().mean():.4f} ", out)
+
+
+def test_inspect_shows_the_plan_and_the_notes_of_a_compact_model(files, capsys):
+    out = inspected(capsys, files / "compact.safetensors")
+    plan = vtp.PruningPlan.load(files / "plan.json")
+    assert "compact model" in out
+    assert "top1: 87.5" in out
+    assert str(plan) in out
+    assert plan.parent[:16] in out
+    assert f"{(files / 'compact.safetensors').stat().st_size:,} bytes" in out
+
+
+def test_inspect_shows_a_plan(files, capsys):
+    assert inspected(capsys, files / "plan.json").strip() == str(vtp.PruningPlan.load(files / "plan.json"))
+
+
+def write_foreign(path, kind):
+    if kind == "plan.json":
+        path.write_text("{}")
+    elif kind == "cut.json":
+        path.write_text('{"plan_version": 1, "kept"')
+    elif kind == "others.safetensors":
+        save_file({"a": torch.ones(2)}, path)
+    elif kind == "state.safetensors":
+        save_file({"a": torch.ones(2)}, path, metadata={"vtp-training-state": '{"version": 1}'})
+    elif kind == "broken-state.safetensors":
+        save_file({"a": torch.ones(2)}, path, metadata={"vtp-training-state": "{"})
+    elif kind == "weights.pth":
+        torch.save({"a": torch.ones(2)}, path)
+    else:
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("plan.json", "not a pruning plan"),
+        ("cut.json", "not JSON, or it is cut off"),
+        ("others.safetensors", "not one that vtp wrote"),
+        ("state.safetensors", r"training state in .* is damaged"),
+        ("broken-state.safetensors", r"training state in .* is damaged"),
+        ("weights.pth", "no safetensors file"),
+        ("empty.safetensors", "no safetensors file"),
+    ],
+)
+def test_inspect_refuses_foreign_files_with_the_reason(tmp_path, refused, kind, message):
+    write_foreign(tmp_path / kind, kind)
+    refused(message, "inspect", tmp_path / kind)
+
+
+def test_inspect_refuses_missing_files_folders_and_damaged_files(files, tmp_path, refused):
+    refused(r"no file .*none\.safetensors", "inspect", tmp_path / "none.safetensors")
+    refused(r"cannot read .*none\.json: No such file", "inspect", tmp_path / "none.json")
+    refused("no file", "inspect", tmp_path)
+    damaged = tmp_path / "damaged.safetensors"
+    shutil.copy(files / "compact.safetensors", damaged)
+    with open(damaged, "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    refused("SHA-256 does not match", "inspect", damaged)
+
+
+# ---------------------------------------------------------------------------- eval, train, finetune on images
+
+
+def test_eval_reports_accuracy_and_cost(files, capsys):
+    assert run("eval", "--model", files / "compact.safetensors", "--data", files / "images") == 0
+    out = capsys.readouterr().out
+    found = re.search(r"top-1 (\d+\.\d\d), cross-entropy \d+\.\d{4}; (.*)\n", out)
+    assert float(found[1]) % 10 == 0  # of ten images
+    assert found[2] == str(vtp.count(vtp.load(files / "compact.safetensors")))
+
+
+def test_eval_refuses_what_it_cannot_open(files, tmp_path, refused):
+    model = files / "dense.safetensors"
+    refused("got 'resnet', expected", "eval", "--model", "resnet")
+    refused("timm.models.resnet.ResNet", "eval", "--model", "resnet18", "--data", files / "images")
+    refused("none", "eval", "--model", model, "--data", tmp_path / "none")
+    refused("10|classes", "eval", "--model", model)  # the embedded data have ten classes
+    refused("no safetensors file", "eval", "--model", __file__)
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory):
+    """Sparse training and fine-tuning of one epoch each, from the command line."""
+    folder, data = tmp_path_factory.mktemp("trained"), ["--data", files / "images", "--augment", "none"]
+    quick = ["--batch-size", "4", "--workers", "0", "--seed", "3"]
+    for stage in ("sparse", "finetune"):
+        for field, value in (("epochs", 1), ("warmup_epochs", 0), ("lr", 1e-3)):
+            quick += ["--set", f"{stage}.{field}={value}"]
+    sparse, small, tuned = folder / "sparse", folder / "small.safetensors", folder / "tuned"
+    dense = files / "dense.safetensors"
+    assert run("train", "sparse", "--model", dense, "--out", sparse, *data, *quick) == 0
+    assert run("prune", sparse / "sparse.safetensors", "--out", small, "--score", "taylor") == 0
+    assert run("finetune", small, "--teacher", dense, "--out", tuned, *data, *quick) == 0
+    return folder
+
+
+def test_sparse_model_from_the_command_line_can_be_cut_and_fine_tuned(trained):
+    sparse = vtp.load(trained / "sparse" / "sparse.safetensors")
+    assert all(layer.taylor_steps > 0 for layer in vtp.sites(sparse).values())
+    small = vtp.load(trained / "tuned" / "compact.safetensors")
+    assert isinstance(small, vtp.CompactViT)
+    assert small.plan == vtp.load(trained / "small.safetensors").plan
+    assert vtp.read_metadata(trained / "tuned" / "compact.safetensors")["user"].keys() >= {"top1"}
+
+
+def test_inspect_shows_a_training_checkpoint(trained, capsys):
+    out = inspected(capsys, trained / "sparse" / "checkpoints" / "sparse.safetensors")
+    assert "training state of stage sparse: 1 of 1 epochs done, finished" in out
+    identity = json.loads(out[out.index("{") :])
+    assert identity["config.seed"] == 3
+    assert identity["config.batch_size"] == 4
+
+
+def test_damaged_training_checkpoint_is_refused(trained, tmp_path, refused):
+    content = (trained / "sparse" / "checkpoints" / "sparse.safetensors").read_bytes()
+    for length in (0, 5, 100, len(content) - 1):
+        (tmp_path / "state.safetensors").write_bytes(content[:length])
+        refused("cut off", "inspect", tmp_path / "state.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("sparse.epochs", "--set: got 'sparse.epochs', expected STAGE.FIELD=VALUE"),
+        ("epochs=3", "expected STAGE.FIELD=VALUE with a stage of dense, sparse, finetune"),
+        ("middle.epochs=3", "--set: got 'middle.epochs=3'"),
+        ("sparse.epoch=3", r"--set: got 'sparse\.epoch=3'.* epochs, batch_size"),
+        ("=3", "--set: got '=3'"),
+        ("", "--set: got ''"),
+        ("sparse.epochs=", "epochs: got '', expected an integer"),
+        ("sparse.epochs=0", "epochs: got 0, expected an integer of at least 1"),
+        ("sparse.epochs=2.5", "epochs: got 2.5"),
+        ("sparse.epochs=many", "epochs: got 'many'"),
+        ("sparse.epochs=true", "epochs: got True"),
+        ("sparse.lr=NaN", "lr: got nan"),
+        ("sparse.l1=-1", "l1: got -1"),
+        ("sparse.precision=int8", "precision: got 'int8'"),
+        ("sparse.opt=none-such", "opt: got 'none-such'"),
+        ("sparse.clip_grad=[1]", r"clip_grad: got \[1\]"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_bad_setting_is_refused_before_anything_is_opened(
+    files, tmp_path, refused, command, setting, message
+):
+    stage = ["sparse"] if command == "train" else []
+    refused(message, command, *stage, "--out", tmp_path / "run", "--set", setting)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["sparse.epochs=8"], {"epochs": 8}),
+        (["sparse.l1=3e-4", "sparse.l1_mode=proximal"], {"l1": 3e-4, "l1_mode": "proximal"}),
+        (["sparse.clip_grad=null", "sparse.ema_decay=0.99"], {"clip_grad": None, "ema_decay": 0.99}),
+        (["sparse.precision=bf16"], {"precision": "bf16"}),
+        (["sparse.epochs=8", "sparse.epochs=9"], {"epochs": 9}),
+        (["sparse.seed=5"], {"seed": 5}),
+    ],
+    ids=str,
+)
+def test_settings_reach_their_stage_only_and_win_over_common_options(settings, expected):
+    arguments = ["run", "--out", "x", "--seed", "7"]
+    for setting in settings:
+        arguments += ["--set", setting]
+    recipe = vtp.cli._recipe(vtp.cli._parser().parse_args(arguments))
+    default = vtp.pipeline.RECIPES["small"]()
+    for name, value in expected.items():
+        assert getattr(recipe.sparse, name) == value
+    assert recipe.sparse.seed == expected.get("seed", 7)
+    for stage in ("dense", "finetune"):
+        for name in expected.keys() - {"seed"}:
+            assert getattr(getattr(recipe, stage), name) == getattr(getattr(default, stage), name)
+        assert getattr(recipe, stage).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "seed: got -1"),
+        (["--batch-size", "0"], "batch_size: got 0"),
+        (["--workers", "-2"], "workers: got -2"),
+        (["--rate", "1.2"], r"rate: got 1\.2"),
+        (["--macs", "1"], "macs: 1 cannot be met"),
+        (["--model", "resnet18"], "timm.models.resnet.ResNet"),
+        (["--model", "none-such"], "got 'none-such', expected"),
+        (["--data", "/none/such"], "none"),
+    ],
+    ids=" ".join,
+)
+def test_run_refuses_what_cannot_be_before_it_makes_the_run_folder(tmp_path, refused, arguments, message):
+    refused(message, "run", "--out", tmp_path / "run", *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_and_finetune_refuse_the_wrong_kind_of_model(files, tmp_path, refused):
+    data = ["--data", files / "images", "--out", tmp_path / "run"]
+    refused("CompactViT", "train", "sparse", "--model", files / "compact.safetensors", *data)
+    refused("no compact model", "finetune", files / "dense.safetensors", *data)
+    refused("no compact model", "finetune", files / "gated.safetensors", *data)
+    refused("no file", "finetune", tmp_path / "none.safetensors", *data)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_cannot_write_over_a_file_or_into_a_read_only_place(files, refused, tmp_path):
+    (tmp_path / "file").write_text("x")
+    sparse = ["train", "sparse", "--model", files / "dense.safetensors", "--data", files / "images"]
+    for out in (tmp_path / "file", "/proc/run"):
+        refused("file|proc", *sparse, "--out", out)
+
+
+# ------------------------------------------------------------------------------------------------ bench
+
+
+def bench(*arguments):
+    return run("bench", *arguments, "--rounds", 3, "--seconds", 1, "--threads", 1)
+
+
+def test_bench_times_a_compact_model_and_says_whether_pruning_paid(files, tmp_path, capsys):
+    assert bench(files / "compact.safetensors", "--json", tmp_path / "times.json") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"PyTorch eager, float32 .*\n dense: ours, float32 ", printed, re.DOTALL)
+    assert re.search(
+        r"^ours, float32: pruning .* fewer MACs, .* the speed of the dense model", printed, re.MULTILINE
+    )
+    written = json.loads((tmp_path / "times.json").read_text())
+    assert {"environment", "hardware", "file", "models"} <= written.keys()
+    assert written["file"] == "compact.safetensors"
+    for label in ("ours, float32", "ours again, float32", "PyTorch eager, float32", "dense: ours, float32"):
+        peer = written["models"]["peers"][label]
+        assert peer["status"] == "measured" and len(peer["seconds"]) >= 3
+        assert peer["error"] <= peer["error_bound"]
+
+
+def test_bench_refuses_bad_input_before_it_measures(files, tmp_path, refused, monkeypatch, capsys):
+    compact, profile = files / "compact.safetensors", ("bench", "deit_tiny_patch16_224", "--profile-widths")
+    refused("model: .*gated.safetensors holds no compact model", "bench", files / "gated.safetensors")
+    refused("no file", "bench", tmp_path / "missing.safetensors")
+    refused("--json: .*cannot write", "bench", compact, "--json", tmp_path / "missing" / "times.json")
+    refused("--json: .*is a folder", "bench", compact, "--json", tmp_path)
+    refused("--json, --compile: without effect", *profile, "--compile")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path / "file"))
+    refused("cache: cannot make", *profile)
+    with pytest.raises(SystemExit):
+        run("bench", compact, "--threads", 100_000)
+    assert "argument --threads: got 100000, expected at most" in capsys.readouterr().err
+
+
+def test_profiled_widths_give_a_plan_for_a_latency(files, tmp_path, monkeypatch, refused, capsys):
+    monkeypatch.setenv("VTP_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "small.safetensors"
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        refused("latency_ms: there is no latency table", "prune", files / "gated.safetensors",
+                "--latency-ms", 1, "--out", out)  # fmt: skip
+        assert bench(files / "gated.safetensors", "--profile-widths") == 0
+        printed = capsys.readouterr().out
+        dense = float(re.search(r"the dense model takes (\S+) ms", printed)[1])
+        assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
+        assert run("prune", files / "gated.safetensors", "--latency-ms", 2 * dense + 1, "--out", out) == 0
+        assert vtp.load(out).plan.rate == 0, "the dense model meets it"
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_bench_names_the_branches_where_time_is_lost(files, monkeypatch, capsys):
+    monkeypatch.setattr(
+        own_model, "PEERS", [p for p in own_model.PEERS if p.name in ("ours", "PyTorch eager")]
+    )
+    monkeypatch.setattr(own_model, "PAID", 1e9)  # a share that no cut reaches
+    assert bench(files / "compact.safetensors") == 0
+    printed = capsys.readouterr().out
+    assert "Where our engine loses most of what MACs promise" in printed
+    assert re.search(r"blocks\.\d+\.(attn|mlp) .* (into fc1|into qkv)", printed)

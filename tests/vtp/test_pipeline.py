@@ -1,0 +1,200 @@
+"""All stages together: what a run leaves behind, what it refuses, and that it survives being killed."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vtp
+from vtp import pipeline
+from vtp.pipeline import RECIPES, RunConfig, open_model, run
+from vtp.timing import interleaved_latency
+from vtp.training.data import DataError
+
+FILES = [
+    "checkpoints", "compact.safetensors", "config.json", "dense.safetensors", "metrics.jsonl", "plan.json",
+    "pruned.safetensors", "report.html", "results.json", "sparse.safetensors", "tensorboard",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An image folder of three classes that differ in brightness: 48 training and 12 test images."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 4)):
+        for label in range(3):
+            path = root / split / f"class{label}"
+            path.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 80, (28, 28), dtype=np.uint8) + 80 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(path / f"{i}.png")
+    return root
+
+
+def small_config(folder, **changes) -> RunConfig:
+    recipe = RECIPES["small"]()
+    stages = {
+        stage: dataclasses.replace(getattr(recipe, stage), epochs=1, batch_size=16, warmup_epochs=0.5)
+        for stage in pipeline.STAGES
+    }
+    recipe = dataclasses.replace(recipe, **stages)
+    return dataclasses.replace(
+        RunConfig(recipe, data=str(folder), from_scratch=True, new_head=True, latency_batch=2), **changes
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "interleaved_latency", lambda m, x: interleaved_latency(m, x, seconds=0.0))
+        run(small_config(folder), out, progress=False)
+    return out
+
+
+def test_run_leaves_the_files_that_the_module_names(finished):
+    assert sorted(path.name for path in finished.iterdir()) == FILES
+
+
+def test_results_agree_with_the_files(finished):
+    rows = {row["model"]: row for row in json.loads((finished / "results.json").read_text())["rows"]}
+    files = {
+        "dense": "dense",
+        "sparse": "sparse",
+        "compact before fine-tuning": "pruned",
+        "compact after": "compact",
+        "compact, optimized": "compact",
+    }
+    assert list(rows) == list(files)
+    for title, name in files.items():
+        file = finished / f"{name}.safetensors"
+        assert rows[title]["file_bytes"] == file.stat().st_size
+        assert vtp.count(vtp.load(file)) == vtp.Cost(rows[title]["params"], rows[title]["macs"])
+        assert 0 <= rows[title]["top1"] <= 100
+        assert rows[title]["latency_ms"] > 0
+
+
+def test_plan_file_is_the_plan_of_the_result(finished):
+    plan = vtp.PruningPlan.load(finished / "plan.json")
+    assert vtp.load(finished / "compact.safetensors").plan == plan
+    assert plan.rate == pytest.approx(0.4, abs=1e-3)
+
+
+def test_fine_tuning_started_from_the_cut_of_the_sparse_model(finished):
+    sparse, pruned = (vtp.load(finished / f"{name}.safetensors") for name in ("sparse", "pruned"))
+    again = vtp.compact(sparse, vtp.PruningPlan.load(finished / "plan.json"))
+    for name, tensor in pruned.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_accuracy_is_given_at_ten_budgets(finished):
+    points = json.loads((finished / "results.json").read_text())["reslice"]
+    assert [point["rate"] for point in points] == list(pipeline.RESLICE_RATES)
+    assert len(points) == 10
+    macs = [point["macs"] for point in points]
+    assert macs == sorted(macs, reverse=True)
+
+
+def test_sparse_model_has_statistics_for_both_scores(finished):
+    sparse = vtp.load(finished / "sparse.safetensors")
+    by_gate, by_taylor = (vtp.make_plan(sparse, rate=0.5, score=score) for score in ("gate", "taylor"))
+    assert by_gate.kept != by_taylor.kept
+
+
+def test_second_run_in_the_same_folder_is_refused(folder, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    with pytest.raises(vtp.FileError, match="holds a run already"):
+        run(small_config(folder), finished, progress=False)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+
+
+def test_resuming_with_another_budget_is_refused(folder, finished):
+    with pytest.raises(vtp.FileError, match="another budget"):
+        run(small_config(folder, budget={"rate": 0.5}), finished, resume=True, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"new_head": False}, DataError, "10"),
+        ({"budget": {"rate": 1.5}}, vtp.PlanError, "rate: got 1.5"),
+        ({"budget": {"macs": 10.0}}, vtp.PlanError, "macs: 10 cannot be met"),
+        ({"model": "resnet18"}, vtp.UnsupportedModelError, "ResNet"),
+        ({"model": "no_such_model"}, vtp.FileError, "no_such_model"),
+        ({"data": "/no/such/folder"}, DataError, "/no/such/folder"),
+    ],
+    ids=["classes", "rate", "macs", "family", "model", "data"],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(folder, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        run(small_config(folder, **changes), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_open_model_draws_new_weights_from_the_seed():
+    first, again, other = (open_model("fashion-deit", from_scratch=True, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.patch_embed.proj.weight, again.patch_embed.proj.weight)
+    assert not torch.equal(first.patch_embed.proj.weight, other.patch_embed.proj.weight)
+
+
+def test_shipped_baseline_loads_and_is_better_than_chance():
+    from vtp.checkpoint import read_metadata
+
+    model = open_model("fashion-deit")
+    file = pipeline.resources.files("vtp") / "baselines" / "fashion_deit.safetensors"
+    assert read_metadata(file)["user"]["top1"] > 85
+    assert vtp.count(model).params < 5_000_000 / 4
+
+
+def command(folder, out, *more: str) -> list[str]:
+    settings = [
+        f"--set={stage}.{field}" for stage in pipeline.STAGES for field in ("epochs=2", "warmup_epochs=0.5")
+    ]
+    return [
+        sys.executable, "-m", "vtp.cli", "run", "--data", str(folder), "--from-scratch", "--new-head",
+        "--batch-size", "8", "--latency-batch", "1", "--out", str(out), *settings, *more,
+    ]  # fmt: skip
+
+
+def test_run_killed_in_the_middle_of_sparse_training_resumes_to_the_same_bits(folder, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command(folder, tmp_path / "killed"), env=environment, stdout=subprocess.DEVNULL
+    )
+    metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.time() + 240
+    while time.time() < deadline and process.poll() is None:
+        if metrics.exists() and '"sparse"' in metrics.read_text():
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert not (tmp_path / "killed" / "compact.safetensors").exists()
+    for out, more in (("killed", ["--resume"]), ("whole", [])):
+        subprocess.run(
+            command(folder, tmp_path / out, *more), env=environment, check=True, stdout=subprocess.DEVNULL
+        )
+    for name in ("dense", "sparse", "pruned", "compact"):
+        resumed, whole = (vtp.load(tmp_path / out / f"{name}.safetensors") for out in ("killed", "whole"))
+        for key, tensor in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[key], tensor), (name, key)
+    stages = [json.loads(line)["stage"] for line in (metrics).read_text().splitlines()]
+    assert stages == ["dense"] * 2 + ["sparse"] * 2 + ["finetune"] * 2
+
+
+@pytest.mark.parametrize("change", [{"precision": "fp16"}, {"batch_size": 100}], ids=["precision", "batch"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works where there is a GPU")
+def test_settings_of_the_last_stage_are_refused_before_the_first(folder, tmp_path, change):
+    config = small_config(folder)
+    last = dataclasses.replace(config.recipe.finetune, **change)
+    config = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, finetune=last))
+    with pytest.raises(ValueError, match=rf"finetune\.{next(iter(change))}"):
+        run(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,257 @@
+"""Each defect planted in a kernel of compact_linear is caught, by the proof that its id names.
+
+The proofs are those of test_compact_linear_kernels.py.
+"""
+
+import functools
+
+import pytest
+
+from tests.support.kernel_proofs import (
+    KINDS,
+    OFFSET,
+    PAD_IN,
+    PAD_OUT,
+    assert_defect_is_caught,
+    assert_defects_of_every_kind,
+    in_kernel,
+)
+from tests.vtp_kernels.test_compact_linear_kernels import (
+    Case,
+    check_db,
+    check_dz,
+    check_far,
+    check_forward,
+    check_parts,
+    op_module,
+    prove,
+)
+
+READ, WRITE, MASK, OTHER, RACE, UNWRITTEN, RAW, VALUE = KINDS
+# A tile of each kind, two of the right border, a full block of inputs and a tail; no width a multiple of 8.
+SMALL = Case(37, 37, 101, "f32")
+SMALL16 = Case(69, 77, 141, "bf16")
+WIDE = Case(37, 165, 101, "f32")  # of several blocks of inputs
+BOTH, RESIDUAL, NO_BIAS = (
+    Case(37, 37, 101, "f32", epilogue, bias=epilogue != "none") for epilogue in ("both", "residual", "none")
+)
+FAR_APART = Case(5, 17, 15, "f32", "both", "far")
+
+
+def options(case=SMALL, **kwargs):
+    return tuple({"case": case, **kwargs}.items())
+
+
+SPLIT_UP = options(WIDE, attributes="split")
+GELU_LINES = "    if gelu:\n        acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))\n"
+ADD_BIAS = "    acc += tl.load(bias + o_n, mask=o_n < bias_width, other=0.0).to(tl.float32)[None, :]\n"
+ADD_RESIDUAL = "        acc += tl.load(p_residual, mask=m_tile, other=0.0).to(tl.float32)\n"
+TILE_MASK = "m_tile = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)\n"
+RESULT_MASK, PARTIAL_MASK = f"    {TILE_MASK}    m_padding", f"        {TILE_MASK}        tl.store(partial"
+STORE_OUT = "tl.store(out + o_out, tl.where(m_padding, 0.0, acc).to(out.dtype.element_ty), mask=m_tile)"
+STORE_Z = "tl.store(z + o_out, tl.where(m_padding, 0.0, acc).to(z.dtype.element_ty), mask=m_tile)"
+TAIL_MASK = "mask=(o_k[None, :] < (K + 7) // 8 * 8) & (o_row[:, None] >= 0), other=0.0"
+PRODUCT = "return tl.dot(b_x, tl.trans(b_w), acc, input_precision=PRECISION)"
+TRANSPOSED = "return tl.dot(b_w, tl.trans(b_x), acc, input_precision=PRECISION)"
+PART_ROW = "row = i_part.to(tl.int64) * M + o_m[:, None]"
+LOAD_PART = "acc += tl.load(partial + row * stride_out + o_n[None, :], mask=m_tile, other=0.0)"
+PARTS_COLUMNS = f"o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)\n    {TILE_MASK}    acc"
+DZ_LOAD = "b_dz = tl.load(p_dy, mask=m_tile, other=0.0)"
+DZ_MASK = "m_tile = (o_m[:, None] < M) & (o_n[None, :] < width)"
+DZ_PADDING = "        b_dz = tl.where(o_n[None, :] < N, b_dz, 0.0)\n"
+DZ_STORE = "tl.store(p_dz, b_dz.to(dz.dtype.element_ty), mask=m_tile)"
+DZ_PARTIAL = "partial + tl.program_id(0).to(tl.int64) * width + o_n, b_db, mask=o_n < width"
+DB_MASK = "mask=(o_r[:, None] < rows) & (o_n[None, :] < width), other=0.0"
+DB_STORE = "tl.store(db + o_n, tl.sum(acc, axis=0).to(db.dtype.element_ty), mask=o_n < N)"
+ONLY_DB = (("wanted", ((True, False, True),)),)
+ROWS_OF_DZ = Case(261, 1, 37, "f32")
+
+# fmt: off
+DEFECTS = [
+    *in_kernel(
+        "fwd", options(),
+        (READ, "row-clamp-of-x-removed", "guard-page", "tl.minimum(i_m + tl.arange(0, TILE_M), M - 1)",
+         "i_m + tl.arange(0, TILE_M)", options(), "x"),
+        (READ, "row-clamp-of-weight-removed", "guard-page", "tl.minimum(i_n + tl.arange(0, TILE_N), N - 1)",
+         "i_n + tl.arange(0, TILE_N)", options(), "weight"),
+        (READ, "no-mask-on-the-tail", "guard-page", f", {TAIL_MASK}", "", options(), "weight"),
+        (READ, "no-mask-on-bias", "guard-page", "bias + o_n, mask=o_n < bias_width, other=0.0", "bias + o_n",
+         options(), "bias"),
+        (READ, "no-mask-on-residual", "guard-page", "p_residual, mask=m_tile, other=0.0", "p_residual",
+         options(RESIDUAL), "residual"),
+        (WRITE, "row-mask-of-store-removed", "guard-page", RESULT_MASK,
+         RESULT_MASK.replace("< M", ">= 0"), options(), "out"),
+        (WRITE, "column-mask-of-store-removed", "guard-page", RESULT_MASK,
+         RESULT_MASK.replace("(o_n[None, :] < (N + 7) // 8 * 8)", "(o_n[None, :] >= 0)"), options(), "out"),
+        (WRITE, "row-mask-of-parts-removed", "guard-page", PARTIAL_MASK, PARTIAL_MASK.replace("< M", ">= 0"),
+         SPLIT_UP, "partial"),
+        (PAD_IN, "padding-of-inputs-multiplied", "poison", "return tl.where(o_k[None, :] < K, b_tile, 0.0)",
+         "return b_tile"),
+        (PAD_IN, "padding-of-one-inputs-multiplied", "poison",
+         "return tl.where(o_k[None, :] < K, b_tile, 0.0)", "return tl.where(o_k[None, :] <= K, b_tile, 0.0)"),
+        (PAD_OUT, "columns-behind-the-width-kept", "zero-padding", STORE_OUT,
+         STORE_OUT.replace("tl.where(m_padding, 0.0, acc)", "acc")),
+        (PAD_OUT, "columns-behind-the-width-of-z-kept", "zero-padding", STORE_Z,
+         STORE_Z.replace("tl.where(m_padding, 0.0, acc)", "acc"), options(BOTH, save=True)),
+        (PAD_OUT, "columns-behind-the-width-not-written", "zero-padding", STORE_OUT,
+         STORE_OUT.replace("=m_tile", "=m_tile & (o_n[None, :] < N)")),
+        (OTHER, "no-other-on-a-bias-that-there-is-not", "poison", "mask=o_n < bias_width, other=0.0",
+         "mask=o_n < bias_width", options(NO_BIAS)),
+        (RACE, "tiles-of-the-border-all-the-first", "race-detection",
+         "columns * BLOCK_N + i_n * BORDER_N", "columns * BLOCK_N + i_n * 0"),
+        (RACE, "border-begins-inside-the-interior", "race-detection",
+         "columns * BLOCK_N + i_n * BORDER_N", "columns * BLOCK_N - 8 + i_n * BORDER_N"),
+        (RACE, "bottom-begins-inside-the-interior", "race-detection",
+         "rows * BLOCK_M + i_tile // bottom", "rows * BLOCK_M - 4 + i_tile // bottom"),
+        (RACE, "tiles-of-the-bottom-all-the-first", "race-detection", "i_tile % bottom_columns * BOTTOM_N",
+         "i_tile % bottom_columns * 0"),
+        (RACE, "parts-all-in-one-place", "race-detection", PART_ROW, "row = o_m[:, None].to(tl.int64)",
+         SPLIT_UP),
+        (UNWRITTEN, "last-tile-of-the-border-missed", "poison",
+         'triton.cdiv(N % block["BLOCK_N"], block["BORDER_N"])', 'N % block["BLOCK_N"] // block["BORDER_N"]'),
+        (UNWRITTEN, "bottom-border-missed", "poison", 'triton.cdiv(bottom, block["BOTTOM_M"])',
+         'bottom // block["BOTTOM_M"]'),
+        (UNWRITTEN, "last-column-of-the-bottom-missed", "poison", 'triton.cdiv(N, block["BOTTOM_N"])',
+         'N // block["BOTTOM_N"]'),
+        (UNWRITTEN, "last-tile-not-launched", "poison", "(grid.tiles, parts)", "(grid.tiles - 1, parts)"),
+        (UNWRITTEN, "last-part-not-launched", "poison", "(grid.tiles, parts)", "(grid.tiles, 1)",
+         SPLIT_UP),
+        (OFFSET, "rows-of-inputs", "overflow-check", "o_row[:, None].to(tl.int64) * stride",
+         "o_row[:, None] * stride", options(FAR_APART)),
+        (OFFSET, "rows-of-the-residual", "overflow-check", "o_m[:, None].to(tl.int64) * stride_residual",
+         "o_m[:, None] * stride_residual", options(FAR_APART)),
+        (OFFSET, "rows-of-the-result", "overflow-check", "o_m[:, None].to(tl.int64) * stride_out",
+         "o_m[:, None] * stride_out", options(FAR_APART)),
+        (RAW, "residual-added-in-bfloat16", "bfloat16-check", ADD_RESIDUAL,
+         "        acc = (acc.to(tl.bfloat16) + tl.load(p_residual, mask=m_tile, other=0.0)).to(tl.float32)\n",
+         options(Case(5, 17, 15, "bf16", "residual"))),
+        (VALUE, "tail-of-inputs-dropped", "error-rule", "range(full, end, TAIL_K)",
+         "range(end, end, TAIL_K)"),
+        (VALUE, "first-block-of-inputs-dropped", "error-rule", "range(begin, full, BLOCK_K)",
+         "range(begin + BLOCK_K, full, BLOCK_K)"),
+        (VALUE, "bias-not-added", "error-rule", ADD_BIAS, ""),
+        (VALUE, "gelu-not-applied", "error-rule", GELU_LINES, "", options(BOTH)),
+        (VALUE, "gelu-by-tanh", "error-rule", "tl.erf(acc * 0.7071067811865476)",
+         "2 * tl.sigmoid(1.5957691216 * (acc + 0.044715 * acc * acc * acc)) - 1", options(BOTH)),
+        (VALUE, "gelu-before-bias", "error-rule", (GELU_LINES, ADD_BIAS), ("", GELU_LINES + ADD_BIAS),
+         options(BOTH)),
+        (VALUE, "residual-before-gelu", "error-rule", (GELU_LINES, ADD_RESIDUAL),
+         ("", ADD_RESIDUAL + GELU_LINES), options(BOTH)),
+        (VALUE, "residual-not-added", "error-rule", ADD_RESIDUAL, "        acc += 0.0\n", options(RESIDUAL)),
+        (VALUE, "z-without-bias", "error-rule", (ADD_BIAS, "    if SAVE:\n        " + STORE_Z + "\n"),
+         ("", "    if SAVE:\n        " + STORE_Z + "\n" + ADD_BIAS), options(BOTH, save=True)),
+        (VALUE, "parts-overlap", "error-rule", "end = tl.minimum(begin + inputs_per_part, K)", "end = K",
+         SPLIT_UP),
+        (VALUE, "parts-in-the-wrong-rows", "error-rule", PART_ROW,
+         "row = i_part.to(tl.int64) * M + (M - 1 - o_m)[:, None]", SPLIT_UP),
+        (VALUE, "tiles-by-descriptor-all-of-the-first-inputs", "error-rule", "w_tiles.load([i_n, k])",
+         "w_tiles.load([i_n, 0])", options(WIDE, descriptors=True)),
+        (VALUE, "tf32-in-ieee", "error-rule", PRODUCT, PRODUCT.replace("=PRECISION", '="tf32"')),
+        (VALUE, "tf32-in-ieee-in-the-bottom-border", "error-rule", TRANSPOSED,
+         TRANSPOSED.replace("=PRECISION", '="tf32"'), options(Case(5, 101, 101, "f32"))),
+        (VALUE, "sums-in-bfloat16", "error-rule", PRODUCT, PRODUCT + ".to(tl.bfloat16).to(tl.float32)",
+         options(Case(64, 525, 45, "bf16"))),
+    ),
+    *in_kernel(
+        "parts", options(),
+        (READ, "mask-of-parts-removed", "guard-page", LOAD_PART,
+         LOAD_PART.replace(", mask=m_tile, other=0.0", ""), options(), "partial"),
+        (WRITE, "row-mask-of-store-removed", "guard-page", RESULT_MASK,
+         RESULT_MASK.replace("< M", ">= 0"), options(), "z"),
+        (PAD_OUT, "columns-behind-the-width-kept", "zero-padding", STORE_OUT,
+         STORE_OUT.replace("tl.where(m_padding, 0.0, acc)", "acc")),
+        (OTHER, "no-other-on-bias", "zero-padding",
+         ("mask=o_n < bias_width, other=0.0", STORE_OUT),
+         ("mask=o_n < bias_width", STORE_OUT.replace("tl.where(m_padding, 0.0, acc)", "acc"))),
+        (RACE, "columns-all-the-first", "race-detection", PARTS_COLUMNS,
+         PARTS_COLUMNS.replace("tl.program_id(1) * BLOCK_N", "tl.program_id(1) * 8"),
+         options(Case(5, 1, 141, "f32"))),
+        (UNWRITTEN, "last-rows-not-launched", "poison", 'triton.cdiv(M, _PARTS.blocks["BLOCK_M"])',
+         'M // _PARTS.blocks["BLOCK_M"]'),
+        (OFFSET, "rows-of-the-residual", "overflow-check", "o_m[:, None].to(tl.int64) * stride_residual",
+         "o_m[:, None] * stride_residual", options(Case(5, 1, 15, "f32", "both", "far"))),
+        (RAW, "residual-added-in-bfloat16", "bfloat16-check", ADD_RESIDUAL,
+         "        acc = (acc.to(tl.bfloat16) + tl.load(p_residual, mask=m_tile, other=0.0)).to(tl.float32)\n",
+         options(Case(5, 1, 15, "bf16", "residual"))),
+        (VALUE, "first-part-dropped", "error-rule", "range(parts)", "range(1, parts)"),
+        (VALUE, "last-part-dropped", "error-rule", "range(parts)", "range(parts - 1)"),
+        (VALUE, "bias-added-with-every-part", "error-rule", LOAD_PART, f"{LOAD_PART}\n    {ADD_BIAS}"),
+        (VALUE, "parts-summed-in-bfloat16", "error-rule", LOAD_PART,
+         f"{LOAD_PART}\n        acc = acc.to(tl.bfloat16).to(tl.float32)", options(SMALL16)),
+    ),
+    *in_kernel(
+        "dz", options(),
+        (READ, "row-mask-removed", "guard-page", DZ_MASK, DZ_MASK.replace("< M", ">= 0"), options(), "dy"),
+        (READ, "no-mask-on-z", "guard-page", "b_z = tl.load(p_z, mask=m_tile, other=0.0)",
+         "b_z = tl.load(p_z)", options(), "z"),
+        (WRITE, "mask-of-store-removed", "guard-page", DZ_STORE, DZ_STORE.replace(", mask=m_tile", ""),
+         options(), "dz"),
+        (PAD_OUT, "columns-behind-the-width-kept", "zero-padding", DZ_PADDING, ""),
+        (OTHER, "no-other-on-dy", "poison", DZ_LOAD, DZ_LOAD.replace(", other=0.0", ""),
+         options(SMALL, **dict(ONLY_DB))),
+        (RACE, "partial-sums-all-in-row-0", "race-detection", DZ_PARTIAL,
+         "partial + o_n, b_db, mask=o_n < width", options(ROWS_OF_DZ, **dict(ONLY_DB))),
+        (UNWRITTEN, "last-columns-not-launched", "poison", 'triton.cdiv(N, _DZ.blocks["BLOCK_N"])',
+         'max(1, N // _DZ.blocks["BLOCK_N"])', options(Case(5, 1, 141, "f32"))),
+        (OFFSET, "rows-of-dy", "overflow-check", "o_m[:, None].to(tl.int64) * stride_dy",
+         "o_m[:, None] * stride_dy", options(Case(5, 1, 15, "f32", layout="far"))),
+        (OFFSET, "rows-of-z", "overflow-check", "o_m[:, None].to(tl.int64) * stride_z",
+         "o_m[:, None] * stride_z", options(Case(5, 1, 15, "f32", layout="far"))),
+        (RAW, "dy-in-bfloat16", "bfloat16-check", f"{DZ_LOAD}.to(tl.float32)", DZ_LOAD,
+         options(Case(5, 1, 15, "bf16"))),
+        (VALUE, "density-forgotten", "error-rule", " + b_z * density", ""),
+        (VALUE, "distribution-of-z-halved", "error-rule", "tl.erf(b_z * 0.7071067811865476)",
+         "tl.erf(b_z * 0.5)"),
+        (VALUE, "gelu-forgotten", "error-rule", "        if GELU:\n", "        if False:\n"),
+        (VALUE, "sums-of-the-last-rows-alone", "error-rule", "b_db += tl.sum", "b_db = tl.sum",
+         options(ROWS_OF_DZ, **dict(ONLY_DB))),
+        (VALUE, "sums-of-rows-of-the-next-program", "error-rule", "tl.minimum(M, first + rows_per_program)",
+         "M", options(ROWS_OF_DZ, wanted=((True, False, True),))),
+    ),
+    *in_kernel(
+        "db", options(),
+        (READ, "row-mask-removed", "guard-page", DB_MASK, DB_MASK.replace("< rows", ">= 0"), options(),
+         "partial"),
+        (WRITE, "mask-of-store-removed", "guard-page", DB_STORE, DB_STORE.replace(", mask=o_n < N", ""),
+         options(), "db"),
+        (OTHER, "no-other-on-partial-sums", "poison", DB_MASK, DB_MASK.replace(", other=0.0", "")),
+        (RACE, "programs-overlap", "race-detection", "o_n = tl.program_id(0) * BLOCK_N",
+         "o_n = tl.program_id(0) * (BLOCK_N // 2)"),
+        (UNWRITTEN, "last-columns-not-launched", "poison", 'triton.cdiv(N, _DB.blocks["BLOCK_N"])',
+         'N // _DB.blocks["BLOCK_N"]'),
+        (VALUE, "tail-of-rows-dropped", "error-rule", "range(0, rows, BLOCK_R)",
+         "range(0, rows // BLOCK_R * BLOCK_R, BLOCK_R)"),
+    ),
+]
+# fmt: on
+PLANTED_IN = {
+    "fwd": check_forward,
+    "parts": check_parts,
+    "dz": check_dz,
+    "db": functools.partial(check_db, rows=37),
+}
+
+
+def check_for(defect):
+    is_far = dict(defect.options)["case"].layout == "far"
+    return check_far if is_far and defect.kernel == "fwd" else PLANTED_IN[defect.kernel]
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=str)
+def test_planted_defect(interpreter, defect):
+    assert_defect_is_caught(interpreter, prove, check_for(defect), defect)
+
+
+def test_every_kernel_has_planted_defects_of_every_kind():
+    # A missing mask is here of the kind of what it lets through.
+    kinds = {*KINDS, PAD_IN, PAD_OUT, OFFSET} - {MASK}
+    # Sums keep columns apart, and what lies behind the width is dropped where they are stored; what is
+    # 64-bit in these two follows from sizes that no test can have; `db` is 1-D and reads float32 alone.
+    but_for = [
+        ("parts", PAD_IN), ("dz", PAD_IN), ("db", PAD_IN), ("db", PAD_OUT), ("db", OFFSET), ("db", RAW)
+    ]  # fmt: skip
+    assert_defects_of_every_kind(DEFECTS, op_module, kinds, but_for)
+
+
+def test_ids_of_planted_defects_are_distinct():
+    assert len(set(map(str, DEFECTS))) == len(DEFECTS)

@@ -1,0 +1,466 @@
+"""What the Triton kernels of ragged_attention compute, proved in the interpreter; and that the proofs bite.
+
+The first half runs the launchers next to protected pages, with poisoned outputs and NaN in the padding of
+rows, and compares with float64. The second half plants defects and expects each to be caught by the proof
+that its id names.
+"""
+
+import functools
+import importlib
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from tests.support.guarded_memory import guarded
+from tests.support.kernel_proofs import (
+    KINDS,
+    Defect,
+    assert_compiled_ahead_of_time,
+    assert_defect_is_caught,
+    assert_defects_of_every_kind,
+    assert_like,
+    assert_padding_is_zero,
+    loaded,
+    place,
+    run_check,
+    to_tf32,
+)
+from tests.support.numerics import assert_close_to_float64
+
+MODULE = "vtp_kernels.ragged_attention"
+ragged_attention = importlib.import_module(MODULE)
+
+DTYPES = {
+    "f32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """N tokens of B images, the widths of the heads, and how the inputs lie in memory."""
+
+    N: int
+    widths: tuple[int, ...]
+    dtype: str
+    head_dim: int = 16
+    B: int = 1
+    layout: str = "padded"
+    side: str = "end"
+
+    def __str__(self):
+        widths = ".".join(map(str, self.widths))
+        return f"B{self.B}-N{self.N}-d{self.head_dim}-v{widths}-{self.dtype}-{self.layout}-{self.side}"
+
+    @property
+    def scale(self):
+        """Not the one that any width of the head would give."""
+        return 1.3 * self.head_dim**-0.5
+
+
+# -- In the worker ------------------------------------------------------------------------------------------
+
+
+class Data:
+    """The tensors of a case, and what the kernels should make of them."""
+
+    def __init__(self, case):
+        self.case = case
+        H, V = len(case.widths), sum(case.widths)
+        self.parts = [H * case.head_dim, H * case.head_dim, V]
+        generator = torch.Generator().manual_seed(0)
+        dtype = DTYPES[case.dtype]
+        self.qkv = torch.randn(case.B, case.N, sum(self.parts), generator=generator).to(dtype)
+        self.dout = torch.randn(case.B, case.N, V, generator=generator).to(dtype)
+        self.exact = self.by_autograd(torch.float64)
+        self.as_flash = self.as_flash_attention(dtype)
+        self.same_dtype = self.less_exact(self.by_autograd(dtype), self.as_flash)
+
+    def operand(self, t):
+        """What a matrix product reads of `t`."""
+        return to_tf32(t) if self.case.dtype == "tf32" and t.dtype == torch.float32 else t
+
+    def heads(self, dtype):
+        """q, k, v and dout of each head as products read them."""
+        qkv, dout = self.operand(self.qkv.to(dtype)), self.operand(self.dout.to(dtype))
+        query, key, values = ragged_attention._split(qkv, self.case.head_dim, self.case.widths)
+        douts = dout.split(self.case.widths, dim=-1)
+        return zip(query.unbind(1), key.unbind(1), values, douts, strict=True)
+
+    def by_autograd(self, dtype):
+        """out, lse, dq, dk and dv of the definition."""
+        found = []
+        for head in self.heads(dtype):
+            q, k, v = (t.detach().requires_grad_() for t in head[:3])
+            scores = q @ k.transpose(-2, -1) * self.case.scale
+            out = scores.softmax(-1) @ v
+            gradients = torch.autograd.grad(out, (q, k, v), head[3])
+            found.append((out.detach(), base2_lse(scores.detach(), dtype), *gradients))
+        return self.joined(found)
+
+    def as_flash_attention(self, dtype):
+        """The same as PyTorch's flash attention computes it: weights rounded before they are divided by their
+        sum, made again from the log-sum-exp, and delta from the rounded out."""
+        found, wide = [], torch.promote_types(dtype, torch.float32)
+        for q, k, v, dout in self.heads(dtype):
+            scores = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * self.case.scale
+            lse = scores.logsumexp(-1)
+            weights = (scores - scores.amax(-1, keepdim=True)).exp()
+            rounded = self.operand(weights.to(dtype)).to(wide)
+            out = (rounded @ v.to(wide) / weights.sum(-1, keepdim=True)).to(dtype)
+            weights = (scores - lse[..., None]).exp()
+            delta = (dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)
+            dscores = weights * (dout.to(wide) @ v.to(wide).transpose(-2, -1) - delta)
+            dscores, weights = (self.operand(t.to(dtype)) for t in (dscores, weights))
+            dq, dk = dscores @ k * self.case.scale, dscores.transpose(-2, -1) @ q * self.case.scale
+            saved = base2_lse(scores, dtype)
+            found.append((out, saved, dq, dk, weights.transpose(-2, -1) @ dout))
+        return self.joined(found)
+
+    def joined(self, found):
+        """The tensors of all heads, as the op lays them out."""
+        out, lse, dq, dk, dv = zip(*found, strict=True)
+        return dict(
+            out=torch.cat(out, -1),
+            lse=torch.stack(lse, 1),
+            **{name: torch.cat(t, -1) for name, t in (("dq", dq), ("dk", dk), ("dv", dv))},
+        )
+
+    def less_exact(self, *ways):
+        """Of each number the one that is further from float64."""
+        first, second = ways
+        return {
+            name: torch.where((a.double() - e).abs() > (second[name].double() - e).abs(), a, second[name])
+            for (name, a), e in zip(first.items(), self.exact.values(), strict=True)
+        }
+
+    def compare(self, **found):
+        for name, out in found.items():
+            assert_close_to_float64(out, self.exact[name], self.same_dtype[name], name)
+
+
+def assert_padded_rows(name, t):
+    _, N, width = t.shape
+    row = -(-width // 8) * 8
+    assert t.stride() == (N * row, row, 1), name
+    assert_padding_is_zero(name, t)
+
+
+def prove(check, case, replacements=(), attributes=(), **kwargs):
+    """`check(op, data, ...)` under the case's conditions; keys of the variants that it launched."""
+    op = loaded(MODULE, replacements)
+    units = op._units
+
+    def guarded_table(*arguments):
+        table = torch.tensor(units(*arguments[:-1]), dtype=torch.int32)
+        return guarded(table, case.side)
+
+    attributes = {"_table": guarded_table, **dict(attributes)}
+    return run_check(check, op, Data(case), attributes=attributes, tf32=case.dtype == "tf32", **kwargs)
+
+
+def check_forward(op, data, needs=(True, False)):
+    case = data.case
+    for need_lse in needs:
+        qkv = place(data.qkv, case.layout, case.side)
+        out, lse = op._forward_triton(qkv, case.head_dim, case.widths, case.scale, need_lse)
+        assert_like((out, lse), op._forward_fake(qkv, case.head_dim, case.widths, case.scale, need_lse))
+        data.compare(out=out, **({"lse": lse} if need_lse else {}))
+        assert_padded_rows("out", out)
+
+
+def check_backward(op, data):
+    """From what a forward pass would save; PyTorch makes it here, so that only these kernels are judged."""
+    case = data.case
+    tensors = data.dout, data.qkv, data.as_flash["out"]
+    dout, qkv, out = (place(t, case.layout, case.side) for t in tensors)
+    lse = guarded(data.as_flash["lse"], case.side)
+    arguments = dout, qkv, out, lse, case.head_dim, case.widths, case.scale
+    dqkv = op._backward_triton(*arguments)
+    assert_like([dqkv], [op._backward_fake(*arguments)])
+    data.compare(**dict(zip(("dq", "dk", "dv"), dqkv.split(data.parts, dim=-1), strict=True)))
+    if case.dtype != "f32":  # whose backward pass is PyTorch's: it leaves the padding as it is
+        assert_padded_rows("dqkv", dqkv)
+
+
+def check_specials(op, data, column, special):
+    """NaN and infinities are where they are in PyTorch, forward and backward."""
+    case = data.case
+    data.qkv[0, case.N - 1, column] = special
+    leaf = data.qkv.clone().requires_grad_()
+    expected = op.ragged_attention_ref(leaf, case.head_dim, case.widths, case.scale)
+    expected.backward(data.dout)
+    qkv, dout = (place(t, case.layout, case.side) for t in (data.qkv, data.dout))
+    out, lse = op._forward_triton(qkv, case.head_dim, case.widths, case.scale, True)
+    for test in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(test(out), test(expected))
+    finite = out.isfinite()
+    torch.testing.assert_close(out[finite], expected.detach()[finite], rtol=1e-3, atol=1e-3)
+    dqkv = op._backward_triton(dout, qkv, out, lse, case.head_dim, case.widths, case.scale)
+    assert torch.equal(dqkv.isfinite(), leaf.grad.isfinite())
+
+
+def base2_lse(scores, dtype):
+    """What the forward pass saves, in the dtype of statistics beside `dtype`."""
+    exact = scores.double().logsumexp(-1) * math.log2(math.e)
+    return exact.to(torch.promote_types(dtype, torch.float32))
+
+
+# -- Correct kernels pass -----------------------------------------------------------------------------------
+
+# Tokens around the tiles; those beyond 256 go online in every dtype, float32 always does.
+FORWARD = [
+    Case(1, (37, 1, 64, 15), "f32", B=3),
+    Case(1, (16, 48), "bf16", head_dim=64, side="begin"),
+    Case(5, (61, 3, 17), "f16", head_dim=32, B=2),
+    Case(16, (200, 7), "bf16", head_dim=80, side="begin"),
+    Case(17, (37, 1, 64, 15), "tf32", head_dim=64, B=2),
+    Case(17, (200, 7), "f16"),
+    Case(64, (16, 48), "bf16", head_dim=32, B=2, side="begin"),
+    Case(64, (61, 3, 17), "f32", side="begin"),
+    Case(77, (37, 1, 64, 15), "bf16", head_dim=64, B=2),
+    Case(77, (61, 3, 17), "tf32", head_dim=80),
+    Case(197, (37, 1, 64, 15), "bf16", head_dim=64),
+    Case(197, (200, 7), "f16", side="begin"),
+    Case(240, (37,), "bf16"),
+    Case(256, (9,), "f16"),
+    Case(257, (61, 3), "bf16", side="begin"),
+    Case(300, (17,), "tf32", head_dim=32),
+]
+
+
+@pytest.mark.parametrize("case", FORWARD, ids=str)
+def test_forward(interpreter, case):
+    interpreter.run(prove, check_forward, case)
+
+
+def test_forward_of_many_tokens(interpreter):
+    interpreter.run(prove, check_forward, Case(577, (37,), "bf16"), needs=(True,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_of_wide_heads_with_the_online_kernel(interpreter, dtype):
+    attributes = (("_MOST_KEYS", 0),)
+    case = Case(81, (13, 75, 64, 150, 3), dtype)
+    interpreter.run(prove, check_forward, case, needs=(True,), attributes=attributes)
+
+
+BACKWARD = [
+    Case(1, (37, 1, 64, 15), "bf16", B=3),
+    Case(5, (16, 48), "f32", side="begin"),
+    Case(17, (61, 3, 17), "f16", head_dim=64, B=2),
+    Case(64, (200, 7), "tf32", head_dim=32),
+    Case(77, (37, 1, 64, 15), "bf16", head_dim=80, side="begin"),
+    Case(77, (13, 75, 150), "tf32"),
+    Case(197, (37,), "bf16", head_dim=64),
+    Case(257, (3,), "tf32"),
+]
+
+
+@pytest.mark.parametrize("case", BACKWARD, ids=str)
+def test_backward(interpreter, case):
+    interpreter.run(prove, check_backward, case)
+
+
+@pytest.mark.parametrize("check", [check_forward, check_backward])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(21, (37, 15), "bf16", layout="tight"),
+        Case(21, (37, 15), "f32", layout="misaligned", side="begin"),
+        Case(21, (37, 15), "bf16", head_dim=17),
+        Case(21, (1, 86), "bf16", head_dim=17, side="begin"),
+        Case(22, (1, 78), "f32", head_dim=18),
+    ],
+    ids=str,
+)
+def test_rows_and_heads_that_do_not_start_at_16_bytes(interpreter, check, case):
+    interpreter.run(prove, check, case)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"], ids=["online", "one-pass"])
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("column", [3, 32 + 5, 64 + 40], ids=["query", "key", "value"])
+def test_infinities_and_nan_go_through_as_in_pytorch(interpreter, column, special, dtype):
+    case = Case(19, (37, 12), dtype)
+    interpreter.run(prove, check_specials, case, column=column, special=special)
+
+
+def test_what_is_launched_is_compiled_ahead_of_time(interpreter):
+    for dtype in DTYPES:
+        case = Case(197, (5,), dtype, head_dim=64)
+        launched = interpreter.run(prove, check_forward, case) | interpreter.run(prove, check_backward, case)
+        assert_compiled_ahead_of_time(launched, MODULE, "sm_90")
+
+
+# -- Each planted defect is caught, by the proof that is meant to -------------------------------------------
+
+READ, WRITE, MASK, OTHER, RACE, UNWRITTEN, RAW, VALUE = KINDS
+# Tails of rows, keys and columns; the second head begins within 16 bytes of the first.
+ONE_PASS = Case(37, (13, 5), "bf16")
+TILES = Case(53, (13, 5), "f32")
+TILES16 = Case(53, (13, 5), "bf16")
+TILES32 = Case(77, (13, 5), "tf32")  # for the backward kernels, which float32 takes on tensor cores only
+ONE_HEAD32 = Case(53, (5,), "tf32")
+WIDE = Case(19, (3, 101), "f32")
+WIDE32 = Case(19, (3, 101), "tf32")
+
+
+def planted(kernel, kind, what, proof, old, new, *, case, **extra):
+    return Defect(kernel, kind, what, proof, old, new, (("case", case),), **extra)
+
+
+def defects_of(kernel, case, *rows):
+    return [planted(kernel, *row[:5], **{"case": case, **(row[5] if row[5:] else {})}) for row in rows]
+
+
+# In helpers that all kernels have in common.
+COMMON = [
+    (OTHER, "no-other", "poison", "& (o_column[None, :] < columns), other=0.0)",
+     "& (o_column[None, :] < columns))"),
+]  # fmt: skip
+SMALL_TILES = [
+    (RACE, "small-tiles-overlap", "race-detection", "tl.maximum(i_tile - full, 0) * 16",
+     "tl.maximum(i_tile - full, 0) * 8"),
+]  # fmt: skip
+FULL_TILES = [
+    (RACE, "full-tiles-overlap", "race-detection", "tl.minimum(i_tile, full) * BLOCK_M",
+     "tl.minimum(i_tile, full) * (BLOCK_M - 16)"),
+]  # fmt: skip
+STORE = "m_tile = (o_row[:, None] < N) & ((o_column[None, :] >= begin) & (o_column[None, :] < last))"
+STORE_ROWS = [
+    (WRITE, "row-mask-of-store-removed", "guard-page", STORE, STORE.replace("] < N", "] >= 0")),
+    (UNWRITTEN, "last-column-not-stored", "poison", STORE, STORE.replace("< last", "< last - 1")),
+    (RACE, "columns-of-the-neighbour-stored", "race-detection", STORE, STORE.replace(">= begin", ">= 0")),
+    (VALUE, "padding-not-written", "zero-padding", "last = tl.where(end == V, padded, end)", "last = end"),
+]
+STORE_HEAD = "mask=(o_row[:, None] < N) & (o_d[None, :] < HEAD_DIM))"
+OWN = "own = (o_column[None, :] - begin).to(tl.uint32) < (end - begin)"
+CLAMP = "tl.minimum(o_m, N - 1), N, stride_qkv, HEAD_DIM, BLOCK_D, False"
+LSE = "highest + tl.log2(total)"
+FACTOR = "            factor=scale * math.log2(math.e),\n"
+NO_LSE_MASK = "b_lse = tl.load(lse + o_m)\n"
+ONLINE_VALUES = "b_v = _load_tile(values, o_n, o_wide, N, readable, stride_qkv, MASK, True)"
+CHUNKS = "for c in range(begin // 8 * 8, end, 32):\n        o_c = c + tl.arange(0, 32)\n        b_row"
+
+
+def overrun(rows, argument):
+    """Rows with the argument that is overrun, where a page is touched."""
+    return [(*row, {"argument": argument}) if row[2] == "guard-page" else row for row in rows]
+
+
+# fmt: off
+DEFECTS = [
+    *defects_of(
+        "fwd", ONE_PASS, *COMMON, *SMALL_TILES, *overrun(STORE_ROWS, "out"),
+        (READ, "query-clamp-removed", "guard-page", CLAMP, CLAMP.replace("tl.minimum(o_m, N - 1)", "o_m"),
+         dict(count=2, argument="qkv")),
+        (MASK, "no-mask-on-keys", "guard-page", "BLOCK_D, KEYS % (256 >> i) == 0)", "BLOCK_D, False)",
+         dict(argument="qkv")),
+        (MASK, "no-mask-on-values", "guard-page", "stride_qkv, KEYS % (256 >> i) == 0, True)",
+         "stride_qkv, False, True)", dict(argument="qkv")),
+        (UNWRITTEN, "tail-of-columns-dropped", "poison", "if width % 32 > 0:", "if width % 32 > 32:"),
+        (RAW, "sum-of-rounded-weights", "bfloat16-check", "total += tl.sum(b_p, axis=1)",
+         "total += tl.sum(b_p.to(b_q.dtype), axis=1)"),
+        (VALUE, "keys-beyond-the-end-count", "error-rule",
+         'b_s = tl.where(o_n[None, :] < N, b_s, float("-inf"))\n            h', "b_s = b_s\n            h"),
+        (VALUE, "padding-not-zeroed", "zero-padding", "acc = tl.where(o_column[None, :] < V, acc, 0.0)",
+         "acc = acc"),
+        (VALUE, "weights-not-normalised", "error-rule", "acc = acc / total[:, None]", "acc = acc"),
+        (VALUE, "scale-of-the-head-that-is-left", "error-rule", FACTOR,
+         FACTOR.replace("=scale", "=value_widths[0] ** -0.5")),
+        (VALUE, "log-sum-exp-without-the-maximum", "error-rule", LSE, "tl.log2(total)", dict(count=2)),
+        (VALUE, "log-sum-exp-in-base-e", "error-rule", LSE, f"({LSE}) * 0.6931471805599453", dict(count=2)),
+    ),
+    *defects_of(
+        "online", TILES, *COMMON, *FULL_TILES, *overrun(STORE_ROWS, "out"),
+        (READ, "query-clamp-removed", "guard-page", CLAMP, CLAMP.replace("tl.minimum(o_m, N - 1)", "o_m"),
+         dict(count=2, argument="qkv")),
+        (MASK, "no-mask-on-keys", "guard-page", "BLOCK_D, MASK)\n    b_s = tl.dot(b_q",
+         "BLOCK_D, False)\n    b_s = tl.dot(b_q", dict(argument="qkv")),
+        (MASK, "no-mask-on-values", "guard-page", ONLINE_VALUES, ONLINE_VALUES.replace("MASK", "False"),
+         dict(argument="qkv")),
+        (RACE, "log-sum-exp-by-every-group", "race-detection", "tl.where(begin == head_begin, N, 0)", "N",
+         dict(case=WIDE)),
+        (RAW, "sum-of-rounded-weights", "bfloat16-check", "total * shrink + tl.sum(b_p, axis=1)",
+         "total * shrink + tl.sum(b_p.to(b_q.dtype), axis=1)", dict(case=Case(257, (5,), "bf16"))),
+        (VALUE, "keys-beyond-the-end-count", "error-rule",
+         'b_s = tl.where(o_n[None, :] < N, b_s, float("-inf"))\n    h', "b_s = b_s\n    h"),
+        (VALUE, "tail-of-keys-dropped", "error-rule", "range(full, N, 16):\n        acc_wide",
+         "range(full, full, 16):\n        acc_wide"),
+        (VALUE, "older-values-not-shrunk", "error-rule", "acc_wide * shrink[:, None]", "acc_wide"),
+        (VALUE, "weights-not-normalised", "error-rule", "acc_wide / total[:, None]", "acc_wide"),
+        (VALUE, "second-group-of-columns-not-launched", "poison", "_table(tuple(value_widths), not one_pass",
+         "_table(tuple(value_widths), False", dict(case=WIDE)),
+        (VALUE, "scale-of-the-head-that-is-left", "error-rule", FACTOR,
+         FACTOR.replace("=scale", "=value_widths[0] ** -0.5")),
+        (VALUE, "log-sum-exp-without-the-maximum", "error-rule", LSE, "tl.log2(total)", dict(count=2)),
+    ),
+    *defects_of(
+        "dq", TILES32, *COMMON, *FULL_TILES,
+        (READ, "row-clamp-removed", "guard-page", "r_m = tl.minimum(o_m, N - 1)", "r_m = o_m",
+         dict(argument="dout")),
+        (MASK, "no-mask-on-keys", "guard-page", "BLOCK_D, MASK)\n    b_p", "BLOCK_D, False)\n    b_p",
+         dict(argument="qkv")),
+        (WRITE, "row-mask-of-store-removed", "guard-page", STORE_HEAD, STORE_HEAD.replace("] < N", "] >= 0"),
+         dict(argument="dqkv")),
+        (WRITE, "mask-of-delta-removed", "guard-page", "tl.store(delta + o_m, b_delta, mask=o_m < N)",
+         "tl.store(delta + o_m, b_delta)", dict(argument="delta", case=ONE_HEAD32)),
+        (UNWRITTEN, "last-column-not-stored", "poison", STORE_HEAD, STORE_HEAD.replace("M)", "M - 1)")),
+        (RAW, "delta-in-bfloat16", "bfloat16-check",
+         "b_delta = tl.sum(b_do_wide.to(tl.float32) * b_o.to(tl.float32), axis=1)",
+         "b_delta = tl.sum(b_do_wide * b_o, axis=1)", dict(case=TILES16)),
+        (VALUE, "columns-of-the-neighbour-summed", "error-rule", OWN, "own = o_column[None, :] < end"),
+        (VALUE, "delta-not-subtracted", "error-rule", "(b_dp - b_delta[:, None])", "b_dp"),
+        (VALUE, "gradient-not-scaled", "error-rule", "dq * scale", "dq"),
+        (VALUE, "log-sum-exp-in-base-e", "error-rule", "b_lse = tl.load(lse + r_m)",
+         "b_lse = tl.load(lse + r_m) * 0.6931471805599453"),
+        (VALUE, "tail-of-keys-dropped", "error-rule", "range(full, N, 16):\n        dq =",
+         "range(full, full, 16):\n        dq ="),
+        (VALUE, "columns-beyond-the-accumulators-dropped", "error-rule", CHUNKS,
+         CHUNKS.replace("end,", "begin // 8 * 8 + 64,"), dict(case=WIDE32)),
+    ),
+    *defects_of(
+        "dkdv", TILES32, *COMMON, *FULL_TILES, *overrun(STORE_ROWS, "dqkv"),
+        (READ, "row-clamp-removed", "guard-page", "r_n = tl.minimum(o_n, N - 1)", "r_n = o_n",
+         dict(argument="qkv")),
+        (MASK, "no-mask-on-queries", "guard-page", "queries, o_m, N, stride_qkv, HEAD_DIM, BLOCK_D, MASK)",
+         "queries, o_m, N, stride_qkv, HEAD_DIM, BLOCK_D, False)", dict(argument="qkv")),
+        (MASK, "no-mask-on-log-sum-exp", "guard-page",
+         "b_lse = tl.load(lse + o_m, mask=o_m < N, other=0.0) if MASK else tl.load(lse + o_m)\n", NO_LSE_MASK,
+         dict(argument="lse")),
+        (RAW, "weights-in-bfloat16", "bfloat16-check", "b_ds = b_p * (b_dp - b_delta[None, :])",
+         "b_ds = b_p.to(b_q.dtype) * (b_dp - b_delta[None, :]).to(b_q.dtype)", dict(case=TILES16)),
+        (VALUE, "columns-of-the-neighbour-summed", "error-rule", OWN, "own = o_column[None, :] < end"),
+        (VALUE, "delta-not-subtracted", "error-rule", "(b_dp - b_delta[None, :])", "b_dp"),
+        (VALUE, "gradient-not-scaled", "error-rule", "dk * scale", "dk"),
+        (VALUE, "tail-of-queries-dropped", "error-rule", "range(full, N, 16):\n        dk",
+         "range(full, full, 16):\n        dk"),
+        (VALUE, "columns-beyond-the-accumulators-dropped", "error-rule",
+         CHUNKS, CHUNKS.replace("end,", "begin // 8 * 8 + 64,"), dict(case=WIDE32)),
+    ),
+]
+# fmt: on
+PLANTED_IN = {
+    "fwd": functools.partial(check_forward, needs=(True,)),
+    "online": functools.partial(check_forward, needs=(True,)),
+    "dq": check_backward,
+    "dkdv": check_backward,
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=str)
+def test_planted_defect(interpreter, defect):
+    assert_defect_is_caught(interpreter, prove, PLANTED_IN[defect.kernel], defect)
+
+
+def test_every_kernel_has_planted_defects_of_every_kind():
+    assert_defects_of_every_kind(DEFECTS, ragged_attention, KINDS)
+
+
+def test_ids_of_planted_defects_are_distinct():
+    assert len(set(map(str, DEFECTS))) == len(DEFECTS)

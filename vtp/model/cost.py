@@ -1,0 +1,102 @@
+"""Parameters and multiply-adds: counted on a real model, and predicted from widths alone.
+
+A multiply-add is one MAC. Counted are the matrix products of linear layers, convolutions and attention,
+as `torch.utils.flop_counter` sees them (half its FLOPs); elementwise work is not.
+"""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vtp.model.architecture import Architecture
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Cost:
+    """params: parameters (numbers, not bytes); macs: multiply-adds for one image at the model's own size."""
+
+    params: int
+    macs: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.params + other.params, self.macs + other.macs)
+
+    def __str__(self) -> str:
+        return f"{in_short(self.params)} params, {in_short(self.macs)} MACs"
+
+
+def in_short(number: int) -> str:
+    """17_564_000_000 to "17.56G", 678_730 to "0.68M": in G from 1e9 on, else in M."""
+    return f"{number / 1e9:.2f}G" if number >= 1e9 else f"{number / 1e6:.2f}M"
+
+
+def count(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
+    """Count a dense, gated or compact vision transformer by running it on tensors without storage.
+
+    The model is not changed and no weight is read; parameters are those of `model.parameters()`.
+
+    Args:
+        model: a timm VisionTransformer, or what `insert_gates` or `compact` made of one.
+        image_size: (height, width) in pixels; None takes the model's own.
+    """
+    params = sum(parameter.numel() for parameter in model.parameters())
+    # deepcopy finds every tensor in `memo` already copied, so the clone has shapes and no storage.
+    memo = {
+        id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    clone = copy.deepcopy(model, memo).eval()
+    for module in clone.modules():  # hooks of the caller's are not made for tensors without storage
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    conv = clone.patch_embed.proj
+    size = image_size or clone.patch_embed.img_size
+    image = torch.empty(1, conv.in_channels, *size, device="meta", dtype=conv.weight.dtype)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        clone(image)
+    return Cost(params, counter.get_total_flops() // 2)
+
+
+@functools.lru_cache(maxsize=32)
+def surroundings_cost(architecture: Architecture) -> Cost:
+    """Cost of everything outside the blocks: embedding, tokens, final norm, pooling, heads."""
+    without_blocks = dataclasses.replace(architecture, depth=0, drop_path_rate=0.0)
+    return count(without_blocks.build("meta", weight_init="skip"))
+
+
+def attention_cost(architecture: Architecture, qkv_inputs: int, value_widths: Sequence[int]) -> Cost:
+    """Cost of one attention branch with its norm.
+
+    Args:
+        architecture: the dense model.
+        qkv_inputs: kept inputs of qkv.
+        value_widths: kept value dimensions per head; a head with 0 is gone with its query and key.
+    """
+    width, tokens, head_dim = architecture.embed_dim, architecture.num_tokens, architecture.head_dim
+    values = sum(value_widths)
+    if qkv_inputs == 0 or values == 0:
+        return Cost(width, 0)  # what is left is a constant vector
+    heads = sum(1 for value_width in value_widths if value_width)
+    outputs = 2 * heads * head_dim + values
+    params = 2 * qkv_inputs + qkv_inputs * outputs + values * width
+    params += outputs * architecture.qkv_bias + width * architecture.proj_bias
+    params += 4 * head_dim * architecture.qk_norm + width * (architecture.init_values is not None)
+    macs = tokens * (qkv_inputs * outputs + values * width)
+    macs += tokens * tokens * (heads * head_dim + values)
+    return Cost(params, macs)
+
+
+def mlp_cost(architecture: Architecture, fc1_inputs: int, hidden: int) -> Cost:
+    """Cost of one feed-forward branch with its norm, for kept inputs of fc1 and of fc2 (`hidden`)."""
+    width = architecture.embed_dim
+    if fc1_inputs == 0 or hidden == 0:
+        return Cost(width, 0)
+    params = 2 * fc1_inputs + hidden * (fc1_inputs + width)
+    params += (hidden + width) * architecture.proj_bias + width * (architecture.init_values is not None)
+    return Cost(params, architecture.num_tokens * hidden * (fc1_inputs + width))

@@ -1,0 +1,357 @@
+"""The cut: a model with the removed dimensions really gone, built from ordinary modules.
+
+A `CompactViT` is a timm VisionTransformer whose blocks have a width of their own for each layer and each
+head. Its outputs equal those of the gated model with the removed gates set to 0: kept gate values are
+folded into the weights; a head without values goes with its query and key; a branch whose output no
+longer depends on its input is replaced by the constant that it computes.
+
+On a GPU the modules run on the ops of `vtp_kernels`, forward and backward, which take odd widths at full
+speed; anywhere else, and in an exported program, on PyTorch's own operators.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm, LayerScale, get_act_layer
+from timm.layers.drop import calculate_drop_path_rates
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vtp.model.architecture import Architecture, describe
+from vtp.pruning.gates import sites
+from vtp.pruning.plan import PlanError, PruningPlan
+from vtp_kernels.compact_linear import compact_linear
+from vtp_kernels.compact_mlp import compact_mlp
+from vtp_kernels.layer_norm_gather import layer_norm_gather
+from vtp_kernels.ragged_attention import ragged_attention
+
+_ERF_GELUS = (nn.GELU, get_act_layer("gelu"))
+_WIDEST_HEAD = 256  # that `ragged_attention` takes
+
+
+def _on_kernels(x: Tensor) -> bool:
+    """Whether x is to go through the ops of `vtp_kernels`; an exported program must run without them."""
+    return x.is_cuda and not torch.compiler.is_exporting()
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`; a module that someone put in the place of a linear keeps its own forward."""
+    if _on_kernels(x) and type(layer) is nn.Linear:
+        return compact_linear(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def is_erf_gelu(activation: nn.Module) -> bool:
+    """Whether a module is the exact GELU, which the ops apply themselves."""
+    return type(activation) in _ERF_GELUS and getattr(activation, "approximate", "none") == "none"
+
+
+class LayerNormGather(nn.Module):
+    """LayerNorm over all `dim` inputs that puts out `kept` of them.
+
+    `out[..., j] = (x[..., index[j]] - mean) * rstd * weight[j] + bias[j]`, statistics over all of x
+    [..., dim]. The affine parameters are stored for kept columns only: the others have no effect.
+    """
+
+    def __init__(self, dim: int, kept: int, eps: float) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.ones(kept))
+        self.bias = nn.Parameter(torch.zeros(kept))
+        index = torch.arange(kept) if kept < dim else None  # with all columns there is nothing to gather
+        self.register_buffer("index", index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] to [..., kept]."""
+        if _on_kernels(x):
+            return layer_norm_gather(x, self.weight, self.bias, self.index, self.eps)
+        if self.index is None:
+            return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
+        normalized = F.layer_norm(x, (self.dim,), None, None, self.eps)
+        return normalized.index_select(-1, self.index) * self.weight + self.bias
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, kept={len(self.weight)}, eps={self.eps}"
+
+
+class CompactAttention(nn.Module):
+    """Self-attention whose heads have value widths of their own; queries and keys keep `head_dim`.
+
+    qkv puts out all queries, all keys, then the values of each head: [..., 2 * H * head_dim + sum(widths)].
+    The softmax scale is that of the dense model, `head_dim ** -0.5`.
+    """
+
+    def __init__(self, architecture: Architecture, qkv_inputs: int, value_widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.num_heads = len(value_widths)
+        self.head_dim = architecture.head_dim
+        self.value_widths = value_widths
+        self.scale = self.head_dim**-0.5
+        query_width = self.num_heads * self.head_dim
+        outputs = 2 * query_width + sum(value_widths)
+        self.qkv = nn.Linear(qkv_inputs, outputs, bias=architecture.qkv_bias)
+        norm = architecture.qk_norm
+        self.q_norm = LayerNorm(self.head_dim, eps=architecture.norm_eps) if norm else nn.Identity()
+        self.k_norm = LayerNorm(self.head_dim, eps=architecture.norm_eps) if norm else nn.Identity()
+        self.attn_drop = nn.Dropout(architecture.attn_drop_rate)
+        self.proj = nn.Linear(sum(value_widths), architecture.embed_dim, bias=architecture.proj_bias)
+        self.proj_drop = nn.Dropout(architecture.proj_drop_rate)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x [B, N, qkv_inputs] to [B, N, embed_dim]; the masks are those of timm's Attention."""
+        out = self.attend(_linear(self.qkv, x), attn_mask, is_causal, on_kernels=_on_kernels(x))
+        return self.proj_drop(_linear(self.proj, out))
+
+    def attend(self, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool, *, on_kernels: bool) -> Tensor:
+        """What is between the two linear layers: qkv as they put it out to [B, N, sum(value_widths)].
+
+        With `on_kernels` it is one op, but for masks and active dropout, which stay on PyTorch's operators,
+        and for norms of queries and keys, which are applied before it.
+        """
+        dropout = self.attn_drop.p if self.training else 0.0
+        widest = max(self.head_dim, *self.value_widths)
+        fused = on_kernels and attn_mask is None and not is_causal and not dropout and widest <= _WIDEST_HEAD
+        if fused and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            return ragged_attention(qkv, self.head_dim, self.value_widths, self.scale)
+        query_width = self.num_heads * self.head_dim
+        query, key, value = qkv.split([query_width, query_width, sum(self.value_widths)], dim=-1)
+        query = self.q_norm(query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
+        key = self.k_norm(key.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
+        if fused:
+            qkv = torch.cat([*(t.transpose(1, 2).flatten(2) for t in (query, key)), value], dim=-1)
+            return ragged_attention(qkv, self.head_dim, self.value_widths, self.scale)
+        if len(set(self.value_widths)) == 1:
+            value = value.unflatten(-1, (self.num_heads, self.value_widths[0])).transpose(1, 2)
+            out = F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout, is_causal=is_causal, scale=self.scale
+            )
+            return out.transpose(1, 2).flatten(2)
+        scores = (query * self.scale) @ key.transpose(-2, -1)
+        scores = self.attn_drop(_mask(scores, attn_mask, is_causal).softmax(dim=-1))
+        values = value.split(self.value_widths, dim=-1)
+        return torch.cat([scores[:, head] @ values[head] for head in range(self.num_heads)], dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, value_widths={self.value_widths}"
+
+
+def _mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    if is_causal:
+        tokens = scores.shape[-1]
+        attn_mask = torch.ones(tokens, tokens, dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is None:
+        return scores
+    if attn_mask.dtype == torch.bool:
+        return scores.masked_fill(~attn_mask, float("-inf"))
+    return scores + attn_mask
+
+
+class CompactMlp(nn.Module):
+    """fc1, activation, fc2 with `hidden` kept hidden dimensions: x [..., fc1_inputs] to [..., embed_dim]."""
+
+    def __init__(self, architecture: Architecture, fc1_inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(fc1_inputs, hidden, bias=architecture.proj_bias)
+        self.act = _activation(architecture)
+        self.drop1 = nn.Dropout(architecture.proj_drop_rate)
+        self.fc2 = nn.Linear(hidden, architecture.embed_dim, bias=architecture.proj_bias)
+        self.drop2 = nn.Dropout(architecture.proj_drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropout = self.drop1.p if self.training else 0.0
+        linears = type(self.fc1) is type(self.fc2) is nn.Linear
+        if _on_kernels(x) and linears and is_erf_gelu(self.act) and not dropout:
+            weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            return self.drop2(compact_mlp(x, *weights, None))
+        return self.drop2(_linear(self.fc2, self.drop1(self.act(_linear(self.fc1, x)))))
+
+
+class ConstantBranch(nn.Module):
+    """What is left of a branch that no longer depends on its input: one vector, `bias` [embed_dim]."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x [..., embed_dim] to the same shape; the masks are accepted because attention takes them."""
+        return self.bias.expand_as(x)
+
+
+class CompactBlock(nn.Module):
+    """A pre-norm transformer block with the widths that a plan keeps."""
+
+    def __init__(self, plan: PruningPlan, block: int, drop_path: float) -> None:
+        super().__init__()
+        architecture = plan.architecture
+        width, eps = architecture.embed_dim, architecture.norm_eps
+        qkv, _, fc1, fc2 = (len(plan.kept[name]) for name in _site_names(block))
+        value_widths = tuple(filter(None, plan.value_widths(block)))
+
+        alive = bool(qkv and value_widths)
+        self.norm1 = LayerNormGather(width, qkv, eps) if alive else nn.Identity()
+        self.attn = CompactAttention(architecture, qkv, value_widths) if alive else ConstantBranch(width)
+        self.ls1 = _layer_scale(architecture) if alive else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+
+        alive = bool(fc1 and fc2)
+        self.norm2 = LayerNormGather(width, fc1, eps) if alive else nn.Identity()
+        self.mlp = CompactMlp(architecture, fc1, fc2) if alive else ConstantBranch(width)
+        self.ls2 = _layer_scale(architecture) if alive else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x [B, N, embed_dim] to the same shape."""
+        attention = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        x = x + self.drop_path1(self.ls1(attention))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def _layer_scale(architecture: Architecture) -> nn.Module:
+    if architecture.init_values is None:
+        return nn.Identity()
+    return LayerScale(architecture.embed_dim, init_values=architecture.init_values)
+
+
+def _activation(architecture: Architecture) -> nn.Module:
+    return (get_act_layer(architecture.act_layer) or nn.GELU)()
+
+
+def _site_names(block: int) -> list[str]:
+    return [f"blocks.{block}.{site}" for site in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+
+
+class CompactViT(VisionTransformer):
+    """A timm VisionTransformer cut to a plan; everything outside its blocks is timm's own.
+
+    `CompactViT(plan)` has new weights; `vtp.compact` and `vtp.load` make one with trained weights.
+
+    Attributes:
+        plan: the PruningPlan that gives the widths.
+        pretrained_cfg: that of the dense model, if it had one, for `timm.data.resolve_data_config`.
+    """
+
+    def __init__(self, plan: PruningPlan) -> None:
+        super().__init__(**plan.architecture.timm_kwargs())
+        self.plan = plan
+        rates = calculate_drop_path_rates(plan.architecture.drop_path_rate, plan.architecture.depth)
+        self.blocks = nn.Sequential(*[CompactBlock(plan, i, rate) for i, rate in enumerate(rates)])
+
+
+class CompactDistilledViT(CompactViT, VisionTransformerDistilled):
+    """A CompactViT with DeiT's distillation token and head."""
+
+
+def empty_compact(plan: PruningPlan) -> CompactViT:
+    """The CompactViT of a plan on the meta device: shapes without storage, to be given a state dict."""
+    with torch.device("meta"):
+        return (CompactDistilledViT if plan.architecture.distilled else CompactViT)(plan)
+
+
+@torch.no_grad()
+def compact(gated: nn.Module, plan: PruningPlan) -> CompactViT:
+    """Cut a gated model to a plan. The result shares no memory with the gated model.
+
+    Returns:
+        CompactViT with the dtype, device and train/eval mode of `gated`, all parameters trainable.
+
+    Raises:
+        PlanError: the plan was made for a model of other widths.
+        ValueError: the model has no gates.
+    """
+    layers = sites(gated)
+    architecture = describe(gated)
+    if architecture.site_widths() != plan.widths or architecture.num_heads != plan.architecture.num_heads:
+        raise PlanError(
+            f"plan: made for {plan.architecture.depth} blocks of width {plan.architecture.embed_dim}, got a "
+            f"model with {architecture.depth} blocks of width {architecture.embed_dim}"
+        )
+    plan = dataclasses.replace(plan, architecture=architecture)
+    small = empty_compact(plan)
+    state = {name: tensor for name, tensor in gated.state_dict().items() if not name.startswith("blocks.")}
+    for i, block in enumerate(gated.blocks):
+        device = layers[f"blocks.{i}.attn.qkv"].weight.device
+        keep = [torch.tensor(plan.kept[name], dtype=torch.int64, device=device) for name in _site_names(i)]
+        new = small.blocks[i]
+        state |= _prefixed(f"blocks.{i}.", _cut_attention(block, new, *keep[:2], plan.value_widths(i)))
+        state |= _prefixed(f"blocks.{i}.", _cut_mlp(block, new, *keep[2:]))
+    small.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    for name in ("pretrained_cfg", "default_cfg"):
+        if hasattr(gated, name):
+            setattr(small, name, getattr(gated, name))
+    if plan.architecture.distilled:
+        small.set_distilled_training(gated.distilled_training)
+    return small.train(gated.training)
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _cut_norm(name: str, norm: nn.LayerNorm, new: LayerNormGather, keep: Tensor) -> dict[str, Tensor]:
+    index = None if new.index is None else keep
+    return {f"{name}.weight": norm.weight[keep], f"{name}.bias": norm.bias[keep], f"{name}.index": index}
+
+
+def _cut_attention(
+    block: nn.Module, new: CompactBlock, keep_qkv: Tensor, keep_proj: Tensor, value_widths: tuple[int, ...]
+) -> dict[str, Tensor | None]:
+    """Tensors of the compact attention branch, by name within the block."""
+    attn = block.attn
+    proj_weight, proj_bias = attn.proj.folded_weight()[:, keep_proj], attn.proj.bias
+    qkv_bias = attn.qkv.bias
+    width = attn.num_heads * attn.head_dim
+    value_rows = 2 * width + keep_proj
+    if isinstance(new.attn, ConstantBranch):
+        # Without inputs every token has the value `bias`, which any attention weights average to itself.
+        constant = _apply(proj_weight, None if qkv_bias is None else qkv_bias[value_rows], proj_bias)
+        return {"attn.bias": _scaled(constant, block.ls1)}
+    alive = torch.tensor([w > 0 for w in value_widths], device=keep_proj.device)
+    query_rows = alive.repeat_interleave(attn.head_dim).nonzero().squeeze(1)
+    rows = torch.cat([query_rows, width + query_rows, value_rows])
+    return {
+        **_cut_norm("norm1", block.norm1, new.norm1, keep_qkv),
+        "attn.qkv.weight": attn.qkv.folded_weight()[rows][:, keep_qkv],
+        "attn.qkv.bias": None if qkv_bias is None else qkv_bias[rows],
+        **_prefixed("attn.q_norm.", dict(attn.q_norm.state_dict())),
+        **_prefixed("attn.k_norm.", dict(attn.k_norm.state_dict())),
+        "attn.proj.weight": proj_weight,
+        "attn.proj.bias": proj_bias,
+        **_prefixed("ls1.", dict(block.ls1.state_dict())),
+    }
+
+
+def _cut_mlp(
+    block: nn.Module, new: CompactBlock, keep_fc1: Tensor, keep_fc2: Tensor
+) -> dict[str, Tensor | None]:
+    """Tensors of the compact feed-forward branch, by name within the block."""
+    mlp = block.mlp
+    fc2_weight = mlp.fc2.folded_weight()[:, keep_fc2]
+    hidden_bias = None if mlp.fc1.bias is None else mlp.fc1.bias[keep_fc2]
+    if isinstance(new.mlp, ConstantBranch):
+        before_act = fc2_weight.new_zeros(len(keep_fc2)) if hidden_bias is None else hidden_bias
+        return {"mlp.bias": _scaled(_apply(fc2_weight, mlp.act(before_act), mlp.fc2.bias), block.ls2)}
+    return {
+        **_cut_norm("norm2", block.norm2, new.norm2, keep_fc1),
+        "mlp.fc1.weight": mlp.fc1.folded_weight()[keep_fc2][:, keep_fc1],
+        "mlp.fc1.bias": hidden_bias,
+        "mlp.fc2.weight": fc2_weight,
+        "mlp.fc2.bias": mlp.fc2.bias,
+        **_prefixed("ls2.", dict(block.ls2.state_dict())),
+    }
+
+
+def _apply(weight: Tensor, vector: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`weight @ vector + bias` in float64, where a missing vector or bias is 0; in the weight's dtype."""
+    out = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    if vector is not None:
+        out += weight.double() @ vector.double()
+    if bias is not None:
+        out += bias.double()
+    return out.to(weight.dtype)
+
+
+def _scaled(constant: Tensor, layer_scale: nn.Module) -> Tensor:
+    return constant * layer_scale.gamma if isinstance(layer_scale, LayerScale) else constant

@@ -1,0 +1,108 @@
+"""Gates: one learned importance score for each input dimension of each linear projection of a block.
+
+`y = (x * g) @ W.T + b` (Zhu, Tang, Han, "Vision Transformer Pruning", arXiv 2104.08500), computed by
+`vtp_kernels.gated_linear` at the cost of a plain linear.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from vtp.model.architecture import describe, replace_sites
+from vtp_kernels import gated_linear
+
+
+class GatedLinear(nn.Module):
+    """A linear layer whose input dimensions are scaled by a learned gate.
+
+    Parameters: `weight` [out_features, in_features], `bias` [out_features] or None, `gate` [in_features],
+    1 at the start and float32 whatever the dtype of the weight (casting the whole model casts it too).
+
+    Buffers: `taylor` [in_features] float32, the sum over `taylor_steps` steps of `(g * dL/dg)**2`
+    (Molchanov et al., "Importance Estimation for Neural Network Pruning", arXiv 1906.10771).
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.gate = nn.Parameter(torch.ones(in_features))
+        self.register_buffer("taylor", torch.zeros(in_features))
+        self.register_buffer("taylor_steps", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> "GatedLinear":
+        """Take over the weight and bias of `linear`; all gates are 1."""
+        with torch.device("meta"):
+            gated = cls(linear.in_features, linear.out_features, linear.bias is not None)
+        gated.weight, gated.bias = linear.weight, linear.bias
+        device = linear.weight.device
+        gated.gate = nn.Parameter(torch.ones(linear.in_features, device=device))
+        gated.taylor = torch.zeros(linear.in_features, device=device)
+        gated.taylor_steps = torch.zeros((), dtype=torch.int64, device=device)
+        return gated.train(linear.training)
+
+    def folded_weight(self) -> Tensor:
+        """`W * g` in the weight's dtype, [out_features, in_features]."""
+        return (self.weight * self.gate).to(self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] to [..., out_features]."""
+        return gated_linear(x, self.weight, self.gate, self.bias)
+
+    @torch.no_grad()
+    def accumulate_taylor(self, scale: float = 1.0) -> None:
+        """Add this step's `(g * dL/dg)**2` from `gate.grad`, the gradient of the task loss alone.
+
+        Args:
+            scale: factor that undoes a loss scaling, 1 / loss scale.
+        """
+        if self.gate.grad is None:
+            raise ValueError("gate.grad: got None, expected the gradient of a backward pass")
+        self.taylor += (self.gate * self.gate.grad * scale).square()
+        self.taylor_steps += 1
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+def insert_gates(model: nn.Module) -> nn.Module:
+    """A copy of a timm VisionTransformer with a `GatedLinear` at the four sites of each block.
+
+    At gate 1 its outputs equal the model's bit for bit in float32.
+
+    Raises:
+        UnsupportedModelError: the model, or a part of it, is not supported; it is named.
+        ValueError: the model has gates already.
+    """
+    if any(isinstance(module, GatedLinear) for module in model.modules()):
+        raise ValueError("model: it has gates already, expected a dense model")
+    describe(model)
+    gated = copy.deepcopy(model)
+    replace_sites(gated, lambda _, linear: GatedLinear.from_linear(linear))
+    return gated
+
+
+def sites(model: nn.Module) -> dict[str, GatedLinear]:
+    """The gated layers by name (`blocks.<i>.<site>`), in the order of the forward pass.
+
+    Raises:
+        ValueError: the model has no gates.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, GatedLinear)}
+    if not found:
+        raise ValueError(f"model: {type(model).__name__} has no gates; call vtp.insert_gates(model) first")
+    return found
+
+
+def l1_penalty(gated: nn.Module) -> Tensor:
+    """`sum |g|` over all gates of the model, 0-dim, in their dtype, float32 (arXiv 2104.08500).
+
+    For a training loop of your own: `loss = task_loss + 1e-4 * vtp.l1_penalty(gated)`.
+    """
+    return torch.cat([layer.gate for layer in sites(gated).values()]).abs().sum()

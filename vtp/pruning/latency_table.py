@@ -1,0 +1,357 @@
+"""Time against width on this machine: a table measured once, and what it says a plan will take.
+
+A block's time is that of its two branches. A feed-forward branch depends on two widths (inputs of fc1, inputs
+of fc2); an attention branch on three (inputs of qkv, heads alive, values of a head). Each product's time is
+near to linear in each of its widths alone, so a coarse grid of measured branches and multilinear
+interpolation between them says what any plan takes:
+
+    time = outside + sum over blocks (attention(qkv, heads, mean over heads of values) + mlp(fc1, fc2))
+
+`runtime/latency_profile.py` measures the tables. They are for the CPU, for one batch size, dtype and number
+of threads, and are kept as JSON under `$VTP_CACHE`, else `$XDG_CACHE_HOME/vtp`, else `~/.cache/vtp`.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vtp.files import FileError, refuse_unwritable, write_atomic
+from vtp.machine import environment, vector_flags
+from vtp.model.architecture import SITES, Architecture
+from vtp.pruning.compact import CompactViT
+from vtp.pruning.plan import FrozenDict, PruningPlan
+from vtp_kernels.library import why_no_cpp
+
+TABLE_VERSION = 1
+_MOST_MS = 1e9  # of anything: eleven days
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of an Architecture; blocks are alike, the packed weights contain biases and scales, and nothing is dropped.
+_WITHOUT_EFFECT = {
+    "depth", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate",
+    "drop_path_rate", "norm_eps", "init_values", "qkv_bias", "proj_bias",
+}  # fmt: skip
+
+
+class LatencyTableError(ValueError):
+    """A table that is damaged, or of another model than it is asked about; the message says which."""
+
+
+# --------------------------------------------------------------------------------
+# The table
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Times of one branch at every combination of some widths, for a whole batch.
+
+    Attributes:
+        axes: the widths of each axis, ascending, from 1 to the dense model's.
+        ms: milliseconds, the last axis fastest.
+    """
+
+    axes: tuple[tuple[int, ...], ...]
+    ms: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for axis in self.axes:
+            whole = all(type(width) is int for width in axis)
+            if not axis or not whole or axis[0] != 1 or any(a >= b for a, b in itertools.pairwise(axis)):
+                raise LatencyTableError(f"axes: got {axis}, expected ascending widths from 1")
+        if len(self.ms) != math.prod(map(len, self.axes)):
+            raise LatencyTableError(
+                f"ms: got {len(self.ms)} times, expected {math.prod(map(len, self.axes))}"
+            )
+        if not all(isinstance(ms, float) and 0 <= ms < _MOST_MS for ms in self.ms):
+            raise LatencyTableError(f"ms: expected times from 0 to {_MOST_MS:g}")
+
+    @cached_property
+    def _times(self) -> np.ndarray:
+        return np.array(self.ms).reshape([len(axis) for axis in self.axes])
+
+    def mean(self, *widths: int, last: Sequence[int]) -> float:
+        """Milliseconds: the mean over `last`, widths along the last axis, at `widths` along the others."""
+        times = self._times
+        for axis, width in zip(self.axes, widths, strict=False):
+            if len(axis) == 1:
+                times = times[0]
+                continue
+            i = min(bisect_right(axis, width), len(axis) - 1)
+            share = (width - axis[i - 1]) / (axis[i] - axis[i - 1])
+            times = (1 - share) * times[i - 1] + share * times[i]
+        return float(np.interp(last, self.axes[-1], times).mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyTable:
+    """What branches of every width take on one machine; `predict` says what a plan will take.
+
+    Attributes:
+        geometry: the fields of `Architecture` that decide about speed. The number of blocks is not among
+            them: a table serves models of any depth.
+        machine: where it was measured; see `machine`. Threads and versions are part of it.
+        batch_size, dtype: of the images; the dtype by name, "float32".
+        engine: `OptimizedViT.engine` of the measured models.
+        outside_ms: of everything outside the blocks: patches, final norm, head, and the call itself.
+        attention: over inputs of qkv, heads alive, values of each head alive.
+        mlp: over inputs of fc1, inputs of fc2.
+        rounds: measurements of each point.
+        date: of the measurement, ISO.
+    """
+
+    geometry: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    batch_size: int
+    dtype: str
+    engine: str
+    outside_ms: float
+    attention: Grid
+    mlp: Grid
+    rounds: int
+    date: str
+
+    def __post_init__(self) -> None:
+        for name in ("geometry", "machine"):
+            items = {key: tuple(v) if isinstance(v, list) else v for key, v in getattr(self, name).items()}
+            object.__setattr__(self, name, FrozenDict(items))
+        if self.dtype not in DTYPES:
+            raise LatencyTableError(f"dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        for name in ("batch_size", "rounds"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise LatencyTableError(f"{name}: got {value!r}, expected an integer of at least 1")
+        for name in ("engine", "date"):
+            if not isinstance(getattr(self, name), str):
+                raise LatencyTableError(f"{name}: got {getattr(self, name)!r}, expected a text")
+        if not (isinstance(self.outside_ms, float) and 0 <= self.outside_ms < _MOST_MS):
+            raise LatencyTableError(f"outside_ms: got {self.outside_ms!r}, expected a time of at least 0")
+        try:
+            width, heads = self.geometry["embed_dim"], self.geometry["num_heads"]
+            widest = {
+                "attention": (width, heads, width // heads),
+                "mlp": (width, self.geometry["mlp_hidden"]),
+            }
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise LatencyTableError(f"geometry: {error!r}") from error
+        for name, widths in widest.items():
+            if tuple(axis[-1] for axis in getattr(self, name).axes) != widths:
+                raise LatencyTableError(f"{name}.axes: expected axes that end at {widths}")
+
+    def predict(self, plan: PruningPlan | CompactViT) -> float:
+        """Milliseconds of a forward pass of one batch through `vtp.optimize(vtp.compact(gated, plan))`.
+
+        Raises:
+            LatencyTableError: the plan is for a model of another geometry.
+        """
+        plan = plan.plan if isinstance(plan, CompactViT) else plan
+        self.refuse_others(plan.architecture)
+        total = self.outside_nanoseconds
+        for i in range(plan.architecture.depth):
+            qkv, _, fc1, fc2 = (len(plan.kept[f"blocks.{i}.{site}"]) for site in SITES)
+            total += self.block_nanoseconds(qkv, plan.value_widths(i), fc1, fc2)
+        return total / 1e6
+
+    # Whole nanoseconds, as sums of integers do not depend on their order: what the search for a plan adds up
+    # block by block is what `predict` says.
+
+    @property
+    def outside_nanoseconds(self) -> int:
+        """Of everything outside the blocks."""
+        return round(1e6 * self.outside_ms)
+
+    def block_nanoseconds(self, qkv: int, values: Sequence[int], fc1: int, fc2: int) -> int:
+        """Of a block with these kept widths; a branch that is a constant is gone and takes no time.
+
+        Args:
+            qkv, fc1, fc2: kept inputs of these layers.
+            values: kept values of each head; a head with 0 is gone.
+        """
+        alive = [width for width in values if width]
+        ms = 0.0
+        if qkv and alive:
+            ms += self.attention.mean(qkv, len(alive), last=alive)
+        if fc1 and fc2:
+            ms += self.mlp.mean(fc1, last=[fc2])
+        return round(1e6 * ms)
+
+    def refuse_others(self, architecture: Architecture) -> None:
+        """Raise LatencyTableError, which names what differs, if the model has another geometry."""
+        for name, wanted in geometry(architecture).items():
+            got = self.geometry.get(name)
+            if got != wanted:
+                raise LatencyTableError(
+                    f"latency table: made for a model with {name} {got}, the model has {wanted}; "
+                    f"{how_to_make_one()}"
+                )
+
+    def to_dict(self) -> dict:
+        """The table as JSON-able data; the inverse is `from_dict`."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("geometry", "machine"):
+            fields[name] = dict(fields[name])
+        for name in ("attention", "mlp"):
+            fields[name] = dataclasses.asdict(fields[name])
+        return {"latency_table_version": TABLE_VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "LatencyTable":
+        """Raises LatencyTableError if `data` is not a table of this version, naming what is wrong."""
+        if not isinstance(data, dict) or "latency_table_version" not in data:
+            raise LatencyTableError("not a latency table (no latency_table_version)")
+        fields = dict(data)
+        if (found := fields.pop("latency_table_version")) != TABLE_VERSION:
+            raise LatencyTableError(f"a latency table of version {found!r}, expected {TABLE_VERSION}")
+        try:
+            for name in ("attention", "mlp"):
+                axes = tuple(tuple(axis) for axis in fields[name]["axes"])
+                fields[name] = Grid(axes, tuple(map(float, fields[name]["ms"])))
+            return cls(**fields)
+        except LatencyTableError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise LatencyTableError(
+                f"fields are missing, unknown or of the wrong type ({error!r})"
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON, atomically. Raises FileError if it cannot be written."""
+        text = json.dumps(self.to_dict(), indent=1)
+        write_atomic(path, lambda temporary: temporary.write_text(text + "\n"))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LatencyTable":
+        """Read a table written by `save`. Raises FileError, which names the file and the reason."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except OSError as error:
+            raise FileError(f"path: cannot read {path}: {error.strerror}") from error
+        except LatencyTableError as error:
+            raise FileError(f"path: {path}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise FileError(f"path: {path} is not JSON, or it is cut off ({error})") from error
+
+
+def geometry(architecture: Architecture) -> dict[str, Any]:
+    """The fields of an architecture that decide how long its compact models take."""
+    fields = dataclasses.asdict(architecture)
+    return {name: value for name, value in fields.items() if name not in _WITHOUT_EFFECT}
+
+
+def how_to_make_one() -> str:
+    """What to do for a table, as the end of an error message."""
+    return (
+        "`vtp bench MODEL --profile-widths` measures one on this machine once, as "
+        "vtp.profile_widths(vtp.describe(model)) does"
+    )
+
+
+# --------------------------------------------------------------------------------
+# The machine and the cache
+
+
+def machine() -> dict[str, Any]:
+    """What a time depends on beside the model: the CPU, the cores and threads that are used, the versions."""
+    described = environment()
+    try:
+        own_version = version("vtp")
+    except PackageNotFoundError:
+        own_version = "unknown"
+    available = getattr(os, "sched_getaffinity", None)
+    return {
+        "cpu": described["cpu"],
+        "flags": " ".join(vector_flags()),
+        "cores": len(available(0)) if available else os.cpu_count(),
+        "threads": described["threads"],
+        "instruction_set": _instruction_set(),
+        "torch": described["torch"],
+        "vtp": own_version,
+    }
+
+
+def _instruction_set() -> str:
+    reason = why_no_cpp()
+    return torch.ops.vtp.cpu_isa() if reason is None else f"none: {reason}"
+
+
+def cache_folder() -> Path:
+    """Where tables are kept: `$VTP_CACHE`, else `$XDG_CACHE_HOME/vtp`, else `~/.cache/vtp`."""
+    if own := os.environ.get("VTP_CACHE"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "vtp"
+
+
+def _cache_file(key: Mapping[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "latency" / f"{digest[:24]}.json"
+
+
+def _key(table: LatencyTable) -> dict[str, Any]:
+    """What a cached table has to agree in."""
+    return {
+        "geometry": dict(table.geometry),
+        "machine": dict(table.machine),
+        "batch_size": table.batch_size,
+        "dtype": table.dtype,
+    }
+
+
+def make_cache_folder() -> Path:
+    """The folder of the tables. Raises FileError if it cannot be made or written."""
+    folder = cache_folder() / "latency"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cache: cannot make {folder}: {error.strerror}") from error
+    refuse_unwritable(folder / "table.json")
+    return folder
+
+
+def store_table(table: LatencyTable) -> Path:
+    """Put a table into the cache, instead of one that was measured before. Returns its file.
+
+    Raises:
+        FileError: the folder cannot be made or written.
+    """
+    make_cache_folder()
+    file = _cache_file(_key(table))
+    table.save(file)
+    return file
+
+
+def cached_table(
+    architecture: Architecture, batch_size: int = 1, dtype: torch.dtype = torch.float32
+) -> LatencyTable | None:
+    """The table that was measured on this machine, with these threads and versions; None if there is none.
+
+    A file in the cache that is damaged counts as none: `store_table` replaces it.
+    """
+    key = {
+        "geometry": geometry(architecture),
+        "machine": machine(),
+        "batch_size": batch_size,
+        "dtype": name_of(dtype),
+    }
+    try:
+        table = LatencyTable.load(_cache_file(key))
+    except FileError:
+        return None
+    return table if _key(table) == key else None
+
+
+def name_of(dtype: torch.dtype) -> str:
+    names = {value: name for name, value in DTYPES.items()}
+    if dtype not in names:
+        raise LatencyTableError(f"dtype: got {dtype}, expected one of {', '.join(DTYPES)}")
+    return names[dtype]

@@ -1,0 +1,246 @@
+"""Inference on a CPU: a packed model, written down for the C++ engine of `csrc/cpu`, which runs it at once.
+
+`csrc/cpu/model.h` reads what `_Writer` writes: one buffer of bytes with every weight, laid out as the
+micro-kernels read it, and a list of integers that says what lies where.
+"""
+
+import contextlib
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vtp.pruning.compact import CompactDistilledViT, is_erf_gelu
+from vtp_kernels.library import why_no_cpp
+
+if TYPE_CHECKING:
+    from vtp.runtime.optimize import PackedBlock, PackedLinear, PackedNorm
+
+_FORMAT = 1  # of the list of integers; csrc/cpu/model.cpp has the same
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_PANEL = 16  # outputs whose weights lie side by side
+_ALIGNMENT = 64  # bytes: a cache line
+
+
+def why_not(blocks: Sequence["PackedBlock"], dtype: torch.dtype) -> str | None:
+    """Why the C++ engine cannot run packed blocks in `dtype`; None if it can."""
+    if dtype not in _DTYPES:
+        return f"it computes in float32 and bfloat16, not in {dtype}"
+    for i, block in enumerate(blocks):
+        if block.mlp is not None and not is_erf_gelu(block.mlp.act):
+            return f"the activation of block {i}, {type(block.mlp.act).__name__}, is not the exact GELU"
+        heads = block.attn and block.attn.heads
+        for norm in (heads.q_norm, heads.k_norm) if heads else ():
+            if not isinstance(norm, nn.Identity) and norm.eps != block.attn.norm.eps:
+                return f"the norms of block {i} differ in eps"
+    return why_no_cpp()
+
+
+def pack(vit: VisionTransformer, dtype: torch.dtype) -> nn.Module:
+    """A packed model, its biases still in float64, on the C++ engine: whole, or at least its blocks.
+
+    What timm does before and after the blocks stays with timm where it is more than patches, positions, a
+    norm and a linear head on the class tokens.
+    """
+    if _is_plain(vit):
+        return CpuViT(vit, dtype)
+    vit.blocks = nn.Sequential(CpuBlocks(vit, dtype))
+    return vit.to(dtype)
+
+
+def return_freed_memory() -> None:
+    """Give the system back what was freed, where the C library would keep it for later (glibc)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _is_plain(vit: VisionTransformer) -> bool:
+    """Whether the engine can do what is outside the blocks."""
+    patch = vit.patch_embed
+    heads = [vit.head, vit.head_dist] if isinstance(vit, CompactDistilledViT) else [vit.head]
+    return (
+        type(patch) is PatchEmbed
+        and patch.img_size is not None
+        and not vit.dynamic_img_size
+        and patch.flatten
+        and all(isinstance(part, nn.Identity) for part in (patch.norm, vit.norm_pre, vit.fc_norm))
+        and type(patch.proj) is nn.Conv2d
+        and isinstance(vit.norm, nn.LayerNorm)
+        and vit.global_pool == "token"
+        and vit.attn_pool is None
+        and all(type(head) is nn.Linear for head in heads)
+    )
+
+
+def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight [out, in] as the micro-kernels read it, 16 outputs side by side, padded with zeros.
+
+    float32: [out / 16, in, 16]; bfloat16, two inputs side by side: [out / 16, in / 2, 16, 2].
+    """
+    outputs, inputs = weight.shape
+    pairs = dtype == torch.bfloat16
+    padded = F.pad(weight.to(dtype), (0, inputs % 2 if pairs else 0, 0, -outputs % _PANEL))
+    by_panel = padded.unflatten(0, (-1, _PANEL))
+    return (by_panel.unflatten(-1, (-1, 2)) if pairs else by_panel).transpose(1, 2).contiguous()
+
+
+class _Writer:
+    """The bytes and the list of integers of a packed model."""
+
+    def __init__(self, dtype: torch.dtype, vit: VisionTransformer) -> None:
+        self.dtype = dtype
+        self._parts: list[Tensor] = []
+        self._size = 0
+        heads = [block.attn.heads for block in vit.blocks if block.attn is not None]
+        norms = [
+            branch.norm for block in vit.blocks for branch in (block.attn, block.mlp) if branch is not None
+        ]
+        eps = norms[0].eps if norms else getattr(vit.norm, "eps", 0.0)
+        scale = heads[0].scale if heads else 1.0
+        self.list = [_FORMAT, _DTYPES[dtype], vit.embed_dim, heads[0].head_dim if heads else 0]
+        self.list += [_bits(eps), _bits(scale)]
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """(bytes, list), as the operators take them."""
+        self._parts.append(torch.zeros(-self._size % _ALIGNMENT, dtype=torch.uint8))
+        return torch.cat(self._parts), torch.tensor(self.list)
+
+    def memory(self, tensor: Tensor) -> None:
+        """Put the tensor's bytes at the end, and their offset into the list."""
+        padding = -self._size % _ALIGNMENT
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        self._parts += [torch.zeros(padding, dtype=torch.uint8), data]
+        self.list.append(self._size + padding)
+        self._size += padding + len(data)
+
+    def maybe(self, tensor: Tensor | None) -> None:
+        """Whether there is a tensor, and where."""
+        self.list.append(int(tensor is not None))
+        if tensor is not None:
+            self.memory(tensor)
+
+    def linear(self, weight: Tensor, bias: Tensor) -> None:
+        """A layer of weight [out, in] and bias [out], in panels of 16 outputs."""
+        outputs, inputs = weight.shape
+        self.list += [inputs, outputs]
+        self.memory(panels(weight, self.dtype))
+        self.memory(F.pad(bias.double(), (0, -outputs % _PANEL)).float())
+
+    def packed(self, layer: "PackedLinear") -> None:
+        self.linear(layer.weight, layer.bias)
+
+    def norm(self, norm: "PackedNorm", kept: int) -> None:
+        self.list.append(kept)
+        self.maybe(None if norm.index is None else norm.index.int())
+
+    def patches(self, vit: VisionTransformer) -> None:
+        """The patch embedding; its bias goes into the table of positions."""
+        proj = vit.patch_embed.proj
+        channels, (height, width), (rows, columns) = (
+            proj.in_channels,
+            vit.patch_embed.img_size,
+            proj.kernel_size,
+        )
+        self.list += [1, channels, height, width, rows, columns, vit.num_prefix_tokens]
+        self.linear(proj.weight.flatten(1), torch.zeros(vit.embed_dim))
+        self.memory(F.pad(_positions(vit), (0, -vit.embed_dim % _PANEL)).float())
+
+    def blocks(self, blocks: Sequence["PackedBlock"]) -> None:
+        self.list.append(len(blocks))
+        for block in blocks:
+            self.maybe(None if block.offset is None else block.offset.float())
+            self.list.append(int(block.attn is not None))
+            if block.attn is not None:
+                self._attention(block.attn)
+            self.list.append(int(block.mlp is not None))
+            if block.mlp is not None:
+                self.norm(block.mlp.norm, block.mlp.fc1.in_features)
+                self.packed(block.mlp.fc1)
+                self.packed(block.mlp.fc2)
+
+    def _attention(self, branch: nn.Module) -> None:
+        self.norm(branch.norm, branch.qkv.in_features)
+        heads = branch.heads
+        self.list += [heads.num_heads, *heads.value_widths]
+        self.packed(branch.qkv)
+        norms = [p for norm in (heads.q_norm, heads.k_norm) for p in norm.parameters()]
+        self.maybe(torch.stack(norms).float() if norms else None)
+        self.packed(branch.proj)
+
+    def head(self, vit: VisionTransformer) -> None:
+        """The last norm folded into the head. DeiT averages two heads: they read two tokens side by side."""
+        heads = [vit.head, vit.head_dist] if isinstance(vit, CompactDistilledViT) else [vit.head]
+        weights = [head.weight.double() for head in heads]
+        bias = sum(
+            weight @ vit.norm.bias.double() + (0 if head.bias is None else head.bias.double())
+            for weight, head in zip(weights, heads, strict=True)
+        )
+        self.list += [1, len(heads)]
+        weight = torch.cat([weight * vit.norm.weight.double() for weight in weights], dim=1)
+        self.linear(weight / len(heads), bias / len(heads))
+
+
+def _bits(x: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", x))[0]
+
+
+def _positions(vit: VisionTransformer) -> Tensor:
+    """What every token has before patches are added: [tokens, embed_dim] in float64."""
+    patch = vit.patch_embed
+    bias = torch.zeros(vit.embed_dim) if patch.proj.bias is None else patch.proj.bias
+    tokens = bias.double().expand(1, patch.num_patches, -1)
+    return vit._pos_embed(tokens)[0].double()
+
+
+class _CpuModule(nn.Module):
+    """Holds what `_Writer` wrote. `dtype` is of the weights; they stay on the CPU."""
+
+    def __init__(self, writer: _Writer) -> None:
+        super().__init__()
+        self.dtype = writer.dtype
+        weights, layout = writer.buffers()
+        self.register_buffer("weights", weights)
+        self.register_buffer("layout", layout)
+
+    def _refuse_masks(self, attn_mask: Tensor | None, is_causal: bool) -> None:
+        if attn_mask is not None or is_causal:
+            raise ValueError(
+                "attn_mask, is_causal: the CPU engine has no attention masks; call the compact model itself"
+            )
+
+
+class CpuViT(_CpuModule):
+    """Images [B, C, H, W] to logits [B, outputs], in the images' dtype, float32 or bfloat16."""
+
+    def __init__(self, vit: VisionTransformer, dtype: torch.dtype) -> None:
+        writer = _Writer(dtype, vit)
+        writer.patches(vit)
+        writer.blocks(vit.blocks)
+        writer.head(vit)
+        super().__init__(writer)
+        self.outputs = vit.head.out_features
+
+    def forward(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        self._refuse_masks(attn_mask, is_causal)
+        return torch.ops.vtp.cpu_vit(images, self.weights, self.layout, self.outputs)
+
+
+class CpuBlocks(_CpuModule):
+    """Tokens [B, N, embed_dim] to the same shape and dtype, through all blocks of a model."""
+
+    def __init__(self, vit: VisionTransformer, dtype: torch.dtype) -> None:
+        writer = _Writer(dtype, vit)
+        writer.list.append(0)
+        writer.blocks(vit.blocks)
+        writer.list.append(0)
+        super().__init__(writer)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        self._refuse_masks(attn_mask, is_causal)
+        return torch.ops.vtp.cpu_blocks(x, self.weights, self.layout)

@@ -1,0 +1,320 @@
+"""The measurement behind a latency table: blocks of many widths, timed in turn.
+
+What is measured is what runs: compact models of a few equal blocks with random weights, on `vtp.optimize`. Of
+the time of each, what is outside the blocks is taken off. All points of the grids take turns round by round,
+so that a machine whose speed drifts slows all of them down alike.
+"""
+
+import dataclasses
+import datetime
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vtp.machine import take_turns, turns
+from vtp.model.architecture import SITES, Architecture
+from vtp.model.cost import Cost, attention_cost, mlp_cost, surroundings_cost
+from vtp.pruning.compact import empty_compact
+from vtp.pruning.latency_table import Grid, LatencyTable, LatencyTableError, geometry, machine, name_of
+from vtp.pruning.plan import PruningPlan
+from vtp.runtime.optimize import OptimizedViT, optimize
+
+_BLOCKS = 2.0  # dense blocks whose multiply-adds a measured model has, so that the call itself weighs little
+_MOST_BLOCKS = 12
+_MOST_BYTES = 20e6  # of a measured model's weights, as all of them are in memory at once
+_SHORT = 2e-3  # seconds: before a call that is shorter, another one wakes the threads up
+
+
+@dataclasses.dataclass(frozen=True)
+class _Widths:
+    """Kept widths of a block of a measured model; 0 inputs leave no branch."""
+
+    qkv: int = 0
+    values: tuple[int, ...] = ()
+    fc1: int = 0
+    fc2: int = 0
+
+    def cost(self, architecture: Architecture) -> Cost:
+        attention = attention_cost(architecture, self.qkv, self.values)
+        return attention + mlp_cost(architecture, self.fc1, self.fc2)
+
+
+def _dense_block(architecture: Architecture) -> Cost:
+    width, heads = architecture.embed_dim, architecture.num_heads
+    values = (architecture.head_dim,) * heads
+    return _Widths(width, values, width, architecture.mlp_hidden).cost(architecture)
+
+
+class _Point:
+    """A model whose turns are timed, and its times in seconds."""
+
+    def __init__(
+        self, blocks: Sequence[_Widths], model: OptimizedViT, images: torch.Tensor, warm: bool
+    ) -> None:
+        self.blocks, self.model, self.images, self.warm = blocks, model, images, warm
+        self.seconds: list[float] = []
+        for _ in range(2):
+            self._call()
+
+    def step(self) -> None:
+        if self.warm or (self.seconds and self.seconds[-1] < _SHORT):
+            self._call()
+        self.seconds.append(self._call())
+
+    def _call(self) -> float:
+        with torch.inference_mode():
+            started = time.perf_counter()
+            self.model(self.images)
+            return time.perf_counter() - started
+
+
+class _Progress:
+    """Takes turns with the points and says what share of the time is over."""
+
+    def __init__(self, seconds: float, report: Callable[[float], None]) -> None:
+        self._seconds, self._report, self._started = seconds, report, time.perf_counter()
+
+    def step(self) -> None:
+        self._report(min(1.0, (time.perf_counter() - self._started) / self._seconds))
+
+
+def profile_widths(
+    architecture: Architecture,
+    *,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    seconds: float = 75.0,
+    progress: Callable[[float], None] | None = None,
+) -> LatencyTable:
+    """Measure time against width on this machine's CPU, with as many threads as PyTorch has now.
+
+    Some 70 small models are built first, which takes seconds (and 1.5 GB for DeiT-B), then they take turns.
+
+    Args:
+        architecture: of the dense model; `vtp.describe(model)`.
+        batch_size: images of a forward pass.
+        dtype: that `vtp.optimize` packs in: float32, bfloat16 or float16.
+        seconds: of measuring, in as many rounds as fit; at least 5 rounds are done.
+        progress: called with the share of the measurement that is over, from 0 to 1.
+
+    Raises:
+        LatencyTableError: an argument is out of range.
+    """
+    if not 0 < seconds < math.inf:
+        raise LatencyTableError(f"seconds: got {seconds!r}, expected a positive number")
+    profile = WidthProfile(architecture, batch_size, dtype)
+    steps = {"profile": profile}
+    if progress is not None:
+        steps["progress"] = _Progress(seconds, progress)
+    take_turns(steps, 10**9, seconds)
+    return profile.table()
+
+
+class WidthProfile:
+    """The models that a table is made from, for whoever has other things to measure in the same rounds.
+
+    Args, Raises: those of `profile_widths`.
+
+    Attributes:
+        rounds: measurements of each point so far.
+    """
+
+    def __init__(self, architecture: Architecture, batch_size: int, dtype: torch.dtype) -> None:
+        self._dtype = name_of(dtype)
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise LatencyTableError(f"batch_size: got {batch_size!r}, expected an integer of at least 1")
+        self._architecture, self._batch_size = architecture, batch_size
+        self._axes = _axes(architecture)
+        self._points = _points(architecture, self._axes, batch_size, dtype)
+        self.rounds = 0
+
+    def step(self) -> None:
+        """One round: every point has a turn."""
+        for key in turns(list(self._points), self.rounds):
+            self._points[key].step()
+        self.rounds += 1
+
+    def table(self, first: int = 0) -> LatencyTable:
+        """What was measured, from round `first` on."""
+        points = self._points
+        times = [point.seconds[first:] for point in points.values()]
+        medians = dict(zip(points, steady_medians(times), strict=True))
+        outside = 1e3 * medians["outside"]
+        grids = {}
+        for branch, branch_axes in self._axes.items():
+            keys = [(branch, *widths) for widths in itertools.product(*branch_axes)]
+            ms = [(1e3 * medians[key] - outside) / len(points[key].blocks) for key in keys]
+            shaped = np.maximum(ms, 0).reshape([len(axis) for axis in branch_axes])
+            grids[branch] = Grid(branch_axes, tuple(monotone(shaped).ravel().tolist()))
+        return LatencyTable(
+            geometry=geometry(self._architecture),
+            machine=machine(),
+            batch_size=self._batch_size,
+            dtype=self._dtype,
+            engine=points["outside"].model.engine,
+            outside_ms=outside,
+            rounds=self.rounds - first,
+            date=datetime.date.today().isoformat(),
+            **grids,
+        )
+
+
+def steady_medians(times: Sequence[Sequence[float]]) -> np.ndarray:
+    """What each point takes at the machine's usual speed, from its times [points][rounds].
+
+    A round's speed is the median over all points of how much slower they were than usual; each time is
+    divided by that of its round before its median over rounds is taken.
+    """
+    measured = np.array(times)
+    usual = np.median(measured, axis=1)
+    for _ in range(3):
+        slowness = np.median(measured / usual[:, None], axis=0)
+        usual = np.median(measured / slowness, axis=1) * np.median(slowness)
+    return usual
+
+
+def monotone(times: np.ndarray) -> np.ndarray:
+    """Times that never fall as a width grows: half way between the least such above and the most below.
+
+    Noise would otherwise make wider models look faster, and a search for a budget would follow it.
+    """
+    for axis in range(times.ndim):
+        above = np.maximum.accumulate(times, axis)
+        below = np.flip(np.minimum.accumulate(np.flip(times, axis), axis), axis)
+        times = (above + below) / 2
+    return times
+
+
+def _axes(architecture: Architecture) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Measured widths of each branch."""
+    width, heads, hidden = architecture.embed_dim, architecture.num_heads, architecture.mlp_hidden
+    some_heads = range(1, heads + 1) if heads <= 6 else np.linspace(1, heads, 5).round().tolist()
+    return {
+        "attention": (
+            _nodes(width, (1 / 2,)),
+            tuple(sorted({*map(int, some_heads), max(1, heads - 1)})),
+            _nodes(architecture.head_dim, (1 / 2,)),
+        ),
+        "mlp": (_nodes(width, (1 / 2,)), _nodes(hidden, (1 / 8, 3 / 8, 5 / 8, 7 / 8))),
+    }
+
+
+def _nodes(width: int, shares: Sequence[float]) -> tuple[int, ...]:
+    return tuple(sorted({1, *(max(1, round(share * width)) for share in shares), width}))
+
+
+def _points(
+    architecture: Architecture,
+    axes: Mapping[str, tuple[tuple[int, ...], ...]],
+    batch_size: int,
+    dtype: torch.dtype,
+) -> dict[Any, _Point]:
+    """The models to measure, by branch and widths, and "outside"."""
+    generator = torch.Generator().manual_seed(0)
+    size = (batch_size, architecture.in_chans, *architecture.img_size)
+    images = torch.randn(size, generator=generator).to(dtype)
+    warm = _fits_in_cache(architecture, dtype)
+    blocks: dict[Any, list[_Widths]] = {"outside": [_Widths()]}
+    for widths in itertools.product(*axes["attention"]):
+        blocks[("attention", *widths)] = _attention_blocks(architecture, *widths, dtype)
+    for widths in itertools.product(*axes["mlp"]):
+        blocks[("mlp", *widths)] = _mlp_blocks(architecture, *widths, dtype)
+    return {
+        key: _Point(own, _random_model(architecture, own, dtype, generator), images, warm)
+        for key, own in blocks.items()
+    }
+
+
+def _fits_in_cache(architecture: Architecture, dtype: torch.dtype) -> bool:
+    """Whether the dense model's weights stay in the CPU's cache from one forward pass to the next.
+
+    Those of a larger model come from memory each time; those of a small measured model would not, were it
+    not for the models between its turns. So a measured model is called twice in its turn only if it stands
+    for a model that fits.
+    """
+    block = _dense_block(architecture)
+    params = surroundings_cost(architecture).params + architecture.depth * block.params
+    return params * dtype.itemsize <= _cache_bytes()
+
+
+def _cache_bytes() -> int:
+    """Of the last-level cache; 32 MiB where the machine does not say."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        if text[:-1].isdigit() and text[-1] in "KM":
+            sizes.append(int(text[:-1]) << (10 if text[-1] == "K" else 20))
+    return max(sizes, default=32 << 20)
+
+
+def _attention_blocks(
+    architecture: Architecture, qkv: int, heads: int, values: int, dtype: torch.dtype
+) -> list[_Widths]:
+    number = _how_many(architecture, _Widths(qkv, (values,) * heads), dtype)
+    around = _around(values, 4, architecture.head_dim, number * heads)
+    return [_Widths(qkv, tuple(around[i::number])) for i in range(number)]
+
+
+def _mlp_blocks(architecture: Architecture, fc1: int, fc2: int, dtype: torch.dtype) -> list[_Widths]:
+    number = _how_many(architecture, _Widths(fc1=fc1, fc2=fc2), dtype)
+    return [_Widths(fc1=fc1, fc2=own) for own in _around(fc2, 32, architecture.mlp_hidden, number)]
+
+
+def _how_many(architecture: Architecture, widths: _Widths, dtype: torch.dtype) -> int:
+    """Blocks of a measured model."""
+    dense = _dense_block(architecture)
+    own = widths.cost(architecture)
+    wanted = min(_BLOCKS * dense.macs / own.macs, _MOST_BYTES / (own.params * dtype.itemsize))
+    return max(1, min(_MOST_BLOCKS, round(wanted)))
+
+
+def _around(width: int, spread: int, full: int, number: int) -> list[int]:
+    """`number` widths spread evenly around one, which is their mean.
+
+    Time grows in small steps, of 8 or 16 outputs and of tasks that divide unevenly among threads. A width of
+    the grid would lie on one side of a step by chance; widths around it meet both sides, as those of a plan
+    do. The dense model's own width is what it is.
+    """
+    spread = min(spread, width - 1, full - width)
+    offsets = [round(spread * (2 * (i + 0.5) / number - 1)) for i in range(number)]
+    return [width + offset for offset in offsets]
+
+
+@torch.no_grad()
+def _random_model(
+    architecture: Architecture, blocks: Sequence[_Widths], dtype: torch.dtype, generator: torch.Generator
+) -> OptimizedViT:
+    """A model of such blocks with random weights, packed."""
+    plan = _plan(dataclasses.replace(architecture, depth=len(blocks), drop_path_rate=0.0), blocks, generator)
+    model = empty_compact(plan).to_empty(device="cpu").eval()
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.02, generator=generator)
+    for i, block in enumerate(model.blocks):
+        for norm, site in ((block.norm1, "attn.qkv"), (block.norm2, "mlp.fc1")):
+            if getattr(norm, "index", None) is not None:
+                norm.index.copy_(torch.tensor(plan.kept[f"blocks.{i}.{site}"]))
+    return optimize(model, dtype)
+
+
+def _plan(architecture: Architecture, blocks: Sequence[_Widths], generator: torch.Generator) -> PruningPlan:
+    """A plan of these widths, made by hand; inputs are kept here and there, as in a real one."""
+    width, head_dim = architecture.embed_dim, architecture.head_dim
+
+    def some(number: int) -> list[int]:
+        return sorted(torch.randperm(width, generator=generator)[:number].tolist())
+
+    kept: dict[str, Sequence[int]] = {}
+    for i, own in enumerate(blocks):
+        values = [head * head_dim + j for head, number in enumerate(own.values) for j in range(number)]
+        indices = (some(own.qkv), values, some(own.fc1), range(own.fc2))
+        kept |= {f"blocks.{i}.{site}": index for site, index in zip(SITES, indices, strict=True)}
+    return PruningPlan(
+        architecture, kept, {}, score="custom", scope="global", per_mac=False, round_to=1, min_keep=0,
+        budget={}, threshold=None, parent="",
+    )  # fmt: skip

@@ -1,0 +1,389 @@
+"""Inference: a CompactViT packed once for the fused ops of `vtp_kernels`.
+
+What each linear layer is followed by on its way into the next is folded into its weights, in float32 (biases
+in float64), and rounded once: LayerNorm's weight and bias into the linear behind it, LayerScale into the
+linear before it, and what a constant branch adds into the bias of the linear that wrote to the residual
+stream before. A block is then six or seven launches:
+
+    layer_norm_gather, compact_linear (qkv), ragged_attention, compact_linear (proj + residual),
+    layer_norm_gather, compact_mlp (fc1 + GELU, fc2 + residual: one launch or two)
+
+A product of few rows and 4,096 inputs or more, the hidden units of an uncut ViT-L, adds one: its inputs are
+split among programs.
+
+Plain PyTorch operators remain where no op applies: the norms of queries and keys (qk_norm) with the
+concatenation behind them, attention under a mask or with heads wider than 256, activations other than the
+exact GELU, and everything outside the blocks, which is timm's own.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerScale
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vtp.pruning.compact import (
+    CompactAttention,
+    CompactBlock,
+    CompactMlp,
+    CompactViT,
+    ConstantBranch,
+    LayerNormGather,
+    is_erf_gelu,
+)
+from vtp.runtime import cpu
+from vtp_kernels import launching
+from vtp_kernels.compact_linear import compact_linear
+from vtp_kernels.compact_mlp import compact_mlp
+from vtp_kernels.layer_norm_gather import layer_norm_gather
+from vtp_kernels.library import TritonSides, autocast_is_on
+
+# Of packed models; float64 is for comparisons. Images may be of the first three whatever the model is.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@torch.no_grad()
+def optimize(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedViT":
+    """Pack a CompactViT for inference on its device. The result shares no memory with it.
+
+    Args:
+        model: what `vtp.compact` or `vtp.load` gave.
+        dtype: of weights and activations: float32, bfloat16, float16 or float64; None keeps the model's.
+
+    Raises:
+        TypeError: the model is no CompactViT, a layer of it was replaced, or the dtype is not one of these.
+    """
+    dtype = _checked(model, dtype)
+    if model.patch_embed.proj.weight.device.type != "cpu":
+        return pack_for_ops(model, dtype)
+    packed = _packed(model, dtype)
+    reason = cpu.why_not(packed.blocks, dtype)
+    if reason is not None:
+        return OptimizedViT(packed.to(dtype), ImageSpec.of(model), f"plain PyTorch: {reason}")
+    engine = f"C++, {torch.ops.vtp.cpu_isa()}"
+    fast = OptimizedViT(cpu.pack(packed, dtype), ImageSpec.of(model), engine)
+    del packed  # with the copies on the way, twice the size of what is left
+    cpu.return_freed_memory()
+    return fast
+
+
+@torch.no_grad()
+def pack_for_ops(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedViT":
+    """What `optimize` makes on a GPU, on any device: on a CPU its ops run on plain PyTorch."""
+    dtype = _checked(model, dtype)
+    return OptimizedViT(_packed(model, dtype).to(dtype), ImageSpec.of(model), "ops of vtp_kernels")
+
+
+def _checked(model: CompactViT, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype to pack in; raises TypeError as `optimize` does."""
+    if not isinstance(model, CompactViT):
+        raise TypeError(
+            f"model: got {type(model).__name__}, expected a CompactViT: cut a gated model with "
+            "vtp.compact(gated, plan), or read a compact one with vtp.load(file)"
+        )
+    dtype = model.patch_embed.proj.weight.dtype if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: got {dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    _refuse_changed_blocks(model)
+    return dtype
+
+
+def _packed(model: CompactViT, dtype: torch.dtype) -> CompactViT:
+    """The model with packed blocks, weights in `dtype`, biases still in float64."""
+    blocks = nn.Sequential(*[PackedBlock(block, dtype) for block in model.blocks])
+    _absorb_constants(model.blocks, blocks)
+    # deepcopy takes what `memo` has for an object: everything but the blocks is copied.
+    vit = copy.deepcopy(model, {id(model.blocks): blocks})
+    vit.set_grad_checkpointing(False)
+    return vit.eval()
+
+
+def _refuse_changed_blocks(model: CompactViT) -> None:
+    """A layer that something else stands for, an adapter or a quantized one, is more than its weight."""
+    for i, block in enumerate(model.blocks):
+        if type(block) is not CompactBlock:
+            raise TypeError(f"model.blocks.{i}: got {type(block).__name__}, expected CompactBlock")
+        for owner in (block.attn, block.mlp):
+            for name, layer in owner.named_children():
+                if name in ("qkv", "proj", "fc1", "fc2") and type(layer) is not nn.Linear:
+                    where = f"model.blocks.{i}.{'attn' if owner is block.attn else 'mlp'}.{name}"
+                    raise TypeError(f"{where}: got {type(layer).__name__}, expected nn.Linear")
+
+
+class PackedLinear(nn.Module):
+    """`x W^T + bias (+ residual)` with the rows of W stored as the kernels read them.
+
+    `storage` [out, in rounded up to 8] is W beside zeros, so that every row starts at 16 bytes. W itself is a
+    view made when it is needed: `to`, `deepcopy`, `state_dict` and `torch.export` then meet a plain buffer.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.in_features = weight.shape[1]
+        self.register_buffer("storage", F.pad(weight, (0, -self.in_features % 8)))
+        self.register_buffer("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """W [out, in], a view of `storage`."""
+        return self.storage[:, : self.in_features]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [..., in] to [..., out]."""
+        return compact_linear(x, self.weight, self.bias, residual=residual)
+
+
+class PackedNorm(nn.Module):
+    """A LayerNormGather whose weight and bias are in the linear behind it: x [..., dim] to [..., kept]."""
+
+    def __init__(self, norm: LayerNormGather) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.register_buffer("index", None if norm.index is None else norm.index.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm_gather(x, None, None, self.index, self.eps)
+
+
+class PackedAttention(nn.Module):
+    """An attention branch with its norm and the residual: x [B, N, embed_dim] to the same shape."""
+
+    def __init__(
+        self, norm: LayerNormGather, attn: CompactAttention, scale: nn.Module, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.norm = PackedNorm(norm)
+        self.qkv = _behind_norm(norm, attn.qkv, dtype)
+        # Of the attention itself only what is between its linear layers is wanted.
+        self.heads = copy.deepcopy(attn, {id(attn.qkv): nn.Identity(), id(attn.proj): nn.Identity()})
+        self.proj = _before_scale(attn.proj, scale, dtype)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        out = self.heads.attend(self.qkv(self.norm(x)), attn_mask, is_causal, on_kernels=True)
+        return self.proj(out, residual=x)
+
+
+class PackedMlp(nn.Module):
+    """A feed-forward branch with its norm and the residual: x [..., embed_dim] to the same shape."""
+
+    def __init__(self, norm: LayerNormGather, mlp: CompactMlp, scale: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = PackedNorm(norm)
+        self.fc1 = _behind_norm(norm, mlp.fc1, dtype)
+        self.act = copy.deepcopy(mlp.act)
+        self.fc2 = _before_scale(mlp.fc2, scale, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalized, fc1, fc2 = self.norm(x), self.fc1, self.fc2
+        if is_erf_gelu(self.act):
+            return compact_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x)
+        return fc2(self.act(fc1(normalized)), residual=x)
+
+
+class PackedBlock(nn.Module):
+    """A CompactBlock on the ops; a branch that was a constant is gone.
+
+    `offset` [embed_dim] is added to the input: constants that have no linear before them, or None.
+    """
+
+    def __init__(self, block: CompactBlock, dtype: torch.dtype) -> None:
+        super().__init__()
+        dead_attn, dead_mlp = (isinstance(branch, ConstantBranch) for branch in (block.attn, block.mlp))
+        self.attn = None if dead_attn else PackedAttention(block.norm1, block.attn, block.ls1, dtype)
+        self.mlp = None if dead_mlp else PackedMlp(block.norm2, block.mlp, block.ls2, dtype)
+        self.register_buffer("offset", None)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x [B, N, embed_dim] to the same shape; the masks are those of timm's Attention."""
+        if self.offset is not None:
+            x = x + self.offset
+        if self.attn is not None:
+            x = self.attn(x, attn_mask, is_causal)
+        return x if self.mlp is None else self.mlp(x)
+
+
+def _behind_norm(norm: LayerNormGather, linear: nn.Linear, dtype: torch.dtype) -> PackedLinear:
+    """With LayerNorm's output `n * w + b`: the linear `(W diag w) n + (W b + bias)` of n alone."""
+    return PackedLinear(
+        (_at_least_float32(linear.weight) * norm.weight).to(dtype),
+        linear.weight.double() @ norm.bias.double() + _bias64(linear),
+    )
+
+
+def _before_scale(linear: nn.Linear, scale: nn.Module, dtype: torch.dtype) -> PackedLinear:
+    """The linear with the LayerScale behind it: `(diag(gamma) W) x + gamma * bias`."""
+    weight, bias = _at_least_float32(linear.weight), _bias64(linear)
+    if isinstance(scale, LayerScale):
+        weight, bias = weight * scale.gamma[:, None], bias * scale.gamma.double()
+    return PackedLinear(weight.to(dtype), bias)
+
+
+def _at_least_float32(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _bias64(linear: nn.Linear) -> Tensor:
+    """A copy of the bias, zeros if there is none, in float64 until everything is added that belongs to it."""
+    if linear.bias is None:
+        return linear.weight.new_zeros(linear.out_features, dtype=torch.float64)
+    return linear.bias.to(torch.float64, copy=True)
+
+
+def _absorb_constants(blocks: Iterable[CompactBlock], packed: Sequence[PackedBlock]) -> None:
+    """Add what constant branches put out to the bias of the linear before them on the residual stream.
+
+    Every later linear and norm then reads the stream as it was. Without a linear before them they become the
+    `offset` of the first block.
+    """
+    stream = None
+    for block, new in zip(blocks, packed, strict=True):
+        linears = (new.attn and new.attn.proj, new.mlp and new.mlp.fc2)
+        for branch, linear in zip((block.attn, block.mlp), linears, strict=True):
+            if linear is not None:
+                stream = linear.bias
+            elif stream is None:
+                stream = packed[0].offset = branch.bias.to(torch.float64, copy=True)
+            else:
+                stream += branch.bias
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """What images a model takes: `channels`, and (height, width) of an image and of a patch, in pixels."""
+
+    channels: int
+    size: tuple[int, int]
+    patch_size: tuple[int, int]
+    any_size: bool  # that is a multiple of patch_size
+    padded: bool  # to such a multiple by the model
+
+    @classmethod
+    def of(cls, vit: VisionTransformer) -> "ImageSpec":
+        patch = vit.patch_embed
+        return cls(
+            patch.proj.in_channels,
+            tuple(patch.img_size),
+            tuple(patch.patch_size),
+            vit.dynamic_img_size,
+            patch.dynamic_img_pad,
+        )
+
+    def refuse_others(self, images: Tensor) -> None:
+        """Raise ValueError, which says what was expected, if the shape is not such."""
+        if images.ndim != 4 or images.shape[1] != self.channels:
+            raise ValueError(f"images: got shape {tuple(images.shape)}, expected [B, {self.channels}, H, W]")
+        size, step = tuple(images.shape[2:]), self.patch_size
+        if not self.any_size:
+            if size != self.size:
+                raise ValueError(f"images: got height and width {size}, expected {self.size}")
+        elif not self.padded and (size[0] % step[0] or size[1] % step[1]):
+            raise ValueError(f"images: got height and width {size}, expected multiples of {step}")
+
+
+class OptimizedViT(nn.Module):
+    """A CompactViT packed for inference: images to logits, no gradients, always in eval mode.
+
+    Packed tensors are buffers, in the dtype that it computes in. `torch.compile(fullgraph=True)`,
+    `torch.export` with a dynamic batch and AOTInductor take it; what they make needs `vtp_kernels` imported
+    where it runs.
+
+    Attributes:
+        vit: the CompactViT that it was made from, with packed blocks; on the CPU's C++ engine a `CpuViT`.
+        images: what images it takes.
+        engine: what it runs on, in words, with the reason where that is not the fastest there is.
+    """
+
+    def __init__(self, vit: nn.Module, images: ImageSpec, engine: str) -> None:
+        super().__init__()
+        self.vit = vit.requires_grad_(False)
+        self.images, self.engine = images, engine
+        self.train(False)
+
+    def extra_repr(self) -> str:
+        return f"engine={self.engine!r}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what it computes in, and of logits."""
+        return self._weight.dtype if hasattr(self.vit, "patch_embed") else self.vit.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        return self.vit.patch_embed.proj.weight if hasattr(self.vit, "patch_embed") else self.vit.weights
+
+    def train(self, mode: bool = True) -> "OptimizedViT":
+        """Stays in eval mode, also as a teacher inside a model that is being trained."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Logits of images, in the model's dtype.
+
+        Args:
+            images: [B, C, H, W] on the model's device, in any memory format; float32, bfloat16 and float16
+                are cast to the model's dtype. Autocast has no say.
+            attn_mask, is_causal: of every attention, as timm takes them; not on the C++ engine.
+
+        Raises:
+            TypeError: the images are no tensor, or integers, or float64 for another model.
+            ValueError: their shape or device is not the model's; a mask on the C++ engine.
+        """
+        self._validate(images)
+        images = images.detach().to(self.dtype)
+        if not autocast_is_on(images.device):
+            return self.vit(images, attn_mask, is_causal)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.vit(images, attn_mask, is_causal)
+
+    def _validate(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images: got {type(images).__name__}, expected a tensor")
+        if images.dtype not in (*DTYPES[:3], self.dtype):
+            expected = "float32, bfloat16 or float16, normalized as for training"
+            raise TypeError(f"images: got {images.dtype}, expected {expected}")
+        self.images.refuse_others(images)
+        device = self._weight.device
+        if images.device != device:
+            raise ValueError(f"images: on {images.device}, expected {device}, where the model is")
+
+    @torch.no_grad()
+    def warmup(self, batch_sizes: Sequence[int] = (1,), image_size: tuple[int, int] | None = None) -> None:
+        """Compile every kernel and fill every cache, by running on zeros.
+
+        Afterwards nothing is compiled and nothing copied from the host for these sizes: requests are answered
+        at once, and `torch.cuda.graph` can capture a call.
+
+        Args:
+            batch_sizes: of the requests to come. Kernels depend on it in few coarse steps, if at all.
+            image_size: (height, width); None takes the model's own.
+
+        Raises:
+            ValueError: a batch size is not an integer from 0, or the model takes no images of that size.
+        """
+        if isinstance(batch_sizes, int) or not all(type(b) is int and b >= 0 for b in batch_sizes):
+            raise ValueError(f"batch_sizes: got {batch_sizes}, expected integers from 0, as in [1, 8]")
+        size, device = image_size or self.images.size, self._weight.device
+        for batch in batch_sizes:
+            self(torch.zeros(batch, self.images.channels, *size, dtype=self.dtype, device=device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def kernels(model: CompactViT, dtype: torch.dtype, target: str) -> list[launching.Variant]:
+    """The compilations that `optimize(model, dtype)` launches, at any batch size.
+
+    Args:
+        target: the GPU, a key of `vtp_kernels.launching.TARGETS`. Nothing runs on it: the packed model runs
+            on meta tensors, while its launches are noted.
+    """
+    packed, spec = pack_for_ops(model, dtype).to("meta"), ImageSpec.of(model)
+    images = torch.empty(1, spec.channels, *spec.size, dtype=dtype, device="meta")
+    with launching.recording("model", target) as found, TritonSides():
+        # Batch sizes choose between a product in one piece or in parts, and the vendor's.
+        for batch in (1, 2, 4, 8, 16, 32, 64, 256):
+            packed(images.expand(batch, -1, -1, -1))
+    return list(found.values())

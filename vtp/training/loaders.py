@@ -1,0 +1,484 @@
+"""Batches of images: augmentation that is reproducible sample by sample, and the loaders of both sets.
+
+`train_loader` and `test_loader` turn the sets of a `Data` into batches of normalised float32 tensors;
+transforms and augmentation are timm's.
+
+**What is reproducible.** The order of an epoch is a function of (seed, epoch), and the augmentation of a
+sample a function of (seed, epoch, sample index): neither depends on the number of workers, on the process, or
+on where in the epoch one starts. To that end the sampler hands out (epoch, index) pairs, so that a worker
+that outlives an epoch needs no message from the training loop, and every sample is transformed after the
+three global generators that transforms draw from (Python's, NumPy's and torch's) were seeded from (seed,
+epoch, index). They are restored afterwards: loading data does not disturb the dropout of the model.
+
+**Several processes.** The loaders are meant for `accelerate.Accelerator.prepare`, which gives each process
+every n-th batch of the one order; `set_epoch` works on a prepared loader as on a bare one.
+
+**Streams** (timm's "wds/", "hfids/" and "tfds/" sets, read in sequence) promise less: the same seed, epoch
+and number of workers give the same batches; starting in the middle of an epoch reads and drops what comes
+before; several processes are refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import random
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from PIL import Image
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torchvision import transforms
+
+from vtp.training.data import Data, DataError, for_channels
+
+# Up to this edge (pixels) images are taken to be cut to their object: the test transform shows them whole.
+SMALL_IMAGE = 64
+# Up to this edge DeiT replaces the random resized crop by a shifted one.
+DEIT_SMALL_IMAGE = 32
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How training images are varied; the names are those of DeiT's and timm's command lines.
+
+    Mixup and CutMix work on batches and belong to the training loop.
+
+    Attributes:
+        crop_padding: if not None, the crop is a shift by at most so many pixels (black comes in) instead of a
+            random resized crop; `scale`, `ratio` and `interpolation` then have no part.
+        scale, ratio: area (share of the image) and aspect ratio of the random resized crop.
+        interpolation: of the random resized crop and of RandAugment ("bilinear", "bicubic" or "random").
+        hflip: probability of a horizontal flip.
+        color_jitter: brightness, contrast and saturation; without effect beside `auto_augment`, as in timm.
+        auto_augment: a policy in timm's spelling, or None.
+        reprob, remode, recount: random erasing: probability, filling, most regions.
+    """
+
+    crop_padding: int | None = None
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "random"
+    hflip: float = 0.5
+    color_jitter: float = 0.4
+    auto_augment: str | None = None
+    reprob: float = 0.0
+    remode: str = "const"
+    recount: int = 1
+
+    @classmethod
+    def preset(cls, name: str, image_size: int = 224) -> Augment:
+        """A named choice: "light" (shift by 2 and flip), "deit" (as DeiT was trained) or "none".
+
+        DeiT's own code shifts by 4 instead of cropping where images are 32 pixels or smaller; so does "deit".
+        """
+        presets = {
+            "light": cls(crop_padding=2, color_jitter=0.0),
+            "deit": cls(
+                crop_padding=4 if image_size <= DEIT_SMALL_IMAGE else None,
+                interpolation="bicubic",
+                color_jitter=0.3,
+                auto_augment="rand-m9-mstd0.5-inc1",
+                reprob=0.25,
+                remode="pixel",
+            ),
+            "none": cls(crop_padding=0, hflip=0.0, color_jitter=0.0),
+        }
+        if name not in presets:
+            raise DataError(f"augment: got {name!r}, expected one of {', '.join(presets)}")
+        return presets[name]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reproducible randomness
+
+
+def _seeds(*numbers: int) -> tuple[int, int, int]:
+    """Seeds for Python's, NumPy's and torch's generator: well-mixed functions of all the int64 numbers."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=20).digest()
+    return struct.unpack("<QIQ", digest)
+
+
+def _seed_generators(*numbers: int) -> None:
+    for_python, for_numpy, for_torch = _seeds(*numbers)
+    random.seed(for_python)
+    np.random.seed(for_numpy)
+    # Not torch.manual_seed, which also seeds every accelerator's generator and is 200 times as slow.
+    torch.default_generator.manual_seed(for_torch)
+
+
+@contextmanager
+def _generators_restored() -> Iterator[None]:
+    """Leave the three global generators as they were found, unless this is a worker process, where nobody
+    else draws from them."""
+    if get_worker_info() is not None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+class EpochSampler(Sampler):
+    """Yields (epoch, index) for each sample of an epoch, in an order that (seed, epoch) determines.
+
+    `position` takes effect with the next iteration, and stays until it is called again. The length is always
+    that of a whole epoch.
+    """
+
+    def __init__(self, samples: int, seed: int) -> None:
+        self.samples, self.seed = samples, seed
+        self.epoch = self.skip = 0
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(_seeds(self.seed, self.epoch)[2])
+        order = torch.randperm(self.samples, generator=generator)[self.skip :].tolist()
+        return zip(itertools.repeat(self.epoch), order)
+
+    def position(self, epoch: int, skip: int) -> None:
+        """Begin the next iterations with sample number `skip` of `epoch`'s order."""
+        self.epoch, self.skip = epoch, skip
+
+
+# ---------------------------------------------------------------------------------------------------------
+# From images to batches
+
+
+class ShiftedCrop:
+    """A square crop of `size` pixels from around the centre, shifted at random by at most `padding` pixels in
+    each direction; what lies outside of the image is black.
+
+    torchvision's RandomCrop(size, padding) makes the same image by padding it first, at six times the cost.
+    """
+
+    def __init__(self, size: int, padding: int) -> None:
+        self.size, self.padding = size, padding
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        left = (image.width - self.size) // 2 + random.randint(-self.padding, self.padding)
+        top = (image.height - self.size) // 2 + random.randint(-self.padding, self.padding)
+        return image.crop((left, top, left + self.size, top + self.size))
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """The image with 8 bits a channel. Pillow's own conversion would clip 16 bits to white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"image: got pixels of mode {image.mode!r}, whose range is not known; expected 8 or 16 bits"
+        )
+    return image
+
+
+class Pipeline:
+    """From PIL images to normalised tensors: timm's transforms image by image, then, as in timm's own
+    prefetching loader, conversion and normalisation batch by batch, which is several times cheaper.
+
+    Random erasing comes last, on normalised pixels, image by image with a seed for each.
+    """
+
+    def __init__(
+        self, steps: list[Any], mean: tuple[float, ...], std: tuple[float, ...], erasing: RandomErasing | None
+    ) -> None:
+        self.steps = transforms.Compose(steps)
+        self.mode = "L" if len(mean) == 1 else "RGB"
+        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        self.erasing = erasing
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """The transformed image, uint8 [H, W, C]; draws from the global generators."""
+        if image.mode != self.mode:
+            image = _to_8_bit(image).convert(self.mode)
+        pixels = np.asarray(self.steps(image))
+        return pixels.reshape(*pixels.shape[:2], -1)
+
+    def batch(self, pixels: list[np.ndarray]) -> torch.Tensor:
+        """float32 [B, C, H, W], normalised."""
+        batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+        batch = batch.to(torch.float32, memory_format=torch.contiguous_format)
+        return batch.div_(255).sub_(self.mean).div_(self.std)
+
+
+def _training_pipeline(data: Data, image_size: int, in_chans: int, augment: Augment) -> Pipeline:
+    mean, std = for_channels(data.mean, in_chans), for_channels(data.std, in_chans)
+    steps = create_transform(
+        image_size,
+        is_training=True,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=augment.auto_augment,
+        interpolation=augment.interpolation,
+        mean=mean,
+        use_prefetcher=True,
+    ).transforms[:-1]  # the last one converts to a tensor
+    if augment.crop_padding is not None:
+        steps[0] = ShiftedCrop(image_size, augment.crop_padding)
+        if data.image_size != image_size:
+            steps.insert(0, transforms.Resize(image_size, transforms.InterpolationMode.BICUBIC))
+    _keep_one_bit(steps)
+    erasing = None
+    if augment.reprob > 0:
+        erasing = RandomErasing(augment.reprob, mode=augment.remode, max_count=augment.recount, device="cpu")
+    return Pipeline(steps, mean, std, erasing)
+
+
+def _keep_one_bit(steps: list[Any]) -> None:
+    """Let the posterizing of timm's policies keep at least one bit of each pixel.
+
+    At the end of its range timm asks Pillow for 0 bits, a black image, which Pillow 13 refuses.
+    """
+    for step in steps:
+        policy = itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ()))
+        for operation in policy:
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
+
+
+def _at_least_one_bit(level_fn: Callable, level: float, hparams: dict[str, Any]) -> tuple[int]:
+    (bits,) = level_fn(level, hparams)
+    return (max(1, bits),)
+
+
+def _test_pipeline(data: Data, image_size: int, in_chans: int) -> Pipeline:
+    steps = create_transform(
+        image_size,
+        crop_pct=1.0 if image_size <= SMALL_IMAGE else data.crop_pct,
+        interpolation=data.interpolation,
+        use_prefetcher=True,
+    ).transforms[:-1]  # as above
+    return Pipeline(steps, for_channels(data.mean, in_chans), for_channels(data.std, in_chans), erasing=None)
+
+
+class TrainingSet(Dataset):
+    """Batches of augmented samples: takes the (epoch, index) pairs of `EpochSampler`, a batch at a time."""
+
+    def __init__(self, images: Dataset, pipeline: Pipeline, seed: int) -> None:
+        self.images, self.pipeline, self.seed = images, pipeline, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels, labels = [], []
+        with _generators_restored():
+            for epoch, index in keys:
+                image, label = _sample(self.images, index)
+                _seed_generators(self.seed, epoch, index)
+                pixels.append(self.pipeline.pixels(image))
+                labels.append(label)
+            batch = self.pipeline.batch(pixels)
+            if self.pipeline.erasing is not None:
+                for (epoch, index), image in zip(keys, batch, strict=True):
+                    _seed_generators(self.seed, epoch, index, 1)
+                    self.pipeline.erasing(image)  # in place
+        return batch, torch.tensor(labels, dtype=torch.int64)
+
+
+class EvaluationSet(Dataset):
+    """Batches of samples as they are: takes indices, a batch at a time."""
+
+    def __init__(self, images: Dataset, pipeline: Pipeline) -> None:
+        self.images, self.pipeline = images, pipeline
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        samples = [_sample(self.images, index) for index in indices]
+        batch = self.pipeline.batch([self.pipeline.pixels(image) for image, _ in samples])
+        return batch, torch.tensor([label for _, label in samples], dtype=torch.int64)
+
+
+def _sample(images: Dataset, index: int) -> tuple[Image.Image, int]:
+    try:
+        return images[index]
+    except DataError:
+        raise
+    except Exception as error:  # of torchvision's data sets, which name neither file nor number
+        raise DataError(f"image number {index} of {type(images).__name__}: unreadable ({error})") from error
+
+
+class StreamSet(IterableDataset):
+    """Samples of one of timm's sequential readers, augmented: (float32 [C, H, W], int)."""
+
+    def __init__(self, reader: Any, pipeline: Pipeline, seed: int) -> None:
+        self.reader, self.pipeline, self.seed = reader, pipeline, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        # A copy, because a reader that has been read keeps the state of its shuffling for its next epoch.
+        reader = copy.copy(self.reader)
+        reader.set_epoch(self.epoch)
+        worker = get_worker_info()
+        for number, (image, label) in enumerate(reader):
+            with _generators_restored():
+                _seed_generators(self.seed, self.epoch, 0 if worker is None else worker.id, number)
+                sample = self.pipeline.batch([self.pipeline.pixels(image)])[0]
+                if self.pipeline.erasing is not None:
+                    self.pipeline.erasing(sample)
+            yield sample, int(label)
+
+
+class StreamLoader(DataLoader):
+    """A DataLoader that drops its first `skip_batches` batches, as Accelerate's loaders do."""
+
+    skip_batches = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(super().__iter__(), self.skip_batches, None)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loaders
+
+
+def _as_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Collate function for sets that make whole batches themselves."""
+    return batch
+
+
+def train_loader(
+    data: Data,
+    *,
+    image_size: int,
+    in_chans: int,
+    batch_size: int,
+    augment: Augment,
+    seed: int,
+    workers: int = 0,
+) -> DataLoader:
+    """Shuffled, augmented batches of the training set; the last incomplete batch is dropped.
+
+    Call `set_epoch` before each epoch: without it the loader repeats the epoch it is at (0 at first). timm's
+    create_loader does not fit, because it takes no sampler; its transforms are used as they are.
+
+    Args:
+        image_size: edge of the square images that the model takes, in pixels.
+        in_chans: 1 or 3; images are converted to grey or RGB.
+        batch_size: for each process.
+        seed: int64; with the epoch it determines order and augmentation.
+        workers: processes that load; 0 loads in this one.
+
+    Returns:
+        A loader of (float32 [B, C, H, W] normalised, int64 [B]).
+
+    Raises:
+        DataError: an argument out of range, fewer images than one batch, or a stream on several processes.
+            In iteration: an image that cannot be decoded, by name.
+    """
+    _check_arguments(image_size, in_chans, batch_size)
+    pipeline = _training_pipeline(data, image_size, in_chans, augment)
+    if isinstance(data.train, IterableDataset):
+        return _stream_loader(data.train, pipeline, batch_size, seed, workers, drop_last=True)
+    if len(data.train) < batch_size:
+        raise DataError(
+            f"batch_size: got {batch_size}, expected at most {len(data.train)}, the number of training images"
+        )
+    return DataLoader(
+        TrainingSet(data.train, pipeline, seed),
+        batch_size,
+        sampler=EpochSampler(len(data.train), seed),
+        drop_last=True,
+        collate_fn=_as_is,
+        **_loader_options(workers),
+    )
+
+
+def test_loader(
+    data: Data, *, image_size: int, in_chans: int, batch_size: int, workers: int = 0
+) -> DataLoader:
+    """Batches of the whole test set in its order, without augmentation; arguments and batches as in
+    `train_loader`, but the last batch may be smaller."""
+    _check_arguments(image_size, in_chans, batch_size)
+    pipeline = _test_pipeline(data, image_size, in_chans)
+    if isinstance(data.test, IterableDataset):
+        return _stream_loader(data.test, pipeline, batch_size, seed=0, workers=workers, drop_last=False)
+    return DataLoader(
+        EvaluationSet(data.test, pipeline), batch_size, collate_fn=_as_is, **_loader_options(workers)
+    )
+
+
+test_loader.__test__ = False  # not a test case of pytest
+
+
+def _check_arguments(image_size: int, in_chans: int, batch_size: int) -> None:
+    if in_chans not in (1, 3):
+        raise DataError(f"in_chans: got {in_chans}, expected 1 (grey) or 3 (RGB)")
+    if image_size < 1:
+        raise DataError(f"image_size: got {image_size}, expected at least 1 pixel")
+    if batch_size < 1:
+        raise DataError(f"batch_size: got {batch_size}, expected at least 1")
+
+
+def _loader_options(workers: int) -> dict[str, Any]:
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+        # A generator of its own: a DataLoader draws a seed for its workers at the start of each iteration,
+        # from the global generator if it has none; a resumed epoch would draw once more than a whole one.
+        "generator": torch.Generator().manual_seed(0),
+    }
+
+
+def _stream_loader(
+    images: IterableDataset, pipeline: Pipeline, batch_size: int, seed: int, workers: int, drop_last: bool
+) -> DataLoader:
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise DataError("data: a stream is read by one process only; use an image folder or 'hfds/...'")
+    reader = copy.copy(images.reader)
+    reader.common_seed = reader.worker_seed = seed
+    reader.batch_size = batch_size
+    reader.set_loader_cfg(num_workers=workers)
+    # Workers that end with the epoch: their seeds are drawn, and the epoch reaches them, when they start.
+    options = _loader_options(workers) | {"persistent_workers": False}
+    return StreamLoader(StreamSet(reader, pipeline, seed), batch_size, drop_last=drop_last, **options)
+
+
+def set_epoch(loader: DataLoader, epoch: int, start: int = 0) -> None:
+    """Make the next iterations of a training loader yield batches start, start + 1, ... of `epoch`.
+
+    Args:
+        loader: from `train_loader`, bare or prepared by Accelerate; start then counts the batches of each
+            process, of which the n processes take turns in the epoch's one order.
+        epoch: 0 or more.
+        start: 0 to len(loader), which stays the number of batches of a whole epoch.
+    """
+    if not 0 <= start <= len(loader):
+        raise DataError(f"start: got {start}, expected 0 to the {len(loader)} batches of an epoch")
+    if isinstance(loader.dataset, StreamSet):
+        loader.dataset.epoch = epoch
+        loader.skip_batches = start
+        bare = getattr(loader, "base_dataloader", loader)
+        bare.generator = torch.Generator().manual_seed(_seeds(loader.dataset.seed, epoch)[2])
+        return
+    batches, processes = loader.batch_sampler, 1
+    if isinstance(batches, BatchSamplerShard):
+        processes = 1 if batches.split_batches else batches.num_processes
+        batches = batches.batch_sampler
+    if not isinstance(batches.sampler, EpochSampler):
+        raise DataError(f"loader: got one with a {type(batches.sampler).__name__}, expected a train_loader")
+    batches.sampler.position(epoch, skip=start * processes * batches.batch_size)

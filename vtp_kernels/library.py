@@ -1,0 +1,151 @@
+"""The torch.library namespace `vtp`, and how an op gets into it.
+
+Each op has a plain PyTorch implementation for every device and, where Triton runs, one of its own for CUDA
+(ROCm's PyTorch uses the same dispatch key).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vtp_kernels import launching
+
+LIBRARY = torch.library.Library("vtp", "DEF")
+
+
+def _load_cpp() -> str | None:
+    """Load the C++ operators. Why they are not there, None if they are."""
+    files = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    if not files:
+        return "the C++ extension is not built"
+    try:
+        torch.ops.load_library(files[0])
+    except OSError as error:
+        return f"the C++ extension does not load: {error}"
+    torch.library.register_fake("vtp::cpu_vit", _cpu_vit_fake, lib=LIBRARY)
+    torch.library.register_fake("vtp::cpu_blocks", lambda tokens, *_: torch.empty_like(tokens), lib=LIBRARY)
+    return None
+
+
+def _cpu_vit_fake(images: torch.Tensor, weights, layout, outputs: int) -> torch.Tensor:
+    return images.new_empty(images.shape[0], outputs)
+
+
+_WHY_NO_CPP = _load_cpp()  # at once: a program that torch.export made may need them
+
+
+def has_cpp(*tensors: torch.Tensor) -> bool:
+    """Whether the C++ operators are there and take such tensors: on the CPU, contiguous, float32 but for the
+    first, which may be bfloat16."""
+    first, *others = tensors
+    return (
+        _WHY_NO_CPP is None
+        and first.dtype in (torch.float32, torch.bfloat16)
+        and all(t.dtype == torch.float32 for t in others)
+        and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    )
+
+
+@functools.cache
+def why_no_cpp() -> str | None:
+    """Why there are no C++ operators, said once as a warning too; None if there are.
+
+    Raises:
+        RuntimeError: the environment variable VTP_CPU_ISA names no instruction set of this machine.
+    """
+    if _WHY_NO_CPP is None:
+        torch.ops.vtp.cpu_isa()
+    else:
+        warnings.warn(
+            f"vtp_kernels: {_WHY_NO_CPP}; vtp.optimize runs on plain PyTorch operators on a CPU. Results are "
+            "the same; compact models are slower. `python setup.py build_ext --inplace` builds it.",
+            stacklevel=2,
+        )
+    return _WHY_NO_CPP
+
+
+# What each op runs on a GPU with Triton, by its name.
+_TRITON_SIDES: dict[str, Callable] = {}
+
+
+def define(schema: str, *, plain: Callable, triton: Callable, fake: Callable) -> None:
+    """Register the op `schema`: `plain` for any device, `triton` for CUDA, `fake` for shapes and dtypes.
+
+    Both implementations run outside autocast: the public function has chosen the dtypes already.
+    """
+    short = schema.partition("(")[0]
+    name, _TRITON_SIDES[short] = f"vtp::{short}", triton
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "CompositeExplicitAutograd", without_autocast(plain), lib=LIBRARY)
+    torch.library.impl(name, "CUDA", without_autocast(_on_gpu(plain, triton)), lib=LIBRARY)
+    torch.library.register_fake(name, fake, lib=LIBRARY)
+
+
+class TritonSides(TorchDispatchMode):
+    """Within it ops run what they would run on a GPU with Triton, whatever the device of their tensors: to
+    note launches on meta tensors (`launching.recording`), or to interpret them on the CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "vtp":
+            return func(*args, **(kwargs or {}))
+        with self:  # which is off within its own method
+            return _TRITON_SIDES[func.overloadpacket.__name__](*args)
+
+
+def empty_for_none(like: torch.Tensor, *gradients: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """An op returns tensors: an empty one stands for a gradient that is not needed."""
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # which refuses "meta"
+
+
+def without_autocast(function: Callable) -> Callable:
+    """`function(x, ...)` with autocast off on the device of x; costs nothing where it is off already."""
+
+    @functools.wraps(function)
+    def wrapped(x, *args):
+        if not autocast_is_on(x.device):
+            return function(x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args)
+
+    return wrapped
+
+
+def _on_gpu(plain: Callable, triton: Callable) -> Callable:
+    @functools.wraps(triton)
+    def chosen(x, *args):
+        reason = why_not_triton(x.device)
+        if reason is None:
+            return triton(x, *args)
+        _say_once(reason)
+        return plain(x, *args)
+
+    return chosen
+
+
+@functools.cache
+def why_not_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels do not run on `device`; None where they do."""
+    if not launching.HAS_TRITON:
+        return "Triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    warnings.warn(
+        f"vtp_kernels: {reason}; its ops run on plain PyTorch operators on this GPU. Results are the same;"
+        " gates and compact models are slower than with the fused kernels.",
+        stacklevel=2,
+    )
