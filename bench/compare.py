@@ -52,21 +52,15 @@ from bench import cases
 from bench.cases import MODELS, RATES, SHAPES, TOYS
 from bench.plots import draw
 from bench.products import gemm_peers
+from bench.results_file import add_results_file, check_results_file, print_results
 from bench.tables import main_dtype, markdown, notes, place, show, twice
 from vtp.comparison.comparison import Budget, Record
 from vtp.comparison.runtimes import DTYPES, PEERS, Peer
 from vtp.comparison.tables import in_rounds
 from vtp.files import FileError, write_atomic
-from vtp.machine import (
-    add_results_file,
-    check_results_file,
-    commit,
-    description,
-    pairwise_ratio,
-    positive,
-    print_results,
-    thread_count,
-)
+from vtp.machine import commit, description
+from vtp.options import positive, thread_count
+from vtp.timing import pairwise_ratio
 
 FOLDER = Path(__file__).parent / "results"
 RESULTS = FOLDER / "compare.json"  # of a CPU

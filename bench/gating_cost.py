@@ -41,24 +41,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import vtp
+from bench.results_file import add_results_file, check_results_file, print_results
+from vtp.comparison.comparison import relative_error
 from vtp.files import FileError, write_atomic
-from vtp.machine import (
-    LEAST_ROUNDS,
-    add_results_file,
-    check_results_file,
-    commit,
-    hardware,
-    machine,
-    pairwise_ratio,
-    positive,
-    print_results,
-    relative_error,
-    standard_error,
-    take_turns,
-    thread_count,
-)
+from vtp.machine import commit, hardware, in_one_line
 from vtp.model.architecture import SITES, replace_sites
+from vtp.options import positive, thread_count
 from vtp.pipeline import environment
+from vtp.timing import LEAST_ROUNDS, pairwise_ratio, standard_error, synchronize, take_turns, timed
 from vtp.training.loop import TrainConfig, gate_param_groups, gated_linears, settle_gates
 
 RESULTS = Path(__file__).parent / "results" / "gating_cost.json"
@@ -148,12 +138,9 @@ class Trainee:
 
     def step(self) -> Tensor:
         """One training step, whose gradients stay until the next. Returns the task loss, 0-dim."""
-        synchronize(self.images.device)
-        started = time.perf_counter()
-        loss = self._update()
-        synchronize(self.images.device)
-        self.seconds.append(time.perf_counter() - started)
-        return loss
+        losses: list[Tensor] = []
+        self.seconds.append(timed(lambda: losses.append(self._update()), self.images.device))
+        return losses[0]
 
     def _update(self) -> Tensor:
         self.optimizer.zero_grad()
@@ -165,12 +152,6 @@ class Trainee:
             self.variant.after_backward()
         self.optimizer.step()
         return loss.detach()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # --------------------------------------------------------------------------------
@@ -431,7 +412,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             f"| {plain['peak_bytes'] / 2**20:.0f} MiB "
             f"| {_peak_ratio(records['gated'])} | {_peak_ratio(records['naive'])} |"
         )
-    return "\n".join([*lines, "", f"Measured on {machine(results)}."])
+    return "\n".join([*lines, "", f"Measured on {in_one_line(results)}."])
 
 
 def failures(results: Mapping[str, Any]) -> list[str]:
@@ -496,7 +477,7 @@ def main(
         "tolerances": TOLERANCES,
         "cases": [],
     }
-    print(f"Seconds and MiB of one training step on this machine: {machine(results)}")
+    print(f"Seconds and MiB of one training step on this machine: {in_one_line(results)}")
     print("time / ungated: median (quartiles) of ratios within a round; error: of the first step")
     for dtype in dict.fromkeys(options.dtype):
         for batch in dict.fromkeys(options.batch):

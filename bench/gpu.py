@@ -41,10 +41,12 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from bench.gating_cost import synchronize
+from vtp.comparison.comparison import relative_error
 from vtp.files import FileError, write_atomic
-from vtp.machine import commit, hardware, pairwise_ratio, positive, relative_error, turns
+from vtp.machine import commit, hardware
+from vtp.options import positive
 from vtp.pipeline import environment
+from vtp.timing import pairwise_ratio, synchronize, turns
 from vtp_kernels import gated_linear
 from vtp_kernels.gated_linear import _FUSED_ROWS, gated_linear_ref
 from vtp_kernels.library import why_not_triton

@@ -29,23 +29,15 @@ from torch import nn
 
 import vtp
 from bench.irregular import gated_model
+from bench.results_file import add_results_file, check_results_file, print_results
 from vtp.comparison.comparison import Runner, no_collections
 from vtp.comparison.runtimes import DTYPES
 from vtp.files import FileError, write_atomic
-from vtp.machine import (
-    add_results_file,
-    check_results_file,
-    commit,
-    description,
-    machine,
-    pairwise_ratio,
-    positive,
-    print_results,
-    take_turns,
-    thread_count,
-)
+from vtp.machine import commit, description, in_one_line
+from vtp.options import positive, thread_count
 from vtp.pruning.latency_table import LatencyTable, cached_table
 from vtp.runtime.latency_profile import WidthProfile
+from vtp.timing import pairwise_ratio, take_turns
 
 RESULTS = Path(__file__).parent / "results" / "latency_budget.json"
 DENSE = "dense"
@@ -141,7 +133,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The table, which is the README's, and a line on what it was measured on."""
     lines = ["| " + " | ".join(_HEADINGS) + " |", "|---" * len(_HEADINGS) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows(results)]
-    return "\n".join([*lines, "", f"{title(results)}. Measured on {machine(results)}."])
+    return "\n".join([*lines, "", f"{title(results)}. Measured on {in_one_line(results)}."])
 
 
 def title(results: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from bench.tables import cuts, main_dtype, of_case, realised
 from vtp.comparison.comparison import Record
 from vtp.comparison.tables import in_rounds
 from vtp.files import write_atomic
-from vtp.machine import machine
+from vtp.machine import in_one_line
 
 MARKS = {"ours": "o-", "PyTorch eager": "s--", "OpenVINO": "^:"}
 
@@ -31,7 +31,7 @@ def draw(results: Record, beside: Path) -> list[Path]:
             continue
         figure = Figure(figsize=(4.2 * len(records) if name != "throughput" else 12.6, 3.6), dpi=120)
         plot(figure, records)
-        figure.text(0.5, 0.005, machine(results), ha="center", fontsize=6, color="0.4")
+        figure.text(0.5, 0.005, in_one_line(results), ha="center", fontsize=6, color="0.4")
         figure.tight_layout(rect=(0, 0.03, 1, 1))
         file = beside.with_name(f"{beside.stem}-{name}.png")
         write_atomic(file, lambda path, figure=figure: figure.savefig(path, format="png"))

@@ -19,7 +19,8 @@ from vtp.comparison.tables import (
     print_table,
     ratio,
 )
-from vtp.machine import machine, pairwise_ratio
+from vtp.machine import in_one_line
+from vtp.timing import pairwise_ratio
 
 
 def of_case(results: Record, case: str) -> list[Record]:
@@ -348,7 +349,8 @@ def place(results: Record) -> str:
         for r in results["cases"].values()
     }
     isa = " ".join(results["hardware"]["isa"])
-    return f"{machine(results)}; {versions or 'no other library'}; {isa}; commit {', '.join(sorted(commits))}"
+    libraries, code = versions or "no other library", ", ".join(sorted(commits))
+    return f"{in_one_line(results)}; {libraries}; {isa}; commit {code}"
 
 
 def markdown(results: Record) -> str:

@@ -22,9 +22,10 @@ from vtp.comparison.comparison import Budget
 from vtp.comparison.runtimes import DTYPES
 from vtp.comparison.tables import contest_table, print_table, reasons
 from vtp.files import FileError, refuse_unwritable, write_atomic
-from vtp.machine import description, machine, positive, thread_count
+from vtp.machine import description, in_one_line
 from vtp.model.architecture import describe
 from vtp.model.cost import count
+from vtp.options import positive, thread_count
 from vtp.pipeline import (
     FASHION_DEIT,
     RECIPES,
@@ -197,7 +198,7 @@ def _bench(options: argparse.Namespace) -> None:
         blame = own_model.blame_table(small, results["branches"])
     if len(blame) > 1:
         print_table(_console, "Where our engine loses most of what MACs promise", blame)
-    _console.print(f"measured on {machine(results)}")
+    _console.print(f"measured on {in_one_line(results)}")
     if options.json is not None:
         text = json.dumps(results, indent=1, allow_nan=False) + "\n"
         write_atomic(options.json, lambda path: path.write_text(text, encoding="utf-8"))

@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.ops.shapes import DEVICE, WIDTHS, Case, Peer
-from vtp.comparison.comparison import CEILINGS, FACTOR, TINY
+from vtp.comparison.comparison import CEILINGS, FACTOR, TINY, relative_error
 from vtp.comparison.runtimes import DTYPES, Run
-from vtp.machine import hardware, positive, relative_error
+from vtp.machine import hardware
+from vtp.options import positive
 
 DEFAULTS: dict[str, Any] = {
     "model": ["tiny", "small", "base"],

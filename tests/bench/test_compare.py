@@ -16,10 +16,12 @@ from torch import Tensor, nn
 import vtp
 from bench import cases, products, tables
 from bench import compare as bench
-from vtp import machine as measure
 from vtp.comparison import comparison as contest
 from vtp.comparison import runtimes as peers_of
+from vtp.comparison.comparison import relative_error
+from vtp.machine import PEER_PACKAGES, vector_flags
 from vtp.pruning.compact import ConstantBranch
+from vtp.timing import standard_error
 
 TOY = "models, toy, batch 1"
 
@@ -108,8 +110,8 @@ def test_a_run_measures_every_case_and_writes_it(measured):
         "gemm, shape 7x37x61",
     ]  # fmt: skip
     assert {"cpu", "threads", "torch", "date"} <= written["environment"].keys()
-    assert written["hardware"]["isa"] == measure.vector_flags()
-    assert written["versions"].keys() == set(measure.PEER_PACKAGES)
+    assert written["hardware"]["isa"] == vector_flags()
+    assert written["versions"].keys() == set(PEER_PACKAGES)
     assert all({"commit", "modified", "asked", "wall_seconds"} <= r.keys() for r in written["cases"].values())
     for key in (TOY, "place, toy", "compilers, toy, blocks 1"):
         peers = written["cases"][key]["peers"]
@@ -132,7 +134,7 @@ def test_what_stands_in_place_of_the_compact_model_is_what_it_says():
     for name in ("padded to 16", "padded for SDPA", "zeros in place"):
         with torch.no_grad():
             exact = copy.deepcopy(subjects[name].model).double()(compact.images.double())
-        assert measure.relative_error(exact, compact.exact) < 1e-12, name
+        assert relative_error(exact, compact.exact) < 1e-12, name
         assert subjects[name].exact is not compact.exact and torch.equal(subjects[name].exact, compact.exact)
     padded = subjects["padded to 16"].model
     for before, after in zip(compact.model.blocks, padded.blocks, strict=True):
@@ -279,7 +281,7 @@ def test_the_standard_error_is_how_far_medians_of_rounds_scatter():
     generator = torch.Generator().manual_seed(0)
     ratios = 1 + 0.03 * torch.randn(2000, 25, generator=generator, dtype=torch.float64)
     medians, ones = ratios.median(dim=1).values, [1.0] * 25
-    errors = [measure.standard_error(row.tolist(), ones) for row in ratios]
+    errors = [standard_error(row.tolist(), ones) for row in ratios]
     assert statistics.mean(errors) == pytest.approx(medians.std().item(), rel=0.1)
 
 
@@ -445,7 +447,7 @@ def test_compiled_models_of_one_class_do_not_recompile_for_each_other():
             call(subject.images)
         with torch.compiler.set_stance("fail_on_recompile"):
             for call in calls:
-                assert measure.relative_error(call(subject.images), subject.exact) < 1e-5
+                assert relative_error(call(subject.images), subject.exact) < 1e-5
 
 
 def test_what_is_measured_is_taken_up_and_fresh_measures_again(measured, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from torch import nn
 import vtp
 from bench import gating_cost as bench
 from tests.support import models
-from vtp import machine as measure
+from vtp.timing import turns
 
 CPU = torch.device("cpu")
 
@@ -237,9 +237,9 @@ def test_ratios_are_taken_within_rounds():
 
 def test_every_round_has_every_variant_and_all_follow_all():
     names = list(bench.VARIANTS)
-    orders = [measure.turns(names, number) for number in range(60)]
+    orders = [turns(names, number) for number in range(60)]
     assert all(sorted(order) == sorted(names) for order in orders)
-    assert orders == [measure.turns(names, number) for number in range(60)], "another run has the same"
+    assert orders == [turns(names, number) for number in range(60)], "another run has the same"
     assert {order[0] for order in orders} == set(names)
     followed = {pair for order in orders for pair in itertools.pairwise(order)}
     assert followed == set(itertools.permutations(names, 2))

@@ -21,7 +21,7 @@ from tests.support.triton_harness import (
     programs,
 )
 
-toy_kernels = pytest.importorskip("toy_kernels")  # without Triton
+toy_kernels = pytest.importorskip("tests.support.toy_kernels")  # without Triton
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDTHS = [1, 15, 16, 17, 37, 61, 115, 197, 461]

@@ -6,6 +6,13 @@ is called once or twice and then stays out, unless its calls are short.
 """
 
 import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    pass
 import copy
 import gc
 import math
@@ -19,11 +26,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vtp.comparison.runtimes import AGAIN, Peer, Run, Unsupported, prepare_eager
-from vtp.machine import memory_bytes, peak_bytes, relative_error, standard_error, synchronize, take_turns
+from vtp.machine import memory_bytes, peak_bytes
+from vtp.timing import standard_error, synchronize, take_turns, timed
 
 Record = dict[str, Any]
 
@@ -174,6 +181,16 @@ def ready(peer: Peer, subject: Subject, seconds: float) -> tuple[Record, Run | N
     return record | {"status": "measured"}, run
 
 
+def relative_error(got: Tensor | None, right: Tensor) -> float:
+    """Norm of the difference over the norm of `right`; infinite where `got` is missing or does not fit."""
+    if got is None or got.shape != right.shape:
+        return math.inf
+    difference, size = (got.double() - right.double()).norm().item(), right.double().norm().item()
+    if difference == 0:
+        return 0.0
+    return difference / size if size > 0 else math.inf
+
+
 def _wrong(entry: tuple[Peer, Subject], outputs: Tensor | None) -> str | None:
     """What is wrong with the outputs, if anything."""
     peer, subject = entry
@@ -220,11 +237,10 @@ class Runner:
     def call(self) -> float:
         """Seconds of one call."""
         with torch.inference_mode():
-            synchronize(self.device)
-            started = time.perf_counter()
-            self.outputs = self.run()
-            synchronize(self.device)
-            return time.perf_counter() - started
+            return timed(self._run, self.device)
+
+    def _run(self) -> None:
+        self.outputs = self.run()
 
     def step(self) -> None:
         """A round's turn: the median of its calls. What ran before has emptied the caches, and its threads

@@ -13,12 +13,12 @@ import vtp
 from vtp.comparison.comparison import Budget, Record, Subject, contest
 from vtp.comparison.runtimes import COMPILERS, DTYPES, PEERS, Peer, Run
 from vtp.comparison.tables import Rows, in_rounds
-from vtp.machine import pairwise_ratio
 from vtp.model.cost import attention_cost, mlp_cost
 from vtp.pruning.compact import CompactBlock, CompactViT, ConstantBranch
 from vtp.runtime import cpu
 from vtp.runtime.cpu import CpuBlocks
 from vtp.runtime.optimize import pack_for_ops
+from vtp.timing import pairwise_ratio
 
 # Shares of removed MACs that became removed time: from the first on a cut paid, below the second it did not.
 PAID, IN_PART = 0.8, 0.3

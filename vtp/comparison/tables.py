@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vtp.comparison.comparison import Record
-from vtp.machine import pairwise_ratio
+from vtp.timing import pairwise_ratio
 
 Rows = list[list[str]]  # the first is the header
 

@@ -4,8 +4,6 @@
 micro-kernels read it, and a list of integers that says what lies where.
 """
 
-import contextlib
-import ctypes
 import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -52,12 +50,6 @@ def pack(vit: VisionTransformer, dtype: torch.dtype) -> nn.Module:
         return CpuViT(vit, dtype)
     vit.blocks = nn.Sequential(CpuBlocks(vit, dtype))
     return vit.to(dtype)
-
-
-def return_freed_memory() -> None:
-    """Give the system back what was freed, where the C library would keep it for later (glibc)."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_plain(vit: VisionTransformer) -> bool:

@@ -11,19 +11,20 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from vtp.machine import take_turns, turns
 from vtp.model.architecture import SITES, Architecture
 from vtp.model.cost import Cost, attention_cost, mlp_cost, surroundings_cost
 from vtp.pruning.compact import empty_compact
 from vtp.pruning.latency_table import Grid, LatencyTable, LatencyTableError, geometry, machine, name_of
 from vtp.pruning.plan import PruningPlan
 from vtp.runtime.optimize import OptimizedViT, optimize
+from vtp.timing import Stopwatch, take_turns, turns
 
 _BLOCKS = 2.0  # dense blocks whose multiply-adds a measured model has, so that the call itself weighs little
 _MOST_BLOCKS = 12
@@ -51,27 +52,22 @@ def _dense_block(architecture: Architecture) -> Cost:
     return _Widths(width, values, width, architecture.mlp_hidden).cost(architecture)
 
 
-class _Point:
+class _Point(Stopwatch):
     """A model whose turns are timed, and its times in seconds."""
 
     def __init__(
         self, blocks: Sequence[_Widths], model: OptimizedViT, images: torch.Tensor, warm: bool
     ) -> None:
-        self.blocks, self.model, self.images, self.warm = blocks, model, images, warm
-        self.seconds: list[float] = []
+        super().__init__(partial(model, images), images.device)
+        self.blocks, self.model, self.warm = blocks, model, warm
         for _ in range(2):
-            self._call()
+            self.call()
 
+    @torch.inference_mode()
     def step(self) -> None:
         if self.warm or (self.seconds and self.seconds[-1] < _SHORT):
-            self._call()
-        self.seconds.append(self._call())
-
-    def _call(self) -> float:
-        with torch.inference_mode():
-            started = time.perf_counter()
-            self.model(self.images)
-            return time.perf_counter() - started
+            self.call()
+        super().step()
 
 
 class _Progress:
