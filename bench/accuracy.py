@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 import vtp
 from vtp.files import write_atomic
-from vtp.pipeline import FASHION_DEIT, RECIPES, environment, open_model
+from vtp.pipeline import RECIPES, environment
+from vtp.training.config import TrainConfig
 from vtp.training.data import Data, open_data
 from vtp.training.loaders import Augment
-from vtp.training.loop import TrainConfig, evaluate, train
+from vtp.training.loop import evaluate, train
+from vtp.zoo import FASHION_DEIT, open_model
 
 RATES = (0.4, 0.6)
 

@@ -45,11 +45,13 @@ from bench.results_file import add_results_file, check_results_file, print_resul
 from vtp.comparison.comparison import relative_error
 from vtp.files import FileError, write_atomic
 from vtp.machine import commit, hardware, in_one_line
-from vtp.model.architecture import SITES, replace_sites
+from vtp.model.architecture import replace_sites
+from vtp.model.widths import SITES
 from vtp.options import positive, thread_count
 from vtp.pipeline import environment
 from vtp.timing import LEAST_ROUNDS, pairwise_ratio, standard_error, synchronize, take_turns, timed
-from vtp.training.loop import TrainConfig, gate_param_groups, gated_linears, settle_gates
+from vtp.training.config import TrainConfig
+from vtp.training.sparsity import gate_param_groups, gated_linears, settle_gates
 
 RESULTS = Path(__file__).parent / "results" / "gating_cost.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

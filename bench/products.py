@@ -58,8 +58,8 @@ def prepare_our_linear(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
     outputs = len(linear.weight)
     weight = cpu.panels(linear.weight.detach(), DTYPES[dtype]).view(-1).view(torch.uint8)
     bias = torch.zeros(-(-outputs // 16) * 16)
-    if torch.ops.vtp.cpu_isa() == "avx512_bf16":  # whose activations are in the dtype of the weights
-        x = F.pad(x, (0, x.shape[1] % 2)).to(DTYPES[dtype])  # inputs lie in pairs
+    if dtype == "bfloat16" and torch.ops.vtp.cpu_isa() == "avx512_bf16":
+        x = F.pad(x, (0, x.shape[1] % 2)).bfloat16()  # which that set reads in pairs
     return lambda: torch.ops.vtp.cpu_linear(x, weight, bias, outputs, dtype == "bfloat16")[:, :outputs]
 
 

@@ -15,7 +15,8 @@ from vtp.model.cost import Cost, count
 from vtp.pruning.compact import CompactViT, compact
 from vtp.pruning.gates import GatedLinear, insert_gates, l1_penalty, sites
 from vtp.pruning.latency_table import LatencyTable
-from vtp.pruning.plan import PlanError, PruningPlan, make_plan
+from vtp.pruning.plan import PlanError, PruningPlan
+from vtp.pruning.selection import make_plan
 from vtp.runtime.latency_profile import profile_widths
 from vtp.runtime.optimize import OptimizedViT, optimize
 

@@ -26,33 +26,20 @@ from vtp.machine import description, in_one_line
 from vtp.model.architecture import describe
 from vtp.model.cost import count
 from vtp.options import positive, thread_count
-from vtp.pipeline import (
-    FASHION_DEIT,
-    RECIPES,
-    STAGES,
-    Recipe,
-    RunConfig,
-    classes_of,
-    fit_data,
-    open_model,
-    run,
-)
+from vtp.pipeline import RECIPES, STAGES, Recipe, RunConfig, classes_of, fit_data, run
 from vtp.pruning.compact import CompactViT, compact
 from vtp.pruning.gates import insert_gates, sites
 from vtp.pruning.latency_table import make_cache_folder, store_table
-from vtp.pruning.plan import SCOPES, SCORES, PruningPlan, make_plan
+from vtp.pruning.plan import PruningPlan
+from vtp.pruning.scores import SCOPES, SCORES
+from vtp.pruning.selection import make_plan
 from vtp.runtime.latency_profile import profile_widths
+from vtp.training.config import TrainConfig
 from vtp.training.data import EMBEDDED, Data, open_data
 from vtp.training.loaders import Augment
-from vtp.training.loop import (
-    STATE_FORMAT,
-    NonFiniteLossError,
-    TrainConfig,
-    TrainingInterrupted,
-    evaluate,
-    gate_statistics,
-    train,
-)
+from vtp.training.loop import STATE_FORMAT, NonFiniteLossError, TrainingInterrupted, evaluate, train
+from vtp.training.sparsity import gate_statistics
+from vtp.zoo import FASHION_DEIT, open_model
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)
 

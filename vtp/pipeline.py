@@ -18,32 +18,32 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
-from vtp.checkpoint import load, save
+from vtp.checkpoint import save
 from vtp.files import FileError, write_atomic
 from vtp.machine import environment
-from vtp.model.architecture import Architecture, UnsupportedModelError, describe
+from vtp.model.architecture import UnsupportedModelError
 from vtp.model.cost import count
 from vtp.pruning.compact import compact
 from vtp.pruning.gates import insert_gates
-from vtp.pruning.plan import PlanError, make_plan
+from vtp.pruning.plan import PlanError
+from vtp.pruning.selection import make_plan
 from vtp.report import comparison_table, write_report
 from vtp.runtime.optimize import optimize
 from vtp.timing import interleaved_latency
+from vtp.training.config import TrainConfig
 from vtp.training.data import EMBEDDED, Data, DataError, check_data, open_data
 from vtp.training.loaders import Augment
-from vtp.training.loop import TrainConfig, evaluate, train
+from vtp.training.loop import evaluate, train
+from vtp.zoo import FASHION_DEIT, open_model
 
-FASHION_DEIT = "fashion-deit"
 RESLICE_RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 STAGES = ("dense", "sparse", "finetune")
 
@@ -120,57 +120,6 @@ class RunConfig:
         fields = dataclasses.asdict(self)
         recipe = fields.pop("recipe")
         return json.loads(json.dumps({**fields, "augment": recipe.pop("augment"), **recipe}))
-
-
-def fashion_deit_architecture() -> Architecture:
-    """A DeiT for 28x28 grey images and ten classes: 6 blocks, width 96, 3 heads, 17 tokens."""
-    return Architecture(
-        distilled=False, img_size=(28, 28), patch_size=(7, 7), in_chans=1, num_classes=10,
-        global_pool="token", embed_dim=96, depth=6, num_heads=3, mlp_hidden=384, qkv_bias=True,
-        qk_norm=False, proj_bias=True, init_values=None, class_token=True, pos_embed="learn",
-        no_embed_class=False, reg_tokens=0, pre_norm=False, final_norm=True, fc_norm=False,
-        pool_include_prefix=False, dynamic_img_size=False, dynamic_img_pad=False, drop_rate=0.0,
-        pos_drop_rate=0.0, patch_drop_rate=0.0, proj_drop_rate=0.0, attn_drop_rate=0.0,
-        drop_path_rate=0.0, norm_eps=1e-6, act_layer=None,
-    )  # fmt: skip
-
-
-def open_model(
-    name: str, *, from_scratch: bool = False, num_classes: int | None = None, seed: int = 0
-) -> nn.Module:
-    """A model by name or file, on the CPU.
-
-    Args:
-        name: "fashion-deit", a timm name, or a file that `vtp.save` wrote.
-        from_scratch: new weights drawn from `seed` instead of released ones.
-        num_classes: give the model a new head of so many classes; None keeps its own.
-
-    Raises:
-        FileError: `name` is neither a file nor a model that timm knows, or the file cannot be read.
-        UnsupportedModelError: the method does not support that timm model.
-    """
-    torch.manual_seed(seed)
-    if name == FASHION_DEIT and from_scratch:
-        # timm's default initialisation is made for widths of several hundred; Xavier suits a width of 96.
-        model = fashion_deit_architecture().build("cpu", weight_init="jax")
-    elif name == FASHION_DEIT:
-        with resources.as_file(resources.files("vtp") / "baselines" / "fashion_deit.safetensors") as file:
-            model = load(file)
-    elif Path(name).is_file():
-        if from_scratch:
-            raise FileError(f"model: {name} is a file with weights, which from_scratch would throw away")
-        model = load(name)
-    elif timm.is_model(name):
-        with torch.device("meta"):  # refuse what is not supported before its weights are fetched
-            describe(timm.create_model(name))
-        model = timm.create_model(name, pretrained=not from_scratch)
-    else:
-        raise FileError(
-            f"model: got {name!r}, expected {FASHION_DEIT!r}, a timm model name or a file of vtp's"
-        )
-    if num_classes is not None:
-        model.reset_classifier(num_classes)
-    return model
 
 
 def run(config: RunConfig, run_dir: str | Path, *, resume: bool = False, progress: bool = True) -> Path:

@@ -307,7 +307,7 @@ def test_warm_up_goes_on_until_steps_settle():
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_measured(
-    bench, tmp_path, monkeypatch, capsys, arguments, message
+    tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("measure", None)

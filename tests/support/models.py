@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import vtp
 from vtp.model.architecture import Architecture
-from vtp.pipeline import fashion_deit_architecture
 from vtp.pruning.gates import sites
+from vtp.zoo import fashion_deit_architecture
 
 TINY = dataclasses.replace(
     fashion_deit_architecture(),

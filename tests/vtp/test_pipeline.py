@@ -15,9 +15,10 @@ from PIL import Image
 
 import vtp
 from vtp import pipeline
-from vtp.pipeline import RECIPES, RunConfig, open_model, run
+from vtp.pipeline import RECIPES, RunConfig, run
 from vtp.timing import interleaved_latency
 from vtp.training.data import DataError
+from vtp.zoo import open_model
 
 FILES = [
     "checkpoints", "compact.safetensors", "config.json", "dense.safetensors", "metrics.jsonl", "plan.json",

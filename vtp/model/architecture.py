@@ -16,13 +16,13 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
 from torch import nn
 
+from vtp.model.widths import SITES, BlockWidths
+
 
 class UnsupportedModelError(ValueError):
     """A model that the method does not support; the message names the part and the reason."""
 
 
-# The attribute of the block that each gated linear layer is; the order of a block's forward pass.
-SITES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 MOST_BLOCKS = 1000  # that a file may ask for; each is built before its tensors are compared
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
@@ -104,6 +104,12 @@ class Architecture:
             for i in range(self.depth)
             for site, width in zip(SITES, widths, strict=True)
         }
+
+    @property
+    def dense_widths(self) -> BlockWidths:
+        """Widths of each block before pruning."""
+        values = (self.head_dim,) * self.num_heads
+        return BlockWidths(self.embed_dim, values, self.embed_dim, self.mlp_hidden)
 
     def timm_kwargs(self) -> dict:
         """Arguments for the timm constructor that makes this model."""

@@ -7,13 +7,14 @@ as `torch.utils.flop_counter` sees them (half its FLOPs); elementwise work is no
 import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtp.model.architecture import Architecture
+from vtp.model.widths import BlockWidths
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -27,10 +28,10 @@ class Cost:
         return Cost(self.params + other.params, self.macs + other.macs)
 
     def __str__(self) -> str:
-        return f"{in_short(self.params)} params, {in_short(self.macs)} MACs"
+        return f"{abbreviated(self.params)} params, {abbreviated(self.macs)} MACs"
 
 
-def in_short(number: int) -> str:
+def abbreviated(number: int) -> str:
     """17_564_000_000 to "17.56G", 678_730 to "0.68M": in G from 1e9 on, else in M."""
     return f"{number / 1e9:.2f}G" if number >= 1e9 else f"{number / 1e6:.2f}M"
 
@@ -61,6 +62,17 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         clone(image)
     return Cost(params, counter.get_total_flops() // 2)
+
+
+def model_cost(architecture: Architecture, blocks: Iterable[BlockWidths]) -> Cost:
+    """Cost of a compact model with blocks of these widths."""
+    return sum((block_cost(architecture, widths) for widths in blocks), surroundings_cost(architecture))
+
+
+def block_cost(architecture: Architecture, widths: BlockWidths) -> Cost:
+    """Cost of one block with its norms."""
+    attention = attention_cost(architecture, widths.qkv, widths.values)
+    return attention + mlp_cost(architecture, widths.fc1, widths.fc2)
 
 
 @functools.lru_cache(maxsize=32)

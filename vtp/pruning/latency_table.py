@@ -29,7 +29,8 @@ import torch
 
 from vtp.files import FileError, refuse_unwritable, write_atomic
 from vtp.machine import environment, vector_flags
-from vtp.model.architecture import SITES, Architecture
+from vtp.model.architecture import Architecture
+from vtp.model.widths import BlockWidths
 from vtp.pruning.compact import CompactViT
 from vtp.pruning.plan import FrozenDict, PruningPlan
 from vtp_kernels.library import why_no_cpp
@@ -155,11 +156,10 @@ class LatencyTable:
             LatencyTableError: the plan is for a model of another geometry.
         """
         plan = plan.plan if isinstance(plan, CompactViT) else plan
-        self.refuse_others(plan.architecture)
+        self.check_geometry(plan.architecture)
         total = self.outside_nanoseconds
         for i in range(plan.architecture.depth):
-            qkv, _, fc1, fc2 = (len(plan.kept[f"blocks.{i}.{site}"]) for site in SITES)
-            total += self.block_nanoseconds(qkv, plan.value_widths(i), fc1, fc2)
+            total += self.block_nanoseconds(plan.block_widths(i))
         return total / 1e6
 
     # Whole nanoseconds, as sums of integers do not depend on their order: what the search for a plan adds up
@@ -167,25 +167,20 @@ class LatencyTable:
 
     @property
     def outside_nanoseconds(self) -> int:
-        """Of everything outside the blocks."""
+        """Time of everything outside the blocks."""
         return round(1e6 * self.outside_ms)
 
-    def block_nanoseconds(self, qkv: int, values: Sequence[int], fc1: int, fc2: int) -> int:
-        """Of a block with these kept widths; a branch that is a constant is gone and takes no time.
-
-        Args:
-            qkv, fc1, fc2: kept inputs of these layers.
-            values: kept values of each head; a head with 0 is gone.
-        """
-        alive = [width for width in values if width]
+    def block_nanoseconds(self, widths: BlockWidths) -> int:
+        """Time of a block with these kept widths; a branch that is a constant is gone and takes none."""
+        alive = [width for width in widths.values if width]
         ms = 0.0
-        if qkv and alive:
-            ms += self.attention.mean(qkv, len(alive), last=alive)
-        if fc1 and fc2:
-            ms += self.mlp.mean(fc1, last=[fc2])
+        if widths.qkv and alive:
+            ms += self.attention.mean(widths.qkv, len(alive), last=alive)
+        if widths.fc1 and widths.fc2:
+            ms += self.mlp.mean(widths.fc1, last=[widths.fc2])
         return round(1e6 * ms)
 
-    def refuse_others(self, architecture: Architecture) -> None:
+    def check_geometry(self, architecture: Architecture) -> None:
         """Raise LatencyTableError, which names what differs, if the model has another geometry."""
         for name, wanted in geometry(architecture).items():
             got = self.geometry.get(name)

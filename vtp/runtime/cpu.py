@@ -18,7 +18,7 @@ from vtp.pruning.compact import CompactDistilledViT, is_erf_gelu
 from vtp_kernels.library import why_no_cpp
 
 if TYPE_CHECKING:
-    from vtp.runtime.optimize import PackedBlock, PackedLinear, PackedNorm
+    from vtp.runtime.packed import PackedBlock, PackedLinear, PackedNorm
 
 _FORMAT = 1  # of the list of integers; csrc/cpu/model.cpp has the same
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}

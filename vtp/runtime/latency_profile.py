@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vtp.model.architecture import SITES, Architecture
-from vtp.model.cost import Cost, attention_cost, mlp_cost, surroundings_cost
+from vtp.model.architecture import Architecture
+from vtp.model.cost import block_cost, surroundings_cost
+from vtp.model.widths import SITES, BlockWidths
 from vtp.pruning.compact import empty_compact
 from vtp.pruning.latency_table import Grid, LatencyTable, LatencyTableError, geometry, machine, name_of
 from vtp.pruning.plan import PruningPlan
@@ -32,31 +33,11 @@ _MOST_BYTES = 20e6  # of a measured model's weights, as all of them are in memor
 _SHORT = 2e-3  # seconds: before a call that is shorter, another one wakes the threads up
 
 
-@dataclasses.dataclass(frozen=True)
-class _Widths:
-    """Kept widths of a block of a measured model; 0 inputs leave no branch."""
-
-    qkv: int = 0
-    values: tuple[int, ...] = ()
-    fc1: int = 0
-    fc2: int = 0
-
-    def cost(self, architecture: Architecture) -> Cost:
-        attention = attention_cost(architecture, self.qkv, self.values)
-        return attention + mlp_cost(architecture, self.fc1, self.fc2)
-
-
-def _dense_block(architecture: Architecture) -> Cost:
-    width, heads = architecture.embed_dim, architecture.num_heads
-    values = (architecture.head_dim,) * heads
-    return _Widths(width, values, width, architecture.mlp_hidden).cost(architecture)
-
-
 class _Point(Stopwatch):
     """A model whose turns are timed, and its times in seconds."""
 
     def __init__(
-        self, blocks: Sequence[_Widths], model: OptimizedViT, images: torch.Tensor, warm: bool
+        self, blocks: Sequence[BlockWidths], model: OptimizedViT, images: torch.Tensor, warm: bool
     ) -> None:
         super().__init__(partial(model, images), images.device)
         self.blocks, self.model, self.warm = blocks, model, warm
@@ -109,6 +90,8 @@ def profile_widths(
     if progress is not None:
         steps["progress"] = _Progress(seconds, progress)
     take_turns(steps, 10**9, seconds)
+    if progress is not None:
+        progress(1.0)
     return profile.table()
 
 
@@ -216,7 +199,7 @@ def _points(
     size = (batch_size, architecture.in_chans, *architecture.img_size)
     images = torch.randn(size, generator=generator).to(dtype)
     warm = _fits_in_cache(architecture, dtype)
-    blocks: dict[Any, list[_Widths]] = {"outside": [_Widths()]}
+    blocks: dict[Any, list[BlockWidths]] = {"outside": [BlockWidths()]}
     for widths in itertools.product(*axes["attention"]):
         blocks[("attention", *widths)] = _attention_blocks(architecture, *widths, dtype)
     for widths in itertools.product(*axes["mlp"]):
@@ -234,7 +217,7 @@ def _fits_in_cache(architecture: Architecture, dtype: torch.dtype) -> bool:
     not for the models between its turns. So a measured model is called twice in its turn only if it stands
     for a model that fits.
     """
-    block = _dense_block(architecture)
+    block = block_cost(architecture, architecture.dense_widths)
     params = surroundings_cost(architecture).params + architecture.depth * block.params
     return params * dtype.itemsize <= _cache_bytes()
 
@@ -251,21 +234,20 @@ def _cache_bytes() -> int:
 
 def _attention_blocks(
     architecture: Architecture, qkv: int, heads: int, values: int, dtype: torch.dtype
-) -> list[_Widths]:
-    number = _how_many(architecture, _Widths(qkv, (values,) * heads), dtype)
+) -> list[BlockWidths]:
+    number = _how_many(architecture, BlockWidths(qkv, (values,) * heads), dtype)
     around = _around(values, 4, architecture.head_dim, number * heads)
-    return [_Widths(qkv, tuple(around[i::number])) for i in range(number)]
+    return [BlockWidths(qkv, tuple(around[i::number])) for i in range(number)]
 
 
-def _mlp_blocks(architecture: Architecture, fc1: int, fc2: int, dtype: torch.dtype) -> list[_Widths]:
-    number = _how_many(architecture, _Widths(fc1=fc1, fc2=fc2), dtype)
-    return [_Widths(fc1=fc1, fc2=own) for own in _around(fc2, 32, architecture.mlp_hidden, number)]
+def _mlp_blocks(architecture: Architecture, fc1: int, fc2: int, dtype: torch.dtype) -> list[BlockWidths]:
+    number = _how_many(architecture, BlockWidths(fc1=fc1, fc2=fc2), dtype)
+    return [BlockWidths(fc1=fc1, fc2=own) for own in _around(fc2, 32, architecture.mlp_hidden, number)]
 
 
-def _how_many(architecture: Architecture, widths: _Widths, dtype: torch.dtype) -> int:
+def _how_many(architecture: Architecture, widths: BlockWidths, dtype: torch.dtype) -> int:
     """Blocks of a measured model."""
-    dense = _dense_block(architecture)
-    own = widths.cost(architecture)
+    dense, own = (block_cost(architecture, w) for w in (architecture.dense_widths, widths))
     wanted = min(_BLOCKS * dense.macs / own.macs, _MOST_BYTES / (own.params * dtype.itemsize))
     return max(1, min(_MOST_BLOCKS, round(wanted)))
 
@@ -284,7 +266,7 @@ def _around(width: int, spread: int, full: int, number: int) -> list[int]:
 
 @torch.no_grad()
 def _random_model(
-    architecture: Architecture, blocks: Sequence[_Widths], dtype: torch.dtype, generator: torch.Generator
+    architecture: Architecture, blocks: Sequence[BlockWidths], dtype: torch.dtype, generator: torch.Generator
 ) -> OptimizedViT:
     """A model of such blocks with random weights, packed."""
     plan = _plan(dataclasses.replace(architecture, depth=len(blocks), drop_path_rate=0.0), blocks, generator)
@@ -298,7 +280,9 @@ def _random_model(
     return optimize(model, dtype)
 
 
-def _plan(architecture: Architecture, blocks: Sequence[_Widths], generator: torch.Generator) -> PruningPlan:
+def _plan(
+    architecture: Architecture, blocks: Sequence[BlockWidths], generator: torch.Generator
+) -> PruningPlan:
     """A plan of these widths, made by hand; inputs are kept here and there, as in a real one."""
     width, head_dim = architecture.embed_dim, architecture.head_dim
 

@@ -18,29 +18,23 @@ exact GELU, and everything outside the blocks, which is timm's own.
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from timm.layers import LayerScale
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vtp.machine import return_freed_memory
 from vtp.pruning.compact import (
-    CompactAttention,
     CompactBlock,
-    CompactMlp,
     CompactViT,
-    ConstantBranch,
-    LayerNormGather,
-    is_erf_gelu,
 )
 from vtp.runtime import cpu
-from vtp_kernels import launching
-from vtp_kernels.compact_linear import compact_linear
-from vtp_kernels.compact_mlp import compact_mlp
-from vtp_kernels.layer_norm_gather import layer_norm_gather
-from vtp_kernels.library import TritonSides, autocast_is_on
+from vtp.runtime.packed import (
+    PackedBlock,
+    _absorb_constants,
+)
+from vtp_kernels.library import autocast_is_on
 
 # Of packed models; float64 is for comparisons. Images may be of the first three whatever the model is.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -67,7 +61,7 @@ def optimize(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedV
     engine = f"C++, {torch.ops.vtp.cpu_isa()}"
     fast = OptimizedViT(cpu.pack(packed, dtype), ImageSpec.of(model), engine)
     del packed  # with the copies on the way, twice the size of what is left
-    cpu.return_freed_memory()
+    return_freed_memory()
     return fast
 
 
@@ -112,143 +106,6 @@ def _refuse_changed_blocks(model: CompactViT) -> None:
                 if name in ("qkv", "proj", "fc1", "fc2") and type(layer) is not nn.Linear:
                     where = f"model.blocks.{i}.{'attn' if owner is block.attn else 'mlp'}.{name}"
                     raise TypeError(f"{where}: got {type(layer).__name__}, expected nn.Linear")
-
-
-class PackedLinear(nn.Module):
-    """`x W^T + bias (+ residual)` with the rows of W stored as the kernels read them.
-
-    `storage` [out, in rounded up to 8] is W beside zeros, so that every row starts at 16 bytes. W itself is a
-    view made when it is needed: `to`, `deepcopy`, `state_dict` and `torch.export` then meet a plain buffer.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.in_features = weight.shape[1]
-        self.register_buffer("storage", F.pad(weight, (0, -self.in_features % 8)))
-        self.register_buffer("bias", bias)
-
-    @property
-    def weight(self) -> Tensor:
-        """W [out, in], a view of `storage`."""
-        return self.storage[:, : self.in_features]
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [..., in] to [..., out]."""
-        return compact_linear(x, self.weight, self.bias, residual=residual)
-
-
-class PackedNorm(nn.Module):
-    """A LayerNormGather whose weight and bias are in the linear behind it: x [..., dim] to [..., kept]."""
-
-    def __init__(self, norm: LayerNormGather) -> None:
-        super().__init__()
-        self.eps = norm.eps
-        self.register_buffer("index", None if norm.index is None else norm.index.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm_gather(x, None, None, self.index, self.eps)
-
-
-class PackedAttention(nn.Module):
-    """An attention branch with its norm and the residual: x [B, N, embed_dim] to the same shape."""
-
-    def __init__(
-        self, norm: LayerNormGather, attn: CompactAttention, scale: nn.Module, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.norm = PackedNorm(norm)
-        self.qkv = _behind_norm(norm, attn.qkv, dtype)
-        # Of the attention itself only what is between its linear layers is wanted.
-        self.heads = copy.deepcopy(attn, {id(attn.qkv): nn.Identity(), id(attn.proj): nn.Identity()})
-        self.proj = _before_scale(attn.proj, scale, dtype)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        out = self.heads.attend(self.qkv(self.norm(x)), attn_mask, is_causal, on_kernels=True)
-        return self.proj(out, residual=x)
-
-
-class PackedMlp(nn.Module):
-    """A feed-forward branch with its norm and the residual: x [..., embed_dim] to the same shape."""
-
-    def __init__(self, norm: LayerNormGather, mlp: CompactMlp, scale: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.norm = PackedNorm(norm)
-        self.fc1 = _behind_norm(norm, mlp.fc1, dtype)
-        self.act = copy.deepcopy(mlp.act)
-        self.fc2 = _before_scale(mlp.fc2, scale, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        normalized, fc1, fc2 = self.norm(x), self.fc1, self.fc2
-        if is_erf_gelu(self.act):
-            return compact_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x)
-        return fc2(self.act(fc1(normalized)), residual=x)
-
-
-class PackedBlock(nn.Module):
-    """A CompactBlock on the ops; a branch that was a constant is gone.
-
-    `offset` [embed_dim] is added to the input: constants that have no linear before them, or None.
-    """
-
-    def __init__(self, block: CompactBlock, dtype: torch.dtype) -> None:
-        super().__init__()
-        dead_attn, dead_mlp = (isinstance(branch, ConstantBranch) for branch in (block.attn, block.mlp))
-        self.attn = None if dead_attn else PackedAttention(block.norm1, block.attn, block.ls1, dtype)
-        self.mlp = None if dead_mlp else PackedMlp(block.norm2, block.mlp, block.ls2, dtype)
-        self.register_buffer("offset", None)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x [B, N, embed_dim] to the same shape; the masks are those of timm's Attention."""
-        if self.offset is not None:
-            x = x + self.offset
-        if self.attn is not None:
-            x = self.attn(x, attn_mask, is_causal)
-        return x if self.mlp is None else self.mlp(x)
-
-
-def _behind_norm(norm: LayerNormGather, linear: nn.Linear, dtype: torch.dtype) -> PackedLinear:
-    """With LayerNorm's output `n * w + b`: the linear `(W diag w) n + (W b + bias)` of n alone."""
-    return PackedLinear(
-        (_at_least_float32(linear.weight) * norm.weight).to(dtype),
-        linear.weight.double() @ norm.bias.double() + _bias64(linear),
-    )
-
-
-def _before_scale(linear: nn.Linear, scale: nn.Module, dtype: torch.dtype) -> PackedLinear:
-    """The linear with the LayerScale behind it: `(diag(gamma) W) x + gamma * bias`."""
-    weight, bias = _at_least_float32(linear.weight), _bias64(linear)
-    if isinstance(scale, LayerScale):
-        weight, bias = weight * scale.gamma[:, None], bias * scale.gamma.double()
-    return PackedLinear(weight.to(dtype), bias)
-
-
-def _at_least_float32(weight: Tensor) -> Tensor:
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
-
-
-def _bias64(linear: nn.Linear) -> Tensor:
-    """A copy of the bias, zeros if there is none, in float64 until everything is added that belongs to it."""
-    if linear.bias is None:
-        return linear.weight.new_zeros(linear.out_features, dtype=torch.float64)
-    return linear.bias.to(torch.float64, copy=True)
-
-
-def _absorb_constants(blocks: Iterable[CompactBlock], packed: Sequence[PackedBlock]) -> None:
-    """Add what constant branches put out to the bias of the linear before them on the residual stream.
-
-    Every later linear and norm then reads the stream as it was. Without a linear before them they become the
-    `offset` of the first block.
-    """
-    stream = None
-    for block, new in zip(blocks, packed, strict=True):
-        linears = (new.attn and new.attn.proj, new.mlp and new.mlp.fc2)
-        for branch, linear in zip((block.attn, block.mlp), linears, strict=True):
-            if linear is not None:
-                stream = linear.bias
-            elif stream is None:
-                stream = packed[0].offset = branch.bias.to(torch.float64, copy=True)
-            else:
-                stream += branch.bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,20 +227,3 @@ class OptimizedViT(nn.Module):
             self(torch.zeros(batch, self.images.channels, *size, dtype=self.dtype, device=device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-
-
-@torch.no_grad()
-def kernels(model: CompactViT, dtype: torch.dtype, target: str) -> list[launching.Variant]:
-    """The compilations that `optimize(model, dtype)` launches, at any batch size.
-
-    Args:
-        target: the GPU, a key of `vtp_kernels.launching.TARGETS`. Nothing runs on it: the packed model runs
-            on meta tensors, while its launches are noted.
-    """
-    packed, spec = pack_for_ops(model, dtype).to("meta"), ImageSpec.of(model)
-    images = torch.empty(1, spec.channels, *spec.size, dtype=dtype, device="meta")
-    with launching.recording("model", target) as found, TritonSides():
-        # Batch sizes choose between a product in one piece or in parts, and the vendor's.
-        for batch in (1, 2, 4, 8, 16, 32, 64, 256):
-            packed(images.expand(batch, -1, -1, -1))
-    return list(found.values())

@@ -1,14 +1,6 @@
 """One training loop for the three stages: dense, sparse (a gated model) and finetune (a compact model).
 
-Sparse training adds an l1 penalty on the gates g, with weight lambda (`TrainConfig.l1`), in one of two ways:
-
-    subgradient   g.grad += lambda * sign(g)               before the optimizer's step; VTP, arXiv 2104.08500
-    proximal      g <- sign(g) * max(|g| - lambda*lr, 0)   after it, lr being that of the gates; the ISTA step
-                  (Parikh and Boyd, Proximal Algorithms, 2014, section 4.3), which makes gates exactly zero
-
-The proximal step belongs to a gradient step `g - lr * grad`. AdamW rescales the gradient per element; the
-step of the prox stays the plain lr, so that lambda*lr is what a gate loses per update. With the subgradient,
-AdamW rescales the penalty together with the task gradient, so lambda counts relative to the size of that.
+What sparse training does to gates is in `sparsity.py`.
 
 Distillation (Hinton et al., arXiv 1503.02531), with logits z of the student and t of the teacher:
 
@@ -29,7 +21,7 @@ import math
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,18 +35,25 @@ from accelerate.state import AcceleratorState
 from timm.data import Mixup
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vtp.files import fingerprint
-from vtp.pruning.gates import GatedLinear
 from vtp.runtime.optimize import OptimizedViT
+from vtp.training.config import TrainConfig
 from vtp.training.data import Data
 from vtp.training.loaders import Augment, set_epoch, test_loader, train_loader
 from vtp.training.progress import StageProgress, append_metrics, rewrite_metrics, tensorboard
 from vtp.training.signals import deferred_signals, shielded
+from vtp.training.sparsity import (
+    gate_param_groups,
+    gate_statistics,
+    gated_linears,
+    settle_gates,
+    soft_threshold,
+)
 from vtp.training.state import (
     STATE_FORMAT,
     ResumeError,
@@ -82,14 +81,6 @@ __all__ = [
 
 CHECK_EVERY = {"cpu": 1}  # steps between looks at the losses; elsewhere a look waits for the device, hence:
 CHECK_EVERY_ELSEWHERE = 16
-SCHEDULES = ("cosine", "constant")
-PRECISIONS = ("no", "bf16", "fp16")
-L1_MODES = ("subgradient", "proximal")
-# Of timm's optimizers those whose state goes through a checkpoint and back, tried one by one.
-OPTIMIZERS = (
-    "adamw", "adam", "nadam", "nadamw", "radam", "adamax", "adan", "adopt", "lion", "sgd", "sgdw", "sgdp",
-    "momentum", "rmsprop", "lars",
-)  # fmt: skip
 
 
 class TrainingInterrupted(RuntimeError):
@@ -102,85 +93,6 @@ class TrainingInterrupted(RuntimeError):
 
 class NonFiniteLossError(RuntimeError):
     """The loss or a weight became NaN or infinite; the message names step and checkpoint."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What determines a training stage, apart from the model and the data.
-
-    epochs: passes over the training data, >= 1.
-    batch_size: images per step and process; even where mixup or cutmix is on.
-    lr: peak learning rate; the schedule goes from lr/100 up to it in warmup_epochs and down to min_lr.
-    weight_decay: on weights of two and more dimensions, less those that the model exempts.
-    label_smoothing, mixup, cutmix: as in DeiT; 0 is off.
-    clip_grad: largest norm of the gradient; None is off.
-    drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-    ema_decay: decay of the moving average of weights, warmed up as 1 - (1 + step)^(-2/3); None is off.
-    distill_alpha, distill_temperature: weight and temperature of distillation; alpha 0 is off.
-    l1: lambda, weight of sum |g|; 0 is off. l1_mode: see the module's docstring.
-    gate_lr: learning rate of the gates as a multiple of lr.
-    precision: "no" (float32), "bf16" or "fp16" (GPU only).
-    seed: of the order of the data and of all that is random in a step.
-    workers: processes that load data; 0 loads in the training process.
-    opt, sched: names that timm knows; opt one of OPTIMIZERS, sched "cosine" or "constant".
-    """
-
-    epochs: int = 10
-    batch_size: int = 128
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_epochs: float = 1.0
-    min_lr: float = 1e-5
-    label_smoothing: float = 0.1
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    clip_grad: float | None = None
-    drop_path: float = 0.0
-    ema_decay: float | None = None
-    distill_alpha: float = 0.0
-    distill_temperature: float = 1.0
-    l1: float = 0.0
-    l1_mode: str = "subgradient"
-    gate_lr: float = 1.0
-    precision: str = "no"
-    seed: int = 0
-    workers: int = 0
-    opt: str = "adamw"
-    sched: str = "cosine"
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            self._require(name, int, lambda v: v >= 1, "an integer of at least 1")
-        for name in ("seed", "workers"):
-            self._require(name, int, lambda v: v >= 0, "an integer of at least 0")
-        for name in ("lr", "gate_lr", "distill_temperature"):
-            self._require(name, (int, float), lambda v: 0 < v < math.inf, "a positive number")
-        for name in ("weight_decay", "mixup", "cutmix", "l1"):
-            self._require(name, (int, float), lambda v: 0 <= v < math.inf, "a number of at least 0")
-        for name in ("label_smoothing", "drop_path"):
-            self._require(name, (int, float), lambda v: 0 <= v < 1, "a number in [0, 1)")
-        self._require("min_lr", (int, float), lambda v: 0 <= v <= self.lr, f"between 0 and lr ({self.lr})")
-        self._require(
-            "warmup_epochs",
-            (int, float),
-            lambda v: 0 <= v <= self.epochs,
-            f"between 0 and {self.epochs} epochs",
-        )
-        self._require("distill_alpha", (int, float), lambda v: 0 <= v <= 1, "a number in [0, 1]")
-        if self.clip_grad is not None:
-            self._require("clip_grad", (int, float), lambda v: 0 < v < math.inf, "a positive number or None")
-        if self.ema_decay is not None:
-            self._require("ema_decay", (int, float), lambda v: 0 < v < 1, "a number between 0 and 1, or None")
-        for name, choices in (("l1_mode", L1_MODES), ("precision", PRECISIONS), ("sched", SCHEDULES)):
-            self._require(name, str, lambda v, c=choices: v in c, f"one of {', '.join(choices)}")
-        self._require("opt", str, lambda v: v in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
-        if self.mixup or self.cutmix:
-            self._require("batch_size", int, lambda v: v % 2 == 0, "an even number, as mixup pairs images")
-
-    def _require(self, name: str, kind: type | tuple, ok: Callable[[Any], bool], expected: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, kind) or not ok(value):
-            raise ValueError(f"TrainConfig.{name}: got {value!r}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -580,37 +492,11 @@ class _Stage:
 # Pieces of a step
 
 
-def soft_threshold(gates: Iterable[Tensor], amount: float) -> None:
-    """In place g <- sign(g) * max(|g| - amount, 0), the proximal operator of amount * sum |g|."""
-    with torch.no_grad():
-        for gate in gates:
-            gate.copy_(F.softshrink(gate, amount))
-
-
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T^2 * KL(teacher || student) at temperature T, mean over the batch; logits [B, classes]. 0-dim."""
     student = F.log_softmax(logits / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-@torch.no_grad()
-def gate_statistics(gates: Iterable[Tensor], l1: float) -> dict[str, float]:
-    """What the metrics say of the gates.
-
-    l1: sum |g|; l1_penalty: lambda times that; gates_mean: mean |g|; gates_zero: share of gates exactly 0;
-    gates_below: share below half the mean |g|, a measure of spread that does not depend on how far the
-    penalty shrank all gates alike, as the cut looks at nothing but their order.
-    """
-    size = torch.cat([gate.detach().abs().flatten() for gate in gates]).cpu().double()
-    total, mean = size.sum().item(), size.mean().item()
-    return {
-        "l1": total,
-        "l1_penalty": l1 * total,
-        "gates_mean": mean,
-        "gates_zero": (size == 0).double().mean().item(),
-        "gates_below": (size < 0.5 * mean).double().mean().item(),
-    }
 
 
 def _criterion(config: TrainConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
@@ -626,40 +512,6 @@ def _criterion(config: TrainConfig, num_classes: int) -> tuple[Mixup | None, nn.
     if config.label_smoothing > 0:
         return None, LabelSmoothingCrossEntropy(config.label_smoothing)
     return None, nn.CrossEntropyLoss()
-
-
-def gate_param_groups(
-    model: nn.Module, gates: list[nn.Parameter], config: TrainConfig
-) -> list[dict[str, Any]]:
-    """timm's groups with and without weight decay, and one of the gates: no decay, own learning rate."""
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
-    gate_ids = {id(gate) for gate in gates}
-    for group in groups:
-        group["params"] = [p for p in group["params"] if id(p) not in gate_ids]
-    if gates:  # lr_scale is how timm's schedulers keep a group's lr a multiple of the others' throughout
-        groups.append({"params": gates, "weight_decay": 0.0, "lr_scale": config.gate_lr})
-    return groups
-
-
-def gated_linears(model: nn.Module) -> list[GatedLinear]:
-    """The modules with a gate; their gates must be float32, in which small l1 steps are not rounded away."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, GatedLinear)}
-    for name, module in found.items():
-        if module.gate.dtype != torch.float32:
-            raise ValueError(f"{name}.gate: got {module.gate.dtype}, expected torch.float32")
-    return list(found.values())
-
-
-def settle_gates(layers: Sequence[GatedLinear], config: TrainConfig, take_taylor: bool) -> None:
-    """Between backward and update: the Taylor statistics from the gradients of the task loss, if asked, and
-    then the penalty's own gradient, `l1 sign(g)`."""
-    if take_taylor:
-        for layer in layers:
-            layer.accumulate_taylor()
-    if config.l1 > 0 and config.l1_mode == "subgradient":
-        for layer in layers:
-            layer.gate.grad.add_(layer.gate.detach().sign(), alpha=config.l1)
 
 
 def _check_teacher(teacher: nn.Module, model: nn.Module) -> None:

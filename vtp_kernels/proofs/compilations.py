@@ -7,7 +7,7 @@
 
 `report` prints what each variant uses; a report of everything is also the baseline, kept beside this file.
 `check` compiles again and fails on what no variant may do (`violations`) and on what got worse
-(`regressions`). `compile` builds what one saved model needs before it is served. Exit codes: 0 fine, 1
+(`regressions`). Exit codes: 0 fine, 1
 something is wrong with a kernel, 2 it could not be checked.
 
 A second run is quick where Triton's cache is kept; it is keyed on all that the machine code depends on.
@@ -53,7 +53,7 @@ REGISTER_SLACK = 8
 Record = dict[str, Any]
 
 
-class AotError(RuntimeError):
+class CompilationError(RuntimeError):
     """Why nothing could be compiled or compared."""
 
 
@@ -82,7 +82,7 @@ def _variants(module: str, target: str) -> dict[str, Variant]:
     variants: dict[str, Variant] = {}
     for variant in importlib.import_module(module).variants(target):
         if variant.name in variants:
-            raise AotError(f"{module}: two variants for {target} are called {variant.name}")
+            raise CompilationError(f"{module}: two variants for {target} are called {variant.name}")
         variants[variant.name] = variant
     return variants
 
@@ -152,7 +152,7 @@ def _source(variant: Variant) -> Any:
     missing = [n for n in names if n not in variant.signature and n not in variant.constants]
     unknown = [n for n in (*variant.signature, *variant.constants, *variant.aligned) if n not in names]
     if missing or unknown:
-        raise AotError(
+        raise CompilationError(
             f"arguments without a type or value: {missing}; not arguments of the kernel: {unknown}"
         )
     return ASTSource(
@@ -309,7 +309,7 @@ def save(path: Path, records: Iterable[Record]) -> None:
     """Write a report, one variant per line so that a diff can be read; the file is whole or untouched."""
     lines = ",\n".join(json.dumps(record, sort_keys=True) for record in sorted(records, key=key))
     text = f'{{"versions": {json.dumps(versions(), sort_keys=True)},\n"variants": [\n{lines}\n]}}\n'
-    write_whole(path, text, AotError)
+    write_whole(path, text, CompilationError)
 
 
 def load(path: Path) -> tuple[dict[str, str], dict[str, Record]]:
@@ -318,12 +318,12 @@ def load(path: Path) -> tuple[dict[str, str], dict[str, Record]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content["versions"], {key(record): record for record in content["variants"]}
     except OSError as error:
-        raise AotError(
+        raise CompilationError(
             f"no baseline at {path} ({error.strerror}): "
             "`python -m vtp_kernels.proofs.compilations report` makes one"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise AotError(f"{path} is not a report of this program: {error!r}") from None
+        raise CompilationError(f"{path} is not a report of this program: {error!r}") from None
 
 
 # ---- commands ----
@@ -332,10 +332,10 @@ def load(path: Path) -> tuple[dict[str, str], dict[str, Record]]:
 def report(arguments: argparse.Namespace, console: Console) -> int:
     chosen = [task for task in tasks(arguments.targets, arguments.ops) if arguments.only in task.key]
     if not chosen:
-        raise AotError(f"no variant has {arguments.only!r} in its name")
+        raise CompilationError(f"no variant has {arguments.only!r} in its name")
     records = compile_all(chosen, arguments.jobs)
     for target in arguments.targets:
-        _print_target(console, target, [r for r in records.values() if r["target"] == target])
+        print_target(console, target, [r for r in records.values() if r["target"] == target])
     whole = set(arguments.targets) == set(TARGETS) and set(arguments.ops) == set(OPS) and not arguments.only
     if path := arguments.out or (BASELINE if whole else None):
         save(path, records.values())
@@ -349,7 +349,7 @@ def report(arguments: argparse.Namespace, console: Console) -> int:
     )
 
 
-def _print_target(console: Console, target: str, records: Sequence[Record]) -> None:
+def print_target(console: Console, target: str, records: Sequence[Record]) -> None:
     if not records:
         return
     table = Table(title=target, title_justify="left")
@@ -421,32 +421,6 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
     return _print_failures(console, failures)
 
 
-def compile(arguments: argparse.Namespace, console: Console) -> int:
-    """All kernels of a saved model, for every batch size, into a folder that Triton takes for its cache."""
-    # The one place that knows of the method: a command, not the library.
-    import torch
-
-    checkpoint, engine = (importlib.import_module(f"vtp.{name}") for name in ("checkpoint", "engine"))
-    try:
-        model = checkpoint.load(arguments.file)
-        needed = engine.kernels(model, getattr(torch, arguments.dtype), arguments.target)
-    except (ValueError, TypeError) as error:
-        raise AotError(str(error)) from None
-    folder = arguments.cache.absolute()
-    os.environ["TRITON_CACHE_DIR"] = str(folder)  # read by Triton whenever it compiles
-    shown = track(needed, "Compiling", console=Console(stderr=True), transient=True)
-    records = {key(record): record for record in (compile_variant(v, arguments.target) for v in shown)}
-    _print_target(console, arguments.target, list(records.values()))
-    failures = [f"{name}: {r['error']}" for name, r in records.items() if "error" in r]
-    console.print(
-        f"{len(records) - len(failures)} distinct kernels for {arguments.target} are in {folder}\n"
-        f"Serve with TRITON_CACHE_DIR={folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return _print_failures(console, failures)
-
-
 def _print_failures(console: Console, failures: Sequence[str]) -> int:
     for line in failures:
         console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
@@ -479,12 +453,6 @@ def _parser() -> argparse.ArgumentParser:
     commands.choices["check"].add_argument(
         "--baseline", type=Path, default=BASELINE, help="a report to compare with"
     )
-    sub = commands.add_parser("compile", help=compile.__doc__, description=compile.__doc__)
-    sub.set_defaults(run=compile)
-    sub.add_argument("file", type=Path, help="a compact model that `vtp.save` wrote")
-    sub.add_argument("--target", choices=TARGETS, required=True, help="the GPU that will serve it")
-    sub.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    sub.add_argument("--cache", type=Path, default=Path("triton_cache"), help="folder: triton_cache")
     return parser
 
 
@@ -494,17 +462,24 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def check_compiler() -> None:
+    """Raise CompilationError, with the reason, where Triton cannot compile."""
+    if not HAS_TRITON:
+        raise CompilationError("Triton is not installed, and nothing can be compiled without it")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise CompilationError(
+            "TRITON_INTERPRET is set: kernels would be interpreted, unset it to compile them"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     # A file or a pipe has no width, and a table folded to 80 columns cannot be read.
     console = Console(width=None if sys.stdout.isatty() else 200)
     try:
-        if not HAS_TRITON:
-            raise AotError("Triton is not installed, and nothing can be compiled without it")
-        if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-            raise AotError("TRITON_INTERPRET is set: kernels would be interpreted, unset it to compile them")
+        check_compiler()
         return arguments.run(arguments, console)
-    except AotError as error:
+    except CompilationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

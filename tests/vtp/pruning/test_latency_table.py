@@ -17,11 +17,12 @@ import vtp
 from bench import latency_budget
 from tests.support.models import gated
 from vtp.files import FileError
-from vtp.pipeline import fashion_deit_architecture
+from vtp.model.widths import BlockWidths
 from vtp.pruning import latency_table
 from vtp.pruning.latency_table import Grid, LatencyTable, LatencyTableError, cached_table, store_table
 from vtp.runtime import latency_profile as profile
 from vtp.runtime.latency_profile import monotone, profile_widths, steady_medians
+from vtp.zoo import fashion_deit_architecture
 
 TOY = dataclasses.replace(
     fashion_deit_architecture(), img_size=(32, 32), patch_size=(8, 8), embed_dim=24, depth=3, num_heads=3,
@@ -124,8 +125,8 @@ def test_unequal_heads_take_the_mean_of_what_equal_ones_take():
     # More than linear in the width of a head: the mean of times, not the time of the mean.
     grid = Grid(((1, 24), (1, 3), (1, 4, 8)), (1.0, 2.0, 9.0) * 4)
     table = made_up(attention=grid)
-    assert table.block_nanoseconds(24, [8, 4, 1], 0, 0) == 4_000_000
-    assert table.block_nanoseconds(24, [4, 4, 4], 0, 0) == 2_000_000
+    assert table.block_nanoseconds(BlockWidths(24, (8, 4, 1))) == 4_000_000
+    assert table.block_nanoseconds(BlockWidths(24, (4, 4, 4))) == 2_000_000
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_unequal_heads_take_the_mean_of_what_equal_ones_take():
     ids=["no values", "no inputs of qkv", "no inputs of fc1", "no hidden", "one head", "nothing"],
 )
 def test_dead_heads_branches_and_blocks_take_no_time(table, widths, ms):
-    assert table.block_nanoseconds(*widths) == pytest.approx(1e6 * ms, abs=1)
+    assert table.block_nanoseconds(BlockWidths(*widths)) == pytest.approx(1e6 * ms, abs=1)
 
 
 def test_wider_never_takes_less(table):
@@ -149,7 +150,10 @@ def test_wider_never_takes_less(table):
     for _ in range(200):
         widths = rng.integers(1, [25, 9, 9, 9, 25, 41])
         wider = np.minimum(widths + rng.integers(0, 3, 6), [24, 8, 8, 8, 24, 40])
-        times = [table.block_nanoseconds(w[0], w[1:4].tolist(), w[4], w[5]) for w in (widths, wider)]
+        times = [
+            table.block_nanoseconds(BlockWidths(w[0], tuple(w[1:4].tolist()), w[4], w[5]))
+            for w in (widths, wider)
+        ]
         assert times[0] <= times[1]
 
 
@@ -319,7 +323,8 @@ def test_file_gives_back_the_table(table, tmp_path):
     table.save(tmp_path / "table.json")
     loaded = LatencyTable.load(tmp_path / "table.json")
     assert loaded == table
-    assert loaded.block_nanoseconds(13, [5, 0, 7], 17, 31) == table.block_nanoseconds(13, [5, 0, 7], 17, 31)
+    widths = BlockWidths(13, (5, 0, 7), 17, 31)
+    assert loaded.block_nanoseconds(widths) == table.block_nanoseconds(widths)
 
 
 def test_failed_write_leaves_the_old_file(table, tmp_path, monkeypatch):

@@ -13,9 +13,9 @@ import torch
 
 import vtp
 from tests.support.models import TINY, build, gated
-from vtp.model.architecture import SITES
-from vtp.pipeline import fashion_deit_architecture
-from vtp.pruning.plan import SCOPES
+from vtp.model.widths import SITES
+from vtp.pruning.scores import SCOPES
+from vtp.zoo import fashion_deit_architecture
 
 DEIT_TINY = dataclasses.replace(
     fashion_deit_architecture(), img_size=(224, 224), patch_size=(16, 16), in_chans=3, num_classes=1000,

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from vtp import checkpoint
 from vtp.files import FileError
-from vtp.model.architecture import SITES
+from vtp.model.widths import SITES
 from vtp.pruning.gates import insert_gates, sites
-from vtp.pruning.plan import make_plan
+from vtp.pruning.selection import make_plan
 from vtp.report import comparison_rows, comparison_table, read_metrics, render_report, sections, write_report
 from vtp.report.figures import PALETTE, SITE_ROLES
 from vtp.report.numbers import headline, magnitude, percent

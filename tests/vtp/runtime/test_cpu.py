@@ -27,10 +27,10 @@ import vtp
 from tests.support.engine_cases import MODELS, compact_model, irregular_plan, references, with_dead_parts
 from tests.support.models import TINY, build, gated, image
 from tests.support.numerics import assert_close_to_float64
-from vtp.pipeline import FASHION_DEIT, open_model
 from vtp.runtime.cpu import CpuBlocks, CpuViT, panels
 from vtp.training.data import open_data
 from vtp.training.loaders import test_loader
+from vtp.zoo import FASHION_DEIT, open_model
 from vtp_kernels.library import why_no_cpp
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}

@@ -16,7 +16,7 @@ from tests.support.models import build, gated, image, relative_error
 from tests.support.numerics import assert_close_to_float64
 from vtp.pruning.compact import ConstantBranch
 from vtp.runtime import cpu
-from vtp.runtime.optimize import PackedLinear
+from vtp.runtime.packed import PackedLinear
 from vtp_kernels import launching
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

@@ -28,20 +28,19 @@ import vtp.training.progress
 from vtp.model.architecture import describe
 from vtp.pruning.compact import compact
 from vtp.pruning.gates import insert_gates, sites
-from vtp.pruning.plan import make_plan
+from vtp.pruning.selection import make_plan
+from vtp.training.config import TrainConfig
 from vtp.training.data import Data
 from vtp.training.loaders import Augment
 from vtp.training.loop import (
     NonFiniteLossError,
     ResumeError,
-    TrainConfig,
     TrainingInterrupted,
     distillation_loss,
     evaluate,
-    gate_statistics,
-    soft_threshold,
     train,
 )
+from vtp.training.sparsity import gate_statistics, soft_threshold
 from vtp.training.state import write_state
 
 AUGMENT = Augment.preset("light", 16)

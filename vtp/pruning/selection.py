@@ -1,0 +1,300 @@
+"""Which dimensions are kept: a budget, one threshold over all scores, kept indices."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from torch import Tensor, nn
+
+from vtp.files import fingerprint
+from vtp.model.architecture import Architecture, describe
+from vtp.model.cost import block_cost, surroundings_cost
+from vtp.model.widths import BlockWidths
+from vtp.pruning.gates import sites
+from vtp.pruning.latency_table import LatencyTable, LatencyTableError, cached_table, how_to_make_one
+from vtp.pruning.plan import PlanError, PruningPlan
+from vtp.pruning.scores import SCOPES, ranking, site_of, site_scores
+
+
+def make_plan(
+    gated: nn.Module,
+    *,
+    rate: float | None = None,
+    macs: float | None = None,
+    params: float | None = None,
+    latency_ms: float | None = None,
+    latency_table: LatencyTable | None = None,
+    score: str | Mapping[str, Tensor] = "gate",
+    scope: str = "global",
+    per_mac: bool = False,
+    round_to: int = 1,
+    min_keep: float = 0.05,
+) -> PruningPlan:
+    """Rank all gates of a model and keep the best that a budget allows. The model is not changed.
+
+    Args:
+        gated: a model from `insert_gates`, usually after sparse training.
+        rate: share of all gates to remove, in [0, 1) (the paper's budget); at least that many go.
+        macs: multiply-adds for one image that may remain, e.g. 10.0e9.
+        params: parameters that may remain, e.g. 48e6.
+        latency_ms: milliseconds that a forward pass of one batch may take, packed by `vtp.optimize`, as
+            predicted by `latency_table`. Exactly one of the four budgets; it is never exceeded, and is met
+            as closely as whole dimensions allow.
+        latency_table: time against width, from `vtp.profile_widths`. None takes the one that
+            was measured on this machine for one image in float32, with as many threads as now. A table of
+            another machine gives a plan for that machine.
+        score: "gate", |g| (the paper); "taylor", the mean of (g * dL/dg)**2 over training steps; or a
+            mapping from site name to a score of your own for each gate, larger is more important.
+        scope: "global" compares all gates with each other (the paper); "per_site" removes the same share
+            from each of the four kinds of site, "per_layer" from each single gate vector.
+        per_mac: divide by the MACs that removing the dimension saves. Gates stay near 1 after sparse
+            training, where a quotient would only compare costs, so "gate" enters it by its rank.
+        round_to: widths become multiples of this (per head for `attn.proj`), or stay whole, for the same
+            budget. A group of dimensions is ranked by its mean score.
+        min_keep: the best dimensions of each gate vector that are never removed: a share below 1, or a
+            number of dimensions. 0 lets heads, branches and layers vanish.
+
+    Raises:
+        PlanError: an argument is out of range, a score is missing or not finite, or the budget cannot be
+            met; the message names the argument and the least that is possible.
+    """
+    budget = _one_budget(rate=rate, macs=macs, params=params, latency_ms=latency_ms)
+    if latency_table is not None and latency_ms is None:
+        raise PlanError("latency_table: got one without latency_ms, the budget that it is for")
+    if scope not in SCOPES:
+        raise PlanError(f"scope: got {scope!r}, expected one of {SCOPES}")
+    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
+        raise PlanError(f"round_to: got {round_to!r}, expected an integer of at least 1")
+    if not _is_number(min_keep) or not (0 <= min_keep < 1 or min_keep == int(min_keep) >= 1):
+        raise PlanError(f"min_keep: got {min_keep!r}, expected a share in [0, 1) or a number of dimensions")
+    layers = sites(gated)
+    architecture = describe(gated)
+    if list(layers) != list(architecture.site_widths()):
+        missing = sorted(architecture.site_widths().keys() - layers.keys())
+        raise PlanError(f"gated: no gates at {missing[:4]}; vtp.insert_gates puts them at every site")
+    scores = site_scores(layers, score)
+    ranks = ranking(architecture, scores, score, scope, per_mac)
+    groups = _groups(architecture, ranks, round_to, min_keep)
+    removed = _fit(architecture, groups, _limit(architecture, budget, latency_table))
+    kept = _kept_indices(architecture, groups, removed)
+    one_number = scope == "global" and not per_mac and round_to == 1
+    gone = np.concatenate([np.delete(values, kept[name]) for name, values in scores.items()])
+    return PruningPlan(
+        architecture=architecture,
+        kept=kept,
+        scores={name: tuple(float(f"{v:.6g}") for v in values) for name, values in scores.items()},
+        score=score if isinstance(score, str) else "custom",
+        scope=scope,
+        per_mac=per_mac,
+        round_to=round_to,
+        min_keep=min_keep,
+        budget=budget,
+        threshold=float(f"{gone.max():.6g}") if one_number and gone.size else None,
+        parent=fingerprint(gated.state_dict()),
+    )
+
+
+def _is_number(value: object) -> bool:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    return abs(value) < 1e300  # also false for NaN, and for integers that no float holds
+
+
+def _one_budget(**budgets: float | None) -> dict[str, float]:
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise PlanError(f"{', '.join(budgets)}: got {sorted(given) or 'none'}, expected exactly one of them")
+    ((name, value),) = given.items()
+    if name == "rate" and not (_is_number(value) and 0 <= value < 1):
+        raise PlanError(f"rate: got {value!r}, expected a share in [0, 1)")
+    if not (_is_number(value) and (value > 0 or (value == 0 and name != "latency_ms"))):
+        raise PlanError(f"{name}: got {value!r}, expected a positive number")
+    return {name: float(value)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Groups:
+    """Dimensions that are kept or removed together, the least important group first.
+
+    names: site of each group; members: its gate indices; slots: its row and column in the array of widths
+    that `_widths_array` makes; sizes: how many dimensions it has.
+    """
+
+    names: list[str]
+    members: list[np.ndarray]
+    slots: np.ndarray
+    sizes: np.ndarray
+
+
+def _groups(
+    architecture: Architecture, ranks: Mapping[str, np.ndarray], round_to: int, min_keep: float
+) -> _Groups:
+    """All removable groups in order.
+
+    Equal ranks (gates that are all 1, say) are broken by the place within the vector, so that every site,
+    layer and head loses the same share instead of the first layers losing everything.
+    """
+    names, members, slots, keys = [], [], [], []
+    for name, width in architecture.site_widths().items():
+        floor = min(width, int(min_keep) if min_keep >= 1 else math.ceil(min_keep * width))
+        heads = architecture.num_heads if site_of(name) == "attn.proj" else 1
+        per_head = width // heads
+        rank, place = ranks[name], np.arange(width) % per_head / per_head
+        best_first = np.lexsort((place, -rank))
+        protected = np.zeros(width, dtype=bool)
+        protected[best_first[:floor]] = True
+        for head in range(heads):
+            own = best_first[best_first // per_head == head]
+            starts = np.arange(0, per_head, min(round_to, per_head))
+            counts = np.diff(starts, append=per_head)
+            # Within a vector the order is strict even where means tie: groups go from its end.
+            key = np.stack(
+                [
+                    -starts,
+                    -np.add.reduceat(place[own], starts) / counts,
+                    np.add.reduceat(rank[own], starts) / counts,
+                ]
+            )
+            removable = ~np.logical_or.reduceat(protected[own], starts)
+            keys.append(key[:, removable])
+            members += [part for part, free in zip(np.split(own, starts[1:]), removable, strict=True) if free]
+            names += [name] * int(removable.sum())
+            slots.append(np.full(int(removable.sum()), _slot(architecture, name, head)))
+    order = np.lexsort(np.concatenate(keys, axis=1))
+    members = [members[i] for i in order]
+    sizes = np.array([len(part) for part in members], dtype=np.int64)
+    return _Groups([names[i] for i in order], members, np.concatenate(slots)[order], sizes)
+
+
+def _slot(architecture: Architecture, name: str, head: int) -> int:
+    """Place of a site (and head) in the flattened array of widths, [depth, 3 + heads]."""
+    _, block, site = name.split(".", 2)
+    column = 3 + head if site == "attn.proj" else ("attn.qkv", "mlp.fc1", "mlp.fc2").index(site)
+    return int(block) * (3 + architecture.num_heads) + column
+
+
+def _widths_array(architecture: Architecture) -> np.ndarray:
+    """Dense widths, int64 [depth, 3 + heads]: inputs of qkv, fc1 and fc2, then the values of each head."""
+    full = architecture.dense_widths
+    return np.array([[full.qkv, full.fc1, full.fc2, *full.values]] * architecture.depth, dtype=np.int64)
+
+
+def _block_of(row: np.ndarray) -> BlockWidths:
+    qkv, fc1, fc2, *values = row.tolist()
+    return BlockWidths(qkv, tuple(values), fc1, fc2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limit:
+    """A budget, counted in whole units: dimensions, MACs, parameters or nanoseconds.
+
+    name, value: the argument of `make_plan`; most: units that may remain; outside: units outside the blocks;
+    size: units of a block, from its row of widths; text: a number of units in words.
+    """
+
+    name: str
+    value: float
+    most: float
+    outside: int
+    size: Callable[[np.ndarray], int]
+    text: Callable[[float], str]
+
+
+def _limit(architecture: Architecture, budget: Mapping[str, float], table: LatencyTable | None) -> _Limit:
+    ((name, value),) = budget.items()
+    if name == "rate":
+        full = _widths_array(architecture).sum()
+        most = full - _removed_at_least(value, full)
+        return _Limit(name, value, most, 0, lambda row: int(row.sum()), lambda n: f"{n:,.0f} dimensions kept")
+    if name != "latency_ms":
+
+        def size(row: np.ndarray) -> int:
+            return getattr(block_cost(architecture, _block_of(row)), name)
+
+        outside = getattr(surroundings_cost(architecture), name)
+        return _Limit(name, value, value, outside, size, lambda n: f"{n:,.0f} {name}")
+    table = _table_for(architecture, table)
+
+    def nanoseconds(row: np.ndarray) -> int:
+        return table.block_nanoseconds(_block_of(row))
+
+    most = math.floor(1e6 * value)
+    most += (most + 1) / 1e6 <= value  # a prediction that is asked for again must be met
+    return _Limit(name, value, most, table.outside_nanoseconds, nanoseconds, lambda n: f"{n / 1e6:,.6g} ms")
+
+
+def _table_for(architecture: Architecture, table: LatencyTable | None) -> LatencyTable:
+    table = cached_table(architecture) if table is None else table
+    if not isinstance(table, LatencyTable | None):
+        raise PlanError(f"latency_table: got {type(table).__name__}, expected a LatencyTable")
+    if table is None:
+        raise PlanError(
+            "latency_ms: there is no latency table of this model for this machine, its versions and this "
+            f"number of threads, for one image in float32; {how_to_make_one()}"
+        )
+    try:
+        table.check_geometry(architecture)
+    except LatencyTableError as error:
+        raise PlanError(f"latency_table: {error}") from error
+    return table
+
+
+def _fit(architecture: Architecture, groups: _Groups, limit: _Limit) -> list[int]:
+    """Which groups go (positions in `groups`): the shortest run of least important ones that meets the
+    budget, less those that can be given back because the last step (often a whole head) saved too much."""
+    full, size = _widths_array(architecture), limit.size
+
+    def widths_after(count: int) -> np.ndarray:
+        gone = np.bincount(groups.slots[:count], groups.sizes[:count], minlength=full.size)
+        return full - gone.astype(np.int64).reshape(full.shape)
+
+    def total(widths: np.ndarray) -> int:
+        return limit.outside + sum(map(size, widths))
+
+    low, high = 0, len(groups.sizes)
+    least = total(widths_after(high))
+    if least > limit.most:
+        raise PlanError(
+            f"{limit.name}: {limit.value:g} cannot be met: {limit.text(least)} remain when everything but "
+            f"min_keep is removed, at most {limit.text(limit.most).split()[0]} may; "
+            "lower min_keep or cut less"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        if total(widths_after(middle)) <= limit.most:
+            high = middle
+        else:
+            low = middle + 1
+    widths = widths_after(low)
+    slack, removed, exhausted = limit.most - total(widths), [], set()
+    for position in range(low - 1, -1, -1):
+        slot = int(groups.slots[position])
+        row = widths[slot // full.shape[1]]
+        # A vector gives back its best group first, or none: else its order would not be that of the scores.
+        if slack > 0 and slot not in exhausted:
+            before = size(row)
+            row[slot % full.shape[1]] += groups.sizes[position]
+            added = size(row) - before
+            if added <= slack:
+                slack -= added
+                continue
+            row[slot % full.shape[1]] -= groups.sizes[position]
+            exhausted.add(slot)
+        removed.append(position)
+    return removed
+
+
+def _removed_at_least(rate: float, total: int) -> int:
+    """Dimensions that a rate removes, rounded up; 0.3 * 10 is 3 although its float is a little more."""
+    return math.ceil(round(rate * total, 6))
+
+
+def _kept_indices(
+    architecture: Architecture, groups: _Groups, removed: list[int]
+) -> dict[str, tuple[int, ...]]:
+    kept = {name: np.ones(width, dtype=bool) for name, width in architecture.site_widths().items()}
+    for position in removed:
+        kept[groups.names[position]][groups.members[position]] = False
+    return {name: tuple(np.flatnonzero(mask).tolist()) for name, mask in kept.items()}

@@ -1,0 +1,158 @@
+"""Packed blocks: norms and scales folded into the weights, weights padded for the kernels."""
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerScale
+from torch import Tensor, nn
+
+from vtp.pruning.compact import (
+    CompactAttention,
+    CompactBlock,
+    CompactMlp,
+    ConstantBranch,
+    LayerNormGather,
+    is_erf_gelu,
+)
+from vtp_kernels.compact_linear import compact_linear
+from vtp_kernels.compact_mlp import compact_mlp
+from vtp_kernels.layer_norm_gather import layer_norm_gather
+
+
+class PackedLinear(nn.Module):
+    """`x W^T + bias (+ residual)` with the rows of W stored as the kernels read them.
+
+    `storage` [out, in rounded up to 8] is W beside zeros, so that every row starts at 16 bytes. W itself is a
+    view made when it is needed: `to`, `deepcopy`, `state_dict` and `torch.export` then meet a plain buffer.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.in_features = weight.shape[1]
+        self.register_buffer("storage", F.pad(weight, (0, -self.in_features % 8)))
+        self.register_buffer("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """W [out, in], a view of `storage`."""
+        return self.storage[:, : self.in_features]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [..., in] to [..., out]."""
+        return compact_linear(x, self.weight, self.bias, residual=residual)
+
+
+class PackedNorm(nn.Module):
+    """A LayerNormGather whose weight and bias are in the linear behind it: x [..., dim] to [..., kept]."""
+
+    def __init__(self, norm: LayerNormGather) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.register_buffer("index", None if norm.index is None else norm.index.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm_gather(x, None, None, self.index, self.eps)
+
+
+class PackedAttention(nn.Module):
+    """An attention branch with its norm and the residual: x [B, N, embed_dim] to the same shape."""
+
+    def __init__(
+        self, norm: LayerNormGather, attn: CompactAttention, scale: nn.Module, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.norm = PackedNorm(norm)
+        self.qkv = _behind_norm(norm, attn.qkv, dtype)
+        # Of the attention itself only what is between its linear layers is wanted.
+        self.heads = copy.deepcopy(attn, {id(attn.qkv): nn.Identity(), id(attn.proj): nn.Identity()})
+        self.proj = _before_scale(attn.proj, scale, dtype)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        out = self.heads.attend(self.qkv(self.norm(x)), attn_mask, is_causal, on_kernels=True)
+        return self.proj(out, residual=x)
+
+
+class PackedMlp(nn.Module):
+    """A feed-forward branch with its norm and the residual: x [..., embed_dim] to the same shape."""
+
+    def __init__(self, norm: LayerNormGather, mlp: CompactMlp, scale: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = PackedNorm(norm)
+        self.fc1 = _behind_norm(norm, mlp.fc1, dtype)
+        self.act = copy.deepcopy(mlp.act)
+        self.fc2 = _before_scale(mlp.fc2, scale, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalized, fc1, fc2 = self.norm(x), self.fc1, self.fc2
+        if is_erf_gelu(self.act):
+            return compact_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x)
+        return fc2(self.act(fc1(normalized)), residual=x)
+
+
+class PackedBlock(nn.Module):
+    """A CompactBlock on the ops; a branch that was a constant is gone.
+
+    `offset` [embed_dim] is added to the input: constants that have no linear before them, or None.
+    """
+
+    def __init__(self, block: CompactBlock, dtype: torch.dtype) -> None:
+        super().__init__()
+        dead_attn, dead_mlp = (isinstance(branch, ConstantBranch) for branch in (block.attn, block.mlp))
+        self.attn = None if dead_attn else PackedAttention(block.norm1, block.attn, block.ls1, dtype)
+        self.mlp = None if dead_mlp else PackedMlp(block.norm2, block.mlp, block.ls2, dtype)
+        self.register_buffer("offset", None)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x [B, N, embed_dim] to the same shape; the masks are those of timm's Attention."""
+        if self.offset is not None:
+            x = x + self.offset
+        if self.attn is not None:
+            x = self.attn(x, attn_mask, is_causal)
+        return x if self.mlp is None else self.mlp(x)
+
+
+def _behind_norm(norm: LayerNormGather, linear: nn.Linear, dtype: torch.dtype) -> PackedLinear:
+    """With LayerNorm's output `n * w + b`: the linear `(W diag w) n + (W b + bias)` of n alone."""
+    return PackedLinear(
+        (_at_least_float32(linear.weight) * norm.weight).to(dtype),
+        linear.weight.double() @ norm.bias.double() + _bias64(linear),
+    )
+
+
+def _before_scale(linear: nn.Linear, scale: nn.Module, dtype: torch.dtype) -> PackedLinear:
+    """The linear with the LayerScale behind it: `(diag(gamma) W) x + gamma * bias`."""
+    weight, bias = _at_least_float32(linear.weight), _bias64(linear)
+    if isinstance(scale, LayerScale):
+        weight, bias = weight * scale.gamma[:, None], bias * scale.gamma.double()
+    return PackedLinear(weight.to(dtype), bias)
+
+
+def _at_least_float32(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _bias64(linear: nn.Linear) -> Tensor:
+    """A copy of the bias, zeros if there is none, in float64 until everything is added that belongs to it."""
+    if linear.bias is None:
+        return linear.weight.new_zeros(linear.out_features, dtype=torch.float64)
+    return linear.bias.to(torch.float64, copy=True)
+
+
+def _absorb_constants(blocks: Iterable[CompactBlock], packed: Sequence[PackedBlock]) -> None:
+    """Add what constant branches put out to the bias of the linear before them on the residual stream.
+
+    Every later linear and norm then reads the stream as it was. Without a linear before them they become the
+    `offset` of the first block.
+    """
+    stream = None
+    for block, new in zip(blocks, packed, strict=True):
+        linears = (new.attn and new.attn.proj, new.mlp and new.mlp.fc2)
+        for branch, linear in zip((block.attn, block.mlp), linears, strict=True):
+            if linear is not None:
+                stream = linear.bias
+            elif stream is None:
+                stream = packed[0].offset = branch.bias.to(torch.float64, copy=True)
+            else:
+                stream += branch.bias

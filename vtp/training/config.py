@@ -1,0 +1,96 @@
+"""The settings of a training stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+L1_MODES = ("subgradient", "proximal")
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("no", "bf16", "fp16")
+# Of timm's optimizers those whose state goes through a checkpoint and back, tried one by one.
+OPTIMIZERS = (
+    "adamw", "adam", "nadam", "nadamw", "radam", "adamax", "adan", "adopt", "lion", "sgd", "sgdw", "sgdp",
+    "momentum", "rmsprop", "lars",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What determines a training stage, apart from the model and the data.
+
+    epochs: passes over the training data, >= 1.
+    batch_size: images per step and process; even where mixup or cutmix is on.
+    lr: peak learning rate; the schedule goes from lr/100 up to it in warmup_epochs and down to min_lr.
+    weight_decay: on weights of two and more dimensions, less those that the model exempts.
+    label_smoothing, mixup, cutmix: as in DeiT; 0 is off.
+    clip_grad: largest norm of the gradient; None is off.
+    drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+    ema_decay: decay of the moving average of weights, warmed up as 1 - (1 + step)^(-2/3); None is off.
+    distill_alpha, distill_temperature: weight and temperature of distillation; alpha 0 is off.
+    l1: lambda, weight of sum |g|; 0 is off. l1_mode: see `sparsity.py`.
+    gate_lr: learning rate of the gates as a multiple of lr.
+    precision: "no" (float32), "bf16" or "fp16" (GPU only).
+    seed: of the order of the data and of all that is random in a step.
+    workers: processes that load data; 0 loads in the training process.
+    opt, sched: names that timm knows; opt one of OPTIMIZERS, sched "cosine" or "constant".
+    """
+
+    epochs: int = 10
+    batch_size: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_epochs: float = 1.0
+    min_lr: float = 1e-5
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    clip_grad: float | None = None
+    drop_path: float = 0.0
+    ema_decay: float | None = None
+    distill_alpha: float = 0.0
+    distill_temperature: float = 1.0
+    l1: float = 0.0
+    l1_mode: str = "subgradient"
+    gate_lr: float = 1.0
+    precision: str = "no"
+    seed: int = 0
+    workers: int = 0
+    opt: str = "adamw"
+    sched: str = "cosine"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            self._require(name, int, lambda v: v >= 1, "an integer of at least 1")
+        for name in ("seed", "workers"):
+            self._require(name, int, lambda v: v >= 0, "an integer of at least 0")
+        for name in ("lr", "gate_lr", "distill_temperature"):
+            self._require(name, (int, float), lambda v: 0 < v < math.inf, "a positive number")
+        for name in ("weight_decay", "mixup", "cutmix", "l1"):
+            self._require(name, (int, float), lambda v: 0 <= v < math.inf, "a number of at least 0")
+        for name in ("label_smoothing", "drop_path"):
+            self._require(name, (int, float), lambda v: 0 <= v < 1, "a number in [0, 1)")
+        self._require("min_lr", (int, float), lambda v: 0 <= v <= self.lr, f"between 0 and lr ({self.lr})")
+        self._require(
+            "warmup_epochs",
+            (int, float),
+            lambda v: 0 <= v <= self.epochs,
+            f"between 0 and {self.epochs} epochs",
+        )
+        self._require("distill_alpha", (int, float), lambda v: 0 <= v <= 1, "a number in [0, 1]")
+        if self.clip_grad is not None:
+            self._require("clip_grad", (int, float), lambda v: 0 < v < math.inf, "a positive number or None")
+        if self.ema_decay is not None:
+            self._require("ema_decay", (int, float), lambda v: 0 < v < 1, "a number between 0 and 1, or None")
+        for name, choices in (("l1_mode", L1_MODES), ("precision", PRECISIONS), ("sched", SCHEDULES)):
+            self._require(name, str, lambda v, c=choices: v in c, f"one of {', '.join(choices)}")
+        self._require("opt", str, lambda v: v in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
+        if self.mixup or self.cutmix:
+            self._require("batch_size", int, lambda v: v % 2 == 0, "an even number, as mixup pairs images")
+
+    def _require(self, name: str, kind: type | tuple, ok: Callable[[Any], bool], expected: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, kind) or not ok(value):
+            raise ValueError(f"TrainConfig.{name}: got {value!r}, expected {expected}")
