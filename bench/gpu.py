@@ -49,7 +49,7 @@ from vtp.pipeline import environment
 from vtp.timing import pairwise_ratio, synchronize, turns
 from vtp_kernels import gated_linear
 from vtp_kernels.gated_linear import _FUSED_ROWS, gated_linear_ref
-from vtp_kernels.library import why_not_triton
+from vtp_kernels.library import triton_unsupported_reason
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests" / "gpu"
@@ -192,7 +192,7 @@ def why_no_paths(case: Case, device: torch.device) -> str | None:
         return "there are paths on a GPU only"
     if taken(case) == "folded":
         return "trained in mixed precision, the folded weight takes the place of the cast weight"
-    return why_not_triton(device)
+    return triton_unsupported_reason(device)
 
 
 def taken(case: Case) -> str:

@@ -37,15 +37,17 @@ def _cpu_vit_fake(images: torch.Tensor, weights, layout, outputs: int) -> torch.
     return images.new_empty(images.shape[0], outputs)
 
 
-_WHY_NO_CPP = _load_cpp()  # at once: a program that torch.export made may need them
+_NO_CPP_REASON = _load_cpp()  # at once: a program that torch.export made may need them
 
 
-def has_cpp(*tensors: torch.Tensor) -> bool:
-    """Whether the C++ operators are there and take such tensors: on the CPU, contiguous, float32 but for the
-    first, which may be bfloat16."""
+def cpp_supports(*tensors: torch.Tensor) -> bool:
+    """Whether the C++ operators are loaded and take these tensors.
+
+    They take contiguous tensors on the CPU, all of float32 except the first, which may also be bfloat16.
+    """
     first, *others = tensors
     return (
-        _WHY_NO_CPP is None
+        _NO_CPP_REASON is None
         and first.dtype in (torch.float32, torch.bfloat16)
         and all(t.dtype == torch.float32 for t in others)
         and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
@@ -53,21 +55,21 @@ def has_cpp(*tensors: torch.Tensor) -> bool:
 
 
 @functools.cache
-def why_no_cpp() -> str | None:
-    """Why there are no C++ operators, said once as a warning too; None if there are.
+def cpp_unsupported_reason() -> str | None:
+    """Why the C++ operators cannot run here, or None if they can. The first call also warns of the reason.
 
     Raises:
         RuntimeError: the environment variable VTP_CPU_ISA names no instruction set of this machine.
     """
-    if _WHY_NO_CPP is None:
+    if _NO_CPP_REASON is None:
         torch.ops.vtp.cpu_isa()
     else:
         warnings.warn(
-            f"vtp_kernels: {_WHY_NO_CPP}; vtp.optimize runs on plain PyTorch operators on a CPU. Results are "
+            f"vtp_kernels: {_NO_CPP_REASON}; vtp.optimize runs on plain PyTorch operators on a CPU. Results are "
             "the same; compact models are slower. `python setup.py build_ext --inplace` builds it.",
             stacklevel=2,
         )
-    return _WHY_NO_CPP
+    return _NO_CPP_REASON
 
 
 # What each op runs on a GPU with Triton, by its name.
@@ -123,18 +125,18 @@ def without_autocast(function: Callable) -> Callable:
 def _on_gpu(plain: Callable, triton: Callable) -> Callable:
     @functools.wraps(triton)
     def chosen(x, *args):
-        reason = why_not_triton(x.device)
+        reason = triton_unsupported_reason(x.device)
         if reason is None:
             return triton(x, *args)
-        _say_once(reason)
+        _warn_once(reason)
         return plain(x, *args)
 
     return chosen
 
 
 @functools.cache
-def why_not_triton(device: torch.device) -> str | None:
-    """Why the Triton kernels do not run on `device`; None where they do."""
+def triton_unsupported_reason(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on the CUDA device `device`, or None if they can."""
     if not launching.HAS_TRITON:
         return "Triton is not installed"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -143,7 +145,7 @@ def why_not_triton(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     warnings.warn(
         f"vtp_kernels: {reason}; its ops run on plain PyTorch operators on this GPU. Results are the same;"
         " gates and compact models are slower than with the fused kernels.",

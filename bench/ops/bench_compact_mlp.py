@@ -10,7 +10,7 @@ from vtp.comparison.runtimes import Run
 from vtp_kernels import compact_mlp
 from vtp_kernels.compact_mlp import compact_mlp_ref
 from vtp_kernels.launching import in_padded_rows
-from vtp_kernels.library import why_no_cpp
+from vtp_kernels.library import cpp_unsupported_reason
 
 SITES = ("mlp",)
 BACKWARD = (False,)
@@ -52,7 +52,7 @@ def engine(**operands: Tensor) -> Run:
 
 def peers(case: Case) -> dict[str, Peer]:
     found = {"ours": Peer(ours), "F.linear, F.gelu, F.linear": plain(compact_mlp_ref)}
-    if DEVICE.type == "cpu" and why_no_cpp() is None:
+    if DEVICE.type == "cpu" and cpp_unsupported_reason() is None:
         found["products of the CPU engine"] = Peer(engine)
     if case.widths == "compact":
         found["padded to 16"] = Peer(rounded_up)

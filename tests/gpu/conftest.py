@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vtp_kernels.gated_linear import _FUSED_ROWS
-from vtp_kernels.library import why_not_triton
+from vtp_kernels.library import triton_unsupported_reason
 
 HERE = Path(__file__).parent
 # What to write into `_FUSED_ROWS`, so that a product of any number of rows takes the path.
@@ -17,7 +17,7 @@ def missing() -> str | None:
     """What these tests lack here; None where they can run."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return why_not_triton(torch.device("cuda", torch.cuda.current_device()))
+    return triton_unsupported_reason(torch.device("cuda", torch.cuda.current_device()))
 
 
 def pytest_configure(config):

@@ -346,7 +346,7 @@ def test_tensors_on_another_device_than_the_current_one(device, path, dtypes):
 
 
 def test_where_triton_cannot_run_plain_operators_do_and_say_so_once(device, monkeypatch):
-    monkeypatch.setattr(library, "why_not_triton", lambda _: "a reason that no other test gives")
+    monkeypatch.setattr(library, "triton_unsupported_reason", lambda _: "a reason that no other test gives")
     given = on_gpu(device, 40, 21, 34, torch.float32, torch.float32)
     with pytest.warns(UserWarning, match="a reason that no other test gives"):
         y = gated(*leaves(given[:4]))

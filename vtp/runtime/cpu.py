@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vtp.pruning.compact import CompactDistilledViT, is_erf_gelu
-from vtp_kernels.library import why_no_cpp
+from vtp_kernels.library import cpp_unsupported_reason
 
 if TYPE_CHECKING:
     from vtp.runtime.packed import PackedBlock, PackedLinear, PackedNorm
@@ -37,7 +37,7 @@ def why_not(blocks: Sequence["PackedBlock"], dtype: torch.dtype) -> str | None:
         for norm in (heads.q_norm, heads.k_norm) if heads else ():
             if not isinstance(norm, nn.Identity) and norm.eps != block.attn.norm.eps:
                 return f"the norms of block {i} differ in eps"
-    return why_no_cpp()
+    return cpp_unsupported_reason()
 
 
 def pack(vit: VisionTransformer, dtype: torch.dtype) -> nn.Module:

@@ -24,7 +24,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 @pytest.fixture(autouse=True)
 def without_the_cpp_engine(monkeypatch):
-    monkeypatch.setattr(cpu, "why_no_cpp", lambda: "switched off")
+    monkeypatch.setattr(cpu, "cpp_unsupported_reason", lambda: "switched off")
 
 
 @pytest.fixture(scope="module")
