@@ -33,6 +33,7 @@ from vtp_kernels import _arguments, launching, library
 from vtp_kernels.gated_linear import _grouped_tile
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, is_amd, launch, tl, triton
 from vtp_kernels.library import LIBRARY, define
+from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, padded_width, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -369,9 +370,9 @@ def _inputs_per_part(tiles: int, K: int, config: Config) -> int:
 
 
 def _empty_rows(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`launching.empty_rows`, and the same memory as [M, width] with the stride of a row even if M is 1."""
-    out = launching.empty_rows(*shape, dtype=dtype, device=device)
-    return out, out.as_strided((shape[:-1].numel(), shape[-1]), (launching.padded_width(shape[-1]), 1))
+    """`empty_rows`, and the same memory as [M, width] with the stride of a row even if M is 1."""
+    out = empty_rows(*shape, dtype=dtype, device=device)
+    return out, out.as_strided((shape[:-1].numel(), shape[-1]), (padded_width(shape[-1]), 1))
 
 
 def _tiles(x: Tensor) -> Config:
@@ -454,10 +455,10 @@ def _launch_dz(
     """dz [M, N] in `dtype`, and sums [programs, N rounded up to 8] of its columns; either may be None."""
     M, N = dy.shape
     programs = triton.cdiv(M, _DZ_ROWS)
-    dz = launching.empty_rows(M, N, dtype=dtype, device=dy.device) if need_dz else None
+    dz = empty_rows(M, N, dtype=dtype, device=dy.device) if need_dz else None
     partial = None
     if need_db:
-        partial = torch.empty((programs, launching.padded_width(N)), dtype=torch.float32, device=dy.device)
+        partial = torch.empty((programs, padded_width(N)), dtype=torch.float32, device=dy.device)
     launch(
         _compact_linear_dz_kernel,
         (programs, triton.cdiv(N, _DZ.blocks["BLOCK_N"])),
@@ -498,8 +499,8 @@ def _forward_triton(
     if 0 in (x.numel(), N) or x.dtype == torch.float64:
         return _forward_plain(x, weight, bias, gelu, residual, save)
     shape = torch.Size((*x.shape[:-1], N))
-    x, weight = launching.with_padded_rows(x), launching.with_padded_rows(weight)
-    residual = None if residual is None else launching.with_padded_rows(residual)
+    x, weight = with_padded_rows(x), with_padded_rows(weight)
+    residual = None if residual is None else with_padded_rows(residual)
     if len(x) >= _VENDOR_ROWS and residual is None and not (gelu or save):
         return _product(x, weight.t(), shape, bias), x.new_empty(0)
     out, out_rows = _empty_rows(shape, x.dtype if residual is None else residual.dtype, x.device)
@@ -515,11 +516,11 @@ def _backward_triton(
     if 0 in (x.numel(), dy.numel()) or x.dtype == torch.float64:
         return _backward_plain(dy, x, weight, z, need_x, need_weight, need_bias)
     shape = x.shape
-    dz, x, weight = map(launching.with_padded_rows, (dy, x, weight))
+    dz, x, weight = map(with_padded_rows, (dy, x, weight))
     need_dz = (need_x or need_weight) and (z is not None or dy.dtype != x.dtype)
     db = None
     if need_dz or need_bias:
-        z_rows = None if z is None else launching.with_padded_rows(z)
+        z_rows = None if z is None else with_padded_rows(z)
         made, partial = _launch_dz(dz, z_rows, x.dtype, need_dz, need_bias)
         dz = made if need_dz else dz
         db = _launch_db(partial, len(weight), x.dtype) if need_bias else None
@@ -567,7 +568,7 @@ def _forward_plain(
     out = F.gelu(z) if gelu else z
     if residual is not None:
         out = out + residual
-    return launching.in_padded_rows(out), launching.in_padded_rows(z) if save else x.new_empty(0)
+    return in_padded_rows(out), in_padded_rows(z) if save else x.new_empty(0)
 
 
 def _backward_plain(
@@ -578,8 +579,8 @@ def _backward_plain(
     dz = dy if z is None else torch.ops.aten.gelu_backward(dy, z.to(dy.dtype))
     dz = dz.to(x.dtype)
     rows = dz.reshape(math.prod(dz.shape[:-1]), N)
-    dx = launching.in_padded_rows(dz @ weight) if need_x else None
-    dw = launching.in_padded_rows(rows.t() @ x.reshape(len(rows), K)) if need_weight else None
+    dx = in_padded_rows(dz @ weight) if need_x else None
+    dw = in_padded_rows(rows.t() @ x.reshape(len(rows), K)) if need_weight else None
     return library.empty_for_none(x, dx, dw, rows.sum(0) if need_bias else None)
 
 
@@ -588,13 +589,13 @@ def _backward_plain(
 
 def _forward_fake(x, weight, bias, gelu, residual, save):
     shape = (*x.shape[:-1], weight.shape[0])
-    out = launching.empty_rows_like(x, *shape, dtype=None if residual is None else residual.dtype)
-    return out, launching.empty_rows_like(x, *shape) if save else x.new_empty(0)
+    out = empty_rows_like(x, *shape, dtype=None if residual is None else residual.dtype)
+    return out, empty_rows_like(x, *shape) if save else x.new_empty(0)
 
 
 def _backward_fake(dy, x, weight, z, need_x, need_weight, need_bias):
-    dx = launching.empty_rows_like(x, *x.shape) if need_x else None
-    dw = launching.empty_rows_like(x, *weight.shape) if need_weight else None
+    dx = empty_rows_like(x, *x.shape) if need_x else None
+    dw = empty_rows_like(x, *weight.shape) if need_weight else None
     return library.empty_for_none(x, dx, dw, x.new_empty(weight.shape[0]) if need_bias else None)
 
 

@@ -36,17 +36,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
 from vtp_kernels.compact_linear import compact_linear
-from vtp_kernels.launching import (
-    Config,
-    TensorDescriptor,
-    Variant,
-    empty_rows,
-    launch,
-    tl,
-    triton,
-    with_padded_rows,
-)
+from vtp_kernels.launching import Config, TensorDescriptor, Variant, launch, tl, triton
 from vtp_kernels.library import LIBRARY, define
+from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, padded_width, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -343,7 +335,7 @@ def _launch_gelu_bwd(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _whole_rows(t: Tensor) -> Tensor:
     """t [..., width] of padded rows together with their padding, up to a multiple of 8 columns."""
-    return t.as_strided((*t.shape[:-1], launching.padded_width(t.shape[-1])), t.stride())
+    return t.as_strided((*t.shape[:-1], padded_width(t.shape[-1])), t.stride())
 
 
 def _zero_padded(matrix: Tensor, rows: bool = False) -> Tensor:
@@ -448,7 +440,7 @@ def _forward_plain(
     out = F.linear(F.gelu(z), fc2_weight, fc2_bias)
     if residual is not None:
         out = residual + out
-    return launching.in_padded_rows(out), launching.in_padded_rows(z) if keep_z else x.new_empty(0)
+    return in_padded_rows(out), in_padded_rows(z) if keep_z else x.new_empty(0)
 
 
 def _backward_plain(
@@ -461,12 +453,12 @@ def _backward_plain(
     db2 = dy.sum(0).to(x.dtype) if need_fc2_bias else None
     dy, z = dy.to(x.dtype), z.reshape(M, hidden)
     if need_fc2:
-        dw2 = launching.in_padded_rows(dy.t() @ F.gelu(z))
+        dw2 = in_padded_rows(dy.t() @ F.gelu(z))
     if need_x or need_fc1 or need_fc1_bias:
         dz = torch.ops.aten.gelu_backward(dy @ fc2_weight, z)
         db1 = dz.sum(0) if need_fc1_bias else None
-        dx = launching.in_padded_rows((dz @ fc1_weight).view(x.shape)) if need_x else None
-        dw1 = launching.in_padded_rows(dz.t() @ x.reshape(M, K)) if need_fc1 else None
+        dx = in_padded_rows((dz @ fc1_weight).view(x.shape)) if need_x else None
+        dw1 = in_padded_rows(dz.t() @ x.reshape(M, K)) if need_fc1 else None
     return library.empty_for_none(x, dx, dw1, db1, dw2, db2)
 
 
@@ -475,8 +467,8 @@ def _backward_plain(
 
 def _forward_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z):
     lead, dtype = x.shape[:-1], None if residual is None else residual.dtype
-    out = launching.empty_rows_like(x, *lead, fc2_weight.shape[0], dtype=dtype)
-    return out, launching.empty_rows_like(x, *lead, fc1_weight.shape[0]) if keep_z else x.new_empty(0)
+    out = empty_rows_like(x, *lead, fc2_weight.shape[0], dtype=dtype)
+    return out, empty_rows_like(x, *lead, fc1_weight.shape[0]) if keep_z else x.new_empty(0)
 
 
 def _backward_fake(
@@ -484,10 +476,10 @@ def _backward_fake(
 ):
     return library.empty_for_none(
         x,
-        launching.empty_rows_like(x, *x.shape) if need_x else None,
-        launching.empty_rows_like(x, *fc1_weight.shape) if need_fc1 else None,
+        empty_rows_like(x, *x.shape) if need_x else None,
+        empty_rows_like(x, *fc1_weight.shape) if need_fc1 else None,
         x.new_empty(fc1_weight.shape[0]) if need_fc1_bias else None,
-        launching.empty_rows_like(x, *fc2_weight.shape) if need_fc2 else None,
+        empty_rows_like(x, *fc2_weight.shape) if need_fc2 else None,
         x.new_empty(fc2_weight.shape[0]) if need_fc2_bias else None,
     )
 

@@ -36,6 +36,7 @@ from vtp_kernels import launching, library
 from vtp_kernels._arguments import as_autocast_casts, check_dtypes, check_inputs, check_shape, check_tensors
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, launch, tl, triton
 from vtp_kernels.library import LIBRARY, define, without_autocast
+from vtp_kernels.rows import is_aligned
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -369,7 +370,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _layout(*operands: Tensor) -> dict[str, bool | str]:
     """The constexprs that follow from where the operands lie and from their dtype."""
-    aligned = launching.is_aligned(*operands)
+    aligned = is_aligned(*operands)
     ieee = operands[0].dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return {
         "ALIGNED": aligned,
@@ -467,7 +468,7 @@ def _launch_fold(weight: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
     folded = torch.empty((N, K), dtype=dtype, device=weight.device)
     grid = (triton.cdiv(N, _FOLD.blocks["BLOCK_N"]), triton.cdiv(K, _FOLD.blocks["BLOCK_K"]))
     arguments = dict(weight=weight, gate=gate, folded=folded, N=N, K=K, stride_w=weight.stride(0))
-    launch(_fold_kernel, grid, arguments, _FOLD, ALIGNED=launching.is_aligned(weight))
+    launch(_fold_kernel, grid, arguments, _FOLD, ALIGNED=is_aligned(weight))
     return folded
 
 
@@ -477,7 +478,7 @@ def _launch_unfold(
     """From `product` [N, K], contiguous, dY^T X: dW and partial sums as `_launch_dw` returns them."""
     N, K = product.shape
     programs = triton.cdiv(N, _UNFOLD_ROWS)
-    aligned = launching.is_aligned(weight)
+    aligned = is_aligned(weight)
     config = _UNFOLD[aligned]
     device = product.device
     dw = torch.empty((N, K), dtype=weight.dtype, device=device) if need_weight else None

@@ -7,7 +7,6 @@ the Python function as it is, nothing launches it, and the ops run on plain PyTo
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -92,74 +91,6 @@ class Variant:
             self.num_warps,
             self.num_stages,
         )
-
-
-def is_aligned(*tensors: torch.Tensor) -> bool:
-    """Whether rows of every 2-D tensor start at 16 bytes and have a multiple of 8 elements.
-
-    Only then are 16-byte loads up to the edge, and descriptors (TMA), possible.
-    """
-    return all(
-        t.data_ptr() % 16 == 0
-        and t.shape[1] % 8 == 0
-        and t.stride(0) % 8 == 0
-        and t.stride(0) >= t.shape[1]
-        and t.stride(1) == 1
-        for t in tensors
-    )
-
-
-def padded_width(width: int) -> int:
-    """The width rounded up to 8 elements, 16 bytes at least."""
-    return -(-width // 8) * 8
-
-
-def empty_rows(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialized [..., width] whose rows start at 16 bytes: the stride of a row is `padded_width(width)`.
-    A kernel that fills it writes 0 to the padding."""
-    *lead, width = shape
-    return torch.empty((*lead, padded_width(width)), dtype=dtype, device=device)[..., :width]
-
-
-def empty_rows_like(t: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`empty_rows` on the device of t, in its dtype unless another is given."""
-    return empty_rows(*shape, dtype=dtype or t.dtype, device=t.device)
-
-
-def in_padded_rows(t: torch.Tensor) -> torch.Tensor:
-    """t [..., width] with the strides of `empty_rows`, as kernels return it; a copy only where it must be."""
-    if t.shape[-1] % 8 == 0:
-        return t.contiguous()
-    return empty_rows(*t.shape, dtype=t.dtype, device=t.device).copy_(t)
-
-
-def has_padded_rows(t: torch.Tensor) -> bool:
-    """Whether rows of t [M, width] start at 16 bytes, and the last one too has room up to a multiple of 8.
-
-    Then a kernel may load whole 16 bytes at the end of a row; what it finds behind the width is undefined.
-    """
-    (rows, width), (stride, step) = t.shape, t.stride()
-    end = t.storage_offset() + (rows - 1) * stride + padded_width(width)
-    return (
-        t.data_ptr() % 16 == 0
-        and step == 1
-        and stride % 8 == 0
-        and stride >= width
-        and (rows == 0 or end * t.element_size() <= t.untyped_storage().nbytes())
-    )
-
-
-def with_padded_rows(t: torch.Tensor) -> torch.Tensor:
-    """t [..., width] as [M, width] that `has_padded_rows`; a copy, with 0 in the padding, only where it must
-    be."""
-    width = t.shape[-1]
-    if t.ndim != 2:
-        t = t.reshape(math.prod(t.shape[:-1]), width)
-    if has_padded_rows(t):
-        return t
-    full = t.new_zeros(len(t), padded_width(width))
-    full[:, :width] = t
-    return full[:, :width]
 
 
 def operands(dtype: torch.dtype) -> str:

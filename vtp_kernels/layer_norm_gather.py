@@ -34,8 +34,9 @@ from torch import Tensor
 from torch.library import register_autograd
 
 from vtp_kernels import _arguments, launching
-from vtp_kernels.launching import Config, Variant, empty_rows, launch, tl, triton, with_padded_rows
+from vtp_kernels.launching import Config, Variant, launch, tl, triton
 from vtp_kernels.library import LIBRARY, autocast_is_on, define
+from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -327,7 +328,7 @@ def _forward_plain(
     out = F.layer_norm(x.to(_wide(x.dtype)), (D,), weight, bias, eps)
     if index is not None:
         out = out.index_select(-1, index)
-    return launching.in_padded_rows(out.to(dtype))
+    return in_padded_rows(out.to(dtype))
 
 
 def _backward_plain(
@@ -342,7 +343,7 @@ def _backward_plain(
     dx, *gradients = torch.ops.aten.native_layer_norm_backward(
         dy, rows, (D,), mean, rstd, scale, scale, needs
     )
-    dx = launching.in_padded_rows(dx.to(x.dtype).view(x.shape))
+    dx = in_padded_rows(dx.to(x.dtype).view(x.shape))
     if weight is None:
         return dx, x.new_empty(0), x.new_empty(0)
     if index is not None:
@@ -360,7 +361,7 @@ def _forward_fake(x, weight, bias, index, eps, dtype):
 
 def _backward_fake(dy, x, weight, index, eps):
     like = x.new_empty(0) if weight is None else weight
-    dx = launching.empty_rows_like(x, *x.shape)
+    dx = empty_rows_like(x, *x.shape)
     return dx, like.new_empty(like.shape), like.new_empty(like.shape)
 
 

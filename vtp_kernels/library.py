@@ -65,8 +65,8 @@ def cpp_unsupported_reason() -> str | None:
         torch.ops.vtp.cpu_isa()
     else:
         warnings.warn(
-            f"vtp_kernels: {_NO_CPP_REASON}; vtp.optimize runs on plain PyTorch operators on a CPU. Results are "
-            "the same; compact models are slower. `python setup.py build_ext --inplace` builds it.",
+            f"vtp_kernels: {_NO_CPP_REASON}; vtp.optimize runs on plain PyTorch operators on a CPU. Results "
+            "are the same; compact models are slower. `python setup.py build_ext --inplace` builds it.",
             stacklevel=2,
         )
     return _NO_CPP_REASON

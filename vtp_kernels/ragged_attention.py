@@ -42,8 +42,9 @@ from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching
-from vtp_kernels.launching import Config, Variant, launch, tl, triton, with_padded_rows
+from vtp_kernels.launching import Config, Variant, launch, tl, triton
 from vtp_kernels.library import LIBRARY, define
+from vtp_kernels.rows import empty_rows_like, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -703,7 +704,7 @@ def _backward_triton(
         return _backward_plain(dout, qkv, out, lse, head_dim, value_widths, scale)
     (B, N, width), H, V = qkv.shape, len(value_widths), sum(value_widths)
     padded = _round_up(width, 8) - 2 * H * head_dim
-    dqkv = launching.empty_rows_like(qkv, *qkv.shape)
+    dqkv = empty_rows_like(qkv, *qkv.shape)
     delta = torch.empty_like(lse)
     dout_rows, qkv_rows, out_rows = map(with_padded_rows, (dout, qkv, out))
     common = dict(
@@ -816,7 +817,7 @@ def _backward_plain(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, head_dim: int, value_widths: Sequence[int],
     scale: float,
 ) -> Tensor:  # fmt: skip
-    dqkv = launching.empty_rows_like(qkv, *qkv.shape)
+    dqkv = empty_rows_like(qkv, *qkv.shape)
     if not dqkv.numel():
         return dqkv
     query, key, values = _split(qkv, head_dim, value_widths)
@@ -842,7 +843,7 @@ def _results(qkv: Tensor, value_widths: Sequence[int], need_lse: bool) -> tuple[
     (B, N, _), H = qkv.shape, len(value_widths)
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     lse = qkv.new_empty((B, H, N) if need_lse else 0, dtype=dtype)
-    return launching.empty_rows_like(qkv, B, N, sum(value_widths)), lse
+    return empty_rows_like(qkv, B, N, sum(value_widths)), lse
 
 
 def _forward_fake(qkv, head_dim, value_widths, scale, need_lse):
@@ -850,7 +851,7 @@ def _forward_fake(qkv, head_dim, value_widths, scale, need_lse):
 
 
 def _backward_fake(dout, qkv, out, lse, head_dim, value_widths, scale):
-    return launching.empty_rows_like(qkv, *qkv.shape)
+    return empty_rows_like(qkv, *qkv.shape)
 
 
 def _setup_context(ctx, inputs, output):

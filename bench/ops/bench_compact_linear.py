@@ -14,8 +14,8 @@ from bench.ops.shapes import DEVICE, Case, Peer, engine_dtype, engine_linear, li
 from vtp.comparison.runtimes import Run
 from vtp_kernels import compact_linear
 from vtp_kernels.compact_linear import compact_linear_ref
-from vtp_kernels.launching import in_padded_rows
 from vtp_kernels.library import cpp_unsupported_reason
+from vtp_kernels.rows import in_padded_rows
 
 SITES = ("qkv", "proj", "fc1", "fc2")
 BACKWARD = (False,)

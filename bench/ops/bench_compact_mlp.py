@@ -9,8 +9,8 @@ from bench.ops.shapes import DEVICE, Case, Peer, engine_dtype, engine_linear, li
 from vtp.comparison.runtimes import Run
 from vtp_kernels import compact_mlp
 from vtp_kernels.compact_mlp import compact_mlp_ref
-from vtp_kernels.launching import in_padded_rows
 from vtp_kernels.library import cpp_unsupported_reason
+from vtp_kernels.rows import in_padded_rows
 
 SITES = ("mlp",)
 BACKWARD = (False,)

@@ -27,6 +27,7 @@ from tests.support.numerics import assert_close_to_float64
 from tests.support.triton_harness import programs
 from tests.vtp_kernels.test_compact_linear import DTYPES, EPILOGUES, inputs, leaves, run
 from vtp_kernels.library import TritonSides
+from vtp_kernels.rows import empty_rows
 
 MODULE = "vtp_kernels.compact_linear"
 op_module = importlib.import_module(MODULE)
@@ -134,8 +135,8 @@ def check_parts(op, data, parts=3):
     products = partial[..., : case.N].clone()
     partial[..., case.N :] = torch.nan
     dtype = data.tensors[0].dtype if residual is None else residual.dtype
-    out = op.launching.empty_rows(case.M, case.N, dtype=dtype, device=bias.device)
-    z = op.launching.empty_rows(case.M, case.N, dtype=data.tensors[0].dtype, device=bias.device)
+    out = empty_rows(case.M, case.N, dtype=dtype, device=bias.device)
+    z = empty_rows(case.M, case.N, dtype=data.tensors[0].dtype, device=bias.device)
     finish = op._epilogue(bias, data.gelu, residual, z, out, bias)
     op._launch_parts(guarded(partial, case.side, align=16), case.M, case.N, finish)
 

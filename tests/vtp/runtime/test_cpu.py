@@ -221,7 +221,9 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 @functools.cache
 def refusal_of_a_wrong_set() -> str:
-    return python("import vtp, vtp_kernels.library as l; l.cpp_unsupported_reason()", VTP_CPU_ISA="avx1024").stderr
+    return python(
+        "import vtp, vtp_kernels.library as l; l.cpp_unsupported_reason()", VTP_CPU_ISA="avx1024"
+    ).stderr
 
 
 @functools.cache
