@@ -26,13 +26,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
-from vtp_kernels.gated_linear import _grouped_tile
+from vtp_kernels._tiles import grouped_tile, load_padded_tile
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, is_amd, launch, tl, triton
-from vtp_kernels.library import LIBRARY, define
+from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, padded_width, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -52,16 +51,6 @@ def compact_linear_ref(
 
 
 # -------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def _load_inputs(source, o_row, o_k, K, stride, TAIL: tl.constexpr):
-    """source[o_row, o_k] of rows that exist; in the tail 0 beyond K, whatever the padding holds."""
-    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_k[None, :]
-    if TAIL:  # whole 16 bytes are loaded
-        b_tile = tl.load(p_tile, mask=(o_k[None, :] < (K + 7) // 8 * 8) & (o_row[:, None] >= 0), other=0.0)
-        return tl.where(o_k[None, :] < K, b_tile, 0.0)
-    return tl.load(p_tile)
 
 
 @triton.jit
@@ -96,13 +85,13 @@ def _product_tile(
             b_w = w_tiles.load([i_n, k])
         else:
             o_k = k + tl.arange(0, BLOCK_K)
-            b_x = _load_inputs(x, r_m, o_k, K, stride_x, False)
-            b_w = _load_inputs(weight, r_n, o_k, K, stride_w, False)
+            b_x = load_padded_tile(x, r_m, o_k, None, K, stride_x, False, False)
+            b_w = load_padded_tile(weight, r_n, o_k, None, K, stride_w, False, False)
         acc = _add_product(acc, b_x, b_w, TRANSPOSED, PRECISION)
     for k in range(full, end, TAIL_K):
         o_k = k + tl.arange(0, TAIL_K)
-        b_x = _load_inputs(x, r_m, o_k, K, stride_x, True)
-        b_w = _load_inputs(weight, r_n, o_k, K, stride_w, True)
+        b_x = load_padded_tile(x, r_m, o_k, None, K, stride_x, False, True)
+        b_w = load_padded_tile(weight, r_n, o_k, None, K, stride_w, False, True)
         acc = _add_product(acc, b_x, b_w, TRANSPOSED, PRECISION)
     if TRANSPOSED:
         acc = tl.trans(acc)
@@ -176,14 +165,14 @@ def _compact_linear_fwd_kernel(
     i_tile, i_part = tl.program_id(0), tl.program_id(1)
     interior = rows * columns
     if i_tile < interior:
-        i_m, i_n = _grouped_tile(i_tile, rows, columns, 8)
+        i_m, i_n = grouped_tile(i_tile, rows, columns, 8)
         _tile_of_result(
             x, weight, x_tiles, w_tiles, bias, residual, z, out, partial, i_m * BLOCK_M, i_n * BLOCK_N,
             i_part, inputs_per_part, M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out,
             gelu, BLOCK_M, BLOCK_N, BLOCK_K, TAIL_K, False, SAVE, DESCRIPTORS, PRECISION,
         )  # fmt: skip
     elif i_tile < interior + rows * border:
-        i_m, i_n = _grouped_tile(i_tile - interior, rows, border, 8)
+        i_m, i_n = grouped_tile(i_tile - interior, rows, border, 8)
         _tile_of_result(
             x, weight, None, None, bias, residual, z, out, partial, i_m * BLOCK_M,
             columns * BLOCK_N + i_n * BORDER_N,
@@ -271,29 +260,24 @@ def _compact_linear_db_kernel(partial, db, rows, N, BLOCK_R: tl.constexpr, BLOCK
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def _config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
-    return Config(
-        blocks | {"TAIL_K": 16, "BORDER_N": 32, "BOTTOM_M": 8, "BOTTOM_N": 64}, num_warps, num_stages
-    )
-
-
-# Tiles of the interior [BLOCK_M, BLOCK_N, BLOCK_K], warps and stages, by operands: 16-bit, float32 on tensor
-# cores (TF32), float32 without (IEEE). The borders have the same sizes everywhere:
+# Sizes of the borders, the same for all operands:
 # - TAIL_K: a matrix product of 16-bit numbers takes 16 inputs at least.
 # - BORDER_N: tiles of the border load x again. For half a tile, as there is on average, borders of 32 load as
 #   much from L2 as one padded tile (2 times 64 + 32 rows of inputs, and 64 + 128); borders of 16 load 1.7
 #   times as much, to save 1 % of the multiplications at N = 768.
 # - BOTTOM_M, BOTTOM_N: W x^T on NVIDIA's tensor cores takes 8 rows of x; AMD's take 16.
+_BORDERS = dict(TAIL_K=16, BORDER_N=32, BOTTOM_M=8, BOTTOM_N=64)
+# Warps, stages and tiles of the interior, by operands: 16-bit, float32 on tensor cores (TF32), float32
+# without (IEEE).
 _TILES = {
-    "16": _config(64, 128, 64, 4, 3),
-    "tf32": _config(64, 64, 32, 4, 3),
-    "ieee": _config(32, 64, 32, 4, 2),
+    "16": Config.of(4, 3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, **_BORDERS),
+    "tf32": Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, **_BORDERS),
+    "ieee": Config.of(4, 2, BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, **_BORDERS),
 }
-_PARTS = Config({"BLOCK_M": 4, "BLOCK_N": 128}, num_warps=4, num_stages=1)
-_DZ = Config({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=4, num_stages=1)
+_PARTS = Config.of(4, 1, BLOCK_M=4, BLOCK_N=128)
+_DZ = Config.of(4, 1, BLOCK_M=16, BLOCK_N=128)
 _DZ_ROWS = 128  # of dY per program: one partial sum of a column for each
-_DB = Config({"BLOCK_R": 16, "BLOCK_N": 64}, num_warps=4, num_stages=1)
+_DB = Config.of(4, 1, BLOCK_R=16, BLOCK_N=64)
 
 # The bottom border is for as many rows, and only where padding them to a full tile would be more than this
 # part of M. Predicted, not measured: a tile of it loads 8 + 64 rows of inputs for 8 x 64 results, so that two
@@ -620,10 +604,6 @@ def _backward(ctx, dy, _):
     return dx, dw, db, None, dy if need_residual else None, None
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError("compact_linear has no second derivative")
-
-
 define(
     "compact_linear(Tensor x, Tensor weight, Tensor? bias, bool gelu, Tensor? residual, bool save)"
     " -> (Tensor, Tensor)",
@@ -638,8 +618,9 @@ define(
     triton=_backward_triton,
     fake=_backward_fake,
 )
-register_autograd("vtp::compact_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
-register_autograd("vtp::compact_linear_backward", _no_second_derivative, lib=LIBRARY)
+define_gradient(
+    "compact_linear", by="compact_linear_backward", backward=_backward, setup_context=_setup_context
+)
 
 
 @register_flop_formula(torch.ops.vtp.compact_linear)

@@ -31,13 +31,13 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
+from vtp_kernels._tiles import load_padded_tile
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, launch, tl, triton
-from vtp_kernels.library import LIBRARY, define
+from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, padded_width, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -60,20 +60,6 @@ def compact_mlp_ref(
 
 
 @triton.jit
-def _load_tile(source, o_row, o_column, columns, stride, TAIL: tl.constexpr):
-    """source[o_row, o_column], rows all valid; with TAIL it is 0 from `columns` on.
-
-    Whole 16 bytes are loaded at the end of a row, and what lies behind its width may be anything.
-    """
-    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
-    if TAIL:
-        m_tile = (o_column[None, :] < (columns + 7) // 8 * 8) & (o_row[:, None] >= 0)
-        b_tile = tl.load(p_tile, mask=m_tile, other=0.0)
-        return tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))
-    return tl.load(p_tile)
-
-
-@triton.jit
 def _fc1_step(
     b_z, x, fc1_weight, r_m, r_h, i_m, i_h, k, K, stride_x, stride_w1,
     BLOCK_K: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
@@ -83,8 +69,8 @@ def _fc1_step(
         b_w = fc1_weight.load([i_h, k])
     else:
         o_k = k + tl.arange(0, BLOCK_K)
-        b_x = _load_tile(x, r_m, o_k, K, stride_x, TAIL)
-        b_w = _load_tile(fc1_weight, r_h, o_k, K, stride_w1, TAIL)
+        b_x = load_padded_tile(x, r_m, o_k, None, K, stride_x, False, TAIL)
+        b_w = load_padded_tile(fc1_weight, r_h, o_k, None, K, stride_w1, False, TAIL)
     return tl.dot(b_x, tl.trans(b_w), b_z, input_precision=PRECISION)
 
 
@@ -102,7 +88,8 @@ def _fc2_step(
         b_w = fc2_weight.load([i_n, i_h])
     else:
         o_h = i_h + tl.arange(0, BLOCK_H)
-        b_w = _load_tile(fc2_weight, tl.minimum(o_n, N - 1), o_h, hidden, stride_w2, TAIL)
+        r_n = tl.minimum(o_n, N - 1)
+        b_w = load_padded_tile(fc2_weight, r_n, o_h, None, hidden, stride_w2, False, TAIL)
     return tl.dot(b_h, tl.trans(b_w), acc, input_precision=PRECISION)
 
 
@@ -233,26 +220,19 @@ def _gelu_bwd_kernel(
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def _config(
-    block_n: int, block_more: int, block_h: int, block_k: int, num_warps: int, num_stages: int
-) -> Config:
-    blocks = dict(BLOCK_M=64, BLOCK_N=block_n, BLOCK_MORE=block_more, BLOCK_H=block_h, BLOCK_K=block_k)
-    return Config(blocks, num_warps, num_stages)
-
-
 # By the bytes of a number and the largest output width of a bucket. Float32 runs on tensor cores (TF32) here:
 # without them (IEEE) the products take five times as long as reading and writing the hidden activation,
 # nothing is won by keeping it on chip, and it is two launches. Two accumulators of it spill on sm_80 and
 # sm_100, so there 192 columns do cost those of 256.
 _FWD = {
     2: {
-        128: _config(128, 0, 64, 64, 8, 2),
-        192: _config(128, 64, 32, 64, 8, 2),
-        256: _config(256, 0, 64, 64, 8, 2),
+        128: Config.of(8, 2, BLOCK_M=64, BLOCK_N=128, BLOCK_MORE=0, BLOCK_H=64, BLOCK_K=64),
+        192: Config.of(8, 2, BLOCK_M=64, BLOCK_N=128, BLOCK_MORE=64, BLOCK_H=32, BLOCK_K=64),
+        256: Config.of(8, 2, BLOCK_M=64, BLOCK_N=256, BLOCK_MORE=0, BLOCK_H=64, BLOCK_K=64),
     },
     4: {
-        128: _config(128, 0, 32, 32, 8, 2),
-        256: _config(256, 0, 32, 32, 8, 2),
+        128: Config.of(8, 2, BLOCK_M=64, BLOCK_N=128, BLOCK_MORE=0, BLOCK_H=32, BLOCK_K=32),
+        256: Config.of(8, 2, BLOCK_M=64, BLOCK_N=256, BLOCK_MORE=0, BLOCK_H=32, BLOCK_K=32),
     },
 }
 _WIDEST = 256
@@ -263,7 +243,7 @@ _WIDEST = 256
 # multiprocessors at work that half is lost again.
 _FUSED_ROWS = 64 * 66
 
-_GELU_BWD = Config({"BLOCK_M": 16, "BLOCK_H": 128}, num_warps=4, num_stages=1)
+_GELU_BWD = Config.of(4, 1, BLOCK_M=16, BLOCK_H=128)
 _GELU_BWD_ROWS = 128  # per program: one partial sum of a column for each
 
 
@@ -502,10 +482,6 @@ def _backward(ctx, dy, _):
     return *gradients, dy if need_residual else None, None
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError("compact_mlp has no second derivative")
-
-
 define(
     "compact_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias,"
     " Tensor? residual, bool keep_z) -> (Tensor, Tensor)",
@@ -521,8 +497,7 @@ define(
     triton=_backward_triton,
     fake=_backward_fake,
 )
-register_autograd("vtp::compact_mlp", _backward, setup_context=_setup_context, lib=LIBRARY)
-register_autograd("vtp::compact_mlp_backward", _no_second_derivative, lib=LIBRARY)
+define_gradient("compact_mlp", by="compact_mlp_backward", backward=_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.vtp.compact_mlp)

@@ -29,13 +29,13 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import launching, library
 from vtp_kernels._arguments import as_autocast_casts, check_dtypes, check_inputs, check_shape, check_tensors
+from vtp_kernels._tiles import grouped_tile, load_tile
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, launch, tl, triton
-from vtp_kernels.library import LIBRARY, define, without_autocast
+from vtp_kernels.library import define, define_gradient, without_autocast
 from vtp_kernels.rows import is_aligned
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -50,31 +50,6 @@ def gated_linear_ref(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | Non
 
 
 @triton.jit
-def _grouped_tile(i_program, rows, columns, GROUP: tl.constexpr):
-    """Tile (row, column) of a program: GROUP rows of tiles at a time, so that their operands stay in L2."""
-    per_group = GROUP * columns
-    first = i_program // per_group * GROUP
-    height = tl.minimum(rows - first, GROUP)
-    within = i_program % per_group
-    return first + within % height, within // height
-
-
-@triton.jit
-def _load_tile(
-    source, o_row, o_column, rows, columns, stride, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
-):
-    """source[o_row, o_column], 0 beyond the masked edges."""
-    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
-    if MASK_ROWS and MASK_COLUMNS:
-        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] < columns), other=0.0)
-    if MASK_ROWS:
-        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] >= 0), other=0.0)
-    if MASK_COLUMNS:
-        return tl.load(p_tile, mask=(o_column[None, :] < columns) & (o_row[:, None] >= 0), other=0.0)
-    return tl.load(p_tile)
-
-
-@triton.jit
 def _fwd_step(
     acc, x, weight, gate, o_m, o_n, i_m, i_n, k, M, N, K, stride_x, stride_w,
     BLOCK_K: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
@@ -85,8 +60,8 @@ def _fwd_step(
         b_w = weight.load([i_n, k])
         b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0)
     else:
-        b_x = _load_tile(x, o_m, o_k, M, K, stride_x, False, TAIL)
-        b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, False, TAIL)
+        b_x = load_tile(x, o_m, o_k, M, K, stride_x, False, TAIL)
+        b_w = load_tile(weight, o_n, o_k, N, K, stride_w, False, TAIL)
         b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0) if TAIL else tl.load(gate + o_k)
     b_folded = (b_w.to(tl.float32) * b_g.to(tl.float32)[None, :]).to(b_x.dtype)
     return tl.dot(b_x, tl.trans(b_folded), acc, input_precision=PRECISION)
@@ -101,7 +76,7 @@ def _gated_linear_fwd_kernel(
     """y = x (W diag g)^T + b, one [BLOCK_M, BLOCK_N] tile; the W tile is scaled on chip."""
     if ALIGNED:  # tells the compiler that rows start at 16 bytes: `multiple_of` has no effect on arguments
         N, K, stride_x, stride_w = N // 8 * 8, K // 8 * 8, stride_x // 8 * 8, stride_w // 8 * 8
-    i_m, i_n = _grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
+    i_m, i_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
     i_m, i_n = i_m * BLOCK_M, i_n * BLOCK_N
     o_m, o_n = i_m + tl.arange(0, BLOCK_M), i_n + tl.arange(0, BLOCK_N)
     # Rows beyond the end read the last row again and are dropped at the store: no mask in the loop.
@@ -131,8 +106,8 @@ def _dx_step(
         b_w = weight.load([n, i_k])
     else:
         o_n = n + tl.arange(0, BLOCK_N)
-        b_dy = _load_tile(dy, o_m, o_n, M, N, stride_dy, False, TAIL)
-        b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, TAIL, True)
+        b_dy = load_tile(dy, o_m, o_n, M, N, stride_dy, False, TAIL)
+        b_w = load_tile(weight, o_n, o_k, N, K, stride_w, TAIL, True)
     return tl.dot(b_dy, b_w.to(b_dy.dtype), acc, input_precision=PRECISION)
 
 
@@ -149,7 +124,7 @@ def _gated_linear_dx_kernel(
     if ALIGNED:
         N, K = N // 8 * 8, K // 8 * 8
         stride_dy, stride_w, stride_x = stride_dy // 8 * 8, stride_w // 8 * 8, stride_x // 8 * 8
-    t_m, i_k = _grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), 8)
+    t_m, i_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), 8)
     i_m, i_k = t_m * BLOCK_M, i_k * BLOCK_K
     o_m, o_k = i_m + tl.arange(0, BLOCK_M), i_k + tl.arange(0, BLOCK_K)
     r_m = tl.minimum(o_m, M - 1)
@@ -164,7 +139,7 @@ def _gated_linear_dx_kernel(
     m_tile = (o_m[:, None] < M) & (o_k[None, :] < K)
     if GATE_GRADIENT:
         # x is 0 beyond the last row, so the repeated rows of the accumulator add nothing.
-        b_x = _load_tile(x, o_m, o_k, M, K, stride_x, True, True).to(tl.float32)
+        b_x = load_tile(x, o_m, o_k, M, K, stride_x, True, True).to(tl.float32)
         tl.store(partial + t_m.to(tl.int64) * K + o_k, tl.sum(acc * b_x, axis=0), mask=o_k < K)
     b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0).to(tl.float32)
     p_dx = dx + o_m[:, None].to(tl.int64) * K + o_k[None, :]
@@ -181,8 +156,8 @@ def _dw_step(
         b_x = x.load([m, i_k])
     else:
         o_m = m + tl.arange(0, BLOCK_M)
-        b_dy = _load_tile(dy, o_m, o_n, M, N, stride_dy, TAIL, True)
-        b_x = _load_tile(x, o_m, o_k, M, K, stride_x, TAIL, True)
+        b_dy = load_tile(dy, o_m, o_n, M, N, stride_dy, TAIL, True)
+        b_x = load_tile(x, o_m, o_k, M, K, stride_x, TAIL, True)
     return tl.dot(tl.trans(b_dy), b_x, acc, input_precision=PRECISION)
 
 
@@ -197,7 +172,7 @@ def _gated_linear_dw_kernel(
     if ALIGNED:
         N, K = N // 8 * 8, K // 8 * 8
         stride_dy, stride_x, stride_w = stride_dy // 8 * 8, stride_x // 8 * 8, stride_w // 8 * 8
-    t_n, i_k = _grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), 8)
+    t_n, i_k = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), 8)
     i_n, i_k = t_n * BLOCK_N, i_k * BLOCK_K
     o_n, o_k = i_n + tl.arange(0, BLOCK_N), i_k + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
@@ -209,7 +184,7 @@ def _gated_linear_dw_kernel(
         acc = _dw_step(acc, dy, x, o_n, o_k, i_n, i_k, full, M, N, K, stride_dy, stride_x,
                        BLOCK_M, True, DESCRIPTORS, PRECISION)  # fmt: skip
     if GATE_GRADIENT:
-        b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)
+        b_w = load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)
         tl.store(partial + t_n.to(tl.int64) * K + o_k, tl.sum(acc * b_w, axis=0), mask=o_k < K)
     if WEIGHT_GRADIENT:
         b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0).to(tl.float32)
@@ -228,7 +203,7 @@ def _fold_kernel(
         K, stride_w = K // 8 * 8, stride_w // 8 * 8
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)
+    b_w = load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)
     b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0).to(tl.float32)
     p_folded = folded + o_n[:, None].to(tl.int64) * K + o_k[None, :]
     m_folded = (o_n[:, None] < N) & (o_k[None, :] < K)
@@ -290,7 +265,7 @@ def _gate_gradient_kernel(partial, gate, dg, rows, K, l1, BLOCK_R: tl.constexpr,
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for row in range(0, rows, BLOCK_R):
         o_r = row + tl.arange(0, BLOCK_R)
-        acc += _load_tile(partial, o_r, o_k, rows, K, K, True, True)
+        acc += load_tile(partial, o_r, o_k, rows, K, K, True, True)
     b_g = tl.load(gate + o_k, mask=m_k, other=0.0).to(tl.float32)
     sign = tl.where(b_g > 0, 1.0, 0.0) - tl.where(b_g < 0, 1.0, 0.0)
     tl.store(dg + o_k, (tl.sum(acc, axis=0) + l1 * sign).to(dg.dtype.element_ty), mask=m_k)
@@ -299,48 +274,44 @@ def _gate_gradient_kernel(partial, gate, dg, rows, K, l1, BLOCK_R: tl.constexpr,
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def _config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
-    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, num_warps, num_stages)
-
-
-# Tiles [BLOCK_M, BLOCK_N, BLOCK_K], warps and stages, by kernel and by its operands: 16-bit, 16-bit with a
-# float32 weight, float32 on tensor cores (TF32), float32 without (IEEE). The batch size does not enter.
+# Warps, stages and tiles, by kernel and by its operands: 16-bit, 16-bit with a float32 weight, float32 on
+# tensor cores (TF32), float32 without (IEEE). The batch size does not enter.
 _TILES = {
-    ("fwd", "16"): _config(64, 128, 64, 4, 3),
-    ("fwd", "16/32"): _config(64, 128, 32, 4, 3),
-    ("fwd", "tf32"): _config(64, 64, 32, 4, 3),
-    ("fwd", "ieee"): _config(32, 64, 32, 4, 2),
-    ("dx", "16"): _config(64, 64, 128, 4, 3),
-    ("dx", "16/32"): _config(64, 32, 128, 4, 3),
-    ("dx", "tf32"): _config(64, 32, 64, 4, 3),
-    ("dx", "ieee"): _config(32, 16, 64, 4, 3),
-    ("dw", "16"): _config(64, 64, 128, 4, 3),
-    ("dw", "16/32"): _config(64, 64, 128, 4, 3),
-    ("dw", "tf32"): _config(64, 64, 64, 8, 2),
-    ("dw", "ieee"): _config(16, 64, 64, 4, 3),
+    ("fwd", "16"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64),
+    ("fwd", "16/32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=32),
+    ("fwd", "tf32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
+    ("fwd", "ieee"): Config.of(4, 2, BLOCK_M=32, BLOCK_N=64, BLOCK_K=32),
+    ("dx", "16"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=128),
+    ("dx", "16/32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=32, BLOCK_K=128),
+    ("dx", "tf32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=32, BLOCK_K=64),
+    ("dx", "ieee"): Config.of(4, 3, BLOCK_M=32, BLOCK_N=16, BLOCK_K=64),
+    ("dw", "16"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=128),
+    ("dw", "16/32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=128),
+    ("dw", "tf32"): Config.of(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64),
+    ("dw", "ieee"): Config.of(4, 3, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64),
 }
 # Rows that do not start at 16 bytes are loaded element by element; smaller tiles keep addresses in registers.
 _UNALIGNED_TILES = {
-    ("fwd", "16"): _config(64, 64, 32, 4, 3),
-    ("fwd", "16/32"): _config(64, 64, 32, 4, 3),
-    ("fwd", "tf32"): _config(64, 64, 32, 4, 3),
-    ("fwd", "ieee"): _config(32, 32, 16, 4, 3),
-    ("dx", "16"): _config(64, 32, 64, 4, 3),
-    ("dx", "16/32"): _config(64, 32, 64, 4, 3),
-    ("dx", "tf32"): _config(64, 32, 64, 4, 3),
-    ("dx", "ieee"): _config(32, 16, 32, 4, 3),
-    ("dw", "16"): _config(32, 64, 64, 8, 3),
-    ("dw", "16/32"): _config(32, 64, 64, 8, 3),
-    ("dw", "tf32"): _config(32, 64, 64, 4, 3),
-    ("dw", "ieee"): _config(16, 32, 64, 4, 3),
+    ("fwd", "16"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
+    ("fwd", "16/32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
+    ("fwd", "tf32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
+    ("fwd", "ieee"): Config.of(4, 3, BLOCK_M=32, BLOCK_N=32, BLOCK_K=16),
+    ("dx", "16"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=32, BLOCK_K=64),
+    ("dx", "16/32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=32, BLOCK_K=64),
+    ("dx", "tf32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=32, BLOCK_K=64),
+    ("dx", "ieee"): Config.of(4, 3, BLOCK_M=32, BLOCK_N=16, BLOCK_K=32),
+    ("dw", "16"): Config.of(8, 3, BLOCK_M=32, BLOCK_N=64, BLOCK_K=64),
+    ("dw", "16/32"): Config.of(8, 3, BLOCK_M=32, BLOCK_N=64, BLOCK_K=64),
+    ("dw", "tf32"): Config.of(4, 3, BLOCK_M=32, BLOCK_N=64, BLOCK_K=64),
+    ("dw", "ieee"): Config.of(4, 3, BLOCK_M=16, BLOCK_N=32, BLOCK_K=64),
 }
-_FOLD = Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=4, num_stages=1)
+_FOLD = Config.of(4, 1, BLOCK_N=16, BLOCK_K=128)
 _UNFOLD = {  # by whether rows start at 16 bytes
-    True: Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=4, num_stages=1),
-    False: Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=8, num_stages=1),
+    True: Config.of(4, 1, BLOCK_N=16, BLOCK_K=128),
+    False: Config.of(8, 1, BLOCK_N=16, BLOCK_K=128),
 }
 _UNFOLD_ROWS = 128  # of W per program: one partial sum of a column for each
-_GATE_GRADIENT = Config({"BLOCK_R": 16, "BLOCK_K": 64}, num_warps=4, num_stages=1)
+_GATE_GRADIENT = Config.of(4, 1, BLOCK_R=16, BLOCK_K=64)
 
 # Rows of x up to which a product runs in the fused kernel; with more, it is the vendor's GEMM with N x K
 # kernels around it. Predicted, not measured: those kernels move about 4 bytes per weight and product in 16
@@ -776,10 +747,6 @@ def _fold_backward(ctx, product, unfold=None):
     return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError("gated_linear has no second derivative")
-
-
 define(
     "gated_linear(Tensor x, Tensor weight, Tensor gate, Tensor? bias, float l1) -> Tensor",
     plain=_forward_plain,
@@ -806,10 +773,14 @@ define(
     triton=_unfold_triton,
     fake=_unfold_fake,
 )
-register_autograd("vtp::gated_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
-register_autograd("vtp::gated_linear_backward", _no_second_derivative, lib=LIBRARY)
-register_autograd("vtp::fold_gate", _fold_backward, setup_context=_fold_setup_context, lib=LIBRARY)
-register_autograd("vtp::unfold_gate", _no_second_derivative, lib=LIBRARY)
+define_gradient("gated_linear", by="gated_linear_backward", backward=_backward, setup_context=_setup_context)
+define_gradient(
+    "fold_gate",
+    by="unfold_gate",
+    backward=_fold_backward,
+    setup_context=_fold_setup_context,
+    public_name="gated_linear",
+)
 
 
 @register_flop_formula(torch.ops.vtp.gated_linear)
@@ -844,7 +815,7 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         if torch.is_grad_enabled():  # create_graph=True
-            _no_second_derivative(ctx)
+            library.refuse_second_derivative("gated_linear")
         return _backward(ctx, dy, _backward_on_cpu)
 
 
@@ -860,7 +831,7 @@ class _FoldGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, product):
         if torch.is_grad_enabled():
-            _no_second_derivative(ctx)
+            library.refuse_second_derivative("gated_linear")
         return _fold_backward(ctx, product, _unfold_on_cpu)
 
 

@@ -57,6 +57,11 @@ class Config:
     num_warps: int
     num_stages: int
 
+    @classmethod
+    def of(cls, num_warps: int, num_stages: int, **blocks: int) -> Config:
+        """As the tables of the ops write it: tile sizes by the names that they have in the kernel."""
+        return cls(blocks, num_warps, num_stages)
+
     def __str__(self) -> str:
         return "x".join(map(str, self.blocks.values()))
 

@@ -10,6 +10,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,6 +88,29 @@ def define(schema: str, *, plain: Callable, triton: Callable, fake: Callable) ->
     torch.library.impl(name, "CompositeExplicitAutograd", without_autocast(plain), lib=LIBRARY)
     torch.library.impl(name, "CUDA", without_autocast(_on_gpu(plain, triton)), lib=LIBRARY)
     torch.library.register_fake(name, fake, lib=LIBRARY)
+
+
+def define_gradient(
+    op: str, *, by: str, backward: Callable, setup_context: Callable, public_name: str | None = None
+) -> None:
+    """Register the gradient of the op `op`: once, since the op `by`, which computes it, has none.
+
+    Args:
+        backward, setup_context: as `torch.library.register_autograd` takes them.
+        public_name: the function whose gradient this is, for messages; `op` unless it is given.
+    """
+    name = public_name or op
+
+    def refuse(*_: object) -> NoReturn:
+        refuse_second_derivative(name)
+
+    torch.library.register_autograd(f"vtp::{op}", backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"vtp::{by}", refuse, lib=LIBRARY)
+
+
+def refuse_second_derivative(op: str) -> NoReturn:
+    """Raise the error of an op that can be differentiated once only."""
+    raise NotImplementedError(f"{op} has no second derivative")
 
 
 class TritonSides(TorchDispatchMode):

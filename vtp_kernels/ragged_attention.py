@@ -38,12 +38,12 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching
+from vtp_kernels._tiles import load_tile
 from vtp_kernels.launching import Config, Variant, launch, tl, triton
-from vtp_kernels.library import LIBRARY, define
+from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import empty_rows_like, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -76,31 +76,16 @@ def _program(table, B, N, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(
-    source, o_row, o_column, rows, columns, stride, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
-):
-    """source[o_row, o_column], 0 beyond the masked edges."""
-    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
-    if MASK_ROWS and MASK_COLUMNS:
-        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] < columns), other=0.0)
-    if MASK_ROWS:
-        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] >= 0), other=0.0)
-    if MASK_COLUMNS:
-        return tl.load(p_tile, mask=(o_column[None, :] < columns) & (o_row[:, None] >= 0), other=0.0)
-    return tl.load(p_tile)
-
-
-@triton.jit
 def _load_head(source, o_row, N, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr):
     """The query or key [rows, BLOCK_D] at `source`, 0 beyond HEAD_DIM and, if MASK, beyond the last token."""
     o_d = tl.arange(0, BLOCK_D)
-    return _load_tile(source, o_row, o_d, N, HEAD_DIM, stride, MASK, HEAD_DIM < BLOCK_D)
+    return load_tile(source, o_row, o_d, N, HEAD_DIM, stride, MASK, HEAD_DIM < BLOCK_D)
 
 
 @triton.jit
 def _load_own(source, o_row, o_column, begin, end, N, columns, stride, MASK: tl.constexpr):
     """Columns [begin, end) only of what lies in whole 16 bytes around them, 0 elsewhere."""
-    b_tile = _load_tile(source, o_row, o_column, N, columns, stride, MASK, True)
+    b_tile = load_tile(source, o_row, o_column, N, columns, stride, MASK, True)
     own = (o_column[None, :] - begin).to(tl.uint32) < (end - begin)
     return tl.where(own, b_tile, tl.zeros_like(b_tile))
 
@@ -146,7 +131,7 @@ def _value_columns(
     for i in tl.static_range(5):
         if KEYS & (256 >> i):
             o_n = _keys_of_piece(KEYS, 256 >> i)
-            b_v = _load_tile(values, o_n, o_column, N, readable, stride_qkv, KEYS % (256 >> i) == 0, True)
+            b_v = load_tile(values, o_n, o_column, N, readable, stride_qkv, KEYS % (256 >> i) == 0, True)
             acc = tl.dot(weights[i], b_v, acc, input_precision=PRECISION)
     acc = acc / total[:, None]
     _store_rows(out, acc, o_m, o_column, begin, end, N, V, (V + 7) // 8 * 8, stride_out)
@@ -245,11 +230,11 @@ def _online_step(
     total = total * shrink + tl.sum(b_p, axis=1)
     b_p = b_p.to(b_q.dtype)
     o_wide = column + tl.arange(0, WIDE)
-    b_v = _load_tile(values, o_n, o_wide, N, readable, stride_qkv, MASK, True)
+    b_v = load_tile(values, o_n, o_wide, N, readable, stride_qkv, MASK, True)
     acc_wide = tl.dot(b_p, b_v, acc_wide * shrink[:, None], input_precision=PRECISION)
     if NARROW:
         o_narrow = column + WIDE + tl.arange(0, NARROW)
-        b_v = _load_tile(values, o_n, o_narrow, N, readable, stride_qkv, MASK, True)
+        b_v = load_tile(values, o_n, o_narrow, N, readable, stride_qkv, MASK, True)
         acc_narrow = tl.dot(b_p, b_v, acc_narrow * shrink[:, None], input_precision=PRECISION)
     return acc_wide, acc_narrow, higher, total
 
@@ -588,24 +573,20 @@ def _ragged_attention_dkdv_kernel(
 
 # Tiles by what a product multiplies: 16-bit numbers, float32 on tensor cores (TF32), float32 without (IEEE).
 # BLOCK_M: rows that a program writes. BLOCK_N: rows that it takes at a time, where not all are on chip.
-def _config(num_warps: int, num_stages: int, **blocks: int) -> Config:
-    return Config(blocks, num_warps, num_stages)
-
-
-_ONE_PASS = _config(4, 2, BLOCK_M=64)
+_ONE_PASS = Config.of(4, 2, BLOCK_M=64)
 _ONLINE = {
-    "16": _config(4, 2, BLOCK_M=64, BLOCK_N=64),
-    "tf32": _config(8, 2, BLOCK_M=64, BLOCK_N=32),
-    "ieee": _config(4, 2, BLOCK_M=32, BLOCK_N=32),
+    "16": Config.of(4, 2, BLOCK_M=64, BLOCK_N=64),
+    "tf32": Config.of(8, 2, BLOCK_M=64, BLOCK_N=32),
+    "ieee": Config.of(4, 2, BLOCK_M=32, BLOCK_N=32),
 }
 # Not without tensor cores: their operands would be spilled. That backward pass is PyTorch's, head by head.
 _DQ = {
-    "16": _config(4, 2, BLOCK_M=32, BLOCK_N=32),
-    "tf32": _config(8, 2, BLOCK_M=64, BLOCK_N=16),
+    "16": Config.of(4, 2, BLOCK_M=32, BLOCK_N=32),
+    "tf32": Config.of(8, 2, BLOCK_M=64, BLOCK_N=16),
 }
 _DKDV = {
-    "16": _config(8, 1, BLOCK_M=32, BLOCK_N=16),
-    "tf32": _config(8, 2, BLOCK_M=32, BLOCK_N=16),
+    "16": Config.of(8, 1, BLOCK_M=32, BLOCK_N=16),
+    "tf32": Config.of(8, 2, BLOCK_M=32, BLOCK_N=16),
 }
 # Columns of values that a head may have.
 _MOST_VALUES = 256
@@ -869,10 +850,6 @@ def _backward(ctx, dout, _):
     return torch.ops.vtp.ragged_attention_backward(dout, *arguments), None, None, None, None
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError("ragged_attention has no second derivative")
-
-
 define(
     "ragged_attention(Tensor qkv, int head_dim, int[] value_widths, float scale, bool need_lse)"
     " -> (Tensor, Tensor)",
@@ -887,8 +864,9 @@ define(
     triton=_backward_triton,
     fake=_backward_fake,
 )
-register_autograd("vtp::ragged_attention", _backward, setup_context=_setup_context, lib=LIBRARY)
-register_autograd("vtp::ragged_attention_backward", _no_second_derivative, lib=LIBRARY)
+define_gradient(
+    "ragged_attention", by="ragged_attention_backward", backward=_backward, setup_context=_setup_context
+)
 
 
 @register_flop_formula(torch.ops.vtp.ragged_attention)

@@ -1,7 +1,7 @@
 """How operands and results of the ops lie in memory: rows that start at 16 bytes, padded to 8 elements.
 
-The ops of the compact model read such rows, so that their kernels load whole 16 bytes up to the edge, whatever
-the width is. What lies in the padding of an operand is undefined; a kernel writes 0 to that of its results.
+The ops of the compact model read such rows, so that their kernels load whole 16 bytes up to the edge at any
+width. What lies in the padding of an operand is undefined; a kernel writes 0 to that of its results.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def in_padded_rows(t: Tensor) -> Tensor:
 def has_padded_rows(t: Tensor) -> bool:
     """Whether the rows of `t` [M, width] start at 16 bytes, each with room up to a multiple of 8 elements.
 
-    Then a kernel may load whole 16 bytes at the end of every row; what it finds behind the width is undefined.
+    Then a kernel may load whole 16 bytes at the end of every row; what lies behind the width is undefined.
     """
     (rows, width), (stride, step) = t.shape, t.stride()
     end = t.storage_offset() + (rows - 1) * stride + padded_width(width)

@@ -94,8 +94,10 @@ def assert_padding_is_zero(name: str, t: torch.Tensor) -> None:
 
 
 def loaded(module_name: str, replacements: Sequence[tuple] = ()) -> types.ModuleType:
-    """The module of an op, or a copy with `replacements` in its source."""
-    return mutated(module_name, replacements) if replacements else importlib.import_module(module_name)
+    """The module of an op, or a copy with `replacements` in its source or in what it has of `_tiles`."""
+    if not replacements:
+        return importlib.import_module(module_name)
+    return mutated(module_name, replacements, helpers=["vtp_kernels._tiles"])
 
 
 def run_check(
@@ -168,7 +170,7 @@ PAD_IN, PAD_OUT, OFFSET = "padding of an input used", "padding of a result not z
 
 @dataclass(frozen=True)
 class Defect:
-    """`old` becomes `new` in the source of a kernel, or of its launcher: a defect of some kind.
+    """`old` becomes `new` in the source of a kernel, its launcher or a helper: a defect of some kind.
 
     proof: the one that finds it. old, new: one text each, or several.
     options: what `prove` is given besides the check, `case` among it.

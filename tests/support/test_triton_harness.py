@@ -1,4 +1,5 @@
 import gc
+import importlib
 import itertools
 import time
 
@@ -339,6 +340,17 @@ def test_mutated_refuses_text_that_does_not_occur_as_often_as_expected():
     with pytest.raises(AssertionError, match="occurs 2 times, expected 1"):
         mutated("toy_kernels", [("(o_m < M) & (o_n < N)", "")])
     assert mutated("toy_kernels", [("(o_m < M) & (o_n < N)", "o_m < M", 2)]).copy is not toy_kernels.copy
+
+
+def test_a_defect_in_a_helper_is_in_the_copy_alone():
+    module, helper = (importlib.import_module(f"vtp_kernels.{name}") for name in ("gated_linear", "_tiles"))
+    defect = ("first + within % height", "within % height")
+    copy = mutated(module.__name__, [defect], helpers=[helper.__name__])
+    assert copy.grouped_tile is not helper.grouped_tile and module.grouped_tile is helper.grouped_tile
+    assert importlib.import_module(helper.__name__) is helper
+    assert copy.launching is module.launching
+    with pytest.raises(AssertionError, match="expected 1 in one of"):
+        mutated(module.__name__, [("from __future__", "from __future__")], helpers=[helper.__name__])
 
 
 OP_MODULE = """

@@ -299,8 +299,8 @@ def planted(kernel, kind, what, proof, old, new, case=SMALL, argument="", descri
 
 
 CLAMPS = "r_m, r_h = tl.minimum(o_m, M - 1), tl.minimum(o_h, hidden - 1)"
-TILE_MASK = "(o_column[None, :] < (columns + 7) // 8 * 8) & (o_row[:, None] >= 0)"
-TILE_CLEAR = "return tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))"
+TILE_MASK = "(o_column[None, :] < columns) & (o_row[:, None] >= 0)"
+TILE_CLEAR = "b_tile = tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))"
 FC1_BIAS = "tl.load(fc1_bias + o_h, mask=o_h < hidden, other=0.0)"
 FC2_BIAS = "tl.load(fc2_bias + o_n, mask=o_n < N, other=0.0)"
 RESIDUAL = "tl.load(p_residual, mask=m_out, other=0.0)"
@@ -349,7 +349,7 @@ DEFECTS = [planted(*row) for row in (
      Z_MASK.replace("(hidden + 7) // 8", "hidden // 8")),
     ("fwd", RAW, "gelu-in-bfloat16", "bfloat16-check", HIDDEN,
      "(b_z.to(tl.bfloat16) * _normal_cdf(b_z).to(tl.bfloat16))"),
-    ("fwd", PAD_IN, "padding-enters-the-products", "poison", TILE_CLEAR, "return b_tile"),
+    ("fwd", PAD_IN, "padding-enters-the-products", "poison", TILE_CLEAR, "pass"),
     ("fwd", PAD_OUT, "padding-of-out-not-zeroed", "padding", "tl.where(o_n[None, :] < N, acc, 0.0)", "acc"),
     ("fwd", PAD_OUT, "padding-of-z-not-zeroed", "padding",
      "b_z = tl.where(o_h[None, :] < hidden, b_z, 0.0)\n    if",

@@ -344,7 +344,7 @@ CLAMP = "tl.minimum(o_m, N - 1), N, stride_qkv, HEAD_DIM, BLOCK_D, False"
 LSE = "highest + tl.log2(total)"
 FACTOR = "            factor=scale * math.log2(math.e),\n"
 NO_LSE_MASK = "b_lse = tl.load(lse + o_m)\n"
-ONLINE_VALUES = "b_v = _load_tile(values, o_n, o_wide, N, readable, stride_qkv, MASK, True)"
+ONLINE_VALUES = "b_v = load_tile(values, o_n, o_wide, N, readable, stride_qkv, MASK, True)"
 CHUNKS = "for c in range(begin // 8 * 8, end, 32):\n        o_c = c + tl.arange(0, 32)\n        b_row"
 
 
