@@ -30,7 +30,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
 from vtp_kernels._tiles import grouped_tile, load_padded_tile
-from vtp_kernels.launching import Config, TensorDescriptor, Variant, is_amd, launch, tl, triton
+from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, is_amd, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, padded_width, with_padded_rows
 
@@ -155,7 +155,7 @@ def _compact_linear_fwd_kernel(
     BORDER_N: tl.constexpr, BOTTOM_M: tl.constexpr, BOTTOM_N: tl.constexpr,
     SAVE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result: of the interior, of the right border or of the bottom one (see `_Grid`).
+    """One tile of the result: of the interior, of the right border or of the bottom one (see `TileGrid`).
 
     x_tiles and w_tiles are descriptors of tiles of the interior, the borders load by pointer. With `partial`
     the tile is a sum over `inputs_per_part` inputs, for `_compact_linear_parts_kernel`.
@@ -301,9 +301,14 @@ _LEAST_INPUTS = 2048
 # inputs they take longer than it saves, and they add a tenth to the bytes of a compact DeiT-B.
 _VENDOR_ROWS = 4096
 
+# What `launching.forced_path` can force: such a product in the op's own kernel or in the vendor's GEMM, and
+# inputs in one piece or split, into parts of as few as one block.
+_PRODUCT = choice("compact_linear", "kernel", "vendor")
+_INPUTS = choice("compact_linear", "whole", "split")
+
 
 @dataclass(frozen=True)
-class _Grid:
+class TileGrid:
     """The tiles of a result: of the interior and of the right border in each of `rows` rows of tiles, and of
     the bottom border, for what is left below them."""
 
@@ -318,12 +323,12 @@ class _Grid:
         return self.rows * (self.columns + self.border) + self.bottom_rows * self.bottom_columns
 
 
-def _grid(M: int, N: int, config: Config) -> _Grid:
+def tile_grid(M: int, N: int, config: Config) -> TileGrid:
     block = config.blocks
     bottom = M % block["BLOCK_M"]
     if bottom > _BOTTOM_ROWS or block["BLOCK_M"] - bottom <= _BOTTOM_PART * M:
         bottom = 0
-    return _Grid(
+    return TileGrid(
         rows=triton.cdiv(M - bottom, block["BLOCK_M"]),
         columns=N // block["BLOCK_N"],
         border=triton.cdiv(N % block["BLOCK_N"], block["BORDER_N"]),
@@ -334,7 +339,7 @@ def _grid(M: int, N: int, config: Config) -> _Grid:
 
 def tiled_flops(M: int, N: int, K: int, config: Config) -> int:
     """What `_compact_linear_fwd_kernel` multiplies and adds, padding of its tiles included."""
-    grid, block = _grid(M, N, config), config.blocks
+    grid, block = tile_grid(M, N, config), config.blocks
     columns = grid.columns * block["BLOCK_N"] + grid.border * block["BORDER_N"]
     results = grid.rows * block["BLOCK_M"] * columns
     results += grid.bottom_rows * block["BOTTOM_M"] * grid.bottom_columns * block["BOTTOM_N"]
@@ -344,10 +349,12 @@ def tiled_flops(M: int, N: int, K: int, config: Config) -> int:
 
 def _inputs_per_part(tiles: int, K: int, config: Config) -> int:
     """K, or where the inputs are split how many each part has but the last, which may have fewer."""
-    parts = min(_FULL_GPU // tiles, K // _LEAST_INPUTS)
-    if parts < 2:
+    block = config.blocks["BLOCK_K"]
+    least = block if _INPUTS.forced == "split" else _LEAST_INPUTS
+    parts = min(_FULL_GPU // tiles, K // least)
+    if parts < 2 or _INPUTS.forced == "whole":
         return K
-    return triton.cdiv(triton.cdiv(K, config.blocks["BLOCK_K"]), parts) * config.blocks["BLOCK_K"]
+    return triton.cdiv(triton.cdiv(K, block), parts) * block
 
 
 # ------------------------------------------------------------------------------------------------- launchers
@@ -389,7 +396,7 @@ def _launch_fwd(
     (M, K), N = x.shape, weight.shape[0]
     config = _tiles(x)
     block = config.blocks
-    grid = _grid(M, N, config)
+    grid = tile_grid(M, N, config)
     inputs = _inputs_per_part(grid.tiles, K, config)
     parts = triton.cdiv(K, inputs)
     finish = _epilogue(bias, gelu, residual, z, out, weight)
@@ -485,7 +492,8 @@ def _forward_triton(
     shape = torch.Size((*x.shape[:-1], N))
     x, weight = with_padded_rows(x), with_padded_rows(weight)
     residual = None if residual is None else with_padded_rows(residual)
-    if len(x) >= _VENDOR_ROWS and residual is None and not (gelu or save):
+    has_epilogue = gelu or save or residual is not None
+    if not has_epilogue and _PRODUCT.takes("vendor", len(x) >= _VENDOR_ROWS):
         return _product(x, weight.t(), shape, bias), x.new_empty(0)
     out, out_rows = _empty_rows(shape, x.dtype if residual is None else residual.dtype, x.device)
     z, z_rows = _empty_rows(shape, x.dtype, x.device) if save else (x.new_empty(0), None)

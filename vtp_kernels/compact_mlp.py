@@ -36,7 +36,7 @@ from torch.utils.flop_counter import register_flop_formula
 from vtp_kernels import _arguments, launching, library
 from vtp_kernels._tiles import load_padded_tile
 from vtp_kernels.compact_linear import compact_linear
-from vtp_kernels.launching import Config, TensorDescriptor, Variant, launch, tl, triton
+from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, padded_width, with_padded_rows
 
@@ -242,6 +242,7 @@ _WIDEST = 256
 # where two launches share the columns of a result among programs too: with fewer than half of the 132
 # multiprocessors at work that half is lost again.
 _FUSED_ROWS = 64 * 66
+_LAUNCHES = choice("compact_mlp", "fused", "two_launches")  # what `launching.forced_path` can force
 
 _GELU_BWD = Config.of(4, 1, BLOCK_M=16, BLOCK_H=128)
 _GELU_BWD_ROWS = 128  # per program: one partial sum of a column for each
@@ -249,7 +250,8 @@ _GELU_BWD_ROWS = 128  # per program: one partial sum of a column for each
 
 def _is_fused(dtype: torch.dtype, M: int, N: int) -> bool:
     """Whether one kernel makes the whole branch."""
-    return N <= _WIDEST and M >= _FUSED_ROWS and launching.operands(dtype) != "ieee"
+    can_be = N <= _WIDEST and launching.operands(dtype) != "ieee"
+    return can_be and _LAUNCHES.takes("fused", M >= _FUSED_ROWS)
 
 
 # ------------------------------------------------------------------------------------------------- launchers

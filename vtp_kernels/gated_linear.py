@@ -34,7 +34,7 @@ from torch.utils.flop_counter import register_flop_formula
 from vtp_kernels import launching, library
 from vtp_kernels._arguments import as_autocast_casts, check_dtypes, check_inputs, check_shape, check_tensors
 from vtp_kernels._tiles import grouped_tile, load_tile
-from vtp_kernels.launching import Config, TensorDescriptor, Variant, launch, tl, triton
+from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient, without_autocast
 from vtp_kernels.rows import is_aligned
 
@@ -318,16 +318,28 @@ _GATE_GRADIENT = Config.of(4, 1, BLOCK_R=16, BLOCK_K=64)
 # bits and 8 in float32 (`proofs.gating_roofline`); the fused GEMM takes perhaps a fifth more time for its 2 M
 # flop per weight. The two are then equal at M = 2,950 on an H100 (990 TFLOP/s, 3.35 TB/s) and 1,530 on an
 # A100 (312, 2.0) in 16 bits, at 400 and 190 in float32 without tensor cores.
-_FUSED_ROWS = {2: 2048, 4: 256}
+FUSED_ROWS = {2: 2048, 4: 256}
 
 # Tiles of dW from which the fused kernel fills a large GPU (132 multiprocessors of an H100). With fewer, the
 # vendor's GEMM, which can share the rows among programs, is taken.
 _FULL_GPU = 132
 
+# What `launching.forced_path` can force: products in the op's own kernels or in the vendor's GEMM; dW, which
+# is also the vendor's where its tiles are few; and the product from which the gate's gradient is made.
+_PRODUCTS = choice("gated_linear", "fused", "vendor")
+_DW_PRODUCT = choice("gated_linear", "fused_dw", "vendor_dw")
+_GATE_SIDE = choice("gated_linear", "activation_side", "weight_side")
+
 
 def _on_activation_side(M: int, N: int, need_x: bool, need_weight: bool, need_gate: bool) -> bool:
     """Whether the gate's gradient comes from `dY W` (M x K) rather than from `dY^T X` (N x K)."""
-    return need_gate and need_x and (not need_weight or M < N)
+    cheaper = not need_weight or M < N
+    return need_gate and need_x and _GATE_SIDE.takes("activation_side", cheaper)
+
+
+def _is_fused(M: int, element_size: int) -> bool:
+    """Whether products of M rows of such numbers run in the fused kernels."""
+    return _PRODUCTS.takes("fused", FUSED_ROWS[element_size] >= M)
 
 
 # ------------------------------------------------------------------------------------------------- launchers
@@ -494,7 +506,7 @@ def _forward_triton(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None
     rows, weight = _rows(x), _rows(weight)
     if 0 in (len(rows), N, K) or x.dtype == torch.float64:
         return _forward_plain(x, weight, gate, bias, l1)
-    if len(rows) <= _FUSED_ROWS[x.element_size()]:
+    if _is_fused(len(rows), x.element_size()):
         bias = None if bias is None else bias.to(weight.dtype).contiguous()
         y = _launch_fwd(rows, weight, _float32(gate), bias)
     else:
@@ -513,16 +525,16 @@ def _backward_triton(
     shape, gate_dtype = x.shape, gate.dtype
     dy, x, weight, gate = _rows(dy), _rows(x), _rows(weight), _float32(gate)
     M = len(dy)
-    few_rows = _FUSED_ROWS[x.element_size()] >= M
+    is_fused = _is_fused(M, x.element_size())
     dx = dw = dg = partial = None
     if _on_activation_side(M, N, need_x, need_weight, need_gate):
         dx, partial = _launch_dx(dy, weight, gate, x)
         need_gate = False
-    elif need_x and few_rows:
+    elif need_x and is_fused:
         dx, _ = _launch_dx(dy, weight, gate, None)
     elif need_x:
         dx = dy @ _launch_fold(weight, gate, dy.dtype)
-    if (need_weight or need_gate) and few_rows and _fills_a_gpu(weight):
+    if (need_weight or need_gate) and _DW_PRODUCT.takes("fused_dw", is_fused and _fills_a_gpu(weight)):
         dw, from_weight = _launch_dw(dy, x, weight, gate, need_weight, need_gate)
     elif need_weight or need_gate:
         dw, from_weight = _launch_unfold(dy.t() @ x, weight, None, gate, need_weight, need_gate)
@@ -583,7 +595,7 @@ def _record(x_dtype: torch.dtype, weight_dtype: torch.dtype, width: int) -> None
         return torch.empty(shape, dtype=dtype, device="meta")
 
     weight, gate = empty(width, width, dtype=weight_dtype), empty(width, dtype=torch.float32)
-    for M in (64, _FUSED_ROWS[x_dtype.itemsize], 65536):  # one program a tile, several, the vendor's GEMM
+    for M in (64, FUSED_ROWS[x_dtype.itemsize], 65536):  # one program a tile, several, the vendor's GEMM
         x = empty(M, width, dtype=x_dtype)
         for bias in (None, gate.to(weight_dtype)):
             _forward_triton(x, weight, gate, bias, 0.0)

@@ -7,7 +7,9 @@ the Python function as it is, nothing launches it, and the ops run on plain PyTo
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +28,80 @@ except ImportError:  # the kernels of a file are still defined, and never launch
     HAS_TRITON = False
 else:
     HAS_TRITON = True
+
+
+class Choice:
+    """A decision that an op makes for each call, between paths that give the same result.
+
+    Its tables say which is faster; `forced_path` overrules them. `forced` is the path in force, else None.
+    """
+
+    def __init__(self, op: str, paths: tuple[str, ...]) -> None:
+        self.op, self.paths = op, paths
+        self.forced: str | None = None
+
+    def takes(self, path: str, default: bool) -> bool:
+        """Whether this call takes `path`: `default`, what the tables say, where no path is forced."""
+        return default if self.forced is None else self.forced == path
+
+
+_choices: dict[str, list[Choice]] = {}
+_forcing = threading.RLock()
+
+
+@functools.cache  # so that the copy of an op that a test makes has the same
+def choice(op: str, *paths: str) -> Choice:
+    """The decision of `op` between `paths`, for its module to ask and for `forced_path` to overrule."""
+    _choices.setdefault(op, []).append(Choice(op, paths))
+    return _choices[op][-1]
+
+
+def paths(op: str) -> tuple[tuple[str, ...], ...]:
+    """The paths of an op that can be forced: of each of its decisions those that exclude one another.
+
+    Raises:
+        ValueError: there is no op of that name, or it has one path only.
+    """
+    if op not in _choices:
+        raise ValueError(f"op: got {op!r}, expected one of {', '.join(_choices)}")
+    return tuple(decision.paths for decision in _choices[op])
+
+
+@contextlib.contextmanager
+def forced_path(op: str, *forced: str) -> Iterator[None]:
+    """Within it the op takes these paths whatever its tables say, for tests and benchmarks of a path.
+
+    A call that a path cannot serve goes another way nevertheless: the path may be for few columns only, or
+    have no epilogue. Paths are forced in the whole process, since autograd runs backward passes in threads of
+    its own; another thread that forces one of any op waits until this is over. It may be nested.
+
+    Args:
+        op: the name of the op, as in "gated_linear".
+        forced: names out of `paths(op)`, at most one of each decision.
+
+    Raises:
+        ValueError: the op or a path is not known, or two paths exclude one another.
+    """
+    known = [name for names in paths(op) for name in names]
+    for name in forced:
+        if name not in known:
+            raise ValueError(f"path of {op}: got {name!r}, expected one of {', '.join(known)}")
+    overruled = {}
+    for decision in _choices[op]:
+        chosen = [name for name in forced if name in decision.paths]
+        if len(chosen) > 1:
+            raise ValueError(f"paths of {op}: got {' and '.join(chosen)}, which exclude one another")
+        overruled |= dict.fromkeys([decision] if chosen else [], *chosen)
+    with _forcing:
+        before = {decision: decision.forced for decision in overruled}
+        try:
+            for decision, name in overruled.items():
+                decision.forced = name
+            yield
+        finally:
+            for decision, name in before.items():
+                decision.forced = name
+
 
 # Names of Triton's types, for signatures and for the ids of variants.
 TYPE_NAMES = {
@@ -162,7 +238,7 @@ def launch(
         )
 
 
-class _Recording:
+class Recording:
     """The variants that launches ask for while it is in force, each once."""
 
     def __init__(self, op: str, target: str, on_launch: Callable[..., None] = lambda *_, **__: None) -> None:
@@ -199,7 +275,7 @@ class _Recording:
         self.variants.setdefault(variant.key(), variant)
 
 
-_recording: _Recording | None = None
+_recording: Recording | None = None
 
 
 @contextlib.contextmanager
@@ -213,7 +289,7 @@ def recording(
     from it.
     """
     global _recording
-    outer, _recording = _recording, _Recording(op, target, on_launch)
+    outer, _recording = _recording, Recording(op, target, on_launch)
     try:
         yield _recording.variants
     finally:

@@ -74,7 +74,7 @@ def cpp_unsupported_reason() -> str | None:
 
 
 # What each op runs on a GPU with Triton, by its name.
-_TRITON_SIDES: dict[str, Callable] = {}
+TRITON_SIDES: dict[str, Callable] = {}
 
 
 def define(schema: str, *, plain: Callable, triton: Callable, fake: Callable) -> None:
@@ -83,7 +83,7 @@ def define(schema: str, *, plain: Callable, triton: Callable, fake: Callable) ->
     Both implementations run outside autocast: the public function has chosen the dtypes already.
     """
     short = schema.partition("(")[0]
-    name, _TRITON_SIDES[short] = f"vtp::{short}", triton
+    name, TRITON_SIDES[short] = f"vtp::{short}", triton
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(name, "CompositeExplicitAutograd", without_autocast(plain), lib=LIBRARY)
     torch.library.impl(name, "CUDA", without_autocast(_on_gpu(plain, triton)), lib=LIBRARY)
@@ -121,7 +121,7 @@ class TritonSides(TorchDispatchMode):
         if func.namespace != "vtp":
             return func(*args, **(kwargs or {}))
         with self:  # which is off within its own method
-            return _TRITON_SIDES[func.overloadpacket.__name__](*args)
+            return TRITON_SIDES[func.overloadpacket.__name__](*args)
 
 
 def empty_for_none(like: torch.Tensor, *gradients: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

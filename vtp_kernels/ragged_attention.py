@@ -42,7 +42,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching
 from vtp_kernels._tiles import load_tile
-from vtp_kernels.launching import Config, Variant, launch, tl, triton
+from vtp_kernels.launching import Config, Variant, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import empty_rows_like, with_padded_rows
 
@@ -592,6 +592,7 @@ _DKDV = {
 _MOST_VALUES = 256
 # Tokens up to which a row of scores is on chip at once.
 _MOST_KEYS = 256
+_KEYS = choice("ragged_attention", "one_pass", "online")  # what `launching.forced_path` can force
 # Columns of values for which a program has accumulators: 64 that start at any element take 71, that is 80.
 _GROUP = 80
 
@@ -623,7 +624,7 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _row_tiles(N: int, block: int) -> list[int]:
+def row_tiles(N: int, block: int) -> list[int]:
     """Rows of each tile: full ones, and tiles of 16 for what is left of N rounded up to 16."""
     full, rest = divmod(_round_up(N, 16), block)
     return [block] * full + [16] * (rest // 16)
@@ -645,7 +646,8 @@ def _choice(N: int, head_dim: int, dtype: torch.dtype) -> tuple[object, Config, 
 
     Rows of scores have no room beside float32 weights, nor beside queries and keys wider than 64.
     """
-    if N <= _MOST_KEYS and head_dim <= 64 and dtype.itemsize == 2:
+    has_room = N <= _MOST_KEYS and head_dim <= 64 and dtype.itemsize == 2
+    if has_room and _KEYS.takes("one_pass", True):
         return _ragged_attention_fwd_kernel, _ONE_PASS, True
     return _ragged_attention_online_kernel, _ONLINE[launching.operands(dtype)], False
 
@@ -664,7 +666,7 @@ def _forward_triton(
     table = _table(tuple(value_widths), not one_pass, _round_up(V, 8), qkv.device)
     launch(
         kernel,
-        (len(table) * B * len(_row_tiles(N, config.blocks["BLOCK_M"])),),
+        (len(table) * B * len(row_tiles(N, config.blocks["BLOCK_M"])),),
         dict(
             qkv=rows, table=table, out=out, lse=lse if need_lse else None, B=B, N=N, H=len(value_widths),
             V=V, stride_qkv=rows.stride(0), stride_out=out.stride(1),
@@ -700,7 +702,7 @@ def _backward_triton(
         config, table = configs[products], _table(tuple(value_widths), grouped, padded, qkv.device)
         launch(
             kernel,
-            (len(table) * B * len(_row_tiles(N, config.blocks["BLOCK_M"])),),
+            (len(table) * B * len(row_tiles(N, config.blocks["BLOCK_M"])),),
             dict(dout=dout_rows, qkv=qkv_rows, table=table, **own, **common),
             config,
             **_constants(head_dim, qkv.dtype),
@@ -708,7 +710,7 @@ def _backward_triton(
     return dqkv
 
 
-def _tiled_flops(
+def tiled_flops(
     B: int, N: int, head_dim: int, value_widths: Sequence[int], dtype: torch.dtype = torch.bfloat16
 ) -> int:
     """The FLOPs of a forward launch as tiled: rows, keys, head_dim and columns rounded up."""
@@ -718,7 +720,7 @@ def _tiled_flops(
     for _, begin, end, _, _ in _units(value_widths, not one_pass, _round_up(V, 8)):
         last = _round_up(V, 8) if end == V else end
         columns = _round_up(last - begin // 8 * 8, 16)
-        for rows in _row_tiles(N, config.blocks["BLOCK_M"]):
+        for rows in row_tiles(N, config.blocks["BLOCK_M"]):
             # The small tiles of the online kernel have accumulators for a whole group.
             kept = columns if one_pass else max(columns, 32)
             kept = kept if one_pass or rows == config.blocks["BLOCK_M"] else _GROUP

@@ -11,6 +11,7 @@ Its planted defects are `Defect`s, each with what `prove` is to be given.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import itertools
@@ -107,15 +108,17 @@ def run_check(
     *args: Any,
     descriptors: bool = False,
     attributes: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
+    forced: Sequence[str] = (),
     tf32: bool = False,
     **kwargs: Any,
 ) -> set[tuple]:
     """`check(op, data, ...)` with guarded outputs; returns keys of the variants that it launched.
 
     descriptors: whether the device has them. attributes: names and values to set in `op` meanwhile.
+    forced: the name of the op and the paths of it that are forced.
     tf32: whether products of float32 may be made of it.
     """
-    recorder = op.launching._Recording(op.__name__, "")
+    recorder = op.launching.Recording(op.__name__, "")
     launch = op.launch
 
     def recorded_launch(kernel: Any, grid: Any, arguments: Any, config: Any, **constants: Any) -> None:
@@ -124,7 +127,8 @@ def run_check(
 
     patches = [(op, "launch", recorded_launch), (op.launching, "has_descriptors", lambda device: descriptors)]
     patches += [(op, name, value) for name, value in dict(attributes).items()]
-    with replaced(patches), op.launching.matmul_precision("high" if tf32 else "highest"):
+    path = op.launching.forced_path(*forced) if forced else contextlib.nullcontext()
+    with replaced(patches), path, op.launching.matmul_precision("high" if tf32 else "highest"):
         with guarded_outputs(data.case.side):
             check(op, data, *args, **kwargs)
         check_canaries()

@@ -42,7 +42,7 @@ def options(case=SMALL, **kwargs):
     return tuple({"case": case, **kwargs}.items())
 
 
-SPLIT_UP = options(WIDE, attributes="split")
+SPLIT_UP = options(WIDE, path="split")
 GELU_LINES = "    if gelu:\n        acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))\n"
 ADD_BIAS = "    acc += tl.load(bias + o_n, mask=o_n < bias_width, other=0.0).to(tl.float32)[None, :]\n"
 ADD_RESIDUAL = "        acc += tl.load(p_residual, mask=m_tile, other=0.0).to(tl.float32)\n"

@@ -34,8 +34,8 @@ MODULE = "vtp_kernels.compact_mlp"
 op_module = importlib.import_module(MODULE)
 
 NAMES = ("out", *("d" + name for name in ARGUMENTS))
-# What the choice between one launch and two is made by; small problems can take either way.
-FUSED, TWO_LAUNCHES = {"_FUSED_ROWS": 0}, {"_WIDEST": 0}
+# Small problems can take either way.
+FUSED, TWO_LAUNCHES = ("compact_mlp", "fused"), ("compact_mlp", "two_launches")
 
 
 @dataclass(frozen=True)
@@ -246,17 +246,17 @@ def test_gelu_backward_of_several_programs_each_way(interpreter):
     ids=str,
 )
 def test_both_passes_in_every_layout(interpreter, case, path):
-    launched = run(interpreter, check_passes, case, attributes=path)
+    launched = run(interpreter, check_passes, case, forced=path)
     assert ("_compact_mlp_fwd_kernel" in {key[0] for key in launched}) == (path is FUSED)
 
 
 def test_float32_without_tensor_cores_is_two_launches_and_its_gradient_the_kernels(interpreter):
-    launched = run(interpreter, check_passes, Case(36, 37, 61, 21, "f32"), attributes=FUSED)
+    launched = run(interpreter, check_passes, Case(36, 37, 61, 21, "f32"), forced=FUSED)
     assert {key[0] for key in launched} == {"_gelu_bwd_kernel"}
 
 
 def test_a_second_run_is_equal_bit_for_bit(interpreter):
-    run(interpreter, check_that_a_second_run_is_equal, Case(37, 61, 45, 21), attributes=FUSED)
+    run(interpreter, check_that_a_second_run_is_equal, Case(37, 61, 45, 21), forced=FUSED)
 
 
 def test_layers_of_any_widths_and_batches_of_any_size_share_two_compilations():
