@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from vtp_kernels.launching import tl, triton
+
+
+class Matrix(NamedTuple):
+    """A matrix [rows, columns] in device code: its pointer, or a descriptor of tiles, and its row stride."""
+
+    source: Any
+    rows: Any
+    columns: Any
+    stride: Any
 
 
 @triton.jit
@@ -17,28 +28,24 @@ def grouped_tile(i_program, rows, columns, GROUP: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    source, o_row, o_column, rows, columns, stride, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
-):
-    """source[o_row, o_column] of a matrix [rows, columns], 0 beyond the edges that are masked."""
-    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
-    if MASK_ROWS and MASK_COLUMNS:
-        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] < columns), other=0.0)
-    if MASK_ROWS:
-        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] >= 0), other=0.0)
-    if MASK_COLUMNS:
-        return tl.load(p_tile, mask=(o_column[None, :] < columns) & (o_row[:, None] >= 0), other=0.0)
-    return tl.load(p_tile)
+    source, o_row, o_column, rows, columns, stride,
+    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, PADDED: tl.constexpr = False,
+):  # fmt: skip
+    """source[o_row, o_column] of a matrix [rows, columns], 0 beyond the edges that are masked.
 
-
-@triton.jit
-def load_padded_tile(
-    source, o_row, o_column, rows, columns, stride, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
-):
-    """`load_tile` of a matrix in padded rows: whole 16 bytes are loaded at the end of a row.
-
-    What lies behind its width may be anything, and is 0 in the result.
+    With PADDED its rows are padded: whole 16 bytes are loaded at their end, and what lies behind the width
+    may be anything.
     """
-    b_tile = load_tile(source, o_row, o_column, rows, (columns + 7) // 8 * 8, stride, MASK_ROWS, MASK_COLUMNS)
-    if MASK_COLUMNS:
+    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
+    readable = (columns + 7) // 8 * 8 if PADDED and MASK_COLUMNS else columns
+    if MASK_ROWS and MASK_COLUMNS:
+        b_tile = tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] < readable), other=0.0)
+    elif MASK_ROWS:
+        b_tile = tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] >= 0), other=0.0)
+    elif MASK_COLUMNS:
+        b_tile = tl.load(p_tile, mask=(o_column[None, :] < readable) & (o_row[:, None] >= 0), other=0.0)
+    else:
+        b_tile = tl.load(p_tile)
+    if PADDED and MASK_COLUMNS:
         b_tile = tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))
     return b_tile

@@ -22,6 +22,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
-from vtp_kernels._tiles import grouped_tile, load_padded_tile
+from vtp_kernels._tiles import grouped_tile, load_tile
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, is_amd, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, padded_width, with_padded_rows
@@ -53,6 +54,29 @@ def compact_linear_ref(
 # -------------------------------------------------------------------------------------------------- kernels
 
 
+class _Operand(NamedTuple):
+    """A matrix [rows, columns] that device code multiplies; tiles: None, or a descriptor to load them by."""
+
+    p: Any
+    tiles: Any
+    rows: Any
+    columns: Any
+    stride: Any
+
+
+class _Epilogue(NamedTuple):
+    """What device code makes of a product, and where it stores the results: arguments of the kernels."""
+
+    bias: Any
+    bias_width: Any
+    gelu: Any
+    residual: Any
+    stride_residual: Any
+    z: Any
+    out: Any
+    stride_out: Any
+
+
 @triton.jit
 def _add_product(acc, b_x, b_w, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
     if TRANSPOSED:  # `else`, because what follows a `return` is compiled too
@@ -63,7 +87,7 @@ def _add_product(acc, b_x, b_w, TRANSPOSED: tl.constexpr, PRECISION: tl.constexp
 
 @triton.jit
 def _product_tile(
-    x, weight, x_tiles, w_tiles, i_m, i_n, begin, end, M, N, K, stride_x, stride_w,
+    x, weight, i_m, i_n, begin, end,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
     TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -72,8 +96,8 @@ def _product_tile(
     Tensor cores take 16 rows at least but 8 columns: TRANSPOSED makes W x^T, for a tile of 8 rows.
     """
     # Rows beyond the end read the last row again and are dropped at the store: no mask in the loop.
-    r_m = tl.minimum(i_m + tl.arange(0, TILE_M), M - 1)
-    r_n = tl.minimum(i_n + tl.arange(0, TILE_N), N - 1)
+    r_m = tl.minimum(i_m + tl.arange(0, TILE_M), x.rows - 1)
+    r_n = tl.minimum(i_n + tl.arange(0, TILE_N), weight.rows - 1)
     if TRANSPOSED:
         acc = tl.zeros((TILE_N, TILE_M), dtype=tl.float32)
     else:
@@ -81,17 +105,19 @@ def _product_tile(
     full = begin + (end - begin) // BLOCK_K * BLOCK_K
     for k in range(begin, full, BLOCK_K):
         if DESCRIPTORS:  # rows beyond the end are clipped, and filled with 0, by the hardware
-            b_x = x_tiles.load([i_m, k])
-            b_w = w_tiles.load([i_n, k])
+            b_x = x.tiles.load([i_m, k])
+            b_w = weight.tiles.load([i_n, k])
         else:
             o_k = k + tl.arange(0, BLOCK_K)
-            b_x = load_padded_tile(x, r_m, o_k, None, K, stride_x, False, False)
-            b_w = load_padded_tile(weight, r_n, o_k, None, K, stride_w, False, False)
+            b_x = load_tile(x.p, r_m, o_k, x.rows, x.columns, x.stride, False, False)
+            b_w = load_tile(weight.p, r_n, o_k, weight.rows, weight.columns, weight.stride, False, False)
         acc = _add_product(acc, b_x, b_w, TRANSPOSED, PRECISION)
     for k in range(full, end, TAIL_K):
         o_k = k + tl.arange(0, TAIL_K)
-        b_x = load_padded_tile(x, r_m, o_k, None, K, stride_x, False, True)
-        b_w = load_padded_tile(weight, r_n, o_k, None, K, stride_w, False, True)
+        b_x = load_tile(x.p, r_m, o_k, x.rows, x.columns, x.stride, False, True, PADDED=True)
+        b_w = load_tile(
+            weight.p, r_n, o_k, weight.rows, weight.columns, weight.stride, False, True, PADDED=True
+        )
         acc = _add_product(acc, b_x, b_w, TRANSPOSED, PRECISION)
     if TRANSPOSED:
         acc = tl.trans(acc)
@@ -99,11 +125,9 @@ def _product_tile(
 
 
 @triton.jit
-def _store_result(
-    acc, bias, residual, z, out, o_m, o_n, M, N, bias_width, stride_residual, stride_out, gelu,
-    SAVE: tl.constexpr,
-):  # fmt: skip
+def _store_result(acc, finish, o_m, o_n, M, N, SAVE: tl.constexpr):
     """out = act(acc + bias) + residual, and with SAVE z = acc + bias; 0 in the padding of both."""
+    bias, bias_width, gelu, residual, stride_residual, z, out, stride_out = finish
     m_tile = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)
     m_padding = o_n[None, :] >= N
     o_out = o_m[:, None].to(tl.int64) * stride_out + o_n[None, :]
@@ -120,25 +144,28 @@ def _store_result(
 
 @triton.jit
 def _tile_of_result(
-    x, weight, x_tiles, w_tiles, bias, residual, z, out, partial, i_m, i_n, i_part, inputs_per_part,
-    M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out, gelu,
+    x, weight, finish, partial, i_m, i_n, i_part, inputs_per_part,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
     TRANSPOSED: tl.constexpr, SAVE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    M, N, K = x.rows, weight.rows, x.columns
     o_m, o_n = i_m + tl.arange(0, TILE_M), i_n + tl.arange(0, TILE_N)
     if partial is None:
-        acc = _product_tile(x, weight, x_tiles, w_tiles, i_m, i_n, 0, K, M, N, K, stride_x, stride_w,
-                            TILE_M, TILE_N, BLOCK_K, TAIL_K, TRANSPOSED, DESCRIPTORS, PRECISION)  # fmt: skip
-        _store_result(acc, bias, residual, z, out, o_m, o_n, M, N, bias_width,
-                      stride_residual, stride_out, gelu, SAVE)  # fmt: skip
+        acc = _product_tile(
+            x, weight, i_m, i_n, 0, K, TILE_M=TILE_M, TILE_N=TILE_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
+            TRANSPOSED=TRANSPOSED, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
+        _store_result(acc, finish, o_m, o_n, M, N, SAVE)
     else:
         begin = i_part * (inputs_per_part // BLOCK_K * BLOCK_K)
         end = tl.minimum(begin + inputs_per_part, K)
-        acc = _product_tile(x, weight, x_tiles, w_tiles, i_m, i_n, begin, end, M, N, K, stride_x, stride_w,
-                            TILE_M, TILE_N, BLOCK_K, TAIL_K, TRANSPOSED, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc = _product_tile(
+            x, weight, i_m, i_n, begin, end, TILE_M=TILE_M, TILE_N=TILE_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
+            TRANSPOSED=TRANSPOSED, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
         row = i_part.to(tl.int64) * M + o_m[:, None]
         m_tile = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)
-        tl.store(partial + row * stride_out + o_n[None, :], acc, mask=m_tile)
+        tl.store(partial + row * finish.stride_out + o_n[None, :], acc, mask=m_tile)
 
 
 @triton.jit(
@@ -162,30 +189,33 @@ def _compact_linear_fwd_kernel(
     """
     stride_x, stride_w = stride_x // 8 * 8, stride_w // 8 * 8  # tells the compiler that rows are padded
     stride_residual, stride_out = stride_residual // 8 * 8, stride_out // 8 * 8
+    x, weight = _Operand(x, x_tiles, M, K, stride_x), _Operand(weight, w_tiles, N, K, stride_w)
+    finish = _Epilogue(bias, bias_width, gelu, residual, stride_residual, z, out, stride_out)
     i_tile, i_part = tl.program_id(0), tl.program_id(1)
     interior = rows * columns
     if i_tile < interior:
         i_m, i_n = grouped_tile(i_tile, rows, columns, 8)
         _tile_of_result(
-            x, weight, x_tiles, w_tiles, bias, residual, z, out, partial, i_m * BLOCK_M, i_n * BLOCK_N,
-            i_part, inputs_per_part, M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out,
-            gelu, BLOCK_M, BLOCK_N, BLOCK_K, TAIL_K, False, SAVE, DESCRIPTORS, PRECISION,
+            x, weight, finish, partial, i_m * BLOCK_M, i_n * BLOCK_N, i_part, inputs_per_part,
+            TILE_M=BLOCK_M, TILE_N=BLOCK_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
+            TRANSPOSED=False, SAVE=SAVE, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
     elif i_tile < interior + rows * border:
         i_m, i_n = grouped_tile(i_tile - interior, rows, border, 8)
+        i_m, i_n = i_m * BLOCK_M, columns * BLOCK_N + i_n * BORDER_N
         _tile_of_result(
-            x, weight, None, None, bias, residual, z, out, partial, i_m * BLOCK_M,
-            columns * BLOCK_N + i_n * BORDER_N,
-            i_part, inputs_per_part, M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out,
-            gelu, BLOCK_M, BORDER_N, BLOCK_K, TAIL_K, False, SAVE, False, PRECISION,
+            x, weight, finish, partial, i_m, i_n, i_part, inputs_per_part,
+            TILE_M=BLOCK_M, TILE_N=BORDER_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
+            TRANSPOSED=False, SAVE=SAVE, DESCRIPTORS=False, PRECISION=PRECISION,
         )  # fmt: skip
     else:
         i_tile -= interior + rows * border
+        i_m = rows * BLOCK_M + i_tile // bottom_columns * BOTTOM_M
+        i_n = i_tile % bottom_columns * BOTTOM_N
         _tile_of_result(
-            x, weight, None, None, bias, residual, z, out, partial,
-            rows * BLOCK_M + i_tile // bottom_columns * BOTTOM_M, i_tile % bottom_columns * BOTTOM_N,
-            i_part, inputs_per_part, M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out,
-            gelu, BOTTOM_M, BOTTOM_N, BLOCK_K, TAIL_K, True, SAVE, False, PRECISION,
+            x, weight, finish, partial, i_m, i_n, i_part, inputs_per_part,
+            TILE_M=BOTTOM_M, TILE_N=BOTTOM_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
+            TRANSPOSED=True, SAVE=SAVE, DESCRIPTORS=False, PRECISION=PRECISION,
         )  # fmt: skip
 
 
@@ -205,8 +235,8 @@ def _compact_linear_parts_kernel(
     for part in range(parts):
         row = tl.cast(part, tl.int64) * M + o_m[:, None]
         acc += tl.load(partial + row * stride_out + o_n[None, :], mask=m_tile, other=0.0)
-    _store_result(acc, bias, residual, z, out, o_m, o_n, M, N, bias_width,
-                  stride_residual, stride_out, gelu, SAVE)  # fmt: skip
+    finish = _Epilogue(bias, bias_width, gelu, residual, stride_residual, z, out, stride_out)
+    _store_result(acc, finish, o_m, o_n, M, N, SAVE)
 
 
 @triton.jit(do_not_specialize=["M", "N", "rows_per_program", "stride_dy", "stride_z", "stride_dz"])

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
-from vtp_kernels._tiles import load_padded_tile
+from vtp_kernels._tiles import load_tile
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
@@ -69,8 +69,8 @@ def _fc1_step(
         b_w = fc1_weight.load([i_h, k])
     else:
         o_k = k + tl.arange(0, BLOCK_K)
-        b_x = load_padded_tile(x, r_m, o_k, None, K, stride_x, False, TAIL)
-        b_w = load_padded_tile(fc1_weight, r_h, o_k, None, K, stride_w1, False, TAIL)
+        b_x = load_tile(x, r_m, o_k, None, K, stride_x, False, TAIL, PADDED=True)
+        b_w = load_tile(fc1_weight, r_h, o_k, None, K, stride_w1, False, TAIL, PADDED=True)
     return tl.dot(b_x, tl.trans(b_w), b_z, input_precision=PRECISION)
 
 
@@ -89,7 +89,7 @@ def _fc2_step(
     else:
         o_h = i_h + tl.arange(0, BLOCK_H)
         r_n = tl.minimum(o_n, N - 1)
-        b_w = load_padded_tile(fc2_weight, r_n, o_h, None, hidden, stride_w2, False, TAIL)
+        b_w = load_tile(fc2_weight, r_n, o_h, None, hidden, stride_w2, False, TAIL, PADDED=True)
     return tl.dot(b_h, tl.trans(b_w), acc, input_precision=PRECISION)
 
 

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import launching, library
 from vtp_kernels._arguments import as_autocast_casts, check_dtypes, check_inputs, check_shape, check_tensors
-from vtp_kernels._tiles import grouped_tile, load_tile
+from vtp_kernels._tiles import Matrix, grouped_tile, load_tile
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient, without_autocast
 from vtp_kernels.rows import is_aligned
@@ -50,19 +50,28 @@ def gated_linear_ref(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | Non
 
 
 @triton.jit
+def _load_step(
+    matrix, i_row, o_row, i_column, o_column,
+    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The tile of a Matrix that begins at (i_row, i_column), by its descriptor or at [o_row, o_column]."""
+    if DESCRIPTORS:  # tiles are clipped, and filled with 0, by the hardware
+        return matrix.source.load([i_row, i_column])
+    else:
+        return load_tile(matrix.source, o_row, o_column, matrix.rows, matrix.columns, matrix.stride,
+                         MASK_ROWS, MASK_COLUMNS)  # fmt: skip
+
+
+@triton.jit
 def _fwd_step(
-    acc, x, weight, gate, o_m, o_n, i_m, i_n, k, M, N, K, stride_x, stride_w,
+    acc, x, weight, gate, i_m, r_m, i_n, r_n, k,
     BLOCK_K: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     o_k = k + tl.arange(0, BLOCK_K)
-    if DESCRIPTORS:  # tiles are clipped, and filled with 0, by the hardware
-        b_x = x.load([i_m, k])
-        b_w = weight.load([i_n, k])
-        b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0)
-    else:
-        b_x = load_tile(x, o_m, o_k, M, K, stride_x, False, TAIL)
-        b_w = load_tile(weight, o_n, o_k, N, K, stride_w, False, TAIL)
-        b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0) if TAIL else tl.load(gate + o_k)
+    b_x = _load_step(x, i_m, r_m, k, o_k, False, TAIL, DESCRIPTORS)
+    b_w = _load_step(weight, i_n, r_n, k, o_k, False, TAIL, DESCRIPTORS)
+    m_k = o_k < x.columns
+    b_g = tl.load(gate + o_k, mask=m_k, other=0.0) if TAIL or DESCRIPTORS else tl.load(gate + o_k)
     b_folded = (b_w.to(tl.float32) * b_g.to(tl.float32)[None, :]).to(b_x.dtype)
     return tl.dot(b_x, tl.trans(b_folded), acc, input_precision=PRECISION)
 
@@ -81,14 +90,19 @@ def _gated_linear_fwd_kernel(
     o_m, o_n = i_m + tl.arange(0, BLOCK_M), i_n + tl.arange(0, BLOCK_N)
     # Rows beyond the end read the last row again and are dropped at the store: no mask in the loop.
     r_m, r_n = tl.minimum(o_m, M - 1), tl.minimum(o_n, N - 1)
+    x, weight = Matrix(x, M, K, stride_x), Matrix(weight, N, K, stride_w)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     full = tl.cdiv(K, BLOCK_K) * BLOCK_K if DESCRIPTORS else K // BLOCK_K * BLOCK_K
     for k in range(0, full, BLOCK_K):
-        acc = _fwd_step(acc, x, weight, gate, r_m, r_n, i_m, i_n, k, M, N, K, stride_x, stride_w,
-                        BLOCK_K, False, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc = _fwd_step(
+            acc, x, weight, gate, i_m, r_m, i_n, r_n, k,
+            BLOCK_K=BLOCK_K, TAIL=False, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
     if full < K:
-        acc = _fwd_step(acc, x, weight, gate, r_m, r_n, i_m, i_n, full, M, N, K, stride_x, stride_w,
-                        BLOCK_K, True, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc = _fwd_step(
+            acc, x, weight, gate, i_m, r_m, i_n, r_n, full,
+            BLOCK_K=BLOCK_K, TAIL=True, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
     m_y = (o_m[:, None] < M) & (o_n[None, :] < N)
@@ -98,16 +112,12 @@ def _gated_linear_fwd_kernel(
 
 @triton.jit
 def _dx_step(
-    acc, dy, weight, o_m, o_k, i_m, i_k, n, M, N, K, stride_dy, stride_w,
+    acc, dy, weight, i_m, r_m, i_k, o_k, n,
     BLOCK_N: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if DESCRIPTORS:
-        b_dy = dy.load([i_m, n])
-        b_w = weight.load([n, i_k])
-    else:
-        o_n = n + tl.arange(0, BLOCK_N)
-        b_dy = load_tile(dy, o_m, o_n, M, N, stride_dy, False, TAIL)
-        b_w = load_tile(weight, o_n, o_k, N, K, stride_w, TAIL, True)
+    o_n = n + tl.arange(0, BLOCK_N)
+    b_dy = _load_step(dy, i_m, r_m, n, o_n, False, TAIL, DESCRIPTORS)
+    b_w = _load_step(weight, n, o_n, i_k, o_k, TAIL, True, DESCRIPTORS)
     return tl.dot(b_dy, b_w.to(b_dy.dtype), acc, input_precision=PRECISION)
 
 
@@ -128,14 +138,19 @@ def _gated_linear_dx_kernel(
     i_m, i_k = t_m * BLOCK_M, i_k * BLOCK_K
     o_m, o_k = i_m + tl.arange(0, BLOCK_M), i_k + tl.arange(0, BLOCK_K)
     r_m = tl.minimum(o_m, M - 1)
+    dy, weight = Matrix(dy, M, N, stride_dy), Matrix(weight, N, K, stride_w)
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     full = tl.cdiv(N, BLOCK_N) * BLOCK_N if DESCRIPTORS else N // BLOCK_N * BLOCK_N
     for n in range(0, full, BLOCK_N):
-        acc = _dx_step(acc, dy, weight, r_m, o_k, i_m, i_k, n, M, N, K, stride_dy, stride_w,
-                       BLOCK_N, False, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc = _dx_step(
+            acc, dy, weight, i_m, r_m, i_k, o_k, n,
+            BLOCK_N=BLOCK_N, TAIL=False, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
     if full < N:
-        acc = _dx_step(acc, dy, weight, r_m, o_k, i_m, i_k, full, M, N, K, stride_dy, stride_w,
-                       BLOCK_N, True, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc = _dx_step(
+            acc, dy, weight, i_m, r_m, i_k, o_k, full,
+            BLOCK_N=BLOCK_N, TAIL=True, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
     m_tile = (o_m[:, None] < M) & (o_k[None, :] < K)
     if GATE_GRADIENT:
         # x is 0 beyond the last row, so the repeated rows of the accumulator add nothing.
@@ -148,16 +163,12 @@ def _gated_linear_dx_kernel(
 
 @triton.jit
 def _dw_step(
-    acc, dy, x, o_n, o_k, i_n, i_k, m, M, N, K, stride_dy, stride_x,
+    acc, dy, x, i_n, o_n, i_k, o_k, m,
     BLOCK_M: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if DESCRIPTORS:
-        b_dy = dy.load([m, i_n])
-        b_x = x.load([m, i_k])
-    else:
-        o_m = m + tl.arange(0, BLOCK_M)
-        b_dy = load_tile(dy, o_m, o_n, M, N, stride_dy, TAIL, True)
-        b_x = load_tile(x, o_m, o_k, M, K, stride_x, TAIL, True)
+    o_m = m + tl.arange(0, BLOCK_M)
+    b_dy = _load_step(dy, m, o_m, i_n, o_n, TAIL, True, DESCRIPTORS)
+    b_x = _load_step(x, m, o_m, i_k, o_k, TAIL, True, DESCRIPTORS)
     return tl.dot(tl.trans(b_dy), b_x, acc, input_precision=PRECISION)
 
 
@@ -175,14 +186,19 @@ def _gated_linear_dw_kernel(
     t_n, i_k = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), 8)
     i_n, i_k = t_n * BLOCK_N, i_k * BLOCK_K
     o_n, o_k = i_n + tl.arange(0, BLOCK_N), i_k + tl.arange(0, BLOCK_K)
+    dy, x = Matrix(dy, M, N, stride_dy), Matrix(x, M, K, stride_x)
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     full = M if DESCRIPTORS else M // BLOCK_M * BLOCK_M
     for m in range(0, full, BLOCK_M):
-        acc = _dw_step(acc, dy, x, o_n, o_k, i_n, i_k, m, M, N, K, stride_dy, stride_x,
-                       BLOCK_M, False, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc = _dw_step(
+            acc, dy, x, i_n, o_n, i_k, o_k, m,
+            BLOCK_M=BLOCK_M, TAIL=False, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
     if full < M:
-        acc = _dw_step(acc, dy, x, o_n, o_k, i_n, i_k, full, M, N, K, stride_dy, stride_x,
-                       BLOCK_M, True, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc = _dw_step(
+            acc, dy, x, i_n, o_n, i_k, o_k, full,
+            BLOCK_M=BLOCK_M, TAIL=True, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
     if GATE_GRADIENT:
         b_w = load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)
         tl.store(partial + t_n.to(tl.int64) * K + o_k, tl.sum(acc * b_w, axis=0), mask=o_k < K)

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtp_kernels import _arguments, launching
-from vtp_kernels._tiles import load_padded_tile
+from vtp_kernels._tiles import load_tile
 from vtp_kernels.launching import Config, Variant, launch, tl, triton
 from vtp_kernels.library import autocast_is_on, define, define_gradient
 from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, with_padded_rows
@@ -84,7 +84,7 @@ def _layer_norm_gather_fwd_kernel(
     stride_x, stride_out = stride_x // 8 * 8, stride_out // 8 * 8  # tells the compiler that they are
     o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, BLOCK_D)
-    b_x = load_padded_tile(x, o_m, o_d, M, D, stride_x, True, True).to(tl.float32)
+    b_x = load_tile(x, o_m, o_d, M, D, stride_x, True, True, PADDED=True).to(tl.float32)
     b_mean, b_rstd = _statistics(b_x, o_d, D, eps)
     if GATHER:
         for j in range(0, kept, BLOCK_J):
@@ -122,13 +122,13 @@ def _layer_norm_gather_bwd_kernel(
     first = tl.program_id(0) * rows_per_program
     for row in range(first, tl.minimum(M, first + rows_per_program), ROWS):
         o_m = row + tl.arange(0, ROWS)
-        b_x = load_padded_tile(x, o_m, o_d, M, D, stride_x, True, True).to(tl.float32)
+        b_x = load_tile(x, o_m, o_d, M, D, stride_x, True, True, PADDED=True).to(tl.float32)
         if GATHER:
             p_dy = dy + o_m[:, None].to(tl.int64) * stride_dy + o_j[None, :]
             m_dy = (o_m[:, None] < M) & m_j[None, :]
             b_dy = tl.load(p_dy, mask=m_dy, other=0.0).to(tl.float32)
         else:
-            b_dy = load_padded_tile(dy, o_m, o_d, M, D, stride_dy, True, True).to(tl.float32)
+            b_dy = load_tile(dy, o_m, o_d, M, D, stride_dy, True, True, PADDED=True).to(tl.float32)
         b_mean, b_rstd = _statistics(b_x, o_d, D, eps)
         b_xhat = tl.where(o_d[None, :] < D, (b_x - b_mean[:, None]) * b_rstd[:, None], 0.0)
         b_dweight += b_dy * b_xhat

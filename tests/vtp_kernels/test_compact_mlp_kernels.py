@@ -299,7 +299,7 @@ def planted(kernel, kind, what, proof, old, new, case=SMALL, argument="", descri
 
 
 CLAMPS = "r_m, r_h = tl.minimum(o_m, M - 1), tl.minimum(o_h, hidden - 1)"
-TILE_MASK = "(o_column[None, :] < columns) & (o_row[:, None] >= 0)"
+TILE_MASK = "(o_column[None, :] < readable) & (o_row[:, None] >= 0)"
 TILE_CLEAR = "b_tile = tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))"
 FC1_BIAS = "tl.load(fc1_bias + o_h, mask=o_h < hidden, other=0.0)"
 FC2_BIAS = "tl.load(fc2_bias + o_n, mask=o_n < N, other=0.0)"

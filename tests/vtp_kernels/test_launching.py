@@ -37,10 +37,12 @@ def test_a_forced_path_is_taken_and_ends_even_with_an_error(launched):
 
 def test_names_that_are_not_known_or_exclude_one_another_are_refused():
     assert paths("gated_linear")[0] == ("fused", "vendor")
-    with pytest.raises(ValueError, match="op: got 'linear', expected one of .*gated_linear"):
+    with pytest.raises(ValueError, match="op: got 'linear', expected one of"):
         paths("linear")
-    for forced, says in ((("fast",), "got 'fast', expected one of fused, vendor"),
-                         (("fused", "vendor"), "got fused and vendor, which exclude one another")):  # fmt: skip
+    for forced, says in {
+        ("fast",): "got 'fast', expected one of fused, vendor",
+        ("fused", "vendor"): "got fused and vendor, which exclude one another",
+    }.items():
         with pytest.raises(ValueError, match=says), forced_path("gated_linear", *forced):
             pass
 

@@ -244,7 +244,7 @@ def planted(kernel, kind, what, proof, old, new, case=SMALL, argument=""):
 
 
 # In the helper that loads whole rows.
-LOAD = "tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] < columns), other=0.0)"
+LOAD = "tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] < readable), other=0.0)"
 LOAD_WIDTH = "(columns + 7) // 8 * 8"
 CLEAR = "b_tile = tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))"
 ANY_ROW = "(o_m[:, None] >= 0)"

@@ -319,8 +319,8 @@ def defects_of(kernel, case, *rows):
 
 # In helpers that all kernels have in common.
 COMMON = [
-    (OTHER, "no-other", "poison", "& (o_column[None, :] < columns), other=0.0)",
-     "& (o_column[None, :] < columns))"),
+    (OTHER, "no-other", "poison", "& (o_column[None, :] < readable), other=0.0)",
+     "& (o_column[None, :] < readable))"),
 ]  # fmt: skip
 SMALL_TILES = [
     (RACE, "small-tiles-overlap", "race-detection", "tl.maximum(i_tile - full, 0) * 16",
