@@ -49,3 +49,19 @@ def load_tile(
     if PADDED and MASK_COLUMNS:
         b_tile = tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))
     return b_tile
+
+
+@triton.jit
+def load_matrix_tile(
+    matrix, i_row, o_row, i_column, o_column,
+    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PADDED: tl.constexpr = False,
+):  # fmt: skip
+    """The tile of a `Matrix` that begins at (i_row, i_column): by its descriptor, or at [o_row, o_column]."""
+    if DESCRIPTORS:  # tiles are clipped, and filled with 0, by the hardware
+        return matrix.source.load([i_row, i_column])
+    else:
+        return load_tile(
+            matrix.source, o_row, o_column, matrix.rows, matrix.columns, matrix.stride,
+            MASK_ROWS, MASK_COLUMNS, PADDED,
+        )  # fmt: skip

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
-from vtp_kernels._tiles import load_tile
+from vtp_kernels._tiles import Matrix, load_matrix_tile
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
@@ -61,16 +61,12 @@ def compact_mlp_ref(
 
 @triton.jit
 def _fc1_step(
-    b_z, x, fc1_weight, r_m, r_h, i_m, i_h, k, K, stride_x, stride_w1,
+    b_z, x, fc1_weight, i_m, r_m, i_h, r_h, k,
     BLOCK_K: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if DESCRIPTORS:  # tiles are clipped, and filled with 0, by the hardware
-        b_x = x.load([i_m, k])
-        b_w = fc1_weight.load([i_h, k])
-    else:
-        o_k = k + tl.arange(0, BLOCK_K)
-        b_x = load_tile(x, r_m, o_k, None, K, stride_x, False, TAIL, PADDED=True)
-        b_w = load_tile(fc1_weight, r_h, o_k, None, K, stride_w1, False, TAIL, PADDED=True)
+    o_k = k + tl.arange(0, BLOCK_K)
+    b_x = load_matrix_tile(x, i_m, r_m, k, o_k, False, TAIL, DESCRIPTORS, PADDED=True)
+    b_w = load_matrix_tile(fc1_weight, i_h, r_h, k, o_k, False, TAIL, DESCRIPTORS, PADDED=True)
     return tl.dot(b_x, tl.trans(b_w), b_z, input_precision=PRECISION)
 
 
@@ -81,53 +77,48 @@ def _normal_cdf(b_z):
 
 @triton.jit
 def _fc2_step(
-    acc, b_h, fc2_weight, o_n, i_n, i_h, N, hidden, stride_w2,
+    acc, b_h, fc2_weight, i_n, o_n, i_h,
     BLOCK_H: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if DESCRIPTORS:
-        b_w = fc2_weight.load([i_n, i_h])
-    else:
-        o_h = i_h + tl.arange(0, BLOCK_H)
-        r_n = tl.minimum(o_n, N - 1)
-        b_w = load_tile(fc2_weight, r_n, o_h, None, hidden, stride_w2, False, TAIL, PADDED=True)
+    o_h = i_h + tl.arange(0, BLOCK_H)
+    r_n = tl.minimum(o_n, fc2_weight.rows - 1)
+    b_w = load_matrix_tile(fc2_weight, i_n, r_n, i_h, o_h, False, TAIL, DESCRIPTORS, PADDED=True)
     return tl.dot(b_h, tl.trans(b_w), acc, input_precision=PRECISION)
 
 
 @triton.jit
 def _hidden_step(
-    acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, o_m, i_m, i_h, M, K, hidden, N,
-    stride_x, stride_w1, stride_w2, stride_z,
+    acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, i_m, o_m, i_h,
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MORE: tl.constexpr,
     KEEP_Z: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc += gelu(x W1^T + b1) W2^T over one tile of hidden columns."""
+    """acc += gelu(x W1^T + b1) W2^T over one tile of hidden columns; x, z and both weights are `Matrix`."""
+    M, K, hidden = x.rows, x.columns, fc1_weight.rows
     o_h = i_h + tl.arange(0, BLOCK_H)
     # Rows beyond the end read the last row again: those of h and z are dropped, of W1 set to 0 below.
     r_m, r_h = tl.minimum(o_m, M - 1), tl.minimum(o_h, hidden - 1)
     b_z = tl.zeros((o_m.shape[0], BLOCK_H), dtype=tl.float32)
     full = tl.cdiv(K, BLOCK_K) * BLOCK_K if DESCRIPTORS else K // BLOCK_K * BLOCK_K
     for k in range(0, full, BLOCK_K):
-        b_z = _fc1_step(b_z, x, fc1_weight, r_m, r_h, i_m, i_h, k, K, stride_x, stride_w1,
-                        BLOCK_K, False, DESCRIPTORS, PRECISION)  # fmt: skip
+        b_z = _fc1_step(b_z, x, fc1_weight, i_m, r_m, i_h, r_h, k, BLOCK_K, False, DESCRIPTORS, PRECISION)
     if full < K:
-        b_z = _fc1_step(b_z, x, fc1_weight, r_m, r_h, i_m, i_h, full, K, stride_x, stride_w1,
-                        BLOCK_K, True, DESCRIPTORS, PRECISION)  # fmt: skip
+        b_z = _fc1_step(b_z, x, fc1_weight, i_m, r_m, i_h, r_h, full, BLOCK_K, True, DESCRIPTORS, PRECISION)
     b_z += tl.load(fc1_bias + o_h, mask=o_h < hidden, other=0.0).to(tl.float32)[None, :]
     if TAIL:
         b_z = tl.where(o_h[None, :] < hidden, b_z, 0.0)
     if KEEP_Z:
-        b_kept = b_z.to(z.dtype.element_ty)
-        p_z = z + o_m[:, None].to(tl.int64) * stride_z + o_h[None, :]
+        b_kept = b_z.to(z.source.dtype.element_ty)
+        p_z = z.source + o_m[:, None].to(tl.int64) * z.stride + o_h[None, :]
         tl.store(p_z, b_kept, mask=(o_m[:, None] < M) & (o_h[None, :] < (hidden + 7) // 8 * 8))
         b_z = b_kept.to(tl.float32)
     b_h = (b_z * _normal_cdf(b_z)).to(fc1_bias.dtype.element_ty)
     o_n = tl.arange(0, BLOCK_N)
-    acc = _fc2_step(acc, b_h, fc2_weight, o_n, 0, i_h, N, hidden, stride_w2,
-                    BLOCK_H, TAIL, DESCRIPTORS, PRECISION)  # fmt: skip
+    acc = _fc2_step(acc, b_h, fc2_weight, 0, o_n, i_h, BLOCK_H, TAIL, DESCRIPTORS, PRECISION)
     if BLOCK_MORE:
         o_n = BLOCK_N + tl.arange(0, BLOCK_MORE)
-        acc_more = _fc2_step(acc_more, b_h, fc2_more, o_n, BLOCK_N, i_h, N, hidden, stride_w2,
-                             BLOCK_H, TAIL, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc_more = _fc2_step(
+            acc_more, b_h, fc2_more, BLOCK_N, o_n, i_h, BLOCK_H, TAIL, DESCRIPTORS, PRECISION
+        )
     return acc, acc_more
 
 
@@ -165,6 +156,9 @@ def _compact_mlp_fwd_kernel(
     """
     stride_x, stride_w1, stride_w2 = stride_x // 8 * 8, stride_w1 // 8 * 8, stride_w2 // 8 * 8
     stride_residual, stride_z, stride_out = stride_residual // 8 * 8, stride_z // 8 * 8, stride_out // 8 * 8
+    x, fc1_weight = Matrix(x, M, K, stride_x), Matrix(fc1_weight, hidden, K, stride_w1)
+    fc2_weight, fc2_more = Matrix(fc2_weight, N, hidden, stride_w2), Matrix(fc2_more, N, hidden, stride_w2)
+    z = Matrix(z, M, hidden, stride_z)
     i_m = tl.program_id(0) * BLOCK_M
     o_m = i_m + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -172,15 +166,15 @@ def _compact_mlp_fwd_kernel(
     full = tl.cdiv(hidden, BLOCK_H) * BLOCK_H if DESCRIPTORS else hidden // BLOCK_H * BLOCK_H
     for i_h in range(0, full, BLOCK_H):
         acc, acc_more = _hidden_step(
-            acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, o_m, i_m, i_h, M, K, hidden, N,
-            stride_x, stride_w1, stride_w2, stride_z,
-            BLOCK_K, BLOCK_H, BLOCK_N, BLOCK_MORE, KEEP_Z, False, DESCRIPTORS, PRECISION,
+            acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, i_m, o_m, i_h,
+            BLOCK_K=BLOCK_K, BLOCK_H=BLOCK_H, BLOCK_N=BLOCK_N, BLOCK_MORE=BLOCK_MORE,
+            KEEP_Z=KEEP_Z, TAIL=False, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
     if full < hidden:
         acc, acc_more = _hidden_step(
-            acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, o_m, i_m, full, M, K, hidden, N,
-            stride_x, stride_w1, stride_w2, stride_z,
-            BLOCK_K, BLOCK_H, BLOCK_N, BLOCK_MORE, KEEP_Z, True, DESCRIPTORS, PRECISION,
+            acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, i_m, o_m, full,
+            BLOCK_K=BLOCK_K, BLOCK_H=BLOCK_H, BLOCK_N=BLOCK_N, BLOCK_MORE=BLOCK_MORE,
+            KEEP_Z=KEEP_Z, TAIL=True, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
     _finish(acc, fc2_bias, residual, out, o_m, tl.arange(0, BLOCK_N), M, N,
             stride_residual, stride_out, HAS_RESIDUAL)  # fmt: skip

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import launching, library
 from vtp_kernels._arguments import as_autocast_casts, check_dtypes, check_inputs, check_shape, check_tensors
-from vtp_kernels._tiles import Matrix, grouped_tile, load_tile
+from vtp_kernels._tiles import Matrix, grouped_tile, load_matrix_tile, load_tile
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient, without_autocast
 from vtp_kernels.rows import is_aligned
@@ -50,26 +50,13 @@ def gated_linear_ref(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | Non
 
 
 @triton.jit
-def _load_step(
-    matrix, i_row, o_row, i_column, o_column,
-    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr,
-):  # fmt: skip
-    """The tile of a Matrix that begins at (i_row, i_column), by its descriptor or at [o_row, o_column]."""
-    if DESCRIPTORS:  # tiles are clipped, and filled with 0, by the hardware
-        return matrix.source.load([i_row, i_column])
-    else:
-        return load_tile(matrix.source, o_row, o_column, matrix.rows, matrix.columns, matrix.stride,
-                         MASK_ROWS, MASK_COLUMNS)  # fmt: skip
-
-
-@triton.jit
 def _fwd_step(
     acc, x, weight, gate, i_m, r_m, i_n, r_n, k,
     BLOCK_K: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     o_k = k + tl.arange(0, BLOCK_K)
-    b_x = _load_step(x, i_m, r_m, k, o_k, False, TAIL, DESCRIPTORS)
-    b_w = _load_step(weight, i_n, r_n, k, o_k, False, TAIL, DESCRIPTORS)
+    b_x = load_matrix_tile(x, i_m, r_m, k, o_k, False, TAIL, DESCRIPTORS)
+    b_w = load_matrix_tile(weight, i_n, r_n, k, o_k, False, TAIL, DESCRIPTORS)
     m_k = o_k < x.columns
     b_g = tl.load(gate + o_k, mask=m_k, other=0.0) if TAIL or DESCRIPTORS else tl.load(gate + o_k)
     b_folded = (b_w.to(tl.float32) * b_g.to(tl.float32)[None, :]).to(b_x.dtype)
@@ -116,8 +103,8 @@ def _dx_step(
     BLOCK_N: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     o_n = n + tl.arange(0, BLOCK_N)
-    b_dy = _load_step(dy, i_m, r_m, n, o_n, False, TAIL, DESCRIPTORS)
-    b_w = _load_step(weight, n, o_n, i_k, o_k, TAIL, True, DESCRIPTORS)
+    b_dy = load_matrix_tile(dy, i_m, r_m, n, o_n, False, TAIL, DESCRIPTORS)
+    b_w = load_matrix_tile(weight, n, o_n, i_k, o_k, TAIL, True, DESCRIPTORS)
     return tl.dot(b_dy, b_w.to(b_dy.dtype), acc, input_precision=PRECISION)
 
 
@@ -167,8 +154,8 @@ def _dw_step(
     BLOCK_M: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     o_m = m + tl.arange(0, BLOCK_M)
-    b_dy = _load_step(dy, m, o_m, i_n, o_n, TAIL, True, DESCRIPTORS)
-    b_x = _load_step(x, m, o_m, i_k, o_k, TAIL, True, DESCRIPTORS)
+    b_dy = load_matrix_tile(dy, m, o_m, i_n, o_n, TAIL, True, DESCRIPTORS)
+    b_x = load_matrix_tile(x, m, o_m, i_k, o_k, TAIL, True, DESCRIPTORS)
     return tl.dot(tl.trans(b_dy), b_x, acc, input_precision=PRECISION)
 
 
