@@ -45,7 +45,7 @@ def compact_linear_ref(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The definition, for autograd to differentiate: `act(x @ weight.T + bias) + residual`."""
+    """The definition of `compact_linear` in plain PyTorch: `act(x @ weight.T + bias) + residual`."""
     y = F.linear(x, weight, bias)
     y = F.gelu(y) if activation == "gelu" else y
     return y if residual is None else y + residual
@@ -339,8 +339,11 @@ _INPUTS = choice("compact_linear", "whole", "split")
 
 @dataclass(frozen=True)
 class TileGrid:
-    """The tiles of a result: of the interior and of the right border in each of `rows` rows of tiles, and of
-    the bottom border, for what is left below them."""
+    """The tiles that a result is made of.
+
+    Each of `rows` rows of tiles has `columns` in the interior and `border` in the right border; below them
+    the bottom border has `bottom_rows` times `bottom_columns`.
+    """
 
     rows: int
     columns: int
@@ -350,10 +353,12 @@ class TileGrid:
 
     @property
     def tiles(self) -> int:
+        """How many there are in all."""
         return self.rows * (self.columns + self.border) + self.bottom_rows * self.bottom_columns
 
 
 def tile_grid(M: int, N: int, config: Config) -> TileGrid:
+    """The tiles of a result [M, N] of `_compact_linear_fwd_kernel` with this configuration."""
     block = config.blocks
     bottom = M % block["BLOCK_M"]
     if bottom > _BOTTOM_ROWS or block["BLOCK_M"] - bottom <= _BOTTOM_PART * M:
@@ -368,7 +373,7 @@ def tile_grid(M: int, N: int, config: Config) -> TileGrid:
 
 
 def tiled_flops(M: int, N: int, K: int, config: Config) -> int:
-    """What `_compact_linear_fwd_kernel` multiplies and adds, padding of its tiles included."""
+    """FLOPs of `_compact_linear_fwd_kernel` for these sizes, those on the padding of its tiles included."""
     grid, block = tile_grid(M, N, config), config.blocks
     columns = grid.columns * block["BLOCK_N"] + grid.border * block["BORDER_N"]
     results = grid.rows * block["BLOCK_M"] * columns
@@ -552,7 +557,7 @@ def _backward_triton(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every compilation that the launchers above can ask for on `target`, for `proofs.compilations`."""
+    """Every compilation that `compact_linear` can ask for on `target`, a key of `launching.TARGETS`."""
     cases = [(dtype, "highest") for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     cases += [(torch.float32, "high")]
     with launching.recording("compact_linear", target) as found:
@@ -684,7 +689,7 @@ def compact_linear(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`act(x @ weight.T + bias) + residual`.
+    """Linear projection with activation and residual: `act(x @ weight.T + bias) + residual`.
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64; any strides, rows that are padded to a multiple of

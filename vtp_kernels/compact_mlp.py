@@ -51,7 +51,7 @@ def compact_mlp_ref(
     fc2_bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """The definition, for autograd to differentiate."""
+    """The definition of `compact_mlp` in plain PyTorch, for autograd to differentiate."""
     out = F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
     return out if residual is None else residual + out
 
@@ -380,9 +380,9 @@ def _backward_triton(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every compilation that the launchers above can ask for on `target`, for `proofs.compilations`.
+    """Every compilation that `compact_mlp` can ask for on `target`, a key of `launching.TARGETS`.
 
-    Those of the two launches are `compact_linear`'s.
+    What it launches of `compact_linear` is among the variants of that.
     """
     with launching.recording("compact_mlp", target) as found, launching.matmul_precision("high"):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -526,7 +526,9 @@ def compact_mlp(
     fc2_bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """`residual + (gelu(x @ fc1_weight.T + fc1_bias) @ fc2_weight.T + fc2_bias)`, GELU by erf.
+    """Feed-forward branch: `residual + (gelu(x @ fc1_weight.T + fc1_bias) @ fc2_weight.T + fc2_bias)`.
+
+    GELU is the exact one, by erf.
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64; any strides, rows that are padded to a multiple of

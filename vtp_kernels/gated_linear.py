@@ -42,7 +42,7 @@ from vtp_kernels.rows import is_aligned
 
 
 def gated_linear_ref(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The definition, for autograd to differentiate: `(x * gate) @ weight.T + bias`, all of one dtype."""
+    """The definition of `gated_linear` in plain PyTorch: `(x * gate) @ weight.T + bias`, all of one dtype."""
     return F.linear(x * gate, weight, bias)
 
 
@@ -572,7 +572,7 @@ def _shaped(dx: Tensor | None, shape: torch.Size) -> Tensor | None:
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every compilation that the launchers above can ask for on `target`, for `proofs.compilations`.
+    """Every compilation that `gated_linear` can ask for on `target`, a key of `launching.TARGETS`.
 
     A view that starts off a 16-byte boundary is compiled when it is met; all other cases are here.
     """
@@ -819,8 +819,11 @@ _backward_on_cpu, _unfold_on_cpu = without_autocast(_backward_plain), without_au
 
 
 class _GatedLinear(torch.autograd.Function):
-    """`gated_linear` for eager calls on a CPU, where the dispatcher, which enters Python twice in each pass,
-    would cost a small layer more than its gate does. `setup_context` would cost as much again."""
+    """`gated_linear` for eager calls on a CPU, without the dispatcher.
+
+    That enters Python twice in each pass, which would cost a small layer more than its gate does;
+    `setup_context` would cost as much again.
+    """
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -835,7 +838,7 @@ class _GatedLinear(torch.autograd.Function):
 
 
 class _FoldGate(torch.autograd.Function):
-    """`fold_gate`, likewise."""
+    """`fold_gate` for eager calls on a CPU, without the dispatcher, as `_GatedLinear`."""
 
     @staticmethod
     def forward(ctx, *inputs):

@@ -33,7 +33,8 @@ else:
 class Choice:
     """A decision that an op makes for each call, between paths that give the same result.
 
-    Its tables say which is faster; `forced_path` overrules them. `forced` is the path in force, else None.
+    Tables of the op say which path is faster; `forced_path` overrules them. `forced` is the path that it has
+    put in force, or None.
     """
 
     def __init__(self, op: str, paths: tuple[str, ...]) -> None:
@@ -41,7 +42,7 @@ class Choice:
         self.forced: str | None = None
 
     def takes(self, path: str, default: bool) -> bool:
-        """Whether this call takes `path`: `default`, what the tables say, where no path is forced."""
+        """Whether a call takes `path`: as forced, or `default`, as the tables say, where no path is."""
         return default if self.forced is None else self.forced == path
 
 
@@ -51,13 +52,16 @@ _forcing = threading.RLock()
 
 @functools.cache  # so that the copy of an op that a test makes has the same
 def choice(op: str, *paths: str) -> Choice:
-    """The decision of `op` between `paths`, for its module to ask and for `forced_path` to overrule."""
+    """The `Choice` of the op between these paths: made by the first call, returned by later ones.
+
+    The module of the op asks it, and `forced_path` overrules it.
+    """
     _choices.setdefault(op, []).append(Choice(op, paths))
     return _choices[op][-1]
 
 
 def paths(op: str) -> tuple[tuple[str, ...], ...]:
-    """The paths of an op that can be forced: of each of its decisions those that exclude one another.
+    """The names that `forced_path` takes for an op: for each of its decisions, the paths to choose from.
 
     Raises:
         ValueError: there is no op of that name, or it has one path only.
@@ -69,7 +73,7 @@ def paths(op: str) -> tuple[tuple[str, ...], ...]:
 
 @contextlib.contextmanager
 def forced_path(op: str, *forced: str) -> Iterator[None]:
-    """Within it the op takes these paths whatever its tables say, for tests and benchmarks of a path.
+    """Context in which an op takes the paths given, whatever its tables say: for tests and benchmarks.
 
     A call that a path cannot serve goes another way nevertheless: the path may be for few columns only, or
     have no epilogue. Paths are forced in the whole process, since autograd runs backward passes in threads of
@@ -124,7 +128,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and launch options of one kernel: what is constexpr in it besides dtypes and layout.
+    """Tile sizes and launch options of a kernel: what is constexpr in it besides dtypes and layout.
 
     Nothing in it may come from the batch size; one entry stands for a whole bucket of shapes.
     """
@@ -135,7 +139,7 @@ class Config:
 
     @classmethod
     def of(cls, num_warps: int, num_stages: int, **blocks: int) -> Config:
-        """As the tables of the ops write it: tile sizes by the names that they have in the kernel."""
+        """A Config as the tables of the ops write it: tile sizes are keywords, by their names in the kernel."""
         return cls(blocks, num_warps, num_stages)
 
     def __str__(self) -> str:
@@ -162,7 +166,7 @@ class Variant:
     dot: str | None = None
 
     def key(self) -> tuple:
-        """What tells two compilations apart."""
+        """A hashable value that is equal for equal compilations only."""
         kernel = getattr(self.kernel, "__name__", str(self.kernel))
         return (
             kernel,
@@ -175,21 +179,24 @@ class Variant:
 
 
 def operands(dtype: torch.dtype) -> str:
-    """What matrix products are made of: "16", numbers of 16 bits; "tf32", float32 on tensor cores; "ieee",
-    float32 without them, which is PyTorch's default."""
+    """The kind of operands that matrix products of `dtype` have, a key of the tables of tiles.
+
+    "16" for numbers of 16 bits; "tf32" for float32 on tensor cores; "ieee" for float32 without them, which is
+    the default of PyTorch (`torch.get_float32_matmul_precision`).
+    """
     if dtype.itemsize == 2:
         return "16"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of a kernel's products; without effect on 16-bit numbers."""
+    """`input_precision` of `tl.dot` for operands of `dtype`; it has no effect on 16-bit numbers."""
     return "ieee" if operands(dtype) == "ieee" else "tf32"
 
 
 @contextlib.contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
-    """Within it `torch.get_float32_matmul_precision()` is `name`."""
+    """Context in which `torch.get_float32_matmul_precision()` is `name`."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:
@@ -199,7 +206,7 @@ def matmul_precision(name: str) -> Iterator[None]:
 
 
 def is_amd(device: torch.device) -> bool:
-    """Whether the device is AMD's; within `recording`, whether the target is."""
+    """Whether `device` is AMD's, or within `recording` whether its target is."""
     if _recording is not None:
         return TARGETS[_recording.target][0] == "hip"
     return device.type == "cuda" and torch.version.hip is not None
@@ -239,13 +246,14 @@ def launch(
 
 
 class Recording:
-    """The variants that launches ask for while it is in force, each once."""
+    """The variants that launches ask for on a target, each once, while `recording` has it in force."""
 
     def __init__(self, op: str, target: str, on_launch: Callable[..., None] = lambda *_, **__: None) -> None:
         self.op, self.target, self.on_launch = op, target, on_launch
         self.variants: dict[tuple, Variant] = {}
 
     def add(self, kernel: Any, arguments: Mapping[str, Any], config: Config, constants: dict) -> None:
+        """Note the variant that a call of `launch` with these arguments asks for."""
         constants = {**constants, **config.blocks}
         signature, aligned = {}, set()
         for name, value in arguments.items():
@@ -282,11 +290,11 @@ _recording: Recording | None = None
 def recording(
     op: str, target: str, on_launch: Callable[..., None] = lambda *_, **__: None
 ) -> Iterator[dict[tuple, Variant]]:
-    """Within it launches compile and run nothing: they are noted, as they would be on `target`, and each is
-    passed on to `on_launch`, with the arguments of `launch`.
+    """Context in which launches run nothing and are noted, as they would be on `target`.
 
-    So the list of what can be compiled is made by the code that launches, on meta tensors, and cannot drift
-    from it.
+    Yields the variants asked for so far, by key. Each launch is also passed on to `on_launch`, with the
+    arguments of `launch`. So the list of what can be compiled is made by the code that launches, on meta
+    tensors, and cannot drift from it.
     """
     global _recording
     outer, _recording = _recording, Recording(op, target, on_launch)

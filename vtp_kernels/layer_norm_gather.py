@@ -44,7 +44,7 @@ from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, with_p
 def layer_norm_gather_ref(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float
 ) -> Tensor:
-    """The definition, for autograd to differentiate; all tensors of one dtype, index int64."""
+    """The definition of `layer_norm_gather` in plain PyTorch; all tensors of one dtype but index, int64."""
     out = F.layer_norm(x, x.shape[-1:], None, None, eps)
     if index is not None:
         out = out.index_select(-1, index)
@@ -269,7 +269,7 @@ def _backward_triton(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every compilation that the launchers above can ask for on `target`, for `proofs.compilations`.
+    """Every compilation that `layer_norm_gather` can ask for on `target`, a key of `launching.TARGETS`.
 
     A 16-bit x under an autocast to the other 16-bit dtype is compiled when it is met; all else is here.
     """
@@ -385,7 +385,7 @@ define_gradient(
 def layer_norm_gather(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float
 ) -> Tensor:
-    """LayerNorm with the statistics of all columns of x, of which those of `index` are put out.
+    """LayerNorm over all columns of x that returns only those of `index`.
 
     Args:
         x: [..., D], float32, bfloat16, float16 or float64; any strides.

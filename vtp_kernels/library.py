@@ -78,9 +78,15 @@ TRITON_SIDES: dict[str, Callable] = {}
 
 
 def define(schema: str, *, plain: Callable, triton: Callable, fake: Callable) -> None:
-    """Register the op `schema`: `plain` for any device, `triton` for CUDA, `fake` for shapes and dtypes.
+    """Register an op of the namespace `vtp`.
 
     Both implementations run outside autocast: the public function has chosen the dtypes already.
+
+    Args:
+        schema: as `torch.library` takes it, without the namespace.
+        plain: the implementation for any device.
+        triton: the one for a GPU on which Triton runs.
+        fake: shapes, dtypes and strides of the results alone.
     """
     short = schema.partition("(")[0]
     name, TRITON_SIDES[short] = f"vtp::{short}", triton
@@ -93,9 +99,11 @@ def define(schema: str, *, plain: Callable, triton: Callable, fake: Callable) ->
 def define_gradient(
     op: str, *, by: str, backward: Callable, setup_context: Callable, public_name: str | None = None
 ) -> None:
-    """Register the gradient of the op `op`: once, since the op `by`, which computes it, has none.
+    """Register the gradient of an op of the namespace `vtp`, which can be differentiated once.
 
     Args:
+        op: name of the op.
+        by: name of the op that computes the gradient, and refuses to be differentiated itself.
         backward, setup_context: as `torch.library.register_autograd` takes them.
         public_name: the function whose gradient this is, for messages; `op` unless it is given.
     """
@@ -109,13 +117,15 @@ def define_gradient(
 
 
 def refuse_second_derivative(op: str) -> NoReturn:
-    """Raise the error of an op that can be differentiated once only."""
+    """Raise NotImplementedError: `op` has no second derivative."""
     raise NotImplementedError(f"{op} has no second derivative")
 
 
 class TritonSides(TorchDispatchMode):
-    """Within it ops run what they would run on a GPU with Triton, whatever the device of their tensors: to
-    note launches on meta tensors (`launching.recording`), or to interpret them on the CPU."""
+    """Context in which ops run what they would run on a GPU with Triton, on tensors of any device.
+
+    It serves to note launches on meta tensors (`launching.recording`), or to interpret them on the CPU.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != "vtp":
@@ -125,16 +135,20 @@ class TritonSides(TorchDispatchMode):
 
 
 def empty_for_none(like: torch.Tensor, *gradients: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """An op returns tensors: an empty one stands for a gradient that is not needed."""
+    """The gradients, with an empty tensor on the device of `like` for each None: what an op can return."""
     return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
 
 def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast is enabled for `device`; False for meta."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)  # which refuses "meta"
 
 
 def without_autocast(function: Callable) -> Callable:
-    """`function(x, ...)` with autocast off on the device of x; costs nothing where it is off already."""
+    """`function`, made to run with autocast off on the device of its first argument.
+
+    Where it is off already that costs nothing.
+    """
 
     @functools.wraps(function)
     def wrapped(x, *args):

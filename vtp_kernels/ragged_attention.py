@@ -51,7 +51,7 @@ from vtp_kernels.rows import empty_rows_like, with_padded_rows
 
 
 def ragged_attention_ref(qkv: Tensor, head_dim: int, value_widths: Sequence[int], scale: float) -> Tensor:
-    """The definition, for autograd to differentiate."""
+    """The definition of `ragged_attention` in plain PyTorch, for autograd to differentiate."""
     query, key, values = _split(qkv, head_dim, value_widths)
     weights = ((query @ key.transpose(-2, -1)) * scale).softmax(dim=-1)
     return torch.cat([weights[:, head] @ value for head, value in enumerate(values)], dim=-1)
@@ -61,7 +61,7 @@ def ragged_attention_ref(qkv: Tensor, head_dim: int, value_widths: Sequence[int]
 
 
 class _Head(NamedTuple):
-    """What is known of queries and keys when device code is compiled, as one constexpr."""
+    """Constants of queries and keys in device code, as one constexpr."""
 
     DIM: Any
     BLOCK: Any  # DIM rounded up to a power of two, 16 at least
@@ -84,7 +84,7 @@ class _Rows(NamedTuple):
 
 
 class _Unit(NamedTuple):
-    """The head that a program works on, its columns [begin, end), and the first and last + 1 of the head."""
+    """What a program works on in device code: columns [begin, end) of values, out of those of one head."""
 
     head: Any
     begin: Any
@@ -660,7 +660,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def row_tiles(N: int, block: int) -> list[int]:
-    """Rows of each tile: full ones, and tiles of 16 for what is left of N rounded up to 16."""
+    """How many of N tokens each tile of rows has: `block`, and 16 in those for what is left at the end."""
     full, rest = divmod(_round_up(N, 16), block)
     return [block] * full + [16] * (rest // 16)
 
@@ -748,7 +748,7 @@ def _backward_triton(
 def tiled_flops(
     B: int, N: int, head_dim: int, value_widths: Sequence[int], dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """The FLOPs of a forward launch as tiled: rows, keys, head_dim and columns rounded up."""
+    """FLOPs of a forward launch, those on the padding of its rows, keys, head_dim and columns included."""
     _, config, one_pass = _choice(N, head_dim, dtype)
     keys, V = _round_up(N, 16), sum(value_widths)
     flops = 0
@@ -764,7 +764,7 @@ def tiled_flops(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """The compilations for `proofs.compilations`: what usual models ask for, in `_COMPILED`.
+    """The compilations that `ragged_attention` asks for on `target` in usual models: those of `_COMPILED`.
 
     Others are the same kernels with other values of two constants: head_dim, and the tokens rounded up to 16
     where they are 256 or fewer.

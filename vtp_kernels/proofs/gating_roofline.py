@@ -58,7 +58,7 @@ KERNEL_PARTS = {
 
 
 class StepRecorder(Recorder):
-    """Knows which part of a step of one linear a launch is."""
+    """Notes the launches of a training step of one linear, each with the part of the step that it is."""
 
     def __init__(self, M: int, N: int, K: int, small_gates: bool) -> None:
         super().__init__(small_gates)
@@ -66,6 +66,7 @@ class StepRecorder(Recorder):
         self.is_backward = False
 
     def part(self, kernel: str | None, result: Tensor | None) -> str:
+        """One of `PARTS`: by the kernel, or by the shape of the result of one of PyTorch's operators."""
         if not self.is_backward:
             return "forward"
         return KERNEL_PARTS[kernel] if kernel else self.result_parts.get(result.numel(), "db")
@@ -85,7 +86,7 @@ def _one_op(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
 
 
 class Way(NamedTuple):
-    """A way to make the step: what is called, and the paths of the op that are forced meanwhile."""
+    """How a linear is computed: the function that is called, and the paths that are forced meanwhile."""
 
     function: Callable[..., Tensor]
     forced: tuple[str, ...] = ()
@@ -106,7 +107,7 @@ PATHS = {
 
 
 def step(path: str, M: int, N: int, K: int, dtype: str) -> list[Record]:
-    """All launches of a training step of one linear, made by one of PATHS."""
+    """All launches of a training step of a linear [N, K] on M rows, computed as one of `PATHS`."""
     x_dtype, w_dtype = DTYPES[dtype]
     shapes = ((M, K), x_dtype), ((N, K), w_dtype), ((K,), torch.float32), ((N,), w_dtype)
     inputs = [torch.empty(size, dtype=dtype, device="meta", requires_grad=True) for size, dtype in shapes]
@@ -120,7 +121,10 @@ def step(path: str, M: int, N: int, K: int, dtype: str) -> list[Record]:
 
 
 def least(M: int, N: int, K: int, dtype: str) -> Record:
-    """The operation: forward reads x, W, g, b, writes y; backward reads dY, x, W, g, writes gradients."""
+    """The least that a training step of a gated linear can move and multiply.
+
+    Forward reads x, W, g and b and writes y; backward reads dY, x, W and g and writes the gradients.
+    """
     x, w = (t.itemsize for t in DTYPES[dtype])
     moved = x * (3 * M * K + 2 * M * N) + w * (3 * N * K + 2 * N) + 4 * 3 * K
     return Record(LEAST, "", moved, moved, 6 * M * N * K, 6 * M * N * K, x)
@@ -132,7 +136,7 @@ Paths = dict[str, list[Record]]  # launches by path
 
 
 def account(model: str, batch: int, dtype: str) -> dict[str, Paths]:
-    """By linear, and "block" for the four: the launches of a step by every path, and LEAST."""
+    """The launches of a training step by path, with `LEAST`: of each linear, and of all four as "block"."""
     block: dict[str, Paths] = {}
     for linear, (n, k) in LINEARS.items():
         shape = batch * TOKENS, n * MODELS[model], k * MODELS[model], dtype
@@ -141,17 +145,17 @@ def account(model: str, batch: int, dtype: str) -> dict[str, Paths]:
 
 
 def extra(paths: Paths, path: str, part: str | None = None) -> int:
-    """DRAM bytes beyond the plain linear's, of a step or of one part of it."""
+    """DRAM bytes that a path moves beyond the plain linear, in a step or in one part of it."""
     return total(paths[path], part) - total(paths[PLAIN], part)
 
 
 def percent(paths: Paths, path: str, with_db: bool = True) -> float:
-    """`extra` of a step, of the plain linear's bytes: all, or without those that make its bias' gradient."""
+    """`extra` of a step in percent of the bytes of the plain linear, with or without its bias' gradient."""
     return 100 * extra(paths, path) / (total(paths[PLAIN]) - (0 if with_db else total(paths[PLAIN], "db")))
 
 
 def taken(records: Sequence[Record]) -> str:
-    """As in `forward: fold, addmm; dX: mm; dW: mm, unfold; dg: gate_gradient; db: sum`."""
+    """What was launched, by part, as in `forward: fold, addmm; dX: mm; dW: mm, unfold; dg: gate_gradient`."""
     return "; ".join(f"{part}: {', '.join(r.name for r in records if r.part == part)}" for part in PARTS)
 
 
@@ -159,7 +163,7 @@ def taken(records: Sequence[Record]) -> str:
 
 
 def sweep() -> dict[str, Any]:
-    """Every model, dtype, batch, linear and path, in tables whose rows can be compared line by line."""
+    """The accounts of every model, dtype, batch, linear and path, as tables for the file of results."""
     amounts, times = Record._fields[2:6], [f"floor_us_{name}" for name in GPUS]
     columns = ["model", "dtype", "batch", "linear", "path", "launches", *amounts]
     columns += ["extra_bytes", "extra_percent", "extra_percent_without_db"]
@@ -188,7 +192,7 @@ Rows = list[list[str]]  # the first is the header
 
 
 def headline(block: dict[str, Paths]) -> Rows:
-    """Extra bytes by path; `!` marks more than the claim."""
+    """The table of extra bytes by path and linear; `!` marks more than `CLAIM`."""
 
     def cell(paths: Paths, path: str) -> str:
         share = percent(paths, path)
@@ -203,7 +207,7 @@ def headline(block: dict[str, Paths]) -> Rows:
 
 
 def details(block: dict[str, Paths]) -> Rows:
-    """Of the block: bytes of the parts of a step, then sums, padding and floors."""
+    """The table of a block by path: bytes of the parts of a step, then sums, padding and floors."""
     paths, rows = block["block"], [["path", *PARTS, "DRAM", "tiles", "FLOPs", "padding", *GPUS]]
     for path, records in paths.items():
         moved = [total(records, part) if path == PLAIN else extra(paths, path, part) for part in PARTS]
@@ -223,6 +227,7 @@ def _by_batch(content: Mapping[str, Any], model: str) -> Rows:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m vtp_kernels.proofs.gating_roofline", description=__doc__.splitlines()[0]
     )
