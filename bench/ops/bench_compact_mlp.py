@@ -5,7 +5,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.ops.shapes import DEVICE, Case, Peer, engine_dtype, engine_linear, linear_operands, padded, plain
+from bench.ops.shapes import (
+    DEVICE,
+    Case,
+    Implementation,
+    engine_dtype,
+    engine_linear,
+    linear_operands,
+    padded,
+    plain,
+)
 from vtp.comparison.runtimes import Run
 from vtp_kernels import compact_mlp
 from vtp_kernels.compact_mlp import compact_mlp_ref
@@ -50,14 +59,14 @@ def engine(**operands: Tensor) -> Run:
     return lambda: fc2(F.gelu(fc1(rows)).to(dtype)).view(residual.shape) + residual
 
 
-def peers(case: Case) -> dict[str, Peer]:
-    found = {"ours": Peer(ours), "F.linear, F.gelu, F.linear": plain(compact_mlp_ref)}
+def implementations(case: Case) -> dict[str, Implementation]:
+    found = {"ours": Implementation(ours), "F.linear, F.gelu, F.linear": plain(compact_mlp_ref)}
     if DEVICE.type == "cpu" and why_no_cpp() is None:
-        found["products of the CPU engine"] = Peer(engine)
+        found["products of the CPU engine"] = Implementation(engine)
     if case.widths == "compact":
-        found["padded to 16"] = Peer(rounded_up)
+        found["padded to 16"] = Implementation(rounded_up)
     return found
 
 
-def test_compact_mlp(measure, case: Case, peer: str) -> None:
-    measure(case, peers(case)[peer], operands, compact_mlp_ref)
+def test_compact_mlp(measure, case: Case, implementation: str) -> None:
+    measure(case, implementations(case)[implementation], operands, compact_mlp_ref)

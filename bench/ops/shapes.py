@@ -1,4 +1,4 @@
-"""The cases of all ops, and how a peer is written down."""
+"""The cases of all ops, and how an implementation is written down."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Peer:
+class Implementation:
     """A way to compute an op.
 
     prepare: takes the operands by name, returns the call that is timed; what a user does once, such as
@@ -106,9 +106,9 @@ class Peer:
     reference: Callable[..., Tensor] | None = None
 
 
-def plain(function: Callable[..., Tensor]) -> Peer:
+def plain(function: Callable[..., Tensor]) -> Implementation:
     """A function of the operands as it is."""
-    return Peer(lambda **operands: lambda: function(**operands))
+    return Implementation(lambda **operands: lambda: function(**operands))
 
 
 def linear_operands(inputs: int, outputs: int) -> tuple[Tensor, Tensor]:

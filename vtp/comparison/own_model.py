@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import vtp
-from vtp.comparison.comparison import Budget, Record, Subject, contest
-from vtp.comparison.runtimes import COMPILERS, DTYPES, PEERS, Peer, Run
+from vtp.comparison.comparison import Budget, Record, Subject, compare_runtimes
+from vtp.comparison.runtimes import COMPILERS, DTYPES, RUNTIMES, Run, Runtime
 from vtp.comparison.tables import Rows, in_rounds
 from vtp.model.cost import attention_cost, mlp_cost
 from vtp.pruning.compact import CompactBlock, CompactViT, ConstantBranch
@@ -41,13 +41,13 @@ def prepare_blocks(model: Blocks, tokens: Tensor, *, dtype: str) -> Run:
     """The blocks as `vtp.optimize` runs them."""
     packed, tokens = pack_for_ops(model.vit, DTYPES[dtype]).vit, tokens.to(DTYPES[dtype])
     blocks = packed.blocks
-    if tokens.device.type == "cpu" and cpu.why_not(packed.blocks, DTYPES[dtype]) is None:
+    if cpu.unsupported_reason(packed, DTYPES[dtype]) is None:
         blocks = CpuBlocks(packed, DTYPES[dtype])
     return lambda: blocks(tokens)
 
 
 # --------------------------------------------------------------------------------
-# The contests
+# The comparisons
 
 
 def dense_of(small: CompactViT) -> CompactViT:
@@ -65,15 +65,15 @@ def compare(
     budget: Budget,
     *,
     compilers: bool = False,
-    tell: Callable[[str], object] = lambda doing: None,
+    report: Callable[[str], object] = lambda doing: None,
 ) -> Record:
-    """A compact model by every runtime, and the dense one by some: see `contest`.
+    """A compact model by every runtime, and the dense one by some: see `compare_runtimes`.
 
     Args:
         small: in float32, on the device to compare on.
         batch: images in a call.
         compilers: whether torch.compile takes part, which needs minutes.
-        tell: see `contest`.
+        report: see `compare_runtimes`.
     """
     dense = dense_of(small)
     patch, device = small.patch_embed, small.patch_embed.proj.weight.device
@@ -83,14 +83,16 @@ def compare(
     except RuntimeError as error:  # of PyTorch's allocator
         raise ValueError(f"batch: got {batch}, expected images that fit into memory ({error})") from error
     subject, beside = (Subject(m, images, macs=vtp.count(m).macs) for m in (small, dense))
-    peers = [p for p in PEERS if p.dtype in dtypes and device.type in p.devices]
-    entries = {p.label: (p, subject) for p in peers if p.name not in COMPILERS}
+    runtimes = [p for p in RUNTIMES if p.dtype in dtypes and device.type in p.devices]
+    entries = {p.label: (p, subject) for p in runtimes if p.name not in COMPILERS}
     entries |= {
-        f"dense: {p.label}": (dataclasses.replace(p, ours=False), beside) for p in peers if p.name in _BESIDE
+        f"dense: {p.label}": (dataclasses.replace(p, ours=False), beside)
+        for p in runtimes
+        if p.name in _BESIDE
     }
-    entries |= {p.label: (p, subject) for p in peers if p.name in COMPILERS and compilers}
+    entries |= {p.label: (p, subject) for p in runtimes if p.name in COMPILERS and compilers}
     macs = {"compact": subject.macs, "dense": beside.macs}
-    return {"batch": batch, "macs": macs, **contest(entries, budget, tell=tell)}
+    return {"batch": batch, "macs": macs, **compare_runtimes(entries, budget, report=report)}
 
 
 def branches(model: CompactViT) -> dict[str, tuple[Blocks, int]]:
@@ -129,9 +131,10 @@ def compare_branches(small: CompactViT, batch: int, dtype: str, budget: Budget) 
     tokens = torch.randn(batch, architecture.num_tokens, architecture.embed_dim, generator=generator).to(
         device
     )
-    peer = Peer("ours", dtype, functools.partial(prepare_blocks, dtype=dtype), ours=True)
-    return contest(
-        {name: (peer, Subject(blocks, tokens, macs=macs)) for name, (blocks, macs) in alone.items()}, budget
+    runtime = Runtime("ours", dtype, functools.partial(prepare_blocks, dtype=dtype), ours=True)
+    return compare_runtimes(
+        {name: (runtime, Subject(blocks, tokens, macs=macs)) for name, (blocks, macs) in alone.items()},
+        budget,
     )
 
 
@@ -171,26 +174,26 @@ def lost_milliseconds(record: Record) -> dict[str, float]:
     rates = {}
     for kind in ("attn", "mlp"):
         if seconds := in_rounds(record, f"dense {kind}"):
-            rates[kind] = statistics.median(seconds) / record["peers"][f"dense {kind}"]["macs"]
+            rates[kind] = statistics.median(seconds) / record["runtimes"][f"dense {kind}"]["macs"]
     lost = {}
-    for name, peer in record["peers"].items():
+    for name, runtime in record["runtimes"].items():
         kind, seconds = name.rpartition(".")[2], in_rounds(record, name)
         if name.startswith("blocks.") and seconds and kind in rates:
-            lost[name] = 1e3 * (statistics.median(seconds) - rates[kind] * peer["macs"])
+            lost[name] = 1e3 * (statistics.median(seconds) - rates[kind] * runtime["macs"])
     return dict(sorted(lost.items(), key=lambda item: -item[1]))
 
 
-def blame_table(small: CompactViT, record: Record, rows: int = 5) -> Rows:
+def attribution_table(small: CompactViT, record: Record, rows: int = 5) -> Rows:
     """The branches that lose the most time, with their widths."""
     table: Rows = [["branch", "widths kept", "MACs", "ms", "MACs promise ms", "lost ms"]]
     for name, lost in list(lost_milliseconds(record).items())[:rows]:
         _, index, branch = name.split(".")
-        peer, part = record["peers"][name], getattr(small.blocks[int(index)], branch)
+        runtime, part = record["runtimes"][name], getattr(small.blocks[int(index)], branch)
         if branch == "attn":
             widths = f"{part.qkv.in_features} into qkv, values {' '.join(map(str, part.value_widths))}"
         else:
             widths = f"{part.fc1.in_features} into fc1, {part.fc1.out_features} hidden"
-        took = 1e3 * statistics.median(peer["seconds"])
+        took = 1e3 * statistics.median(runtime["seconds"])
         cells = (f"{took:.2f}", f"{took - lost:.2f}", f"{lost:.2f}")
-        table.append([name, widths, f"{peer['macs'] / 1e6:.1f} M", *cells])
+        table.append([name, widths, f"{runtime['macs'] / 1e6:.1f} M", *cells])
     return table
