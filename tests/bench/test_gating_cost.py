@@ -310,7 +310,7 @@ def test_bad_arguments_are_refused_before_anything_is_measured(
     tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("measure", None)
+    monkeypatch.setattr(bench, "measure", None)
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
     assert stopped.value.code == 2

@@ -16,8 +16,8 @@ FILES = sorted(path.stem for path in OPS.glob("bench_*.py"))
 
 PLANTED = """
 import torch
-from bench_gated_linear import BACKWARD, gated_linear_ref, operands
-from shapes import plain
+from bench.ops.bench_gated_linear import BACKWARD, gated_linear_ref, operands
+from bench.ops.shapes import plain
 
 SITES = ("fc2",)
 
@@ -52,7 +52,7 @@ def test_planted(measure, case, implementation):
 def ran(tmp_path_factory) -> dict[str, dict]:
     """By id, of all cases and the planted ones: file, implementation, message of a failure, times."""
     folder = tmp_path_factory.mktemp("bench") / "ops"
-    shutil.copytree(OPS, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(OPS, folder, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
     (folder / "bench_planted.py").write_text(PLANTED)
     report, figures = folder / "report.xml", folder / "figures.json"
     command = [sys.executable, "-m", "pytest", "-q", str(folder), f"--rootdir={folder}", "--toy"]
