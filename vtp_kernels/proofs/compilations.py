@@ -127,7 +127,7 @@ def compile_variant(variant: Variant, target: str) -> Record:
     # aligned pointer (`variant.aligned`) says nothing of the second row.
     record["aligned"] = bool(variant.constants.get("ALIGNED", tiles))
     try:
-        compiled = _compile(variant, target)
+        compiled = compile_for(variant, target)
         tile_bytes = sum(map(_tile_bytes, tiles)) // len(tiles) if tiles else 0
         return record | measure(target, compiled.asm, compiled.metadata, tile_bytes)
     except Exception as error:
@@ -135,7 +135,8 @@ def compile_variant(variant: Variant, target: str) -> Record:
         return record | {"error": f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]}
 
 
-def _compile(variant: Variant, target: str) -> Any:
+def compile_for(variant: Variant, target: str) -> Any:
+    """Triton's CompiledKernel of a variant; from Triton's cache, if it is there."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -170,7 +171,9 @@ def _source(variant: Variant, target: str) -> tuple[Any, dict[str, Any]]:
 
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
     backend = make_backend(GPUTarget(*TARGETS[target]))
-    _, signature, constants, attributes = kernel._pack_args(backend, options, values, list(map(found_by_launch, names)), None)
+    _, signature, constants, attributes = kernel._pack_args(
+        backend, options, values, list(map(found_by_launch, names)), None
+    )
     return ASTSource(kernel, signature, constants, attributes), options
 
 

@@ -237,7 +237,7 @@ def test_tensor_memory_limits_the_blocks_of_sm_100():
 
 def test_amd_occupancy_agrees_with_the_compilers_own():
     for variant in (gemm("gemm"), double("double")):
-        code = compilations._compile(variant, "gfx942").asm["amdgcn"]
+        code = compilations.compile_for(variant, "gfx942").asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
         waves_per_simd = int(re.search(r"; Occupancy: (\d+)", code)[1])
         assert occupancy("gfx942", 256, registers, 0)[0] == waves_per_simd
@@ -459,7 +459,7 @@ def test_a_compiled_kernel_lies_where_triton_will_look(saved, needed, tmp_path, 
 
 
 def test_a_kernel_that_does_not_compile_is_named(saved, needed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(compilations, "_compile", lambda *_: 1 / 0)
+    monkeypatch.setattr(compilations, "compile_for", lambda *_: 1 / 0)
     assert (
         compilations.main(["compile", str(saved), "--target", "sm_80", "--cache", str(tmp_path / "cache")])
         == 1
