@@ -64,7 +64,7 @@ def prepare_our_linear(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
 
 
 def gemm_runtimes(runtimes: Iterable[Runtime]) -> list[Runtime]:
-    """Those of `runtimes` that know no more of a linear than its product, and the packed one."""
+    """The runtimes that know no more of a linear than its product, ours, and oneDNN's packed one."""
     found = []
     for dtype in DTYPES:
         packed, ours = (functools.partial(f, dtype=dtype) for f in (prepare_packed, prepare_our_linear))

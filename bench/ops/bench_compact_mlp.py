@@ -41,7 +41,7 @@ def ours(**operands: Tensor) -> Run:
 
 
 def to_16(**operands: Tensor) -> dict[str, Tensor]:
-    """Of the inputs and the hidden layer; D is a multiple of 16 in every DeiT."""
+    """The inputs and the hidden layer padded to multiples of 16; D is a multiple of 16 in every DeiT."""
     return {n: padded(t, 16, (0, 1) if n.endswith("weight") else (-1,)) for n, t in operands.items()}
 
 
