@@ -55,8 +55,6 @@ from vtp.training.sparsity import (
     soft_threshold,
 )
 from vtp.training.state import (
-    STATE_FORMAT,
-    ResumeError,
     all_finite,
     first_not_finite,
     read_state,
@@ -64,20 +62,6 @@ from vtp.training.state import (
     state_tensors,
     write_state,
 )
-
-__all__ = [
-    "STATE_FORMAT",
-    "NonFiniteLossError",
-    "ResumeError",
-    "TrainConfig",
-    "TrainResult",
-    "TrainingInterrupted",
-    "distillation_loss",
-    "evaluate",
-    "gate_statistics",
-    "soft_threshold",
-    "train",
-]
 
 CHECK_EVERY = {"cpu": 1}  # steps between looks at the losses; elsewhere a look waits for the device, hence:
 CHECK_EVERY_ELSEWHERE = 16
@@ -429,7 +413,8 @@ class _Stage:
         return self.signals.received is not None and self.accelerator.num_processes == 1
 
     def _stop_if_asked(self, saved: bool = False) -> None:
-        """End training on a signal to any process: save, if that is not done, and raise TrainingInterrupted."""
+        """End training on a signal to any process: save, if that is not done, and raise
+        TrainingInterrupted."""
         number = self.signals.received or 0
         if self.accelerator.num_processes > 1:
             number = int(
