@@ -18,8 +18,8 @@ from bench.ops.shapes import (
 from vtp.comparison.runtimes import Run
 from vtp_kernels import compact_mlp
 from vtp_kernels.compact_mlp import compact_mlp_ref
-from vtp_kernels.launching import in_padded_rows
-from vtp_kernels.library import why_no_cpp
+from vtp_kernels.library import cpp_unsupported_reason
+from vtp_kernels.rows import in_padded_rows
 
 SITES = ("mlp",)
 BACKWARD = (False,)
@@ -61,7 +61,7 @@ def engine(**operands: Tensor) -> Run:
 
 def implementations(case: Case) -> dict[str, Implementation]:
     found = {"ours": Implementation(ours), "F.linear, F.gelu, F.linear": plain(compact_mlp_ref)}
-    if DEVICE.type == "cpu" and why_no_cpp() is None:
+    if DEVICE.type == "cpu" and cpp_unsupported_reason() is None:
         found["products of the CPU engine"] = Implementation(engine)
     if case.widths == "compact":
         found["padded to 16"] = Implementation(rounded_up)

@@ -1,4 +1,5 @@
 import gc
+import importlib
 import itertools
 import time
 
@@ -344,6 +345,17 @@ def test_mutated_refuses_text_that_does_not_occur_as_often_as_expected():
     )
 
 
+def test_a_defect_in_a_helper_is_in_the_copy_alone():
+    module, helper = (importlib.import_module(f"vtp_kernels.{name}") for name in ("gated_linear", "_tiles"))
+    defect = ("first + within % height", "within % height")
+    copy = mutated(module.__name__, [defect], helpers=[helper.__name__])
+    assert copy.grouped_tile is not helper.grouped_tile and module.grouped_tile is helper.grouped_tile
+    assert importlib.import_module(helper.__name__) is helper
+    assert copy.launching is module.launching
+    with pytest.raises(AssertionError, match="expected 1 in one of"):
+        mutated(module.__name__, [("from __future__", "from __future__")], helpers=[helper.__name__])
+
+
 OP_MODULE = """
 import torch
 import torch.utils.flop_counter
@@ -390,9 +402,9 @@ def test_mutated_copy_of_an_op_module_registers_nothing(tmp_path, monkeypatch):
 def check_mutated_op():
     from vtp_kernels import library
 
-    before = dict(library._TRITON_SIDES)
+    before = dict(library.TRITON_SIDES)
     mutated("vtp_kernels.compact_linear", [])
-    assert before and before == library._TRITON_SIDES
+    assert before and before == library.TRITON_SIDES
 
 
 def test_what_an_op_runs_on_a_gpu_is_not_that_of_a_copy(interpreter):
