@@ -1,12 +1,12 @@
 """Build of the package; metadata is in pyproject.toml.
 
-The C++ operators of `csrc/cpu` are built into `vtp_kernels/_cpu.abi3.so` where there is a compiler and PyTorch:
+The C++ operators of `csrc/cpu` become `vtp_kernels/_cpu.abi3.so` where there is a compiler and PyTorch:
 
     pip install .                                    # as part of the package; see tools/build_backend.py
     python setup.py build_ext --inplace              # in a checkout
 
-Without a compiler, or with VTP_BUILD_CPP=0 in the environment, the package is pure Python and says at first use
-what is slower for it; with VTP_BUILD_CPP=1 a failure of the compiler is an error.
+Without a compiler, or with VTP_BUILD_CPP=0 in the environment, the package is pure Python and says at first
+use what is slower for it; with VTP_BUILD_CPP=1 a failure of the compiler is an error.
 """
 
 import os
@@ -58,7 +58,9 @@ class BuildKernels(build_ext):
 
 
 def _say_not_built(reason: str) -> None:
-    print(f"vtp: C++ operators not built ({reason}); vtp works without them, slower on a CPU", file=sys.stderr)
+    print(
+        f"vtp: C++ operators not built ({reason}); vtp works without them, slower on a CPU", file=sys.stderr
+    )
 
 
 def extensions() -> list[Extension]:

@@ -1,14 +1,15 @@
 """Build backend: setuptools, which also asks for PyTorch where the C++ operators can be built.
 
-The operators need PyTorch's headers, and `pip` builds in an environment of its own. This backend takes them from
+The operators need PyTorch's headers, and `pip` builds in an environment of its own. They are taken from
 
 1. the PyTorch of the build environment (`--no-build-isolation`, `python setup.py build_ext --inplace`), or
-2. the PyTorch of the environment that `pip` installs into, if there is one: nothing is downloaded for the build, or
+2. the PyTorch of the environment that `pip` installs into, where there is one: the build downloads none, or
 3. PyTorch as a build requirement, which `pip` installs into the build environment for the time of the build.
 
-The operators use PyTorch's stable ABI of 2.10: one binary, built with any PyTorch from 2.10 on, runs with all of
-them, so which of the three it was does not show. Without a compiler, on Windows, or with VTP_BUILD_CPP=0 in the
-environment, the package is pure Python. `python tools/build_backend.py` prints which it would be here.
+The operators use the stable ABI of PyTorch 2.10: a binary built with any PyTorch from 2.10 on runs with all
+of them, so that it does not matter which of the three it was. Without a compiler, on Windows, or with
+VTP_BUILD_CPP=0 in the environment, the package is pure Python. `python tools/build_backend.py` says which it
+would be here.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def _torch_folders() -> Iterator[Path]:
     if spec is not None and spec.origin is not None:
         yield Path(spec.origin).parent
     # pip hides these folders from a build, not from sysconfig.
-    for packages in (sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), site.getusersitepackages()):
-        yield Path(packages) / "torch"
+    installed = (sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), site.getusersitepackages())
+    yield from (Path(packages) / "torch" for packages in installed)
 
 
 def _is_new_enough(torch: Path) -> bool:

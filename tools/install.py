@@ -1,7 +1,7 @@
 """`pip install` with a line every few seconds that says what it is doing: python tools/install.py ARGUMENTS
 
-PyTorch is several gigabytes, and pip is silent while it downloads (without a terminal) and unpacks. What pip itself
-prints is shown if it fails.
+PyTorch is several gigabytes, and pip is silent while it downloads (without a terminal) and unpacks. What pip
+itself prints is shown if it fails.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ def _phase(lines: list[str]) -> str:
     for line in reversed(said):
         if line.startswith("Installing collected packages"):
             return _unpacking()
-        if line.startswith("Downloading"):
-            return " ".join(line.split()[:1] + [line.split()[1].rpartition("/")[2], *line.split()[2:4]])
-        if line.startswith(("Collecting", "Using cached", "Processing")):
-            return f"looking for what it needs: {line.split()[1].rpartition('/')[2]}"
+        if line.startswith(("Downloading", "Collecting", "Using cached", "Processing")):
+            what = line.removeprefix("Using ").split()
+            return f"{what[0].lower()} {what[1].rpartition('/')[2]} {' '.join(what[2:4])}".rstrip()
         if line.startswith(("Building", "Created", "Installing build", "Getting", "Preparing")):
             return line
     return "starting"
