@@ -164,7 +164,7 @@ _BWD = {
     4096: Config.of(8, 1, ROWS=1, BLOCK_D=4096),
 }
 # With an index, 8 warps of so wide a row spill where Triton 3.6 compiles for sm_90.
-_BWD_GATHER = _BWD | {2048: _config(16, ROWS=1, BLOCK_D=2048)}
+_BWD_GATHER = _BWD | {2048: Config.of(16, 1, ROWS=1, BLOCK_D=2048)}
 _WIDEST = max(_FWD)
 # Programs of the backward pass: four for each multiprocessor of a large GPU (132 of an H100). Each writes one
 # pair of partial sums a column: 3 MB for 768 columns.
