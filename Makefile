@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 BENCH := runs/bench
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+INSTALL := $(BIN)/python tools/install.py  # pip install, which says what it is doing
 
 # OpenMP threads that wait spin for a while by default, milliseconds in GCC's: beside one busy process on a core
 # that made training 17 times slower. Sleeping at once would slow small models on an idle machine; this is between.
@@ -24,6 +24,7 @@ test: $(VENV)/installed-dev $(VENV)/built
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The accuracy tables of the README: three seeds, about half an hour on two cores; continues where it stopped.
 accuracy: $(VENV)/installed
@@ -48,24 +49,29 @@ baseline: $(VENV)/installed
 	$(BIN)/vtp train dense --from-scratch --data $(FASHION_MNIST) --out runs/baseline --resume
 	cp runs/baseline/dense.safetensors vtp/baselines/fashion_deit.safetensors
 
-$(VENV)/installed: pyproject.toml setup.py
+# Without the C++ operators at first: building them takes PyTorch's headers from the environment.
+$(VENV)/installed: pyproject.toml setup.py tools/build_backend.py
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing (PyTorch is several gigabytes; this is the longest step of a first run)"
-	$(PIP) --editable .
-	touch $@
+	@VTP_BUILD_CPP=0 $(INSTALL) --editable .
+	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) --editable '.[dev]'
-	touch $@
+	@echo "installing what tests and lint need"
+	@VTP_BUILD_CPP=0 $(INSTALL) --editable '.[dev]'
+	@touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed-dev
-	$(PIP) --editable '.[dev,bench]'
-	touch $@
+	@echo "installing other runtimes to compare with"
+	@VTP_BUILD_CPP=0 $(INSTALL) --editable '.[dev,bench]'
+	@touch $@
 
 # The C++ operators; without a compiler, or with VTP_BUILD_CPP=0, there are none, and everything works without.
 $(VENV)/built: $(VENV)/installed setup.py $(wildcard csrc/cpu/*)
-	$(BIN)/python setup.py --quiet build_ext --inplace
-	touch $@
+	@$(BIN)/python tools/build_backend.py
+	@$(INSTALL) --no-deps --editable .
+	@ls vtp_kernels/_cpu*.so >/dev/null 2>&1 || echo "C++ operators: none; see why with VTP_BUILD_CPP=1 $(BIN)/pip install -v -e ."
+	@touch $@
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info vtp_kernels/_cpu*.so

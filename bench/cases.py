@@ -1,4 +1,4 @@
-"""What bench/compare.py measures: each case builds its models, and lets peers take turns with them."""
+"""What bench/compare.py measures: each case builds its models, and lets runtimes take turns with them."""
 
 import dataclasses
 import functools
@@ -14,9 +14,9 @@ import vtp
 from bench import gating_cost
 from bench.irregular import cut, gated_model, padded, same_macs_dense, torch_pruning, zeros_in_place
 from bench.products import FeedForward
-from vtp.comparison.comparison import Budget, Record, Subject, contest, slowed
+from vtp.comparison.comparison import Budget, Record, Subject, compare_runtimes, slowed
 from vtp.comparison.own_model import prepare_blocks
-from vtp.comparison.runtimes import AGAIN, COMPILERS, DTYPES, Peer, Run, prepare_eager
+from vtp.comparison.runtimes import COMPILERS, DTYPES, REPEAT, Run, Runtime, prepare_eager
 
 RATE = 0.4  # share of dimensions that is removed where a case has one rate
 RATES = (0.0, 0.2, 0.4, 0.6)
@@ -25,8 +25,8 @@ IMAGES = 8  # that differ; a larger batch repeats them
 # M, K, N of linear layers of compact models, batches 1 and 8: tiny's fc1, small's qkv, base's fc1 and fc2.
 SHAPES = [(M, *widths) for M in (197, 1576) for widths in ((115, 461), (231, 1003), (461, 1843), (1843, 768))]
 
-# Not a peer that runs: what stands in the table where the library is not installed.
-TORCH_PRUNING = Peer("Torch-Pruning, same MACs", "float32", prepare_eager, packages=("torch_pruning",))
+# Not a runtime that runs: what stands in the table where the library is not installed.
+TORCH_PRUNING = Runtime("Torch-Pruning, same MACs", "float32", prepare_eager, packages=("torch_pruning",))
 
 SLOWED = "ours, slowed by 10%"
 WRONG = "ours, one logit wrong"
@@ -34,7 +34,7 @@ WRONG = "ours, one logit wrong"
 # What is compared in where a case has one dtype, by device: what one would deploy in.
 MAIN_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
-Entries = dict[str, tuple[Peer, Subject]]
+Entries = dict[str, tuple[Runtime, Subject]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +100,14 @@ TOYS = {
 }
 
 
-def of(peers: Iterable[Peer], dtypes: Container[str], *names: str) -> list[Peer]:
-    """Those of `peers` with these names and dtypes."""
-    return [peer for peer in peers if peer.name in names and peer.dtype in dtypes]
+def of(runtimes: Iterable[Runtime], dtypes: Container[str], *names: str) -> list[Runtime]:
+    """The runtimes of a list that have these names and dtypes."""
+    return [runtime for runtime in runtimes if runtime.name in names and runtime.dtype in dtypes]
 
 
-def once_again(peers: Iterable[Peer], model: Model) -> list[Peer]:
+def once_again(runtimes: Iterable[Runtime], model: Model) -> list[Runtime]:
     """All, but our engine a second time in one dtype only: what it shows is the machine's noise."""
-    return [peer for peer in peers if peer.name != AGAIN or peer.dtype == model.dtype]
+    return [runtime for runtime in runtimes if runtime.name != REPEAT or runtime.dtype == model.dtype]
 
 
 # --------------------------------------------------------------------------------
@@ -115,48 +115,50 @@ def once_again(peers: Iterable[Peer], model: Model) -> list[Peer]:
 
 
 def measure_models(
-    model: Model, batch: int, peers: Sequence[Peer], compilers: bool, budget: Budget, results: Record
+    model: Model, batch: int, runtimes: Sequence[Runtime], compilers: bool, budget: Budget, results: Record
 ) -> Record:
-    """One compact model by all peers.
+    """One compact model by all runtimes.
 
     Args:
         compilers: whether torch.compile takes part.
     """
     subject = model.subject(model.cut(RATE), batch)
-    peers = [p for p in once_again(peers, model) if compilers or p.name not in COMPILERS]
+    runtimes = [p for p in once_again(runtimes, model) if compilers or p.name not in COMPILERS]
     skip = too_slow(results, batch * subject.macs)
-    return {"macs": subject.macs, **contest({p.label: (p, subject) for p in peers}, budget, skip)}
+    return {"macs": subject.macs, **compare_runtimes({p.label: (p, subject) for p in runtimes}, budget, skip)}
 
 
-def measure_compilers(model: Model, peers: Sequence[Peer], budget: Budget, _: Record) -> Record:
+def measure_compilers(model: Model, runtimes: Sequence[Runtime], budget: Budget, _: Record) -> Record:
     """A compact model of a few blocks by torch.compile, beside PyTorch's eager mode and ours."""
-    peers = of(once_again(peers, model), DTYPES, "ours", AGAIN, "PyTorch eager", *COMPILERS)
+    runtimes = of(once_again(runtimes, model), DTYPES, "ours", REPEAT, "PyTorch eager", *COMPILERS)
     # The dtype that every CPU computes in first, as preparing may use all of the time up.
-    peers.sort(key=lambda peer: (not peer.ours, list(DTYPES).index(peer.dtype)))
+    runtimes.sort(key=lambda runtime: (not runtime.ours, list(DTYPES).index(runtime.dtype)))
     subject = model.subject(model.cut(RATE), 1)
-    return {"macs": subject.macs, **contest({p.label: (p, subject) for p in peers}, budget)}
+    return {"macs": subject.macs, **compare_runtimes({p.label: (p, subject) for p in runtimes}, budget)}
 
 
-def measure_place(model: Model, peers: Sequence[Peer], budget: Budget, _: Record) -> Record:
+def measure_place(model: Model, runtimes: Sequence[Runtime], budget: Budget, _: Record) -> Record:
     """Ours on one compact model, and what a user might run in its place."""
     plan = vtp.make_plan(model.gated(), rate=RATE, min_keep=0)
     subject = model.subject(model.cut(RATE), 1)
-    entries = {p.label: (p, subject) for p in of(peers, (model.dtype,), "ours", AGAIN)}
-    entries |= in_its_place(model, plan, subject, peers)
-    return {"macs": subject.macs, **contest(entries, budget)}
+    entries = {p.label: (p, subject) for p in of(runtimes, (model.dtype,), "ours", REPEAT)}
+    entries |= in_its_place(model, plan, subject, runtimes)
+    return {"macs": subject.macs, **compare_runtimes(entries, budget)}
 
 
-def in_its_place(model: Model, plan: vtp.PruningPlan, compact: Subject, peers: Sequence[Peer]) -> Entries:
+def in_its_place(
+    model: Model, plan: vtp.PruningPlan, compact: Subject, runtimes: Sequence[Runtime]
+) -> Entries:
     """Other models that a user might run instead of `compact`, each on our engine if it can be, in PyTorch's
     eager mode and on OpenVINO: labels are "model: runtime"."""
-    others = of(peers, (model.dtype,), "PyTorch eager", "OpenVINO")
-    ours = of(peers, (model.dtype,), "ours")
+    others = of(runtimes, (model.dtype,), "PyTorch eager", "OpenVINO")
+    ours = of(runtimes, (model.dtype,), "ours")
     gated, batch = model.gated(), len(compact.images)
     dense = model.dense()
     same_macs = same_macs_dense(plan.architecture, compact.macs)
     packed = {"dense": model.cut(0.0), "dense of the same MACs": cut(vtp.insert_gates(same_macs), 0.0)}
     alone = {"dense": dense, "dense of the same MACs": same_macs}
-    if TORCH_PRUNING.why_not() is None:
+    if TORCH_PRUNING.unsupported_reason() is None:
         alone[TORCH_PRUNING.name] = torch_pruning(dense, compact.macs)
     equal = {  # to the compact model in what they put out
         "padded to 16": padded(gated, plan),
@@ -169,20 +171,22 @@ def in_its_place(model: Model, plan: vtp.PruningPlan, compact: Subject, peers: S
     for name in equal:  # elsewhere zeros are no better than what is beside them
         runs[name] = of(others, DTYPES, "PyTorch eager")
     entries = {
-        f"{name}: {peer.label}": (peer, subjects[name]) for name, peers in runs.items() for peer in peers
+        f"{name}: {runtime.label}": (runtime, subjects[name])
+        for name, runtimes in runs.items()
+        for runtime in runtimes
     }
     on_ours = {name: model.subject(module, batch) for name, module in packed.items()}
     on_ours["padded to 16"] = subjects["padded to 16"]
     for name, subject in on_ours.items():
-        for peer in ours:  # "ours" that others are compared with is the compact model on our engine
-            entries[f"{name}: {peer.label}"] = dataclasses.replace(peer, ours=False), subject
-    if TORCH_PRUNING.why_not() is not None and others:
+        for runtime in ours:  # "ours" that others are compared with is the compact model on our engine
+            entries[f"{name}: {runtime.label}"] = dataclasses.replace(runtime, ours=False), subject
+    if TORCH_PRUNING.unsupported_reason() is not None and others:
         entries[f"{TORCH_PRUNING.name}: {others[0].label}"] = TORCH_PRUNING, compact
     return entries
 
 
 def measure_sweep(
-    model: Model, batch: int, peers: Sequence[Peer], rates: Sequence[float], budget: Budget, _: Record
+    model: Model, batch: int, runtimes: Sequence[Runtime], rates: Sequence[float], budget: Budget, _: Record
 ) -> Record:
     """The model cut at several rates, heads unequal and uniform, on our engine and some others.
 
@@ -198,18 +202,20 @@ def measure_sweep(
     if work > 2e11:
         cuts = {name: cuts[name] for name in main}
     subjects = {name: model.subject(model.cut(*asked), batch) for name, asked in cuts.items()}
-    ours, half = of(peers, ("float32",), "ours"), of(peers, ("bfloat16",), "ours")
-    others = of(peers, (model.dtype,), "PyTorch eager", "OpenVINO") if work <= 1e11 else []
+    ours, half = of(runtimes, ("float32",), "ours"), of(runtimes, ("bfloat16",), "ours")
+    others = of(runtimes, (model.dtype,), "PyTorch eager", "OpenVINO") if work <= 1e11 else []
     wide, narrow = (ours + half, []) if work <= 2e10 else (ours, half * (work <= 1e11))
-    again = of(peers, (model.dtype,), AGAIN)
+    again = of(runtimes, (model.dtype,), REPEAT)
     entries: Entries = {}
     for name, subject in subjects.items():
-        for peer in (*wide, *(again if name == main[1] else [])):
-            entries[f"{name}: {peer.label}"] = peer, subject
-    entries |= {f"{name}: {peer.label}": (peer, subjects[name]) for name in main for peer in narrow}
+        for runtime in (*wide, *(again if name == main[1] else [])):
+            entries[f"{name}: {runtime.label}"] = runtime, subject
+    entries |= {f"{name}: {runtime.label}": (runtime, subjects[name]) for name in main for runtime in narrow}
     beside = {**subjects, main[0]: model.subject(model.dense(), batch)} if others else {}
-    entries |= {f"{name}: {peer.label}": (peer, beside[name]) for name in main for peer in others}
-    return {"macs": {name: subject.macs for name, subject in subjects.items()}} | contest(entries, budget)
+    entries |= {f"{name}: {runtime.label}": (runtime, beside[name]) for name in main for runtime in others}
+    return {"macs": {name: subject.macs for name, subject in subjects.items()}} | compare_runtimes(
+        entries, budget
+    )
 
 
 def _cut_name(rate: float, heads: str) -> str:
@@ -232,13 +238,15 @@ def measure_training(model: Model, batch: int, depth: int, budget: Budget, _: Re
     )
 
 
-def measure_planted(model: Model, peers: Sequence[Peer], budget: Budget, _: Record) -> Record:
+def measure_planted(model: Model, runtimes: Sequence[Runtime], budget: Budget, _: Record) -> Record:
     """Whether a slow-down of 10% and a wrong result of our engine would be seen: both are planted."""
     subject = model.subject(model.cut(RATE), 1)
-    (ours,), again = (of(peers, (model.dtype,), name) for name in ("ours", AGAIN))
-    slow = Peer(SLOWED, ours.dtype, lambda *arguments: slowed(ours.prepare(*arguments), 0.1))
-    wrong = Peer(WRONG, ours.dtype, lambda *arguments: _wrong(ours.prepare(*arguments)))
-    return contest({peer.label: (peer, subject) for peer in (ours, *again, slow, wrong)}, budget)
+    (ours,), again = (of(runtimes, (model.dtype,), name) for name in ("ours", REPEAT))
+    slow = Runtime(SLOWED, ours.dtype, lambda *arguments: slowed(ours.prepare(*arguments), 0.1))
+    wrong = Runtime(WRONG, ours.dtype, lambda *arguments: _wrong(ours.prepare(*arguments)))
+    return compare_runtimes(
+        {runtime.label: (runtime, subject) for runtime in (ours, *again, slow, wrong)}, budget
+    )
 
 
 def _wrong(run: Run) -> Run:
@@ -251,13 +259,13 @@ def _wrong(run: Run) -> Run:
 
 
 def too_slow(results: Record, work: float) -> dict[str, str]:
-    """Label to reason, for peers that left the rounds of a model with less than `work` (batch x MACs)."""
+    """Label to reason, for runtimes that left the rounds of a model with less than `work` (batch x MACs)."""
     found = {}
     for key, record in results["cases"].items():
         if record["case"] == "models" and record["batch"] * record["macs"] < work:
-            for label, peer in record["peers"].items():
-                if peer["status"] == "slow":
-                    found[label] = f"{peer['times_ours']:.0f} times ours in {key}"
+            for label, runtime in record["runtimes"].items():
+                if runtime["status"] == "slow":
+                    found[label] = f"{runtime['times_ours']:.0f} times ours in {key}"
     return found
 
 
@@ -270,25 +278,27 @@ WIDTHS_EMBED_DIM = 480
 def measure_widths(widths: Sequence[int], dtype: str, budget: Budget, _: Record) -> Record:
     """A feed-forward branch on our engine at many widths, of fc1's inputs and outputs and fc2's inputs."""
     models = {str(w): FeedForward(WIDTHS_EMBED_DIM, min(w, WIDTHS_EMBED_DIM), w) for w in widths}
-    return {"macs": {w: TOKENS * model.macs_per_token for w, model in models.items()}} | contest(
+    return {"macs": {w: TOKENS * model.macs_per_token for w, model in models.items()}} | compare_runtimes(
         {w: (_feed_forward_peer(dtype), Subject(model, _tokens(model))) for w, model in models.items()},
         budget,
     )
 
 
 def measure_layers(
-    embed_dim: int, widths: Sequence[int], peers: Sequence[Peer], budget: Budget, _: Record
+    embed_dim: int, widths: Sequence[int], runtimes: Sequence[Runtime], budget: Budget, _: Record
 ) -> Record:
     """A feed-forward branch of `embed_dim` inputs at many numbers of hidden units, the last of them dense."""
-    runs = [_feed_forward_peer("float32"), *of(peers, ("float32",), "PyTorch eager")]
+    runs = [_feed_forward_peer("float32"), *of(runtimes, ("float32",), "PyTorch eager")]
     models = {w: FeedForward(embed_dim, embed_dim, w) for w in widths}
     subjects = {w: Subject(model, _tokens(model)) for w, model in models.items()}
-    entries = {f"{w}: {peer.label}": (peer, subjects[w]) for w in widths for peer in runs}
-    return {"macs": {str(w): TOKENS * m.macs_per_token for w, m in models.items()}} | contest(entries, budget)
+    entries = {f"{w}: {runtime.label}": (runtime, subjects[w]) for w in widths for runtime in runs}
+    return {"macs": {str(w): TOKENS * m.macs_per_token for w, m in models.items()}} | compare_runtimes(
+        entries, budget
+    )
 
 
-def _feed_forward_peer(dtype: str, name: str = "ours") -> Peer:
-    return Peer(name, dtype, functools.partial(prepare_blocks, dtype=dtype), ours=True)
+def _feed_forward_peer(dtype: str, name: str = "ours") -> Runtime:
+    return Runtime(name, dtype, functools.partial(prepare_blocks, dtype=dtype), ours=True)
 
 
 def _tokens(model: FeedForward) -> Tensor:
@@ -296,28 +306,30 @@ def _tokens(model: FeedForward) -> Tensor:
     return torch.randn(1, TOKENS, model.vit.embed_dim)
 
 
-def measure_gemm(shape: tuple[int, int, int], peers: Iterable[Peer], budget: Budget, _: Record) -> Record:
+def measure_gemm(
+    shape: tuple[int, int, int], runtimes: Iterable[Runtime], budget: Budget, _: Record
+) -> Record:
     """A product of [M, K] and [K, N] by every library."""
     M, K, N = shape
     torch.manual_seed(0)
     subject = Subject(nn.Linear(K, N, bias=False), torch.randn(M, K))
     # `eager_error` is that of the first row, which is much like any other.
-    return {"flops": 2 * M * K * N} | contest({p.label: (p, subject) for p in peers}, budget)
+    return {"flops": 2 * M * K * N} | compare_runtimes({p.label: (p, subject) for p in runtimes}, budget)
 
 
-def measure_rate(size: int, peers: Iterable[Peer], budget: Budget, _: Record) -> Record:
+def measure_rate(size: int, runtimes: Iterable[Runtime], budget: Budget, _: Record) -> Record:
     """A product of `size` x `size` matrices by every library; of ours, all feed-forward branches of a compact
     DeiT-B at batch 1, norms and GELU included, at the widths that `size` would have in it."""
     torch.manual_seed(0)
     square = Subject(nn.Linear(size, size, bias=False), torch.randn(size, size))
     embed_dim, inputs, hidden = (size * part // 2048 for part in (768, 461, 1843))
     model = FeedForward(embed_dim, inputs, hidden, depth=12)
-    peers, dtypes = [peer for peer in peers if not peer.ours], {}
-    for peer in peers:
-        dtypes[peer.dtype] = _feed_forward_peer(peer.dtype, "ours, feed-forward of DeiT-B")
+    runtimes, dtypes = [runtime for runtime in runtimes if not runtime.ours], {}
+    for runtime in runtimes:
+        dtypes[runtime.dtype] = _feed_forward_peer(runtime.dtype, "ours, feed-forward of DeiT-B")
     branches = Subject(model, _tokens(model))
-    entries = {p.label: (p, branches) for p in dtypes.values()} | {p.label: (p, square) for p in peers}
-    record = {"flops": 2 * size**3} | contest(entries, budget)
-    for peer in dtypes.values():
-        record["peers"][peer.label]["flops"] = 2 * TOKENS * model.macs_per_token
+    entries = {p.label: (p, branches) for p in dtypes.values()} | {p.label: (p, square) for p in runtimes}
+    record = {"flops": 2 * size**3} | compare_runtimes(entries, budget)
+    for runtime in dtypes.values():
+        record["runtimes"][runtime.label]["flops"] = 2 * TOKENS * model.macs_per_token
     return record

@@ -12,15 +12,15 @@
 - rate: the best rate that any library reaches on a large square product, and our engine's inside a model.
 - gemm: rates of single products at the shapes of compact models; only when asked for.
 
-All of a case get the same weights, images and number of threads. A peer is timed only if its outputs are
+All of a case get the same weights, images and number of threads. A runtime is timed only if its outputs are
 right, and has a figure only if they still are in the last round: against float64, at most a rounding more
 than twice the error of PyTorch's eager mode in the same dtype (ONNX Runtime and OpenVINO, whose arithmetic
 is their own: `CEILINGS` in vtp/comparison/comparison.py). What fails, is missing or was not ready in time is
 shown with its reason and has no figure. Each warms up until its times settle, then they take turns round by
-round in random order; ratios are of times in the same round. "ours again" is our engine a second time: its
+round in random order; ratios are of times in the same round. "ours (repeat)" is our engine a second time: its
 ratio is noise, and rounds go on until its standard error is below 0.3%, or the case's time is up. What a case
-leaves of its time, later ones share: the whole takes no longer on a noisy machine. A peer over 8 times slower
-than ours, whose calls are not short, is called once or twice and then stays out, also of larger cases.
+leaves of its time, later ones share: the whole takes no longer on a noisy machine. A runtime over 8 times
+slower than ours, whose calls are not short, is called once or twice and then stays out, also of larger cases.
 
 Results are written after each case, and a run takes up what is there for the same machine, versions, threads
 and options, whatever the commit: use --fresh to measure changed code. A case in which two of the same differ
@@ -51,11 +51,11 @@ from rich.console import Console
 from bench import cases
 from bench.cases import MODELS, RATES, SHAPES, TOYS
 from bench.plots import draw
-from bench.products import gemm_peers
+from bench.products import gemm_runtimes
 from bench.results_file import add_results_file, check_results_file, print_results
-from bench.tables import main_dtype, markdown, notes, place, show, twice
+from bench.tables import main_dtype, markdown, notes, place, repeats, show
 from vtp.comparison.comparison import Budget, Record
-from vtp.comparison.runtimes import DTYPES, PEERS, Peer
+from vtp.comparison.runtimes import DTYPES, RUNTIMES, Runtime
 from vtp.comparison.tables import in_rounds
 from vtp.files import FileError, write_atomic
 from vtp.machine import commit, description
@@ -130,26 +130,26 @@ def opened(path: Path, fresh: bool, device: str) -> Record:
 
 
 def is_done(record: Record | None, asked: Record) -> bool:
-    """Whether a case needs no measuring: it was asked for alike, is no matter of noise, and every peer was
+    """Whether a case needs no measuring: it was asked for alike, is no matter of noise, and every runtime was
     ready in time."""
     if record is None or record["asked"] != asked or (noisy(record) and not asked["quick"]):
         return False
-    return not any(peer["status"] == "unready" for peer in record.get("peers", {}).values())
+    return not any(runtime["status"] == "unready" for runtime in record.get("runtimes", {}).values())
 
 
 def noisy(record: Record) -> bool:
     """Whether two of the same differ by more than they may."""
-    return any(abs(pairwise_ratio(*pair)["median"] - 1) > MOST_NOISE for pair in twice(record))
+    return any(abs(pairwise_ratio(*pair)["median"] - 1) > MOST_NOISE for pair in repeats(record))
 
 
 def failures(results: Record) -> list[str]:
-    """Peers whose results were wrong or that broke, and planted defects that were not seen."""
+    """Runtimes whose results were wrong or that broke, and planted defects that were not seen."""
     found = []
     for key, record in results["cases"].items():
-        for label, peer in record.get("peers", {}).items():
+        for label, runtime in record.get("runtimes", {}).items():
             planted = record["case"] == "planted" and label.startswith(cases.WRONG)
-            if (peer["status"] == "failed") != planted:
-                found.append(f"{key}: {label}: {peer['reason'] or 'a wrong result was not seen'}")
+            if (runtime["status"] == "failed") != planted:
+                found.append(f"{key}: {label}: {runtime['reason'] or 'a wrong result was not seen'}")
         if record["case"] == "planted" and not record["asked"].get("quick") and not slow_down_seen(record):
             found.append(f"{key}: a slow-down of 10% was not seen")
         for label, variant in record.get("variants", {}).items():
@@ -162,7 +162,7 @@ def slow_down_seen(record: Record) -> bool:
     """Whether what was slowed down stands out from the noise, at three of four rounds."""
     dtype = main_dtype(record)
     ours, again, slow = (
-        in_rounds(record, f"{name}, {dtype}") for name in ("ours", "ours again", cases.SLOWED)
+        in_rounds(record, f"{name}, {dtype}") for name in ("ours", "ours (repeat)", cases.SLOWED)
     )
     if ours is None or again is None or slow is None:
         return False
@@ -174,7 +174,7 @@ def slow_down_seen(record: Record) -> bool:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked."""
+    """Parse the command line and check its options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -228,13 +228,13 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Its name in the results file."""
+        """The name of a case in the results file."""
         return ", ".join(str(v) if k in ("case", "model") else f"{k} {v}" for k, v in self.what.items())
 
 
-def jobs(options: argparse.Namespace, peers: Sequence[Peer]) -> list[Job]:
+def jobs(options: argparse.Namespace, runtimes: Sequence[Runtime]) -> list[Job]:
     """All cases that were asked for, the small ones before the large."""
-    peers = [peer for peer in peers if peer.dtype in options.dtypes]
+    runtimes = [runtime for runtime in runtimes if runtime.dtype in options.dtypes]
     quick = options.quick
     models = TOYS if quick else {name: MODELS[name] for name in MODELS if name in options.models}
     if options.device != "cpu":
@@ -256,44 +256,44 @@ def jobs(options: argparse.Namespace, peers: Sequence[Peer]) -> list[Job]:
     for name, model in models.items():
         for batch in model.batches:
             compiled = name in options.compile and batch == 1
-            add("models", cases.measure_models, model, batch, peers, compiled, model=name, batch=batch)
+            add("models", cases.measure_models, model, batch, runtimes, compiled, model=name, batch=batch)
             found[-1].asked["compilers"] = compiled
     smallest = next(iter(models))
     shallow = models[smallest].shallow(1)
-    add("compilers", cases.measure_compilers, shallow, peers, model=smallest, blocks=1)
+    add("compilers", cases.measure_compilers, shallow, runtimes, model=smallest, blocks=1)
     for name, model in models.items():
-        add("place", cases.measure_place, model, peers, model=name)
-    add("planted", cases.measure_planted, models[smallest], peers, model=smallest)
+        add("place", cases.measure_place, model, runtimes, model=name)
+    add("planted", cases.measure_planted, models[smallest], runtimes, model=smallest)
     for name, model in models.items():
         for batch in model.sweep_batches:
             rates = RATES[::2] if quick else RATES
-            add("sweep", cases.measure_sweep, model, batch, peers, rates, model=name, batch=batch)
+            add("sweep", cases.measure_sweep, model, batch, runtimes, rates, model=name, batch=batch)
     for name, model in models.items():
         batch, depth = (2, 1) if quick else (8, 2)
         add("training", cases.measure_training, model, batch, depth, model=name, batch=batch)
     for embed_dim in [48] if quick else [192, 384, 768]:
         widths = [4 * embed_dim * part // 16 + part % 16 for part in range(2, 17, 7 if quick else 2)]
-        add("layers", cases.measure_layers, embed_dim, widths, peers, embed_dim=embed_dim)
+        add("layers", cases.measure_layers, embed_dim, widths, runtimes, embed_dim=embed_dim)
     for dtype in options.dtypes:
         widths = range(15, 18) if quick else range(449, 512)
         add("widths", cases.measure_widths, widths, dtype, dtype=dtype)
     size = 64 if quick else 2048
-    add("rate", cases.measure_rate, size, gemm_peers(peers), size=size)
+    add("rate", cases.measure_rate, size, gemm_runtimes(runtimes), size=size)
     for M, K, N in [(7, 37, 61)] if quick else SHAPES:
-        add("gemm", cases.measure_gemm, (M, K, N), gemm_peers(peers), shape=f"{M}x{K}x{N}")
+        add("gemm", cases.measure_gemm, (M, K, N), gemm_runtimes(runtimes), shape=f"{M}x{K}x{N}")
     return [job for job in found if job.what["case"] in options.cases]
 
 
-def main(argv: Sequence[str] | None = None, peers: Sequence[Peer] = PEERS) -> int:
-    """Run the command line with these peers. Returns the exit status: 1 where a peer failed, 2 where there is
-    no file to read or write."""
+def main(argv: Sequence[str] | None = None, runtimes: Sequence[Runtime] = RUNTIMES) -> int:
+    """Run the command line with these runtimes. Returns the exit status: 1 where a runtime failed, 2 where no
+    file can be read or written."""
     options, console = parse_arguments(argv), Console(width=None if sys.stdout.isatty() else 200)
     if options.markdown:
         return print_results(options.out, markdown)
     try:
         torch.set_num_threads(options.threads)
         results = opened(options.out, options.fresh, options.device)
-        run(options, peers, results, console)
+        run(options, runtimes, results, console)
     except FileError as error:
         print(error, file=sys.stderr)
         return 2
@@ -309,12 +309,12 @@ def main(argv: Sequence[str] | None = None, peers: Sequence[Peer] = PEERS) -> in
     return int(bool(failures(results)))
 
 
-def run(options: argparse.Namespace, peers: Sequence[Peer], results: Record, console: Console) -> None:
+def run(options: argparse.Namespace, runtimes: Sequence[Runtime], results: Record, console: Console) -> None:
     """Measure what `results` lacks, write it after each case, and show it."""
     usual = {
         name: getattr(options, name) for name in ("quick", "dtypes", "rounds", "seconds", "prepare_seconds")
     }
-    todo, spare = jobs(options, peers), 0.0
+    todo, spare = jobs(options, runtimes), 0.0
     for number, job in enumerate(todo):
         asked = usual | job.asked
         if is_done(results["cases"].get(job.key), asked):

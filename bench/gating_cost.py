@@ -60,7 +60,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
 SETTLED = 0.1  # a warm-up step this close to the one before it is the last
 REFERENCE = "ungated"
-AGAIN = "ungated again"
+REPEAT = "ungated (repeat)"
 
 # The learning rate is so small that all variants stay at the weights that were checked.
 CONFIG = TrainConfig(lr=1e-5, l1=1e-4, label_smoothing=0.0)
@@ -96,7 +96,7 @@ class NaiveGatedLinear(nn.Module):
 
 
 def ungated(dense: nn.Module) -> Variant:
-    """The plain model."""
+    """The plain model, without gates."""
     return Variant(copy.deepcopy(dense))
 
 
@@ -119,7 +119,7 @@ def naive(dense: nn.Module) -> Variant:
 
 
 Variants = Mapping[str, Callable[[nn.Module], Variant]]
-VARIANTS: Variants = {REFERENCE: ungated, "gated": gated, "naive": naive, AGAIN: ungated}
+VARIANTS: Variants = {REFERENCE: ungated, "gated": gated, "naive": naive, REPEAT: ungated}
 
 
 class Trainee:
@@ -326,8 +326,8 @@ def measure(
     warm_up(trainees, seconds / 4)
 
     def precise(rounds: int) -> bool:
-        twice = [trainees[name].seconds[-rounds:] for name in (AGAIN, REFERENCE) if name in trainees]
-        return len(twice) == 2 and standard_error(*twice) < precision
+        repeats = [trainees[name].seconds[-rounds:] for name in (REPEAT, REFERENCE) if name in trainees]
+        return len(repeats) == 2 and standard_error(*repeats) < precision
 
     started = time.perf_counter()
     done = take_turns(trainees, rounds, seconds, precise)
@@ -410,7 +410,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines.append(
             f"| {case['dtype']} | {case['batch']} | {case['depth']} | {case['rounds']} "
             f"| {plain['median_seconds']:.3g} s "
-            f"| {_ratio(records['gated'])} | {_ratio(records['naive'])} | {_ratio(records[AGAIN])} "
+            f"| {_ratio(records['gated'])} | {_ratio(records['naive'])} | {_ratio(records[REPEAT])} "
             f"| {plain['peak_bytes'] / 2**20:.0f} MiB "
             f"| {_peak_ratio(records['gated'])} | {_peak_ratio(records['naive'])} |"
         )
@@ -432,7 +432,7 @@ def failures(results: Mapping[str, Any]) -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked."""
+    """Parse the command line and check its options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Parts of a compact model as peers: feed-forward branches on the CPU engine, and single products."""
+"""Parts of a compact model as runtimes: feed-forward branches on the CPU engine, and single products."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import vtp
 from bench.irregular import randomize_vectors
 from vtp.comparison.own_model import Blocks
-from vtp.comparison.runtimes import DTYPES, Peer, Run, Unsupported
+from vtp.comparison.runtimes import DTYPES, Run, Runtime, Unsupported
 from vtp.runtime import cpu
 from vtp_kernels.library import cpp_unsupported_reason
 
@@ -63,10 +63,10 @@ def prepare_our_linear(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
     return lambda: torch.ops.vtp.cpu_linear(x, weight, bias, outputs, dtype == "bfloat16")[:, :outputs]
 
 
-def gemm_peers(peers: Iterable[Peer]) -> list[Peer]:
-    """Those of `peers` that know no more of a linear than its product, and the packed one."""
+def gemm_runtimes(runtimes: Iterable[Runtime]) -> list[Runtime]:
+    """The runtimes that know no more of a linear than its product, ours, and oneDNN's packed one."""
     found = []
     for dtype in DTYPES:
         packed, ours = (functools.partial(f, dtype=dtype) for f in (prepare_packed, prepare_our_linear))
-        found += [Peer("ours", dtype, ours, ours=True), Peer("oneDNN, packed", dtype, packed)]
-    return found + [p for p in peers if not p.name.startswith(("our", "torch.compile"))]
+        found += [Runtime("ours", dtype, ours, ours=True), Runtime("oneDNN, packed", dtype, packed)]
+    return found + [p for p in runtimes if not p.name.startswith(("our", "torch.compile"))]

@@ -5,10 +5,10 @@ import statistics
 from rich.console import Console
 
 from bench.cases import RATE, SLOWED, WRONG
-from bench.gating_cost import AGAIN as AGAIN_UNGATED
 from bench.gating_cost import REFERENCE
+from bench.gating_cost import REPEAT as REPEAT_UNGATED
 from vtp.comparison.comparison import Record
-from vtp.comparison.runtimes import AGAIN, DTYPES
+from vtp.comparison.runtimes import DTYPES, REPEAT
 from vtp.comparison.tables import (
     Rows,
     costs,
@@ -29,12 +29,12 @@ def of_case(results: Record, case: str) -> list[Record]:
 
 def main_dtype(record: Record) -> str:
     """The dtype of a case that compares in one: that of our engine's second time."""
-    label = next((label for label in record["peers"] if "ours again, " in label), ", float32")
+    label = next((label for label in record["runtimes"] if "ours (repeat), " in label), ", float32")
     return label.rpartition(", ")[2]
 
 
 def _dtypes(record: Record) -> list[str]:
-    return list(dict.fromkeys(peer["dtype"] for peer in record["peers"].values()))
+    return list(dict.fromkeys(runtime["dtype"] for runtime in record["runtimes"].values()))
 
 
 # --------------------------------------------------------------------------------
@@ -45,8 +45,8 @@ def competitors(record: Record, dtype: str) -> dict[str, list[float]]:
     """Runtimes of the compact model in `dtype` that were in the rounds, without ours: for bfloat16 of any
     dtype, else of the same."""
     found = {}
-    for label in record["peers"]:
-        comparable = dtype == "bfloat16" or record["peers"][label]["dtype"] == dtype
+    for label in record["runtimes"]:
+        comparable = dtype == "bfloat16" or record["runtimes"][label]["dtype"] == dtype
         if comparable and not label.startswith("our") and (seconds := in_rounds(record, label)):
             found[label] = seconds
     return found
@@ -61,24 +61,24 @@ def fastest(record: Record, dtype: str) -> str | None:
 
 
 def noise(record: Record) -> str:
-    """Of a case in which ours takes part twice: how one compares with the other."""
-    return next((ratio(*pair) for pair in twice(record)), "-")
+    """The ratio of our engine's repeat to our engine, of a case that has both; else "-"."""
+    return next((ratio(*pair) for pair in repeats(record)), "-")
 
 
-def twice(record: Record) -> list[tuple[list[float], list[float]]]:
+def repeats(record: Record) -> list[tuple[list[float], list[float]]]:
     """Times of what takes part a second time, and of the first, in the same rounds."""
     if variants := record.get("variants"):
-        pair = [variants[name].get("seconds") for name in (AGAIN_UNGATED, REFERENCE)]
+        pair = [variants[name].get("seconds") for name in (REPEAT_UNGATED, REFERENCE)]
         return [(pair[0], pair[1])] if all(pair) else []
-    labels = [label for label in record["peers"] if AGAIN in label]
-    pairs = [(in_rounds(record, label), in_rounds(record, label.replace(AGAIN, "ours"))) for label in labels]
+    labels = [label for label in record["runtimes"] if REPEAT in label]
+    pairs = [(in_rounds(record, label), in_rounds(record, label.replace(REPEAT, "ours"))) for label in labels]
     return [(again, first) for again, first in pairs if again and first]
 
 
 def fastest_table(results: Record) -> Rows:
     """A row for each model, batch and dtype of ours."""
     header = ["model", "batch", "MACs", "ours in", "rounds", "ours ms", "p95 ms"]
-    rows = [[*header, "fastest peer", "its ms", "its p95 ms", "peer / ours", "noise"]]
+    rows = [[*header, "fastest runtime", "its ms", "its p95 ms", "runtime / ours", "noise"]]
     for record in of_case(results, "models"):
         for dtype in _dtypes(record):
             ours, best = in_rounds(record, f"ours, {dtype}"), fastest(record, dtype)
@@ -95,7 +95,7 @@ def fastest_table(results: Record) -> Rows:
 def peers_table(results: Record) -> Rows:
     """A row for each runtime, a column for each model and batch: milliseconds, and how many times ours."""
     records = of_case(results, "models")
-    labels = dict.fromkeys(label for record in records for label in record["peers"])
+    labels = dict.fromkeys(label for record in records for label in record["runtimes"])
     rows = [["runtime", *(f"{record['model']}, batch {record['batch']}" for record in records)]]
     for label in labels:
         rows.append([label, *(_beside_ours(record, label) for record in records)])
@@ -103,23 +103,23 @@ def peers_table(results: Record) -> Rows:
 
 
 def _beside_ours(record: Record, label: str) -> str:
-    peer, seconds = record["peers"].get(label), in_rounds(record, label)
-    if peer is None:
+    runtime, seconds = record["runtimes"].get(label), in_rounds(record, label)
+    if runtime is None:
         return "-"
     if seconds is not None:
-        ours = in_rounds(record, f"ours, {peer['dtype']}")
+        ours = in_rounds(record, f"ours, {runtime['dtype']}")
         return f"{milliseconds(seconds)} ms, {ratio(seconds, ours)}"
-    if peer["status"] == "slow":
-        return f"about {peer['times_ours']:.0f}x, {len(peer['seconds'])} call(s)"
-    return peer["status"]
+    if runtime["status"] == "slow":
+        return f"about {runtime['times_ours']:.0f}x, {len(runtime['seconds'])} call(s)"
+    return runtime["status"]
 
 
 def compilers_table(results: Record) -> Rows:
     """A row for each runtime: its time beside ours, the seconds until it was ready, and memory."""
     rows = [["model", "blocks", "runtime", "rounds", "time, and over ours", "ready after, s", "memory MiB"]]
     for record in of_case(results, "compilers"):
-        for label, peer in record["peers"].items():
-            _, load, memory = costs(peer)
+        for label, runtime in record["runtimes"].items():
+            _, load, memory = costs(runtime)
             rows.append([
                 record["model"], str(record["blocks"]), label, str(record["rounds"]),
                 _beside_ours(record, label), load, memory,
@@ -133,12 +133,12 @@ def in_its_place_table(results: Record) -> Rows:
     header = ["model", "in place of the compact one", "MACs", *(f"{name} / ours" for name in runtimes)]
     rows = [[*header, "rounds", "noise"]]
     for record in of_case(results, "place"):
-        dtype, peers = main_dtype(record), record["peers"]
+        dtype, runtimes = main_dtype(record), record["runtimes"]
         ours = in_rounds(record, f"ours, {dtype}")
-        names = dict.fromkeys(label.partition(": ")[0] for label in peers if ": " in label)
+        names = dict.fromkeys(label.partition(": ")[0] for label in runtimes if ": " in label)
         for name in names:
             labels = {runtime: f"{name}: {runtime}, {dtype}" for runtime in runtimes}
-            macs = next((peers[label].get("macs") for label in labels.values() if label in peers), None)
+            macs = next((runtimes[label].get("macs") for label in labels.values() if label in runtimes), None)
             cells = (ratio(in_rounds(record, label), ours) for label in labels.values())
             size = "-" if macs is None else f"{macs / 1e9:.2f} G"
             rows.append([record["model"], name, size, *cells, str(record["rounds"]), noise(record)])
@@ -149,21 +149,21 @@ def costs_table(results: Record) -> Rows:
     """Beside time: what it takes to get a model ready, and its memory."""
     rows = [["model", "batch", "runtime", "export s", "load s", "memory MiB"]]
     for record in of_case(results, "models"):
-        for label in record["peers"]:
-            if in_rounds(record, label) and not label.startswith("ours again"):
-                cells = costs(record["peers"][label])
+        for label in record["runtimes"]:
+            if in_rounds(record, label) and not label.startswith("ours (repeat)"):
+                cells = costs(record["runtimes"][label])
                 rows.append([record["model"], str(record["batch"]), label, *cells])
     return rows
 
 
 def planted_table(results: Record) -> Rows:
     """What the method sees of a slow-down and of a wrong result that were planted in our engine."""
-    rows = [["model", "rounds", "ours again / ours", f"{SLOWED} / ours", WRONG]]
+    rows = [["model", "rounds", "ours (repeat) / ours", f"{SLOWED} / ours", WRONG]]
     for record in of_case(results, "planted"):
         dtype = main_dtype(record)
         ours = in_rounds(record, f"ours, {dtype}")
-        ratios = (ratio(in_rounds(record, f"{n}, {dtype}"), ours) for n in ("ours again", SLOWED))
-        wrong = record["peers"][f"{WRONG}, {dtype}"]
+        ratios = (ratio(in_rounds(record, f"{n}, {dtype}"), ours) for n in ("ours (repeat)", SLOWED))
+        wrong = record["runtimes"][f"{WRONG}, {dtype}"]
         figure = wrong["reason"] if wrong["status"] == "failed" else "NOT SEEN"
         rows.append([record["model"], str(record["rounds"]), *ratios, figure])
     return rows
@@ -192,7 +192,7 @@ def sweep_table(results: Record) -> Rows:
 
 
 def _speedup(record: Record, name: str, dense: list[float], own: list[float]) -> str:
-    """As in "1.80x of 2.00x: 0.90 (0.88-0.92)"."""
+    """A speed-up as a text, as in "1.80x of 2.00x: 0.90 (0.88-0.92)"."""
     promised = record["macs"]["dense"] / record["macs"][name]
     found = pairwise_ratio(dense, own)
     share, q1, q3 = (found[key] / promised for key in ("median", "q1", "q3"))
@@ -210,7 +210,7 @@ def training_table(results: Record) -> Rows:
             cells = [f"{statistics.median(plain):.3g} s"]
             cells += [
                 "failed" if variants[name]["failed"] else ratio(variants[name]["seconds"], plain)
-                for name in ("gated", "naive", AGAIN_UNGATED)
+                for name in ("gated", "naive", REPEAT_UNGATED)
             ]
         rows.append(
             [record["model"], str(record["batch"]), str(record["depth"]), str(record["rounds"]), *cells]
@@ -223,7 +223,7 @@ def training_table(results: Record) -> Rows:
 
 
 def realised(record: Record, runtime: str) -> dict[int, float]:
-    """Of a case of layers: by width, the speed-up over the widest layer as a share of what MACs promise."""
+    """By width, the speed-up of a layer over the widest one, as a share of what its MACs promise."""
     rates = {}
     for width, macs in record["macs"].items():
         if seconds := in_rounds(record, f"{width}: {runtime}, float32"):
@@ -273,8 +273,8 @@ def rate_table(results: Record) -> Rows:
     """The rate of each library, fastest first."""
     rows = [["library", "product", "rounds", "GFLOP/s, median", "fastest call"]]
     for record in of_case(results, "rate"):
-        times = {label: s for label in record["peers"] if (s := in_rounds(record, label))}
-        flops_of = {label: record["peers"][label].get("flops", record["flops"]) for label in times}
+        times = {label: s for label in record["runtimes"] if (s := in_rounds(record, label))}
+        flops_of = {label: record["runtimes"][label].get("flops", record["flops"]) for label in times}
         for label in sorted(times, key=lambda name: statistics.median(times[name]) / flops_of[name]):
             flops = flops_of[label]
             rates = (1e-9 * flops / f(times[label]) for f in (statistics.median, min))
@@ -285,14 +285,14 @@ def rate_table(results: Record) -> Rows:
 
 
 def product(label: str, record: Record) -> str:
-    """What was multiplied."""
-    return "-" if "flops" in record["peers"][label] else f"{record['size']} cubed"
+    """The shape of a product as a text."""
+    return "-" if "flops" in record["runtimes"][label] else f"{record['size']} cubed"
 
 
 def gemm_table(results: Record) -> Rows:
     """Rates of single products, a row for each shape."""
     records = of_case(results, "gemm")
-    labels = list(dict.fromkeys(label for r in records for label in r["peers"] if in_rounds(r, label)))
+    labels = list(dict.fromkeys(label for r in records for label in r["runtimes"] if in_rounds(r, label)))
     rows = [["GFLOP/s of", *(record["shape"] for record in records)]] if records else [[]]
     for label in labels:
         times = [in_rounds(record, label) for record in records]
@@ -309,7 +309,7 @@ def gemm_table(results: Record) -> Rows:
 
 TABLES = {
     "models": {
-        "Fastest peer over ours": fastest_table,
+        "Fastest runtime over ours": fastest_table,
         "All runtimes, and how many times ours of the same dtype": peers_table,
         "Export, load (with the first call) and memory": costs_table,
     },
@@ -332,12 +332,12 @@ def tables(results: Record) -> dict[str, Rows]:
 
 
 def notes(results: Record) -> list[str]:
-    """One line for each reason why a peer has no figure, with the cases that it holds for."""
+    """One line for each reason why a runtime has no figure, with the cases that it holds for."""
     found: dict[str, list[str]] = {}
     for key, record in results["cases"].items():
-        for label, peer in record.get("peers", {}).items():
-            if peer["status"] != "measured" and record["case"] != "planted":
-                found.setdefault(f"{label}: {peer['status']}: {peer['reason']}", []).append(key)
+        for label, runtime in record.get("runtimes", {}).items():
+            if runtime["status"] != "measured" and record["case"] != "planted":
+                found.setdefault(f"{label}: {runtime['status']}: {runtime['reason']}", []).append(key)
     return [f"{what} ({'; '.join(keys)})" for what, keys in found.items()]
 
 

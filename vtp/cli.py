@@ -20,7 +20,7 @@ from vtp import checkpoint
 from vtp.comparison import own_model
 from vtp.comparison.comparison import Budget
 from vtp.comparison.runtimes import DTYPES
-from vtp.comparison.tables import contest_table, print_table, reasons
+from vtp.comparison.tables import print_table, reasons, runtimes_table
 from vtp.files import FileError, refuse_unwritable, write_atomic
 from vtp.machine import description, in_one_line
 from vtp.model.architecture import describe
@@ -37,8 +37,9 @@ from vtp.runtime.latency_profile import profile_widths
 from vtp.training.config import TrainConfig
 from vtp.training.data import EMBEDDED, Data, open_data
 from vtp.training.loaders import Augment
-from vtp.training.loop import STATE_FORMAT, NonFiniteLossError, TrainingInterrupted, evaluate, train
+from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, evaluate, train
 from vtp.training.sparsity import gate_statistics
+from vtp.training.state import STATE_FORMAT
 from vtp.zoo import FASHION_DEIT, open_model
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -166,25 +167,25 @@ def _bench(options: argparse.Namespace) -> None:
     budget = Budget(rounds=options.rounds, seconds=options.seconds, warm_up_seconds=5.0)
     with _console.status("") as status:
         record = own_model.compare(
-            small, options.batch, options.dtypes, budget, compilers=options.compile, tell=status.update
+            small, options.batch, options.dtypes, budget, compilers=options.compile, report=status.update
         )
     results = {**description(device), "file": Path(options.model).name, "models": record}
     ours = f"ours, {options.dtypes[0]}"
     print_table(
-        _console, f"{options.model}: {count(small)}, batch {options.batch}", contest_table(record, ours)
+        _console, f"{options.model}: {count(small)}, batch {options.batch}", runtimes_table(record, ours)
     )
     for line in reasons(record):
         _console.print(line)
-    for label in record["peers"]:
+    for label in record["runtimes"]:
         if label.startswith("dense: "):
             _console.print(own_model.verdict(record, label.removeprefix("dense: ")))
-    gain, blame = own_model.realised(record, ours), []
+    gain, attribution = own_model.realised(record, ours), []
     if gain is not None and gain[1] < own_model.PAID:
         brief = dataclasses.replace(budget, warm_up_seconds=0.5)
         results["branches"] = own_model.compare_branches(small, options.batch, options.dtypes[0], brief)
-        blame = own_model.blame_table(small, results["branches"])
-    if len(blame) > 1:
-        print_table(_console, "Where our engine loses most of what MACs promise", blame)
+        attribution = own_model.attribution_table(small, results["branches"])
+    if len(attribution) > 1:
+        print_table(_console, "Where our engine loses most of what MACs promise", attribution)
     _console.print(f"measured on {in_one_line(results)}")
     if options.json is not None:
         text = json.dumps(results, indent=1, allow_nan=False) + "\n"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vtp.timing import synchronize
 
-PEER_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino", "torch-pruning")
+RUNTIME_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino", "torch-pruning")
 
 
 # --------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def description(device: torch.device) -> dict[str, Any]:
     return {
         "environment": environment(),
         "hardware": {**hardware(device), "isa": vector_flags()},
-        "versions": {name: package_version(name) for name in PEER_PACKAGES},
+        "versions": {name: package_version(name) for name in RUNTIME_PACKAGES},
     }
 
 

@@ -139,7 +139,7 @@ class Config:
 
     @classmethod
     def of(cls, num_warps: int, num_stages: int, **blocks: int) -> Config:
-        """A Config as the tables of the ops write it: tile sizes are keywords, by their names in the kernel."""
+        """A Config as the tables of the ops write it: tile sizes are keywords, named as in the kernel."""
         return cls(blocks, num_warps, num_stages)
 
     def __str__(self) -> str:

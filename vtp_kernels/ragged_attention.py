@@ -422,8 +422,6 @@ def _dq_rows(
             b_chunk = _load_own(dout, r_m, o_c, begin, end, False)
             b_o = _load_own(out, r_m, o_c, begin, end, False)
             b_delta += tl.sum(b_chunk.to(tl.float32) * b_o.to(tl.float32), axis=1)
-    tl.store(delta + o_m, b_delta, mask=o_m < N)
-
     b_q = _load_head(qkv.p + head * HEAD.DIM, r_m, N, qkv.stride, HEAD, False)
     b_lse = tl.load(lse + r_m)
     keys = qkv.p + (H + head) * HEAD.DIM
@@ -440,6 +438,8 @@ def _dq_rows(
             dq, b_q, b_do, b_lse, b_delta, keys, values, dout, r_m, n, begin, end, factor,
             HEAD=HEAD, BLOCK_N=16, MASK=True, WIDE=WIDE, WHOLE=WHOLE,
         )  # fmt: skip
+    # Not before the loops: Triton 3.6 would spill two registers on sm_90.
+    tl.store(delta + o_m, b_delta, mask=o_m < N)
     _store_head(dqkv.p + head * HEAD.DIM, dq * scale, o_m, N, dqkv.stride, HEAD)
 
 

@@ -1,6 +1,6 @@
 """compact_linear at the four linears of a block, each with the epilogue that it has there.
 
-A peer with padding has its inputs padded already, as the layer before would leave them, and keeps it in the
+One with padding has its inputs padded already, as the layer before would leave them, and keeps it in the
 result: what is timed is a model whose widths were rounded up.
 """
 
@@ -10,7 +10,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.ops.shapes import DEVICE, Case, Peer, engine_dtype, engine_linear, linear_operands, padded, plain
+from bench.ops.shapes import (
+    DEVICE,
+    Case,
+    Implementation,
+    engine_dtype,
+    engine_linear,
+    linear_operands,
+    padded,
+    plain,
+)
 from vtp.comparison.runtimes import Run
 from vtp_kernels import compact_linear
 from vtp_kernels.compact_linear import compact_linear_ref
@@ -63,17 +72,17 @@ def engine(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, resi
     return run
 
 
-def peers(case: Case) -> dict[str, Peer]:
+def implementations(case: Case) -> dict[str, Implementation]:
     _, outputs = case.block.linear(case.site)
-    found = {"ours": Peer(ours), "F.linear": plain(compact_linear_ref)}
+    found = {"ours": Implementation(ours), "F.linear": plain(compact_linear_ref)}
     if DEVICE.type == "cpu" and cpp_unsupported_reason() is None:
-        found["product of the CPU engine"] = Peer(engine)
+        found["product of the CPU engine"] = Implementation(engine)
     if case.widths == "compact":
         for multiple in (16, 64):
             prepare = partial(rounded_up, multiple=multiple)
-            found[f"padded to {multiple}"] = Peer(prepare, kept=lambda out: out[..., :outputs])
+            found[f"padded to {multiple}"] = Implementation(prepare, kept=lambda out: out[..., :outputs])
     return found
 
 
-def test_compact_linear(measure, case: Case, peer: str) -> None:
-    measure(case, peers(case)[peer], operands, compact_linear_ref)
+def test_compact_linear(measure, case: Case, implementation: str) -> None:
+    measure(case, implementations(case)[implementation], operands, compact_linear_ref)

@@ -5,7 +5,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.ops.shapes import DEVICE, Case, Peer, engine_dtype, engine_linear, linear_operands, padded, plain
+from bench.ops.shapes import (
+    DEVICE,
+    Case,
+    Implementation,
+    engine_dtype,
+    engine_linear,
+    linear_operands,
+    padded,
+    plain,
+)
 from vtp.comparison.runtimes import Run
 from vtp_kernels import compact_mlp
 from vtp_kernels.compact_mlp import compact_mlp_ref
@@ -32,7 +41,7 @@ def ours(**operands: Tensor) -> Run:
 
 
 def to_16(**operands: Tensor) -> dict[str, Tensor]:
-    """Of the inputs and the hidden layer; D is a multiple of 16 in every DeiT."""
+    """The inputs and the hidden layer padded to multiples of 16; D is a multiple of 16 in every DeiT."""
     return {n: padded(t, 16, (0, 1) if n.endswith("weight") else (-1,)) for n, t in operands.items()}
 
 
@@ -50,14 +59,14 @@ def engine(**operands: Tensor) -> Run:
     return lambda: fc2(F.gelu(fc1(rows)).to(dtype)).view(residual.shape) + residual
 
 
-def peers(case: Case) -> dict[str, Peer]:
-    found = {"ours": Peer(ours), "F.linear, F.gelu, F.linear": plain(compact_mlp_ref)}
+def implementations(case: Case) -> dict[str, Implementation]:
+    found = {"ours": Implementation(ours), "F.linear, F.gelu, F.linear": plain(compact_mlp_ref)}
     if DEVICE.type == "cpu" and cpp_unsupported_reason() is None:
-        found["products of the CPU engine"] = Peer(engine)
+        found["products of the CPU engine"] = Implementation(engine)
     if case.widths == "compact":
-        found["padded to 16"] = Peer(rounded_up)
+        found["padded to 16"] = Implementation(rounded_up)
     return found
 
 
-def test_compact_mlp(measure, case: Case, peer: str) -> None:
-    measure(case, peers(case)[peer], operands, compact_mlp_ref)
+def test_compact_mlp(measure, case: Case, implementation: str) -> None:
+    measure(case, implementations(case)[implementation], operands, compact_mlp_ref)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.ops.shapes import Case, Peer, linear_operands, plain
+from bench.ops.shapes import Case, Implementation, linear_operands, plain
 from vtp_kernels import gated_linear
 from vtp_kernels.gated_linear import gated_linear_ref
 
@@ -26,13 +26,13 @@ def ungated(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def peers(case: Case) -> dict[str, Peer]:
+def implementations(case: Case) -> dict[str, Implementation]:
     return {
         "ours": plain(gated_linear),
         "F.linear(x * gate)": plain(gated_linear_ref),
-        "F.linear(x)": Peer(plain(ungated).prepare, reference=ungated),
+        "F.linear(x)": Implementation(plain(ungated).prepare, reference=ungated),
     }
 
 
-def test_gated_linear(measure, case: Case, peer: str) -> None:
-    measure(case, peers(case)[peer], operands, gated_linear_ref)
+def test_gated_linear(measure, case: Case, implementation: str) -> None:
+    measure(case, implementations(case)[implementation], operands, gated_linear_ref)

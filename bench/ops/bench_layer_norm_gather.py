@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.ops.shapes import Case, Peer, plain
+from bench.ops.shapes import Case, Implementation, plain
 from vtp.comparison.runtimes import Run
 from vtp_kernels import layer_norm_gather
 from vtp_kernels.layer_norm_gather import layer_norm_gather_ref
@@ -32,13 +32,15 @@ def norm_then_select(x: Tensor, weight: Tensor, bias: Tensor, index: Tensor | No
     return lambda: F.layer_norm(x, shape, weight, bias, eps).index_select(-1, index)
 
 
-def peers(case: Case) -> dict[str, Peer]:
+def implementations(case: Case) -> dict[str, Implementation]:
     return {
         "ours": plain(layer_norm_gather),
         "plain expression": plain(layer_norm_gather_ref),
-        "F.layer_norm" + (", index_select" if case.widths == "compact" else ""): Peer(norm_then_select),
+        "F.layer_norm" + (", index_select" if case.widths == "compact" else ""): Implementation(
+            norm_then_select
+        ),
     }
 
 
-def test_layer_norm_gather(measure, case: Case, peer: str) -> None:
-    measure(case, peers(case)[peer], operands, layer_norm_gather_ref)
+def test_layer_norm_gather(measure, case: Case, implementation: str) -> None:
+    measure(case, implementations(case)[implementation], operands, layer_norm_gather_ref)

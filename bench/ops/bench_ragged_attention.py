@@ -1,6 +1,6 @@
 """ragged_attention: beside PyTorch's SDPA, which takes one width of values for all heads.
 
-A peer with padding has zero columns in qkv already, as the linear before would leave them, and keeps theirs
+One with padding has zero columns in qkv already, as the linear before would leave them, and keeps theirs
 in the result: what is timed is a model whose heads were made equal.
 """
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.ops.shapes import Case, Peer, plain
+from bench.ops.shapes import Case, Implementation, plain
 from vtp.comparison.runtimes import Run
 from vtp_kernels import ragged_attention
 from vtp_kernels.ragged_attention import ragged_attention_ref
@@ -71,11 +71,11 @@ def equal_heads(
     return run
 
 
-def peers(case: Case) -> dict[str, Peer]:
+def implementations(case: Case) -> dict[str, Implementation]:
     block = case.block
-    found = {"ours": Peer(ours), "plain expression": plain(ragged_attention_ref)}
+    found = {"ours": Implementation(ours), "plain expression": plain(ragged_attention_ref)}
     if case.widths == "dense":
-        return found | {"SDPA": Peer(partial(equal_heads, width=block.head_dim))}
+        return found | {"SDPA": Implementation(partial(equal_heads, width=block.head_dim))}
     found["SDPA per head"] = plain(per_head)
     widest = -(-max(block.values) // 8) * 8  # the least that the fused kernels of a GPU take
     for width in dict.fromkeys((widest, block.head_dim)):
@@ -84,9 +84,9 @@ def peers(case: Case) -> dict[str, Peer]:
             heads = zip(out.split(width, -1), block.values, strict=True)
             return torch.cat([head[..., :own] for head, own in heads], dim=-1)
 
-        found[f"SDPA, values padded to {width}"] = Peer(partial(equal_heads, width=width), kept)
+        found[f"SDPA, values padded to {width}"] = Implementation(partial(equal_heads, width=width), kept)
     return found
 
 
-def test_ragged_attention(measure, case: Case, peer: str) -> None:
-    measure(case, peers(case)[peer], operands, ragged_attention_ref)
+def test_ragged_attention(measure, case: Case, implementation: str) -> None:
+    measure(case, implementations(case)[implementation], operands, ragged_attention_ref)

@@ -1,5 +1,5 @@
-"""One op at a time beside its peers, at the shapes of DeiT: ours, PyTorch's plain expression, and what one
-would write instead.
+"""One op at a time beside other implementations, at the shapes of DeiT: PyTorch's plain expression, and what
+one would write instead.
 
     pytest bench/ops --benchmark-columns=median,iqr,rounds
     pytest bench/ops/bench_compact_linear.py --model base --batch 1,8,64 --dtype float32,bfloat16
@@ -9,9 +9,9 @@ would write instead.
 A case is timed only if output and gradients are right: the error against float64 is at most twice that of
 PyTorch's plain expression in the same dtype. A wrong one fails and has no figure.
 
-pytest-benchmark runs peers one after another, so that a machine that grows slower in between makes a peer
-slow: these tables show magnitudes. The scripts beside this folder, in which peers take turns round by round,
-carry the claims.
+pytest-benchmark runs implementations one after another, so that a machine that grows slower in between makes
+one slow: these tables show magnitudes. The programs beside this folder, in which runtimes take turns round by
+round, carry the claims.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.ops.shapes import DEVICE, WIDTHS, Case, Peer
+from bench.ops.shapes import DEVICE, WIDTHS, Case, Implementation
 from vtp.comparison.comparison import CEILINGS, FACTOR, TINY, relative_error
 from vtp.comparison.runtimes import DTYPES, Run
 from vtp.machine import hardware
@@ -76,8 +76,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--batch", type=listed(count), help="images: 1")
     group.addoption("--dtype", type=listed(one_of(list(DTYPES))), help="float32")
     group.addoption("--threads", type=count, help="CPU threads: all cores")
-    group.addoption("--seconds", type=positive(float), help="of a peer in a case, about: 0.1")
-    group.addoption("--rounds", type=count, help="of a peer in a case, at least: 5")
+    group.addoption("--seconds", type=positive(float), help="of an implementation in a case, about: 0.1")
+    group.addoption("--rounds", type=count, help="of an implementation in a case, at least: 5")
     group.addoption("--toy", action="store_true", help="every case once, at toy size")
 
 
@@ -91,7 +91,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every case of a module, `SITES` and `BACKWARD`, with all its `peers`."""
+    """Every case of a module, `SITES` and `BACKWARD`, with all its `implementations`."""
     module, option = metafunc.module, metafunc.config.option
     axes = option.model, ("dense", "compact"), module.SITES, option.batch, option.dtype, module.BACKWARD
     parameters = []
@@ -103,8 +103,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             warmup=True,
             warmup_iterations=option.rounds,
         )
-        parameters += [pytest.param(case, p, id=f"{case}-{p}", marks=mark) for p in module.peers(case)]
-    metafunc.parametrize("case, peer", parameters)
+        parameters += [
+            pytest.param(case, p, id=f"{case}-{p}", marks=mark) for p in module.implementations(case)
+        ]
+    metafunc.parametrize("case, implementation", parameters)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -179,28 +181,31 @@ class Subject:
         return {name: relative_error(got[name], self.exact[name]) for name in self.bounds}
 
 
-# The peers of a case come one after another.
+# The implementations of a case come one after another.
 subject = functools.lru_cache(maxsize=1)(Subject)
 
 
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Check one peer in one case, then time it."""
+    """Check one implementation in one case, then time it."""
 
     def measured(
-        case: Case, peer: Peer, operands: Callable[[Case], dict[str, Any]], reference: Callable[..., Tensor]
+        case: Case,
+        implementation: Implementation,
+        operands: Callable[[Case], dict[str, Any]],
+        reference: Callable[..., Tensor],
     ) -> None:
-        right = subject(case, operands, peer.reference or reference)
+        right = subject(case, operands, implementation.reference or reference)
         with mode(case):
-            call = peer.prepare(**right.operands)
+            call = implementation.prepare(**right.operands)
             run = functools.partial(results, call, right.operands, right.dy)
             got = run()
-            errors = right.errors(got | {"output": peer.kept(got["output"])})
+            errors = right.errors(got | {"output": implementation.kept(got["output"])})
             for name, error in errors.items():
                 if not error <= right.bounds[name]:  # nor NaN
                     bound = f"at most {right.bounds[name]:.2g} allowed"
                     pytest.fail(f"wrong {name}: relative error {error:.2g}, {bound}", pytrace=False)
-            benchmark.name = request.node.callspec.params["peer"]
+            benchmark.name = request.node.callspec.params["implementation"]
             benchmark.extra_info |= {
                 **{name: getattr(case, name) for name in ("model", "widths", "site", "batch", "dtype")},
                 "pass": "forward+backward" if case.backward else "forward",

@@ -121,7 +121,7 @@ def test_a_run_measures_every_case_and_writes_it(tmp_path, capsys):
             assert record["failed"] is None, (case["dtype"], name)
             assert len(record["seconds"]) == 2 and len(record["warm_up_seconds"]) >= 2
             assert record["peak_bytes"] > record["persistent_bytes"] > 0
-        again = case["variants"]["ungated again"]
+        again = case["variants"]["ungated (repeat)"]
         assert again["peak_ratio"] == 1, "an equal model has another peak: the count is not exact"
     printed = capsys.readouterr().out
     assert "float32, batch 2, depth 2" in printed and "naive" in printed
@@ -310,7 +310,7 @@ def test_bad_arguments_are_refused_before_anything_is_measured(
     tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("measure", None)
+    monkeypatch.setattr(bench, "measure", None)
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
     assert stopped.value.code == 2

@@ -100,7 +100,7 @@ def test_a_run_measures_every_case_and_names_what_it_did_not_measure(tmp_path, c
 
 def test_parts_that_were_not_asked_for_are_written_as_not_measured(tmp_path, monkeypatch):
     out = tmp_path / "gpu.json"
-    monkeypatch.setattr("step", lambda: {"status": "measured", "cases": []})
+    monkeypatch.setattr(bench, "step", lambda: {"status": "measured", "cases": []})
     assert rehearse(out, "--parts", "step") == 0
     written = results(out)
     assert written["step"]["status"] == "measured"
@@ -114,7 +114,7 @@ def test_what_was_measured_before_a_crash_is_in_the_file(tmp_path, monkeypatch):
     def crash():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("step", crash)
+    monkeypatch.setattr(bench, "step", crash)
     with pytest.raises(KeyboardInterrupt):
         rehearse(out, "--parts", "gated_linear", "step", cases=toys()[:1])
     written = results(out)
@@ -124,7 +124,7 @@ def test_what_was_measured_before_a_crash_is_in_the_file(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_not_there_is_found_before_anything_is_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("measure", None)
+    monkeypatch.setattr(bench, "measure", None)
     assert rehearse(tmp_path / "missing" / "gpu.json", "--parts", "gated_linear") == 2
     assert "missing" in capsys.readouterr().err
 
@@ -195,7 +195,7 @@ def test_a_case_that_does_not_fit_is_not_measured_and_the_others_are(tmp_path, m
             raise torch.OutOfMemoryError("too large")
         return real(case, device)
 
-    monkeypatch.setattr("operands", operands)
+    monkeypatch.setattr(bench, "operands", operands)
     out = tmp_path / "gpu.json"
     assert rehearse(out, "--parts", "gated_linear", cases=[first, second]) == 0
     cases = results(out)["gated_linear"]["cases"]

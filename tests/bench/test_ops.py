@@ -16,8 +16,8 @@ FILES = sorted(path.stem for path in OPS.glob("bench_*.py"))
 
 PLANTED = """
 import torch
-from bench_gated_linear import BACKWARD, gated_linear_ref, operands
-from shapes import plain
+from bench.ops.bench_gated_linear import BACKWARD, gated_linear_ref, operands
+from bench.ops.shapes import plain
 
 SITES = ("fc2",)
 
@@ -30,7 +30,7 @@ def changed_gate(change):
     return plain(lambda x, weight, gate, bias: gated_linear_ref(x, weight, change(gate), bias))
 
 
-def peers(case):
+def implementations(case):
     found = {
         "right": changed(lambda out: out),
         "scaled": changed(lambda out: out * 1.1),
@@ -43,16 +43,16 @@ def peers(case):
     return found
 
 
-def test_planted(measure, case, peer):
-    measure(case, peers(case)[peer], operands, gated_linear_ref)
+def test_planted(measure, case, implementation):
+    measure(case, implementations(case)[implementation], operands, gated_linear_ref)
 """
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> dict[str, dict]:
-    """By id, of all cases and the planted ones: file, peer, the message of a failure, and what was timed."""
+    """By id, of all cases and the planted ones: file, implementation, message of a failure, times."""
     folder = tmp_path_factory.mktemp("bench") / "ops"
-    shutil.copytree(OPS, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(OPS, folder, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
     (folder / "bench_planted.py").write_text(PLANTED)
     report, figures = folder / "report.xml", folder / "figures.json"
     command = [sys.executable, "-m", "pytest", "-q", str(folder), f"--rootdir={folder}", "--toy"]
@@ -63,13 +63,15 @@ def ran(tmp_path_factory) -> dict[str, dict]:
     found = {}
     for test in ElementTree.parse(report).iter("testcase"):
         identity = f"{test.get('classname')}.py::{test.get('name')}"
-        peer = test.get("name").partition(f"-{'bfloat16' if 'bfloat16' in identity else 'float32'}-")[2]
+        implementation = test.get("name").partition(
+            f"-{'bfloat16' if 'bfloat16' in identity else 'float32'}-"
+        )[2]
         other = test.find("error") if test.find("skipped") is None else test.find("skipped")
         assert other is None, f"{identity}: {other.get('message')}"
         failure = test.find("failure")
         found[identity] = {
             "file": test.get("classname"),
-            "peer": peer.removesuffix("]"),
+            "implementation": implementation.removesuffix("]"),
             "failure": None if failure is None else failure.get("message"),
             "timed": None,
         }
@@ -83,24 +85,24 @@ def test_every_case_of_an_op_computes_the_same_and_has_a_figure(ran, file):
     cases = {identity: test for identity, test in ran.items() if test["file"] == file}
     assert {i: test["failure"] for i, test in cases.items() if test["failure"] or not test["timed"]} == {}
     assert all(test["timed"]["stats"]["rounds"] >= 1 for test in cases.values())
-    seen = [test["timed"]["extra_info"] for test in cases.values() if test["peer"] == "ours"]
+    seen = [test["timed"]["extra_info"] for test in cases.values() if test["implementation"] == "ours"]
     assert {info["widths"] for info in seen} == {"dense", "compact"}
     assert {info["dtype"] for info in seen} == {"float32", "bfloat16"}
     assert all(info["threads"] == 1 and info["device"] == "cpu" for info in seen)
     groups = [test["timed"]["group"] for test in cases.values()]
-    assert all(groups.count(group) >= 3 for group in groups), "ours has peers in each"
+    assert all(groups.count(group) >= 3 for group in groups), "ours has implementations in each"
 
 
 def test_what_is_wrong_fails_and_has_no_figure(ran):
     planted = [test for test in ran.values() if test["file"] == "bench_planted"]
     assert len(planted) == 2 * 2 * (4 + 6), "dense and compact, in two dtypes, forward and with backward"
     for test in planted:
-        if test["peer"] == "right":
+        if test["implementation"] == "right":
             assert test["failure"] is None and test["timed"] is not None
         else:
-            wrong = "dgate" if test["peer"].startswith("gradient") else "output"
+            wrong = "dgate" if test["implementation"].startswith("gradient") else "output"
             assert test["failure"].startswith(f"Failed: wrong {wrong}: relative error "), test
-            assert test["timed"] is None, test["peer"]
+            assert test["timed"] is None, test["implementation"]
 
 
 def test_multiply_adds_are_those_of_the_products(ran):

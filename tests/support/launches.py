@@ -80,15 +80,15 @@ class _Buffer:
         if itemsize > self.unit:
             units = (units[:, None] + np.arange(itemsize // self.unit)).ravel()
         user = 1 + program
-        self._refuse_others(self.writers, "wrote", units, user, is_write)
+        self._refuse_conflict(self.writers, "wrote", units, user, is_write)
         if is_write:
-            self._refuse_others(self.readers, "read", units, user, is_write)
+            self._refuse_conflict(self.readers, "read", units, user, is_write)
             self.writers[units] = user
         else:
             earlier = self.readers[units]
             self.readers[units] = np.where((earlier == 0) | (earlier == user), user, self.SEVERAL)
 
-    def _refuse_others(
+    def _refuse_conflict(
         self, users: np.ndarray, verb: str, units: np.ndarray, user: int, is_write: bool
     ) -> None:
         earlier = users[units]

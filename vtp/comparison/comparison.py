@@ -1,8 +1,8 @@
-"""A contest: peers run the same model; each is checked, warmed up, and then timed in turn with the others.
+"""A comparison: runtimes run the same model; each is checked, warmed up, and timed in turn with the others.
 
 Nothing is timed that does not compute the same: outputs are compared with float64 before. What fails, is
-missing or was not ready in time has a reason instead of a figure. A peer over `SLOW` times slower than ours
-is called once or twice and then stays out, unless its calls are short.
+missing or was not ready in time has a reason instead of a figure. A runtime over `SLOW` times slower than
+ours is called once or twice and then stays out, unless its calls are short.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from typing import Any
 
 from torch import nn
 
-from vtp.comparison.runtimes import AGAIN, Peer, Run, Unsupported, prepare_eager
+from vtp.comparison.runtimes import REPEAT, Run, Runtime, Unsupported, prepare_eager
 from vtp.machine import memory_bytes, peak_bytes
 from vtp.timing import standard_error, synchronize, take_turns, timed
 
@@ -36,15 +36,15 @@ Record = dict[str, Any]
 
 CPU = torch.device("cpu")
 
-FACTOR = 2.0  # how many times the error of PyTorch's eager mode in the same dtype a peer may make
+FACTOR = 2.0  # how many times the error of PyTorch's eager mode in the same dtype a runtime may make
 TINY = {"float32": 1e-6, "bfloat16": 1e-3}  # and this much more, where eager is exact by luck
-# Largest relative error (norm of the difference over norm) of any peer, and the only bound of those that
+# Largest relative error (norm of the difference over norm) of any runtime, and the only bound of those that
 # choose the arithmetic inside: a hundred float32 roundings, ten bfloat16 roundings.
 CEILINGS = {"float32": 1e-5, "bfloat16": 5e-2}
 
-SLOW = 8.0  # times ours: a peer slower than that leaves the rounds,
+SLOW = 8.0  # times ours: a runtime slower than that leaves the rounds,
 SLOW_CALL = 0.1  # seconds, if a call takes longer than this
-SLOW_TWICE = 5.0  # seconds: a slow peer is called a second time if one call takes less
+SLOW_TWICE = 5.0  # seconds: a slow runtime is called a second time if one call takes less
 SETTLED = 0.05  # the warm-up ends when the medians of three calls differ by less
 WARM_UP_SECONDS = 10.0
 SHORT = 0.25  # seconds: before a call that is shorter, another one brings caches and threads back
@@ -84,16 +84,16 @@ class Subject:
         self.exact = exact.repeat(repeats, *[1] * (exact.ndim - 1))
         self._errors: dict[str, float] = {}
 
-    def exported(self, peer: Peer) -> tuple[Any, float | None]:
-        """What `peer.prepare` takes, and the seconds to make it; once for a model, whatever the batch."""
-        if peer.export is None:
+    def exported(self, runtime: Runtime) -> tuple[Any, float | None]:
+        """What `runtime.prepare` takes, and the seconds to make it; once for a model, whatever the batch."""
+        if runtime.export is None:
             return self.model, None
         made = _EXPORTS.setdefault(self.model, {})
-        if peer.export not in made:
+        if runtime.export not in made:
             started = time.perf_counter()
-            source = peer.export(self.model, tuple(self.images.shape[1:]))
-            made[peer.export] = source, time.perf_counter() - started
-        return made[peer.export]
+            source = runtime.export(self.model, tuple(self.images.shape[1:]))
+            made[runtime.export] = source, time.perf_counter() - started
+        return made[runtime.export]
 
     def eager_error(self, dtype: str) -> float:
         """Relative error of PyTorch's eager mode, on the first image: in bfloat16 eight may take a minute."""
@@ -103,12 +103,12 @@ class Subject:
             self._errors[dtype] = relative_error(logits, self.exact[:1])
         return self._errors[dtype]
 
-    def bound(self, peer: Peer) -> float:
-        """The largest relative error that `peer` may make."""
-        ceiling = CEILINGS[peer.dtype]
-        if peer.own_arithmetic:
+    def bound(self, runtime: Runtime) -> float:
+        """The largest relative error that `runtime` may make."""
+        ceiling = CEILINGS[runtime.dtype]
+        if runtime.own_arithmetic:
             return ceiling
-        return min(ceiling, FACTOR * self.eager_error(peer.dtype) + TINY[peer.dtype])
+        return min(ceiling, FACTOR * self.eager_error(runtime.dtype) + TINY[runtime.dtype])
 
 
 class OutOfTime(BaseException):
@@ -135,8 +135,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def ready(peer: Peer, subject: Subject, seconds: float) -> tuple[Record, Run | None]:
-    """Prepare and check one peer. Returns its record so far, and its call if there is something to time.
+def ready(runtime: Runtime, subject: Subject, seconds: float) -> tuple[Record, Run | None]:
+    """Prepare and check one runtime. Returns its record so far, and its call if there is something to time.
 
     Its record has the seconds to export the model, those to load it (compile and pack it, up to the end of
     the first call), and its memory: bytes at the peak of that call over those before it was loaded.
@@ -145,25 +145,29 @@ def ready(peer: Peer, subject: Subject, seconds: float) -> tuple[Record, Run | N
         seconds: after which preparing it is given up.
     """
     device = subject.images.device
-    record: Record = {"dtype": peer.dtype, "status": "absent", "reason": peer.why_not(device.type)}
+    record: Record = {
+        "dtype": runtime.dtype,
+        "status": "absent",
+        "reason": runtime.unsupported_reason(device.type),
+    }
     if record["reason"] is not None:
         return record, None
     started = time.perf_counter()
     try:
         with time_limit(seconds):
-            source, record["export_seconds"] = subject.exported(peer)
+            source, record["export_seconds"] = subject.exported(runtime)
         before = memory_bytes(device)
         left = seconds - (time.perf_counter() - started)
         started = time.perf_counter()
         with time_limit(left):
-            run = peer.prepare(source, subject.images)
+            run = runtime.prepare(source, subject.images)
     except OutOfTime:
         if "torch._inductor.async_compile" in sys.modules:  # whose processes would disturb the others
             torch._inductor.async_compile.shutdown_compile_workers()
         return record | {"status": "unready", "reason": "not ready in time; run again"}, None
     except Unsupported as error:
         return record | {"reason": str(error)}, None
-    except Exception as error:  # of an exporter, a compiler, ...: the other peers have their figures
+    except Exception as error:  # of an exporter, a compiler, ...: the other runtimes have their figures
         return record | {"status": "failed", "reason": first_line(error)}, None
     try:
         with torch.inference_mode():
@@ -175,8 +179,8 @@ def ready(peer: Peer, subject: Subject, seconds: float) -> tuple[Record, Run | N
             record["memory_bytes"] = None if before is None or peak is None else peak - before
     except Exception as failure:
         return record | {"status": "failed", "reason": first_line(failure)}, None
-    record |= {"error": error if math.isfinite(error) else None, "error_bound": subject.bound(peer)}
-    if (reason := _wrong((peer, subject), outputs)) is not None:
+    record |= {"error": error if math.isfinite(error) else None, "error_bound": subject.bound(runtime)}
+    if (reason := _wrong((runtime, subject), outputs)) is not None:
         return record | {"status": "failed", "reason": reason}, None
     return record | {"status": "measured"}, run
 
@@ -191,17 +195,17 @@ def relative_error(got: Tensor | None, right: Tensor) -> float:
     return difference / size if size > 0 else math.inf
 
 
-def _wrong(entry: tuple[Peer, Subject], outputs: Tensor | None) -> str | None:
+def _wrong(entry: tuple[Runtime, Subject], outputs: Tensor | None) -> str | None:
     """What is wrong with the outputs, if anything."""
-    peer, subject = entry
-    error, bound = relative_error(outputs, subject.exact), subject.bound(peer)
+    runtime, subject = entry
+    error, bound = relative_error(outputs, subject.exact), subject.bound(runtime)
     if error <= bound:  # nor NaN
         return None
     return f"wrong logits: relative error {error:.2g}, at most {bound:.2g} allowed"
 
 
 def slowed(run: Run, share: float) -> Run:
-    """`run`, and then nothing for `share` of the time that it took: a slow-down that a contest must show."""
+    """`run`, then nothing for `share` of the time that it took: a slow-down that a comparison must show."""
 
     def call() -> Tensor:
         started = time.perf_counter()
@@ -235,7 +239,7 @@ class Runner:
     outputs: Tensor | None = None  # of the last call
 
     def call(self) -> float:
-        """Seconds of one call."""
+        """Call it once, and return the seconds that this took."""
         with torch.inference_mode():
             return timed(self._run, self.device)
 
@@ -263,7 +267,7 @@ class Runner:
 
 
 @dataclass
-class _Entrant:
+class _Participant:
     """Takes turns until it breaks, without harm to the others."""
 
     runner: Runner
@@ -279,9 +283,9 @@ class _Entrant:
 
 @dataclass(frozen=True)
 class Budget:
-    """rounds and seconds: of a case, see `take_turns`; prepare_seconds: for all peers of a case together,
+    """rounds and seconds: of a case, see `take_turns`; prepare_seconds: for all runtimes of a case together,
     without ours; warm_up_seconds: for each; precision: rounds end early where the standard error of all
-    ratios of "ours again" to "ours" is smaller."""
+    ratios of "ours (repeat)" to "ours" is smaller."""
 
     rounds: int = 30
     seconds: float = 90.0
@@ -290,23 +294,23 @@ class Budget:
     precision: float = 0.0
 
 
-def contest(
-    entries: Mapping[str, tuple[Peer, Subject]],
+def compare_runtimes(
+    entries: Mapping[str, tuple[Runtime, Subject]],
     budget: Budget,
     skip: Mapping[str, str] | None = None,
     *,
-    tell: Callable[[str], object] = lambda doing: None,
+    report: Callable[[str], object] = lambda doing: None,
 ) -> Record:
     """Prepare, check and time all entries; rounds and, of each entry, its record.
 
     Args:
         entries: by label; `ours` of a dtype before those that are compared with it.
         skip: reasons why a label is not even prepared.
-        tell: is told what is being done.
+        report: is told what is being done.
     """
     torch._dynamo.reset()
     with no_collections():
-        return _contest(entries, budget, skip or {}, tell)
+        return _compare_runtimes(entries, budget, skip or {}, report)
 
 
 @contextlib.contextmanager
@@ -324,50 +328,52 @@ def no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _contest(
-    entries: Mapping[str, tuple[Peer, Subject]],
+def _compare_runtimes(
+    entries: Mapping[str, tuple[Runtime, Subject]],
     budget: Budget,
     skip: Mapping[str, str],
-    tell: Callable[[str], object],
+    report: Callable[[str], object],
 ) -> Record:
     records: dict[str, Record] = {}
     runners: dict[str, Runner] = {}
     started = time.perf_counter()
-    for label, (peer, subject) in entries.items():
+    for label, (runtime, subject) in entries.items():
         if label in skip:
-            records[label] = {"dtype": peer.dtype, "status": "skipped", "reason": skip[label]}
+            records[label] = {"dtype": runtime.dtype, "status": "skipped", "reason": skip[label]}
             continue
-        tell(f"preparing {label}")
+        report(f"preparing {label}")
         left = budget.prepare_seconds - (time.perf_counter() - started)
-        records[label], run = ready(peer, subject, math.inf if peer.ours else left)
+        records[label], run = ready(runtime, subject, math.inf if runtime.ours else left)
         records[label]["macs"] = subject.macs
         if run is not None:
             runners[label] = Runner(run, subject.images.device, [records[label]["first_call_seconds"]])
     with torch.compiler.set_stance("fail_on_recompile"):
         for label in list(runners):
-            tell(f"warming up {label}")
+            report(f"warming up {label}")
             if not _keeps_up(label, entries, records, runners, budget.warm_up_seconds):
                 records[label] |= {"seconds": runners.pop(label).warm_up}
-        tell("taking turns")
-        entrants = {label: _Entrant(runner) for label, runner in runners.items()}
+        report("taking turns")
+        participants = {label: _Participant(runner) for label, runner in runners.items()}
         started = time.perf_counter()
         rounds = 0
         if runners:
-            rounds = take_turns(entrants, budget.rounds, budget.seconds, _precise(runners, budget.precision))
+            rounds = take_turns(
+                participants, budget.rounds, budget.seconds, _precise(runners, budget.precision)
+            )
         rounds_seconds = time.perf_counter() - started
     for label, runner in runners.items():
-        reason = entrants[label].failure or _wrong(entries[label], runner.outputs)
+        reason = participants[label].failure or _wrong(entries[label], runner.outputs)
         if reason is None:
             records[label] |= {"warm_up_seconds": runner.warm_up, "seconds": runner.seconds}
         else:
             records[label] |= {"status": "failed", "reason": reason}
-    return {"rounds": rounds, "rounds_seconds": rounds_seconds, "peers": records}
+    return {"rounds": rounds, "rounds_seconds": rounds_seconds, "runtimes": records}
 
 
 def _precise(runners: Mapping[str, Runner], precision: float) -> Callable[[int], bool]:
     """Whether so many rounds have shown what is noise; never where nothing takes part twice."""
-    twice = [(label, label.replace(AGAIN, "ours")) for label in runners if AGAIN in label]
-    pairs = [(runners[again], runners[first]) for again, first in twice if first in runners]
+    repeats = [(label, label.replace(REPEAT, "ours")) for label in runners if REPEAT in label]
+    pairs = [(runners[again], runners[first]) for again, first in repeats if first in runners]
 
     def precise(rounds: int) -> bool:
         whole = [pair for pair in pairs if all(len(runner.seconds) == rounds for runner in pair)]
@@ -378,15 +384,15 @@ def _precise(runners: Mapping[str, Runner], precision: float) -> Callable[[int],
 
 def _keeps_up(
     label: str,
-    entries: Mapping[str, tuple[Peer, Subject]],
+    entries: Mapping[str, tuple[Runtime, Subject]],
     records: dict[str, Record],
     runners: Mapping[str, Runner],
     warm_up_seconds: float,
 ) -> bool:
     """Warm one runner up, unless it is so slow, or broken, that it has to leave; its record then says so."""
-    peer, runner = entries[label][0], runners[label]
+    runtime, runner = entries[label][0], runners[label]
     ours = [
-        r for name, r in runners.items() if entries[name][0].ours and entries[name][0].dtype == peer.dtype
+        r for name, r in runners.items() if entries[name][0].ours and entries[name][0].dtype == runtime.dtype
     ]
     try:
         if ours and runner is not ours[0]:

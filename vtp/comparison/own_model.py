@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-import vtp
-from vtp.comparison.comparison import Budget, Record, Subject, contest
-from vtp.comparison.runtimes import COMPILERS, DTYPES, PEERS, Peer, Run
+from vtp.comparison.comparison import Budget, Record, Subject, compare_runtimes
+from vtp.comparison.runtimes import COMPILERS, DTYPES, RUNTIMES, Run, Runtime
 from vtp.comparison.tables import Rows, in_rounds
-from vtp.model.cost import attention_cost, mlp_cost
-from vtp.pruning.compact import CompactBlock, CompactViT, ConstantBranch
+from vtp.model.cost import attention_cost, count, mlp_cost
+from vtp.pruning.compact import CompactBlock, CompactViT, ConstantBranch, compact
+from vtp.pruning.gates import insert_gates
+from vtp.pruning.selection import make_plan
 from vtp.runtime import cpu
 from vtp.runtime.cpu import CpuBlocks
 from vtp.runtime.optimize import pack_for_ops
@@ -41,20 +42,20 @@ def prepare_blocks(model: Blocks, tokens: Tensor, *, dtype: str) -> Run:
     """The blocks as `vtp.optimize` runs them."""
     packed, tokens = pack_for_ops(model.vit, DTYPES[dtype]).vit, tokens.to(DTYPES[dtype])
     blocks = packed.blocks
-    if tokens.device.type == "cpu" and cpu.why_not(packed.blocks, DTYPES[dtype]) is None:
+    if cpu.unsupported_reason(packed, DTYPES[dtype]) is None:
         blocks = CpuBlocks(packed, DTYPES[dtype])
     return lambda: blocks(tokens)
 
 
 # --------------------------------------------------------------------------------
-# The contests
+# The comparisons
 
 
 def dense_of(small: CompactViT) -> CompactViT:
     """The dense model that a compact one was cut from, with random weights: the file does not have them."""
     torch.manual_seed(0)
-    gated = vtp.insert_gates(small.plan.architecture.build("cpu"))
-    dense = vtp.compact(gated, vtp.make_plan(gated, rate=0.0)).eval()
+    gated = insert_gates(small.plan.architecture.build("cpu"))
+    dense = compact(gated, make_plan(gated, rate=0.0)).eval()
     return dense.to(small.patch_embed.proj.weight.device)
 
 
@@ -65,15 +66,15 @@ def compare(
     budget: Budget,
     *,
     compilers: bool = False,
-    tell: Callable[[str], object] = lambda doing: None,
+    report: Callable[[str], object] = lambda doing: None,
 ) -> Record:
-    """A compact model by every runtime, and the dense one by some: see `contest`.
+    """A compact model by every runtime, and the dense one by some: see `compare_runtimes`.
 
     Args:
         small: in float32, on the device to compare on.
         batch: images in a call.
         compilers: whether torch.compile takes part, which needs minutes.
-        tell: see `contest`.
+        report: see `compare_runtimes`.
     """
     dense = dense_of(small)
     patch, device = small.patch_embed, small.patch_embed.proj.weight.device
@@ -82,15 +83,17 @@ def compare(
         images = torch.randn(batch, patch.proj.in_channels, *patch.img_size, generator=generator).to(device)
     except RuntimeError as error:  # of PyTorch's allocator
         raise ValueError(f"batch: got {batch}, expected images that fit into memory ({error})") from error
-    subject, beside = (Subject(m, images, macs=vtp.count(m).macs) for m in (small, dense))
-    peers = [p for p in PEERS if p.dtype in dtypes and device.type in p.devices]
-    entries = {p.label: (p, subject) for p in peers if p.name not in COMPILERS}
+    subject, beside = (Subject(m, images, macs=count(m).macs) for m in (small, dense))
+    runtimes = [p for p in RUNTIMES if p.dtype in dtypes and device.type in p.devices]
+    entries = {p.label: (p, subject) for p in runtimes if p.name not in COMPILERS}
     entries |= {
-        f"dense: {p.label}": (dataclasses.replace(p, ours=False), beside) for p in peers if p.name in _BESIDE
+        f"dense: {p.label}": (dataclasses.replace(p, ours=False), beside)
+        for p in runtimes
+        if p.name in _BESIDE
     }
-    entries |= {p.label: (p, subject) for p in peers if p.name in COMPILERS and compilers}
+    entries |= {p.label: (p, subject) for p in runtimes if p.name in COMPILERS and compilers}
     macs = {"compact": subject.macs, "dense": beside.macs}
-    return {"batch": batch, "macs": macs, **contest(entries, budget, tell=tell)}
+    return {"batch": batch, "macs": macs, **compare_runtimes(entries, budget, report=report)}
 
 
 def branches(model: CompactViT) -> dict[str, tuple[Blocks, int]]:
@@ -121,17 +124,18 @@ def compare_branches(small: CompactViT, batch: int, dtype: str, budget: Budget) 
     """Time of every branch on our engine, beside those of a dense block ("dense attn", "dense mlp")."""
     architecture, device = small.plan.architecture, small.patch_embed.proj.weight.device
     torch.manual_seed(0)
-    gated = vtp.insert_gates(dataclasses.replace(architecture, depth=1).build("cpu"))
-    dense = vtp.compact(gated, vtp.make_plan(gated, rate=0.0)).eval().to(device)
+    gated = insert_gates(dataclasses.replace(architecture, depth=1).build("cpu"))
+    dense = compact(gated, make_plan(gated, rate=0.0)).eval().to(device)
     alone = {name.replace("blocks.0.", "dense "): branch for name, branch in branches(dense).items()}
     alone |= branches(small)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(batch, architecture.num_tokens, architecture.embed_dim, generator=generator).to(
         device
     )
-    peer = Peer("ours", dtype, functools.partial(prepare_blocks, dtype=dtype), ours=True)
-    return contest(
-        {name: (peer, Subject(blocks, tokens, macs=macs)) for name, (blocks, macs) in alone.items()}, budget
+    runtime = Runtime("ours", dtype, functools.partial(prepare_blocks, dtype=dtype), ours=True)
+    return compare_runtimes(
+        {name: (runtime, Subject(blocks, tokens, macs=macs)) for name, (blocks, macs) in alone.items()},
+        budget,
     )
 
 
@@ -167,30 +171,30 @@ def verdict(record: Record, runtime: str) -> str:
 
 
 def lost_milliseconds(record: Record) -> dict[str, float]:
-    """For each branch, most first: its time above its share of MACs of the dense branch's time."""
+    """Milliseconds that each branch takes above its share of MACs of the dense branch's time, most first."""
     rates = {}
     for kind in ("attn", "mlp"):
         if seconds := in_rounds(record, f"dense {kind}"):
-            rates[kind] = statistics.median(seconds) / record["peers"][f"dense {kind}"]["macs"]
+            rates[kind] = statistics.median(seconds) / record["runtimes"][f"dense {kind}"]["macs"]
     lost = {}
-    for name, peer in record["peers"].items():
+    for name, runtime in record["runtimes"].items():
         kind, seconds = name.rpartition(".")[2], in_rounds(record, name)
         if name.startswith("blocks.") and seconds and kind in rates:
-            lost[name] = 1e3 * (statistics.median(seconds) - rates[kind] * peer["macs"])
+            lost[name] = 1e3 * (statistics.median(seconds) - rates[kind] * runtime["macs"])
     return dict(sorted(lost.items(), key=lambda item: -item[1]))
 
 
-def blame_table(small: CompactViT, record: Record, rows: int = 5) -> Rows:
+def attribution_table(small: CompactViT, record: Record, rows: int = 5) -> Rows:
     """The branches that lose the most time, with their widths."""
     table: Rows = [["branch", "widths kept", "MACs", "ms", "MACs promise ms", "lost ms"]]
     for name, lost in list(lost_milliseconds(record).items())[:rows]:
         _, index, branch = name.split(".")
-        peer, part = record["peers"][name], getattr(small.blocks[int(index)], branch)
+        runtime, part = record["runtimes"][name], getattr(small.blocks[int(index)], branch)
         if branch == "attn":
             widths = f"{part.qkv.in_features} into qkv, values {' '.join(map(str, part.value_widths))}"
         else:
             widths = f"{part.fc1.in_features} into fc1, {part.fc1.out_features} hidden"
-        took = 1e3 * statistics.median(peer["seconds"])
+        took = 1e3 * statistics.median(runtime["seconds"])
         cells = (f"{took:.2f}", f"{took - lost:.2f}", f"{lost:.2f}")
-        table.append([name, widths, f"{peer['macs'] / 1e6:.1f} M", *cells])
+        table.append([name, widths, f"{runtime['macs'] / 1e6:.1f} M", *cells])
     return table

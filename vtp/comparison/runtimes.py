@@ -1,9 +1,8 @@
-"""The peers of a comparison: ways to run a model, with what each of them needs."""
+"""The runtimes of a comparison: ways to run a model, with what each of them needs."""
 
 import copy
 import functools
 import types
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import vtp
-from vtp.runtime.optimize import pack_for_ops
+from vtp.runtime.export.onnx import PACKAGES as ONNX_PACKAGES
+from vtp.runtime.export.onnx import onnx_bytes
+from vtp.runtime.optimize import optimize, pack_for_ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-AGAIN = "ours again"  # our engine a second time, to show what is noise
+REPEAT = "ours (repeat)"  # our engine a second time, to show what is noise
 
 Run = Callable[[], Tensor]
 
@@ -29,7 +29,7 @@ COMPILERS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Peer:
+class Runtime:
     """A way to run a model.
 
     prepare: takes what `export` made, or the float32 model, and images; returns a call without arguments
@@ -37,7 +37,7 @@ class Peer:
     export: converts the float32 model for any number of images of a shape, once and before it is deployed.
     packages: what has to be installed for it, beside PyTorch; devices: what it runs on.
     own_arithmetic: computes in a precision or order of its own, so that `CEILINGS` alone bound its error.
-    ours: what other peers of its dtype are compared with.
+    ours: what other runtimes of its dtype are compared with.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Peer:
     def label(self) -> str:
         return f"{self.name}, {self.dtype}"
 
-    def why_not(self, device: str = "cpu") -> str | None:
+    def unsupported_reason(self, device: str = "cpu") -> str | None:
         """Why it cannot run here; None where it can."""
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {device}"
@@ -66,8 +66,8 @@ class Unsupported(Exception):
 
 
 def prepare_ours(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
-    """`vtp.optimize`."""
-    fast = vtp.optimize(model, dtype=DTYPES[dtype])
+    """Our engine: what `vtp.optimize` makes of the model."""
+    fast = optimize(model, dtype=DTYPES[dtype])
     images = images.to(DTYPES[dtype])
     return lambda: fast(images)
 
@@ -80,7 +80,7 @@ def prepare_reference(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
 
 
 def prepare_eager(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
-    """PyTorch, operator by operator."""
+    """PyTorch's eager mode: operator by operator."""
     model, images = copy.deepcopy(model).to(DTYPES[dtype]), images.to(DTYPES[dtype])
     return lambda: model(images)
 
@@ -121,16 +121,6 @@ def own_code(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
 
 
-def export_onnx(model: nn.Module, shape: tuple[int, ...]) -> bytes:
-    """The model for images of [batch, *shape] as ONNX. Who loads it says what `batch` is."""
-    images = torch.zeros(2, *shape)  # a size of 1 would become a constant
-    dynamic = ({0: torch.export.Dim("batch")},)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, (images,), dynamic_shapes=dynamic, dynamo=True, verbose=False)
-    return program.model_proto.SerializeToString()
-
-
 def prepare_onnx_runtime(source: bytes, images: Tensor) -> Run:
     """ONNX Runtime on the CPU with all graph optimizations, in float32."""
     import onnxruntime
@@ -167,31 +157,32 @@ def prepare_openvino(source: bytes, images: Tensor, *, dtype: str) -> Run:
     return lambda: torch.from_numpy(request.infer(inputs, share_inputs=True, share_outputs=True)[0])
 
 
-def _peers() -> list[Peer]:
+def _runtimes() -> list[Runtime]:
     """Ours first, as others are compared with it; then the rest, those with slow compilers last."""
-    partial, peers = functools.partial, []
+    partial, runtimes = functools.partial, []
     for dtype in DTYPES:
         ours = partial(prepare_ours, dtype=dtype)
-        peers += [
-            Peer("ours", dtype, ours, ours=True),
-            Peer(AGAIN, dtype, ours),
-            Peer("our reference path", dtype, partial(prepare_reference, dtype=dtype)),
-            Peer("PyTorch eager", dtype, partial(prepare_eager, dtype=dtype)),
+        runtimes += [
+            Runtime("ours", dtype, ours, ours=True),
+            Runtime(REPEAT, dtype, ours),
+            Runtime("our reference path", dtype, partial(prepare_reference, dtype=dtype)),
+            Runtime("PyTorch eager", dtype, partial(prepare_eager, dtype=dtype)),
         ]
-    onnx = {"export": export_onnx, "own_arithmetic": True, "devices": ("cpu",)}
-    packages = ("onnx", "onnxscript")
-    peers.append(
-        Peer("ONNX Runtime", "float32", prepare_onnx_runtime, packages=(*packages, "onnxruntime"), **onnx)
+    onnx = {"export": onnx_bytes, "own_arithmetic": True, "devices": ("cpu",)}
+    runtimes.append(
+        Runtime(
+            "ONNX Runtime", "float32", prepare_onnx_runtime, packages=(*ONNX_PACKAGES, "onnxruntime"), **onnx
+        )
     )
     for dtype in DTYPES:
         run = partial(prepare_openvino, dtype=dtype)
-        peers.append(Peer("OpenVINO", dtype, run, packages=(*packages, "openvino"), **onnx))
+        runtimes.append(Runtime("OpenVINO", dtype, run, packages=(*ONNX_PACKAGES, "openvino"), **onnx))
     for name, options in COMPILERS.items():
         for dtype in DTYPES:
-            peers.append(Peer(name, dtype, partial(prepare_compiled, dtype=dtype, **options)))
+            runtimes.append(Runtime(name, dtype, partial(prepare_compiled, dtype=dtype, **options)))
     # Never run by the authors, who have had no GPU.
-    peers.append(
-        Peer(
+    runtimes.append(
+        Runtime(
             "TensorRT",
             "bfloat16",
             partial(prepare_compiled, dtype="bfloat16", frozen=False, backend="torch_tensorrt"),
@@ -200,7 +191,7 @@ def _peers() -> list[Peer]:
             own_arithmetic=True,
         )
     )
-    return peers
+    return runtimes
 
 
-PEERS = _peers()
+RUNTIMES = _runtimes()

@@ -280,7 +280,7 @@ def _instruction_set() -> str:
 
 
 def cache_folder() -> Path:
-    """Where tables are kept: `$VTP_CACHE`, else `$XDG_CACHE_HOME/vtp`, else `~/.cache/vtp`."""
+    """The folder that tables are kept in: `$VTP_CACHE`, else `$XDG_CACHE_HOME/vtp`, else `~/.cache/vtp`."""
     if own := os.environ.get("VTP_CACHE"):
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")

@@ -6,7 +6,6 @@ micro-kernels read it, and a list of integers that says what lies where.
 
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vtp.pruning.compact import CompactDistilledViT, is_erf_gelu
+from vtp.runtime.packed import PackedBlock, PackedLinear, PackedNorm
 from vtp_kernels.library import cpp_unsupported_reason
-
-if TYPE_CHECKING:
-    from vtp.runtime.packed import PackedBlock, PackedLinear, PackedNorm
 
 _FORMAT = 1  # of the list of integers; csrc/cpu/model.cpp has the same
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -26,11 +23,13 @@ _PANEL = 16  # outputs whose weights lie side by side
 _ALIGNMENT = 64  # bytes: a cache line
 
 
-def why_not(blocks: Sequence["PackedBlock"], dtype: torch.dtype) -> str | None:
-    """Why the C++ engine cannot run packed blocks in `dtype`; None if it can."""
+def unsupported_reason(vit: VisionTransformer, dtype: torch.dtype) -> str | None:
+    """Why the C++ engine cannot run a packed model, or packed blocks alone, in `dtype`; None if it can."""
+    if (device := next(vit.buffers()).device).type != "cpu":
+        return f"the model is on {device}"
     if dtype not in _DTYPES:
         return f"it computes in float32 and bfloat16, not in {dtype}"
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(vit.blocks):
         if block.mlp is not None and not is_erf_gelu(block.mlp.act):
             return f"the activation of block {i}, {type(block.mlp.act).__name__}, is not the exact GELU"
         heads = block.attn and block.attn.heads
@@ -124,10 +123,10 @@ class _Writer:
         self.memory(panels(weight, self.dtype))
         self.memory(F.pad(bias.double(), (0, -outputs % _PANEL)).float())
 
-    def packed(self, layer: "PackedLinear") -> None:
+    def packed(self, layer: PackedLinear) -> None:
         self.linear(layer.weight, layer.bias)
 
-    def norm(self, norm: "PackedNorm", kept: int) -> None:
+    def norm(self, norm: PackedNorm, kept: int) -> None:
         self.list.append(kept)
         self.maybe(None if norm.index is None else norm.index.int())
 
@@ -143,7 +142,7 @@ class _Writer:
         self.linear(proj.weight.flatten(1), torch.zeros(vit.embed_dim))
         self.memory(F.pad(_positions(vit), (0, -vit.embed_dim % _PANEL)).float())
 
-    def blocks(self, blocks: Sequence["PackedBlock"]) -> None:
+    def blocks(self, blocks: Sequence[PackedBlock]) -> None:
         self.list.append(len(blocks))
         for block in blocks:
             self.maybe(None if block.offset is None else block.offset.float())

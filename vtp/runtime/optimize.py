@@ -18,7 +18,7 @@ exact GELU, and everything outside the blocks, which is timm's own.
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -32,7 +32,7 @@ from vtp.pruning.compact import (
 from vtp.runtime import cpu
 from vtp.runtime.packed import (
     PackedBlock,
-    _absorb_constants,
+    absorb_constants,
 )
 from vtp_kernels.library import autocast_is_on
 
@@ -48,28 +48,71 @@ def optimize(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedV
         model: what `vtp.compact` or `vtp.load` gave.
         dtype: of weights and activations: float32, bfloat16, float16 or float64; None keeps the model's.
 
+    Returns:
+        The packed model; its `engine` says which of `BACKENDS` runs it, and why no faster one does.
+
     Raises:
         TypeError: the model is no CompactViT, a layer of it was replaced, or the dtype is not one of these.
     """
-    dtype = _checked(model, dtype)
-    if model.patch_embed.proj.weight.device.type != "cpu":
-        return pack_for_ops(model, dtype)
-    packed = _packed(model, dtype)
-    reason = cpu.why_not(packed.blocks, dtype)
-    if reason is not None:
-        return OptimizedViT(packed.to(dtype), ImageSpec.of(model), f"plain PyTorch: {reason}")
-    engine = f"C++, {torch.ops.vtp.cpu_isa()}"
-    fast = OptimizedViT(cpu.pack(packed, dtype), ImageSpec.of(model), engine)
-    del packed  # with the copies on the way, twice the size of what is left
-    return_freed_memory()
-    return fast
+    return _on_first_of(BACKENDS, model, dtype)
+
+
+def pack_for_ops(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedViT":
+    """Pack a CompactViT for the ops of `vtp_kernels`, on a CPU too, where they run on plain PyTorch.
+
+    Args, Raises: those of `optimize`.
+    """
+    return _on_first_of([OPS], model, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A way to run packed models.
+
+    Attributes:
+        unsupported_reason: called with a packed model and a dtype; why it cannot run that here, None where it
+            can.
+        pack: called with the same; the module that runs. It may take the packed model apart.
+        engine: called with the reasons of the backends before it; its name, for `OptimizedViT.engine`.
+    """
+
+    unsupported_reason: Callable[[CompactViT, torch.dtype], str | None]
+    pack: Callable[[CompactViT, torch.dtype], nn.Module]
+    engine: Callable[[Sequence[str]], str]
+
+
+def _in_dtype(packed: CompactViT, dtype: torch.dtype) -> CompactViT:
+    return packed.to(dtype)
+
+
+def _not_on_gpu(packed: CompactViT, dtype: torch.dtype) -> str | None:
+    return "the model is on a CPU" if packed.patch_embed.proj.weight.device.type == "cpu" else None
+
+
+CPP = Backend(cpu.unsupported_reason, cpu.pack, lambda reasons: f"C++, {torch.ops.vtp.cpu_isa()}")
+OPS = Backend(lambda packed, dtype: None, _in_dtype, lambda reasons: "ops of vtp_kernels")
+BACKENDS = (
+    dataclasses.replace(OPS, unsupported_reason=_not_on_gpu),
+    CPP,
+    dataclasses.replace(OPS, engine=lambda reasons: f"plain PyTorch: {reasons[-1]}"),
+)
 
 
 @torch.no_grad()
-def pack_for_ops(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedViT":
-    """What `optimize` makes on a GPU, on any device: on a CPU its ops run on plain PyTorch."""
-    dtype = _checked(model, dtype)
-    return OptimizedViT(_packed(model, dtype).to(dtype), ImageSpec.of(model), "ops of vtp_kernels")
+def _on_first_of(backends: Sequence[Backend], model: CompactViT, dtype: torch.dtype | None) -> "OptimizedViT":
+    """Pack the model for the first backend that supports it; the last supports every model."""
+    dtype, spec = _checked(model, dtype), ImageSpec.of(model)
+    packed = _packed(model, dtype)
+    reasons: list[str] = []
+    for backend in backends:
+        reason = backend.unsupported_reason(packed, dtype)
+        if reason is None:
+            break
+        reasons.append(reason)
+    fast = OptimizedViT(backend.pack(packed, dtype), spec, backend.engine(reasons))
+    del packed  # with the copies on the way, twice the size of what is left
+    return_freed_memory()
+    return fast
 
 
 def _checked(model: CompactViT, dtype: torch.dtype | None) -> torch.dtype:
@@ -89,7 +132,7 @@ def _checked(model: CompactViT, dtype: torch.dtype | None) -> torch.dtype:
 def _packed(model: CompactViT, dtype: torch.dtype) -> CompactViT:
     """The model with packed blocks, weights in `dtype`, biases still in float64."""
     blocks = nn.Sequential(*[PackedBlock(block, dtype) for block in model.blocks])
-    _absorb_constants(model.blocks, blocks)
+    absorb_constants(model.blocks, blocks)
     # deepcopy takes what `memo` has for an object: everything but the blocks is copied.
     vit = copy.deepcopy(model, {id(model.blocks): blocks})
     vit.set_grad_checkpointing(False)
@@ -129,7 +172,7 @@ class ImageSpec:
             patch.dynamic_img_pad,
         )
 
-    def refuse_others(self, images: Tensor) -> None:
+    def check(self, images: Tensor) -> None:
         """Raise ValueError, which says what was expected, if the shape is not such."""
         if images.ndim != 4 or images.shape[1] != self.channels:
             raise ValueError(f"images: got shape {tuple(images.shape)}, expected [B, {self.channels}, H, W]")
@@ -165,7 +208,7 @@ class OptimizedViT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what it computes in, and of logits."""
+        """The dtype that the model computes in, and of its logits."""
         return self._weight.dtype if hasattr(self.vit, "patch_embed") else self.vit.dtype
 
     @property
@@ -201,7 +244,7 @@ class OptimizedViT(nn.Module):
         if images.dtype not in (*DTYPES[:3], self.dtype):
             expected = "float32, bfloat16 or float16, normalized as for training"
             raise TypeError(f"images: got {images.dtype}, expected {expected}")
-        self.images.refuse_others(images)
+        self.images.check(images)
         device = self._weight.device
         if images.device != device:
             raise ValueError(f"images: on {images.device}, expected {device}, where the model is")

@@ -140,7 +140,7 @@ def _bias64(linear: nn.Linear) -> Tensor:
     return linear.bias.to(torch.float64, copy=True)
 
 
-def _absorb_constants(blocks: Iterable[CompactBlock], packed: Sequence[PackedBlock]) -> None:
+def absorb_constants(blocks: Iterable[CompactBlock], packed: Sequence[PackedBlock]) -> None:
     """Add what constant branches put out to the bias of the linear before them on the residual stream.
 
     Every later linear and norm then reads the stream as it was. Without a linear before them they become the

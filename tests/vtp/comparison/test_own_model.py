@@ -25,12 +25,12 @@ def plan() -> vtp.PruningPlan:
 
 
 def record(**milliseconds: float) -> dict:
-    """A contest with one round; a name has `_` for the ": " of a label, and the dtype is left out."""
-    peers = {
+    """A comparison with one round; a name has `_` for the ": " of a label, and the dtype is left out."""
+    runtimes = {
         f"{name.replace('_', ': ')}, float32": {"status": "measured", "seconds": [1e-3 * ms]}
         for name, ms in milliseconds.items()
     }
-    return {"macs": {"dense": 300, "compact": 100}, "peers": peers}
+    return {"macs": {"dense": 300, "compact": 100}, "runtimes": runtimes}
 
 
 @pytest.mark.parametrize(
@@ -77,14 +77,14 @@ def test_a_constant_branch_has_no_time_to_lose(small):
 
 
 def test_lost_time_is_what_the_share_of_macs_does_not_explain():
-    def peer(ms: float, macs: int) -> dict:
+    def runtime(ms: float, macs: int) -> dict:
         return {"status": "measured", "seconds": [1e-3 * ms], "macs": macs}
 
-    peers = {
-        "dense attn": peer(2.0, 100), "dense mlp": peer(6.0, 300), "blocks.0.attn": peer(1.5, 50),
-        "blocks.0.mlp": peer(2.0, 100), "blocks.1.mlp": peer(5.0, 100),
+    runtimes = {
+        "dense attn": runtime(2.0, 100), "dense mlp": runtime(6.0, 300), "blocks.0.attn": runtime(1.5, 50),
+        "blocks.0.mlp": runtime(2.0, 100), "blocks.1.mlp": runtime(5.0, 100),
     }  # fmt: skip
-    lost = own_model.lost_milliseconds({"peers": peers})
+    lost = own_model.lost_milliseconds({"runtimes": runtimes})
     assert list(lost) == ["blocks.1.mlp", "blocks.0.attn", "blocks.0.mlp"]
     assert lost == pytest.approx({"blocks.1.mlp": 3.0, "blocks.0.attn": 0.5, "blocks.0.mlp": 0.0})
 
@@ -94,9 +94,9 @@ def test_every_branch_is_timed_and_the_worst_is_named_with_its_widths(small):
     torch.set_num_threads(1)
     found = own_model.compare_branches(small, 1, "float32", QUICK)
     torch.set_num_threads(threads)
-    assert {p["status"] for p in found["peers"].values()} == {"measured"}
-    assert {"dense attn", "dense mlp"} <= found["peers"].keys()
-    header, *rows = own_model.blame_table(small, found, rows=99)
+    assert {p["status"] for p in found["runtimes"].values()} == {"measured"}
+    assert {"dense attn", "dense mlp"} <= found["runtimes"].keys()
+    header, *rows = own_model.attribution_table(small, found, rows=99)
     assert len(rows) == 2 * TINY.depth
     shown = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
     part = small.blocks[0].mlp

@@ -1,0 +1,45 @@
+"""Export to ONNX: what is written computes the same for any number of images, and what is refused."""
+
+import pytest
+import torch
+
+import vtp
+from tests.support.models import TINY, build, gated, image
+from vtp.runtime.export import export_onnx
+
+
+def compact_model() -> vtp.CompactViT:
+    model = gated(build(TINY, torch.float32))
+    return vtp.compact(model, vtp.make_plan(model, rate=0.4)).eval()
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["compact", "dense"])
+def test_onnx_runtime_gives_the_models_own_outputs_at_any_batch_size(tmp_path, dense):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    model = build(TINY, torch.float32).eval() if dense else compact_model()
+    export_onnx(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["images"]
+    for batch in (1, 5):
+        x = image(model, batch=batch).float()
+        with torch.no_grad():
+            expected = model(x)
+        (found,) = session.run(["outputs"], {"images": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
+    small, file = compact_model(), tmp_path / "model.onnx"
+    with pytest.raises(TypeError, match="model: got OptimizedViT"):
+        export_onnx(vtp.optimize(small), file)
+    with pytest.raises(ValueError, match="model: got one in training mode"):
+        export_onnx(compact_model().train(), file)
+    with pytest.raises(ValueError, match="model: on meta, expected cpu"):
+        export_onnx(compact_model().to("meta"), file)
+    monkeypatch.setattr("vtp.runtime.export.onnx.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"onnx and onnxscript: pip install 'vtp\[onnx\]'"):
+        export_onnx(small, file)
+    assert list(tmp_path.iterdir()) == []

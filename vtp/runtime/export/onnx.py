@@ -1,0 +1,68 @@
+"""ONNX, by PyTorch's exporter: for ONNX Runtime, OpenVINO and all that read it."""
+
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vtp.files import write_atomic
+from vtp.runtime.optimize import OptimizedViT
+
+PACKAGES = ("onnx", "onnxscript")  # that PyTorch's exporter needs
+
+
+def export_onnx(model: nn.Module, path: str | Path, image_shape: tuple[int, int, int] | None = None) -> None:
+    """Write a model as one ONNX file, for any number of images.
+
+    Its input is "images" [batch, channels, height, width] in the model's dtype, its output "outputs"
+    [batch, classes].
+
+    Args:
+        model: from `vtp.compact` or `vtp.load`, or a timm model; in eval mode, on the CPU. It is not changed.
+        path: the file; it is replaced only by a whole one.
+        image_shape: (channels, height, width) of an image; None takes the model's own.
+
+    Raises:
+        TypeError: the model is packed (`vtp.optimize`): export the compact model that it was made from.
+        ValueError: the model is in training mode or not on the CPU.
+        ModuleNotFoundError: a package of `PACKAGES` is not installed; the message says how to get it.
+        FileError: the file cannot be written.
+    """
+    if image_shape is None and hasattr(model, "patch_embed"):
+        image_shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    exported = onnx_bytes(model, image_shape)
+    write_atomic(path, lambda temporary: temporary.write_bytes(exported))
+
+
+def onnx_bytes(model: nn.Module, image_shape: tuple[int, ...]) -> bytes:
+    """A model as ONNX in memory: the bytes of the file that `export_onnx` writes.
+
+    Args, Raises: those of `export_onnx`.
+    """
+    if isinstance(model, OptimizedViT):
+        raise TypeError(
+            "model: got OptimizedViT, whose kernels no other runtime has; export the compact model that it "
+            "was made from"
+        )
+    if model.training:
+        raise ValueError("model: got one in training mode, expected model.eval()")
+    parameter = next(model.parameters())
+    if parameter.device.type != "cpu":
+        raise ValueError(f"model: on {parameter.device}, expected cpu")
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise ModuleNotFoundError(f"ONNX export needs {' and '.join(missing)}: pip install 'vtp[onnx]'")
+    images = torch.zeros(2, *image_shape, dtype=parameter.dtype)  # a size of 1 would become a constant
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            (images,),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["images"],
+            output_names=["outputs"],
+            dynamo=True,
+            verbose=False,
+        )
+    return program.model_proto.SerializeToString()
