@@ -5,7 +5,7 @@
 
 Four parts, in this order: `numerics` runs tests/gpu; `sanitizer` runs a few of these tests under
 compute-sanitizer; `gated_linear` times the op at the linears of DeiT beside its peers, and along each of its
-paths, so that `_FUSED_ROWS` in vtp_kernels/gated_linear.py can be set from figures; `step` is
+paths, so that `FUSED_ROWS` in vtp_kernels/gated_linear.py can be set from figures; `step` is
 bench/gating_cost.py. One results file, bench/results/gpu-<name of the GPU>.json, is written anew as figures
 come in; what has not run is "not measured" in it, and what computes something else has no figure.
 
@@ -48,8 +48,9 @@ from vtp.options import positive
 from vtp.pipeline import environment
 from vtp.timing import pairwise_ratio, synchronize, turns
 from vtp_kernels import gated_linear
-from vtp_kernels.gated_linear import _FUSED_ROWS, gated_linear_ref
-from vtp_kernels.library import why_not_triton
+from vtp_kernels.gated_linear import FUSED_ROWS, gated_linear_ref
+from vtp_kernels.launching import forced_path
+from vtp_kernels.library import triton_unsupported_reason
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests" / "gpu"
@@ -155,35 +156,28 @@ def compiled_naive() -> Function:
 
 @dataclass(frozen=True)
 class Peer:
-    """make: called once for each case. path: what is forced on gated_linear, a key of `FORCED_ROWS`."""
+    """make: called once for each case. path: what is forced on gated_linear, one of `FORCED_PATHS`."""
 
     make: Callable[[], Function]
     gated: bool = True
     path: str | None = None
 
 
-# What to write into `_FUSED_ROWS`, so that a product of any number of rows takes the path: GEMM kernels that
-# scale W themselves, or a kernel that folds the gate into W, the vendor's GEMM, and one that unfolds.
-FORCED_ROWS = {"fused": 2**62, "vendor": 0}
+# What a product of any number of rows can be made to take: GEMM kernels that scale W themselves, or a kernel
+# that folds the gate into W, the vendor's GEMM, and one that unfolds.
+FORCED_PATHS = ("fused", "vendor")
 PEERS: dict[str, Peer] = {
     REFERENCE: Peer(lambda: ungated, gated=False),
     "naive": Peer(lambda: naive),
     "naive compiled": Peer(compiled_naive),
     "gated_linear": Peer(lambda: gated_linear),
-    **{path: Peer(lambda: gated_linear, path=path) for path in FORCED_ROWS},
+    **{path: Peer(lambda: gated_linear, path=path) for path in FORCED_PATHS},
 }
 
 
-@contextlib.contextmanager
-def forced(path: str | None) -> Iterator[None]:
+def forced(path: str | None) -> contextlib.AbstractContextManager[None]:
     """Within it gated_linear takes `path`, or what its table says."""
-    before = dict(_FUSED_ROWS)
-    if path is not None:
-        _FUSED_ROWS.update(dict.fromkeys(before, FORCED_ROWS[path]))
-    try:
-        yield
-    finally:
-        _FUSED_ROWS.update(before)
+    return forced_path("gated_linear", *([] if path is None else [path]))
 
 
 def why_no_paths(case: Case, device: torch.device) -> str | None:
@@ -192,7 +186,7 @@ def why_no_paths(case: Case, device: torch.device) -> str | None:
         return "there are paths on a GPU only"
     if taken(case) == "folded":
         return "trained in mixed precision, the folded weight takes the place of the cast weight"
-    return why_not_triton(device)
+    return triton_unsupported_reason(device)
 
 
 def taken(case: Case) -> str:
@@ -200,7 +194,7 @@ def taken(case: Case) -> str:
     x_dtype, dtype = PRECISIONS[case.precision]
     if case.backward and x_dtype != dtype:
         return "folded"
-    return "fused" if case.rows <= _FUSED_ROWS[x_dtype.itemsize] else "vendor"
+    return "fused" if case.rows <= FUSED_ROWS[x_dtype.itemsize] else "vendor"
 
 
 # --------------------------------------------------------------------------------
@@ -394,13 +388,13 @@ def faster(fused_over_vendor: Mapping[str, float]) -> str:
 
 
 def advice(cases: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """For each entry of `_FUSED_ROWS` the bound that would lose least in these cases, and what is lost now.
+    """For each entry of `FUSED_ROWS` the bound that would lose least in these cases, and what is lost now.
 
     A loss is the geometric mean, over cases, of the time of the path taken over that of the faster path. All
     bounds from `least_rows` to below `rows_below` (None: any) make the same choices.
     """
     found: dict[str, Any] = {}
-    for element_size, now in _FUSED_ROWS.items():
+    for element_size, now in FUSED_ROWS.items():
         measured = [
             (case["rows"], case["fused_over_vendor"]["median"])
             for case in cases
@@ -597,10 +591,10 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 
 
 def advice_lines(found: Mapping[str, Any]) -> list[str]:
-    """One line for each entry of `_FUSED_ROWS`."""
+    """One line for each entry of `FUSED_ROWS`."""
     lines = []
     for element_size, entry in found.items():
-        name = f"_FUSED_ROWS[{element_size}]"
+        name = f"FUSED_ROWS[{element_size}]"
         if entry == NOT_MEASURED:
             lines.append(f"{name}: {NOT_MEASURED}")
             continue
@@ -686,7 +680,7 @@ def main(
         "gated_linear": {
             "method": METHOD,
             "tolerances": TOLERANCES,
-            "fused_rows": {str(size): rows for size, rows in _FUSED_ROWS.items()},
+            "fused_rows": {str(size): rows for size, rows in FUSED_ROWS.items()},
             "advice": advice([]),
             "cases": [pending(case, peers) for case in cases],
         },

@@ -26,13 +26,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
-from vtp_kernels.gated_linear import _grouped_tile
-from vtp_kernels.launching import Config, TensorDescriptor, Variant, is_amd, launch, tl, triton
-from vtp_kernels.library import LIBRARY, define
+from vtp_kernels._tiles import grouped_tile, load_padded_tile
+from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, is_amd, launch, tl, triton
+from vtp_kernels.library import define, define_gradient
+from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, padded_width, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -51,16 +51,6 @@ def compact_linear_ref(
 
 
 # -------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def _load_inputs(source, o_row, o_k, K, stride, TAIL: tl.constexpr):
-    """source[o_row, o_k] of rows that exist; in the tail 0 beyond K, whatever the padding holds."""
-    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_k[None, :]
-    if TAIL:  # whole 16 bytes are loaded
-        b_tile = tl.load(p_tile, mask=(o_k[None, :] < (K + 7) // 8 * 8) & (o_row[:, None] >= 0), other=0.0)
-        return tl.where(o_k[None, :] < K, b_tile, 0.0)
-    return tl.load(p_tile)
 
 
 @triton.jit
@@ -95,13 +85,13 @@ def _product_tile(
             b_w = w_tiles.load([i_n, k])
         else:
             o_k = k + tl.arange(0, BLOCK_K)
-            b_x = _load_inputs(x, r_m, o_k, K, stride_x, False)
-            b_w = _load_inputs(weight, r_n, o_k, K, stride_w, False)
+            b_x = load_padded_tile(x, r_m, o_k, None, K, stride_x, False, False)
+            b_w = load_padded_tile(weight, r_n, o_k, None, K, stride_w, False, False)
         acc = _add_product(acc, b_x, b_w, TRANSPOSED, PRECISION)
     for k in range(full, end, TAIL_K):
         o_k = k + tl.arange(0, TAIL_K)
-        b_x = _load_inputs(x, r_m, o_k, K, stride_x, True)
-        b_w = _load_inputs(weight, r_n, o_k, K, stride_w, True)
+        b_x = load_padded_tile(x, r_m, o_k, None, K, stride_x, False, True)
+        b_w = load_padded_tile(weight, r_n, o_k, None, K, stride_w, False, True)
         acc = _add_product(acc, b_x, b_w, TRANSPOSED, PRECISION)
     if TRANSPOSED:
         acc = tl.trans(acc)
@@ -165,7 +155,7 @@ def _compact_linear_fwd_kernel(
     BORDER_N: tl.constexpr, BOTTOM_M: tl.constexpr, BOTTOM_N: tl.constexpr,
     SAVE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result: of the interior, of the right border or of the bottom one (see `_Grid`).
+    """One tile of the result: of the interior, of the right border or of the bottom one (see `TileGrid`).
 
     x_tiles and w_tiles are descriptors of tiles of the interior, the borders load by pointer. With `partial`
     the tile is a sum over `inputs_per_part` inputs, for `_compact_linear_parts_kernel`.
@@ -175,14 +165,14 @@ def _compact_linear_fwd_kernel(
     i_tile, i_part = tl.program_id(0), tl.program_id(1)
     interior = rows * columns
     if i_tile < interior:
-        i_m, i_n = _grouped_tile(i_tile, rows, columns, 8)
+        i_m, i_n = grouped_tile(i_tile, rows, columns, 8)
         _tile_of_result(
             x, weight, x_tiles, w_tiles, bias, residual, z, out, partial, i_m * BLOCK_M, i_n * BLOCK_N,
             i_part, inputs_per_part, M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out,
             gelu, BLOCK_M, BLOCK_N, BLOCK_K, TAIL_K, False, SAVE, DESCRIPTORS, PRECISION,
         )  # fmt: skip
     elif i_tile < interior + rows * border:
-        i_m, i_n = _grouped_tile(i_tile - interior, rows, border, 8)
+        i_m, i_n = grouped_tile(i_tile - interior, rows, border, 8)
         _tile_of_result(
             x, weight, None, None, bias, residual, z, out, partial, i_m * BLOCK_M,
             columns * BLOCK_N + i_n * BORDER_N,
@@ -270,29 +260,24 @@ def _compact_linear_db_kernel(partial, db, rows, N, BLOCK_R: tl.constexpr, BLOCK
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def _config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
-    return Config(
-        blocks | {"TAIL_K": 16, "BORDER_N": 32, "BOTTOM_M": 8, "BOTTOM_N": 64}, num_warps, num_stages
-    )
-
-
-# Tiles of the interior [BLOCK_M, BLOCK_N, BLOCK_K], warps and stages, by operands: 16-bit, float32 on tensor
-# cores (TF32), float32 without (IEEE). The borders have the same sizes everywhere:
+# Sizes of the borders, the same for all operands:
 # - TAIL_K: a matrix product of 16-bit numbers takes 16 inputs at least.
 # - BORDER_N: tiles of the border load x again. For half a tile, as there is on average, borders of 32 load as
 #   much from L2 as one padded tile (2 times 64 + 32 rows of inputs, and 64 + 128); borders of 16 load 1.7
 #   times as much, to save 1 % of the multiplications at N = 768.
 # - BOTTOM_M, BOTTOM_N: W x^T on NVIDIA's tensor cores takes 8 rows of x; AMD's take 16.
+_BORDERS = dict(TAIL_K=16, BORDER_N=32, BOTTOM_M=8, BOTTOM_N=64)
+# Warps, stages and tiles of the interior, by operands: 16-bit, float32 on tensor cores (TF32), float32
+# without (IEEE).
 _TILES = {
-    "16": _config(64, 128, 64, 4, 3),
-    "tf32": _config(64, 64, 32, 4, 3),
-    "ieee": _config(32, 64, 32, 4, 2),
+    "16": Config.of(4, 3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, **_BORDERS),
+    "tf32": Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, **_BORDERS),
+    "ieee": Config.of(4, 2, BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, **_BORDERS),
 }
-_PARTS = Config({"BLOCK_M": 4, "BLOCK_N": 128}, num_warps=4, num_stages=1)
-_DZ = Config({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=4, num_stages=1)
+_PARTS = Config.of(4, 1, BLOCK_M=4, BLOCK_N=128)
+_DZ = Config.of(4, 1, BLOCK_M=16, BLOCK_N=128)
 _DZ_ROWS = 128  # of dY per program: one partial sum of a column for each
-_DB = Config({"BLOCK_R": 16, "BLOCK_N": 64}, num_warps=4, num_stages=1)
+_DB = Config.of(4, 1, BLOCK_R=16, BLOCK_N=64)
 
 # The bottom border is for as many rows, and only where padding them to a full tile would be more than this
 # part of M. Predicted, not measured: a tile of it loads 8 + 64 rows of inputs for 8 x 64 results, so that two
@@ -316,9 +301,14 @@ _LEAST_INPUTS = 2048
 # inputs they take longer than it saves, and they add a tenth to the bytes of a compact DeiT-B.
 _VENDOR_ROWS = 4096
 
+# What `launching.forced_path` can force: such a product in the op's own kernel or in the vendor's GEMM, and
+# inputs in one piece or split, into parts of as few as one block.
+_PRODUCT = choice("compact_linear", "kernel", "vendor")
+_INPUTS = choice("compact_linear", "whole", "split")
+
 
 @dataclass(frozen=True)
-class _Grid:
+class TileGrid:
     """The tiles of a result: of the interior and of the right border in each of `rows` rows of tiles, and of
     the bottom border, for what is left below them."""
 
@@ -333,12 +323,12 @@ class _Grid:
         return self.rows * (self.columns + self.border) + self.bottom_rows * self.bottom_columns
 
 
-def _grid(M: int, N: int, config: Config) -> _Grid:
+def tile_grid(M: int, N: int, config: Config) -> TileGrid:
     block = config.blocks
     bottom = M % block["BLOCK_M"]
     if bottom > _BOTTOM_ROWS or block["BLOCK_M"] - bottom <= _BOTTOM_PART * M:
         bottom = 0
-    return _Grid(
+    return TileGrid(
         rows=triton.cdiv(M - bottom, block["BLOCK_M"]),
         columns=N // block["BLOCK_N"],
         border=triton.cdiv(N % block["BLOCK_N"], block["BORDER_N"]),
@@ -349,7 +339,7 @@ def _grid(M: int, N: int, config: Config) -> _Grid:
 
 def tiled_flops(M: int, N: int, K: int, config: Config) -> int:
     """What `_compact_linear_fwd_kernel` multiplies and adds, padding of its tiles included."""
-    grid, block = _grid(M, N, config), config.blocks
+    grid, block = tile_grid(M, N, config), config.blocks
     columns = grid.columns * block["BLOCK_N"] + grid.border * block["BORDER_N"]
     results = grid.rows * block["BLOCK_M"] * columns
     results += grid.bottom_rows * block["BOTTOM_M"] * grid.bottom_columns * block["BOTTOM_N"]
@@ -359,19 +349,21 @@ def tiled_flops(M: int, N: int, K: int, config: Config) -> int:
 
 def _inputs_per_part(tiles: int, K: int, config: Config) -> int:
     """K, or where the inputs are split how many each part has but the last, which may have fewer."""
-    parts = min(_FULL_GPU // tiles, K // _LEAST_INPUTS)
-    if parts < 2:
+    block = config.blocks["BLOCK_K"]
+    least = block if _INPUTS.forced == "split" else _LEAST_INPUTS
+    parts = min(_FULL_GPU // tiles, K // least)
+    if parts < 2 or _INPUTS.forced == "whole":
         return K
-    return triton.cdiv(triton.cdiv(K, config.blocks["BLOCK_K"]), parts) * config.blocks["BLOCK_K"]
+    return triton.cdiv(triton.cdiv(K, block), parts) * block
 
 
 # ------------------------------------------------------------------------------------------------- launchers
 
 
 def _empty_rows(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`launching.empty_rows`, and the same memory as [M, width] with the stride of a row even if M is 1."""
-    out = launching.empty_rows(*shape, dtype=dtype, device=device)
-    return out, out.as_strided((shape[:-1].numel(), shape[-1]), (launching.padded_width(shape[-1]), 1))
+    """`empty_rows`, and the same memory as [M, width] with the stride of a row even if M is 1."""
+    out = empty_rows(*shape, dtype=dtype, device=device)
+    return out, out.as_strided((shape[:-1].numel(), shape[-1]), (padded_width(shape[-1]), 1))
 
 
 def _tiles(x: Tensor) -> Config:
@@ -404,7 +396,7 @@ def _launch_fwd(
     (M, K), N = x.shape, weight.shape[0]
     config = _tiles(x)
     block = config.blocks
-    grid = _grid(M, N, config)
+    grid = tile_grid(M, N, config)
     inputs = _inputs_per_part(grid.tiles, K, config)
     parts = triton.cdiv(K, inputs)
     finish = _epilogue(bias, gelu, residual, z, out, weight)
@@ -454,10 +446,10 @@ def _launch_dz(
     """dz [M, N] in `dtype`, and sums [programs, N rounded up to 8] of its columns; either may be None."""
     M, N = dy.shape
     programs = triton.cdiv(M, _DZ_ROWS)
-    dz = launching.empty_rows(M, N, dtype=dtype, device=dy.device) if need_dz else None
+    dz = empty_rows(M, N, dtype=dtype, device=dy.device) if need_dz else None
     partial = None
     if need_db:
-        partial = torch.empty((programs, launching.padded_width(N)), dtype=torch.float32, device=dy.device)
+        partial = torch.empty((programs, padded_width(N)), dtype=torch.float32, device=dy.device)
     launch(
         _compact_linear_dz_kernel,
         (programs, triton.cdiv(N, _DZ.blocks["BLOCK_N"])),
@@ -498,9 +490,10 @@ def _forward_triton(
     if 0 in (x.numel(), N) or x.dtype == torch.float64:
         return _forward_plain(x, weight, bias, gelu, residual, save)
     shape = torch.Size((*x.shape[:-1], N))
-    x, weight = launching.with_padded_rows(x), launching.with_padded_rows(weight)
-    residual = None if residual is None else launching.with_padded_rows(residual)
-    if len(x) >= _VENDOR_ROWS and residual is None and not (gelu or save):
+    x, weight = with_padded_rows(x), with_padded_rows(weight)
+    residual = None if residual is None else with_padded_rows(residual)
+    has_epilogue = gelu or save or residual is not None
+    if not has_epilogue and _PRODUCT.takes("vendor", len(x) >= _VENDOR_ROWS):
         return _product(x, weight.t(), shape, bias), x.new_empty(0)
     out, out_rows = _empty_rows(shape, x.dtype if residual is None else residual.dtype, x.device)
     z, z_rows = _empty_rows(shape, x.dtype, x.device) if save else (x.new_empty(0), None)
@@ -515,11 +508,11 @@ def _backward_triton(
     if 0 in (x.numel(), dy.numel()) or x.dtype == torch.float64:
         return _backward_plain(dy, x, weight, z, need_x, need_weight, need_bias)
     shape = x.shape
-    dz, x, weight = map(launching.with_padded_rows, (dy, x, weight))
+    dz, x, weight = map(with_padded_rows, (dy, x, weight))
     need_dz = (need_x or need_weight) and (z is not None or dy.dtype != x.dtype)
     db = None
     if need_dz or need_bias:
-        z_rows = None if z is None else launching.with_padded_rows(z)
+        z_rows = None if z is None else with_padded_rows(z)
         made, partial = _launch_dz(dz, z_rows, x.dtype, need_dz, need_bias)
         dz = made if need_dz else dz
         db = _launch_db(partial, len(weight), x.dtype) if need_bias else None
@@ -567,7 +560,7 @@ def _forward_plain(
     out = F.gelu(z) if gelu else z
     if residual is not None:
         out = out + residual
-    return launching.in_padded_rows(out), launching.in_padded_rows(z) if save else x.new_empty(0)
+    return in_padded_rows(out), in_padded_rows(z) if save else x.new_empty(0)
 
 
 def _backward_plain(
@@ -578,8 +571,8 @@ def _backward_plain(
     dz = dy if z is None else torch.ops.aten.gelu_backward(dy, z.to(dy.dtype))
     dz = dz.to(x.dtype)
     rows = dz.reshape(math.prod(dz.shape[:-1]), N)
-    dx = launching.in_padded_rows(dz @ weight) if need_x else None
-    dw = launching.in_padded_rows(rows.t() @ x.reshape(len(rows), K)) if need_weight else None
+    dx = in_padded_rows(dz @ weight) if need_x else None
+    dw = in_padded_rows(rows.t() @ x.reshape(len(rows), K)) if need_weight else None
     return library.empty_for_none(x, dx, dw, rows.sum(0) if need_bias else None)
 
 
@@ -588,13 +581,13 @@ def _backward_plain(
 
 def _forward_fake(x, weight, bias, gelu, residual, save):
     shape = (*x.shape[:-1], weight.shape[0])
-    out = launching.empty_rows_like(x, *shape, dtype=None if residual is None else residual.dtype)
-    return out, launching.empty_rows_like(x, *shape) if save else x.new_empty(0)
+    out = empty_rows_like(x, *shape, dtype=None if residual is None else residual.dtype)
+    return out, empty_rows_like(x, *shape) if save else x.new_empty(0)
 
 
 def _backward_fake(dy, x, weight, z, need_x, need_weight, need_bias):
-    dx = launching.empty_rows_like(x, *x.shape) if need_x else None
-    dw = launching.empty_rows_like(x, *weight.shape) if need_weight else None
+    dx = empty_rows_like(x, *x.shape) if need_x else None
+    dw = empty_rows_like(x, *weight.shape) if need_weight else None
     return library.empty_for_none(x, dx, dw, x.new_empty(weight.shape[0]) if need_bias else None)
 
 
@@ -619,10 +612,6 @@ def _backward(ctx, dy, _):
     return dx, dw, db, None, dy if need_residual else None, None
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError("compact_linear has no second derivative")
-
-
 define(
     "compact_linear(Tensor x, Tensor weight, Tensor? bias, bool gelu, Tensor? residual, bool save)"
     " -> (Tensor, Tensor)",
@@ -637,8 +626,9 @@ define(
     triton=_backward_triton,
     fake=_backward_fake,
 )
-register_autograd("vtp::compact_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
-register_autograd("vtp::compact_linear_backward", _no_second_derivative, lib=LIBRARY)
+define_gradient(
+    "compact_linear", by="compact_linear_backward", backward=_backward, setup_context=_setup_context
+)
 
 
 @register_flop_formula(torch.ops.vtp.compact_linear)

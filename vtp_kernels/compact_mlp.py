@@ -31,22 +31,14 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
+from vtp_kernels._tiles import load_padded_tile
 from vtp_kernels.compact_linear import compact_linear
-from vtp_kernels.launching import (
-    Config,
-    TensorDescriptor,
-    Variant,
-    empty_rows,
-    launch,
-    tl,
-    triton,
-    with_padded_rows,
-)
-from vtp_kernels.library import LIBRARY, define
+from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, launch, tl, triton
+from vtp_kernels.library import define, define_gradient
+from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, padded_width, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -68,20 +60,6 @@ def compact_mlp_ref(
 
 
 @triton.jit
-def _load_tile(source, o_row, o_column, columns, stride, TAIL: tl.constexpr):
-    """source[o_row, o_column], rows all valid; with TAIL it is 0 from `columns` on.
-
-    Whole 16 bytes are loaded at the end of a row, and what lies behind its width may be anything.
-    """
-    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
-    if TAIL:
-        m_tile = (o_column[None, :] < (columns + 7) // 8 * 8) & (o_row[:, None] >= 0)
-        b_tile = tl.load(p_tile, mask=m_tile, other=0.0)
-        return tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))
-    return tl.load(p_tile)
-
-
-@triton.jit
 def _fc1_step(
     b_z, x, fc1_weight, r_m, r_h, i_m, i_h, k, K, stride_x, stride_w1,
     BLOCK_K: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
@@ -91,8 +69,8 @@ def _fc1_step(
         b_w = fc1_weight.load([i_h, k])
     else:
         o_k = k + tl.arange(0, BLOCK_K)
-        b_x = _load_tile(x, r_m, o_k, K, stride_x, TAIL)
-        b_w = _load_tile(fc1_weight, r_h, o_k, K, stride_w1, TAIL)
+        b_x = load_padded_tile(x, r_m, o_k, None, K, stride_x, False, TAIL)
+        b_w = load_padded_tile(fc1_weight, r_h, o_k, None, K, stride_w1, False, TAIL)
     return tl.dot(b_x, tl.trans(b_w), b_z, input_precision=PRECISION)
 
 
@@ -110,7 +88,8 @@ def _fc2_step(
         b_w = fc2_weight.load([i_n, i_h])
     else:
         o_h = i_h + tl.arange(0, BLOCK_H)
-        b_w = _load_tile(fc2_weight, tl.minimum(o_n, N - 1), o_h, hidden, stride_w2, TAIL)
+        r_n = tl.minimum(o_n, N - 1)
+        b_w = load_padded_tile(fc2_weight, r_n, o_h, None, hidden, stride_w2, False, TAIL)
     return tl.dot(b_h, tl.trans(b_w), acc, input_precision=PRECISION)
 
 
@@ -241,26 +220,19 @@ def _gelu_bwd_kernel(
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def _config(
-    block_n: int, block_more: int, block_h: int, block_k: int, num_warps: int, num_stages: int
-) -> Config:
-    blocks = dict(BLOCK_M=64, BLOCK_N=block_n, BLOCK_MORE=block_more, BLOCK_H=block_h, BLOCK_K=block_k)
-    return Config(blocks, num_warps, num_stages)
-
-
 # By the bytes of a number and the largest output width of a bucket. Float32 runs on tensor cores (TF32) here:
 # without them (IEEE) the products take five times as long as reading and writing the hidden activation,
 # nothing is won by keeping it on chip, and it is two launches. Two accumulators of it spill on sm_80 and
 # sm_100, so there 192 columns do cost those of 256.
 _FWD = {
     2: {
-        128: _config(128, 0, 64, 64, 8, 2),
-        192: _config(128, 64, 32, 64, 8, 2),
-        256: _config(256, 0, 64, 64, 8, 2),
+        128: Config.of(8, 2, BLOCK_M=64, BLOCK_N=128, BLOCK_MORE=0, BLOCK_H=64, BLOCK_K=64),
+        192: Config.of(8, 2, BLOCK_M=64, BLOCK_N=128, BLOCK_MORE=64, BLOCK_H=32, BLOCK_K=64),
+        256: Config.of(8, 2, BLOCK_M=64, BLOCK_N=256, BLOCK_MORE=0, BLOCK_H=64, BLOCK_K=64),
     },
     4: {
-        128: _config(128, 0, 32, 32, 8, 2),
-        256: _config(256, 0, 32, 32, 8, 2),
+        128: Config.of(8, 2, BLOCK_M=64, BLOCK_N=128, BLOCK_MORE=0, BLOCK_H=32, BLOCK_K=32),
+        256: Config.of(8, 2, BLOCK_M=64, BLOCK_N=256, BLOCK_MORE=0, BLOCK_H=32, BLOCK_K=32),
     },
 }
 _WIDEST = 256
@@ -270,14 +242,16 @@ _WIDEST = 256
 # where two launches share the columns of a result among programs too: with fewer than half of the 132
 # multiprocessors at work that half is lost again.
 _FUSED_ROWS = 64 * 66
+_LAUNCHES = choice("compact_mlp", "fused", "two_launches")  # what `launching.forced_path` can force
 
-_GELU_BWD = Config({"BLOCK_M": 16, "BLOCK_H": 128}, num_warps=4, num_stages=1)
+_GELU_BWD = Config.of(4, 1, BLOCK_M=16, BLOCK_H=128)
 _GELU_BWD_ROWS = 128  # per program: one partial sum of a column for each
 
 
 def _is_fused(dtype: torch.dtype, M: int, N: int) -> bool:
     """Whether one kernel makes the whole branch."""
-    return N <= _WIDEST and M >= _FUSED_ROWS and launching.operands(dtype) != "ieee"
+    can_be = N <= _WIDEST and launching.operands(dtype) != "ieee"
+    return can_be and _LAUNCHES.takes("fused", M >= _FUSED_ROWS)
 
 
 # ------------------------------------------------------------------------------------------------- launchers
@@ -343,7 +317,7 @@ def _launch_gelu_bwd(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _whole_rows(t: Tensor) -> Tensor:
     """t [..., width] of padded rows together with their padding, up to a multiple of 8 columns."""
-    return t.as_strided((*t.shape[:-1], launching.padded_width(t.shape[-1])), t.stride())
+    return t.as_strided((*t.shape[:-1], padded_width(t.shape[-1])), t.stride())
 
 
 def _zero_padded(matrix: Tensor, rows: bool = False) -> Tensor:
@@ -448,7 +422,7 @@ def _forward_plain(
     out = F.linear(F.gelu(z), fc2_weight, fc2_bias)
     if residual is not None:
         out = residual + out
-    return launching.in_padded_rows(out), launching.in_padded_rows(z) if keep_z else x.new_empty(0)
+    return in_padded_rows(out), in_padded_rows(z) if keep_z else x.new_empty(0)
 
 
 def _backward_plain(
@@ -461,12 +435,12 @@ def _backward_plain(
     db2 = dy.sum(0).to(x.dtype) if need_fc2_bias else None
     dy, z = dy.to(x.dtype), z.reshape(M, hidden)
     if need_fc2:
-        dw2 = launching.in_padded_rows(dy.t() @ F.gelu(z))
+        dw2 = in_padded_rows(dy.t() @ F.gelu(z))
     if need_x or need_fc1 or need_fc1_bias:
         dz = torch.ops.aten.gelu_backward(dy @ fc2_weight, z)
         db1 = dz.sum(0) if need_fc1_bias else None
-        dx = launching.in_padded_rows((dz @ fc1_weight).view(x.shape)) if need_x else None
-        dw1 = launching.in_padded_rows(dz.t() @ x.reshape(M, K)) if need_fc1 else None
+        dx = in_padded_rows((dz @ fc1_weight).view(x.shape)) if need_x else None
+        dw1 = in_padded_rows(dz.t() @ x.reshape(M, K)) if need_fc1 else None
     return library.empty_for_none(x, dx, dw1, db1, dw2, db2)
 
 
@@ -475,8 +449,8 @@ def _backward_plain(
 
 def _forward_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z):
     lead, dtype = x.shape[:-1], None if residual is None else residual.dtype
-    out = launching.empty_rows_like(x, *lead, fc2_weight.shape[0], dtype=dtype)
-    return out, launching.empty_rows_like(x, *lead, fc1_weight.shape[0]) if keep_z else x.new_empty(0)
+    out = empty_rows_like(x, *lead, fc2_weight.shape[0], dtype=dtype)
+    return out, empty_rows_like(x, *lead, fc1_weight.shape[0]) if keep_z else x.new_empty(0)
 
 
 def _backward_fake(
@@ -484,10 +458,10 @@ def _backward_fake(
 ):
     return library.empty_for_none(
         x,
-        launching.empty_rows_like(x, *x.shape) if need_x else None,
-        launching.empty_rows_like(x, *fc1_weight.shape) if need_fc1 else None,
+        empty_rows_like(x, *x.shape) if need_x else None,
+        empty_rows_like(x, *fc1_weight.shape) if need_fc1 else None,
         x.new_empty(fc1_weight.shape[0]) if need_fc1_bias else None,
-        launching.empty_rows_like(x, *fc2_weight.shape) if need_fc2 else None,
+        empty_rows_like(x, *fc2_weight.shape) if need_fc2 else None,
         x.new_empty(fc2_weight.shape[0]) if need_fc2_bias else None,
     )
 
@@ -510,10 +484,6 @@ def _backward(ctx, dy, _):
     return *gradients, dy if need_residual else None, None
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError("compact_mlp has no second derivative")
-
-
 define(
     "compact_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias,"
     " Tensor? residual, bool keep_z) -> (Tensor, Tensor)",
@@ -529,8 +499,7 @@ define(
     triton=_backward_triton,
     fake=_backward_fake,
 )
-register_autograd("vtp::compact_mlp", _backward, setup_context=_setup_context, lib=LIBRARY)
-register_autograd("vtp::compact_mlp_backward", _no_second_derivative, lib=LIBRARY)
+define_gradient("compact_mlp", by="compact_mlp_backward", backward=_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.vtp.compact_mlp)

@@ -38,12 +38,13 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching
-from vtp_kernels.launching import Config, Variant, launch, tl, triton, with_padded_rows
-from vtp_kernels.library import LIBRARY, define
+from vtp_kernels._tiles import load_tile
+from vtp_kernels.launching import Config, Variant, choice, launch, tl, triton
+from vtp_kernels.library import define, define_gradient
+from vtp_kernels.rows import empty_rows_like, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -75,31 +76,16 @@ def _program(table, B, N, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(
-    source, o_row, o_column, rows, columns, stride, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
-):
-    """source[o_row, o_column], 0 beyond the masked edges."""
-    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
-    if MASK_ROWS and MASK_COLUMNS:
-        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] < columns), other=0.0)
-    if MASK_ROWS:
-        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] >= 0), other=0.0)
-    if MASK_COLUMNS:
-        return tl.load(p_tile, mask=(o_column[None, :] < columns) & (o_row[:, None] >= 0), other=0.0)
-    return tl.load(p_tile)
-
-
-@triton.jit
 def _load_head(source, o_row, N, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr):
     """The query or key [rows, BLOCK_D] at `source`, 0 beyond HEAD_DIM and, if MASK, beyond the last token."""
     o_d = tl.arange(0, BLOCK_D)
-    return _load_tile(source, o_row, o_d, N, HEAD_DIM, stride, MASK, HEAD_DIM < BLOCK_D)
+    return load_tile(source, o_row, o_d, N, HEAD_DIM, stride, MASK, HEAD_DIM < BLOCK_D)
 
 
 @triton.jit
 def _load_own(source, o_row, o_column, begin, end, N, columns, stride, MASK: tl.constexpr):
     """Columns [begin, end) only of what lies in whole 16 bytes around them, 0 elsewhere."""
-    b_tile = _load_tile(source, o_row, o_column, N, columns, stride, MASK, True)
+    b_tile = load_tile(source, o_row, o_column, N, columns, stride, MASK, True)
     own = (o_column[None, :] - begin).to(tl.uint32) < (end - begin)
     return tl.where(own, b_tile, tl.zeros_like(b_tile))
 
@@ -145,7 +131,7 @@ def _value_columns(
     for i in tl.static_range(5):
         if KEYS & (256 >> i):
             o_n = _keys_of_piece(KEYS, 256 >> i)
-            b_v = _load_tile(values, o_n, o_column, N, readable, stride_qkv, KEYS % (256 >> i) == 0, True)
+            b_v = load_tile(values, o_n, o_column, N, readable, stride_qkv, KEYS % (256 >> i) == 0, True)
             acc = tl.dot(weights[i], b_v, acc, input_precision=PRECISION)
     acc = acc / total[:, None]
     _store_rows(out, acc, o_m, o_column, begin, end, N, V, (V + 7) // 8 * 8, stride_out)
@@ -244,11 +230,11 @@ def _online_step(
     total = total * shrink + tl.sum(b_p, axis=1)
     b_p = b_p.to(b_q.dtype)
     o_wide = column + tl.arange(0, WIDE)
-    b_v = _load_tile(values, o_n, o_wide, N, readable, stride_qkv, MASK, True)
+    b_v = load_tile(values, o_n, o_wide, N, readable, stride_qkv, MASK, True)
     acc_wide = tl.dot(b_p, b_v, acc_wide * shrink[:, None], input_precision=PRECISION)
     if NARROW:
         o_narrow = column + WIDE + tl.arange(0, NARROW)
-        b_v = _load_tile(values, o_n, o_narrow, N, readable, stride_qkv, MASK, True)
+        b_v = load_tile(values, o_n, o_narrow, N, readable, stride_qkv, MASK, True)
         acc_narrow = tl.dot(b_p, b_v, acc_narrow * shrink[:, None], input_precision=PRECISION)
     return acc_wide, acc_narrow, higher, total
 
@@ -401,8 +387,6 @@ def _dq_rows(
             b_do = _load_own(dout, r_m, o_c, begin, end, N, columns, stride_dout, False)
             b_o = _load_own(out, r_m, o_c, begin, end, N, columns, stride_out, False)
             b_delta += tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
-    tl.store(delta + o_m, b_delta, mask=o_m < N)
-
     b_q = _load_head(qkv + head * HEAD_DIM, r_m, N, stride_qkv, HEAD_DIM, BLOCK_D, False)
     b_lse = tl.load(lse + r_m)
     keys, values = qkv + (H + head) * HEAD_DIM, qkv + 2 * H * HEAD_DIM
@@ -417,6 +401,8 @@ def _dq_rows(
         dq = _dq_step(dq, b_q, b_do_wide, b_do_narrow, b_lse, b_delta, keys, values, dout, r_m, n, begin, end,
                       N, V, readable, stride_qkv, stride_dout, factor, HEAD_DIM, BLOCK_D, 16, True,
                       WIDE, WHOLE, PRECISION)  # fmt: skip
+    # Not before the loops: Triton 3.6 would spill two registers on sm_90.
+    tl.store(delta + o_m, b_delta, mask=o_m < N)
     _store_head(dqkv + head * HEAD_DIM, dq * scale, o_m, N, stride_dqkv, HEAD_DIM, BLOCK_D)
 
 
@@ -587,29 +573,26 @@ def _ragged_attention_dkdv_kernel(
 
 # Tiles by what a product multiplies: 16-bit numbers, float32 on tensor cores (TF32), float32 without (IEEE).
 # BLOCK_M: rows that a program writes. BLOCK_N: rows that it takes at a time, where not all are on chip.
-def _config(num_warps: int, num_stages: int, **blocks: int) -> Config:
-    return Config(blocks, num_warps, num_stages)
-
-
-_ONE_PASS = _config(4, 2, BLOCK_M=64)
+_ONE_PASS = Config.of(4, 2, BLOCK_M=64)
 _ONLINE = {
-    "16": _config(4, 2, BLOCK_M=64, BLOCK_N=64),
-    "tf32": _config(8, 2, BLOCK_M=64, BLOCK_N=32),
-    "ieee": _config(4, 2, BLOCK_M=32, BLOCK_N=32),
+    "16": Config.of(4, 2, BLOCK_M=64, BLOCK_N=64),
+    "tf32": Config.of(8, 2, BLOCK_M=64, BLOCK_N=32),
+    "ieee": Config.of(4, 2, BLOCK_M=32, BLOCK_N=32),
 }
 # Not without tensor cores: their operands would be spilled. That backward pass is PyTorch's, head by head.
 _DQ = {
-    "16": _config(4, 2, BLOCK_M=32, BLOCK_N=32),
-    "tf32": _config(8, 2, BLOCK_M=64, BLOCK_N=16),
+    "16": Config.of(4, 2, BLOCK_M=32, BLOCK_N=32),
+    "tf32": Config.of(8, 2, BLOCK_M=64, BLOCK_N=16),
 }
 _DKDV = {
-    "16": _config(8, 1, BLOCK_M=32, BLOCK_N=16),
-    "tf32": _config(8, 2, BLOCK_M=32, BLOCK_N=16),
+    "16": Config.of(8, 1, BLOCK_M=32, BLOCK_N=16),
+    "tf32": Config.of(8, 2, BLOCK_M=32, BLOCK_N=16),
 }
 # Columns of values that a head may have.
 _MOST_VALUES = 256
 # Tokens up to which a row of scores is on chip at once.
 _MOST_KEYS = 256
+_KEYS = choice("ragged_attention", "one_pass", "online")  # what `launching.forced_path` can force
 # Columns of values for which a program has accumulators: 64 that start at any element take 71, that is 80.
 _GROUP = 80
 
@@ -641,7 +624,7 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _row_tiles(N: int, block: int) -> list[int]:
+def row_tiles(N: int, block: int) -> list[int]:
     """Rows of each tile: full ones, and tiles of 16 for what is left of N rounded up to 16."""
     full, rest = divmod(_round_up(N, 16), block)
     return [block] * full + [16] * (rest // 16)
@@ -663,7 +646,8 @@ def _choice(N: int, head_dim: int, dtype: torch.dtype) -> tuple[object, Config, 
 
     Rows of scores have no room beside float32 weights, nor beside queries and keys wider than 64.
     """
-    if N <= _MOST_KEYS and head_dim <= 64 and dtype.itemsize == 2:
+    has_room = N <= _MOST_KEYS and head_dim <= 64 and dtype.itemsize == 2
+    if has_room and _KEYS.takes("one_pass", True):
         return _ragged_attention_fwd_kernel, _ONE_PASS, True
     return _ragged_attention_online_kernel, _ONLINE[launching.operands(dtype)], False
 
@@ -682,7 +666,7 @@ def _forward_triton(
     table = _table(tuple(value_widths), not one_pass, _round_up(V, 8), qkv.device)
     launch(
         kernel,
-        (len(table) * B * len(_row_tiles(N, config.blocks["BLOCK_M"])),),
+        (len(table) * B * len(row_tiles(N, config.blocks["BLOCK_M"])),),
         dict(
             qkv=rows, table=table, out=out, lse=lse if need_lse else None, B=B, N=N, H=len(value_widths),
             V=V, stride_qkv=rows.stride(0), stride_out=out.stride(1),
@@ -703,7 +687,7 @@ def _backward_triton(
         return _backward_plain(dout, qkv, out, lse, head_dim, value_widths, scale)
     (B, N, width), H, V = qkv.shape, len(value_widths), sum(value_widths)
     padded = _round_up(width, 8) - 2 * H * head_dim
-    dqkv = launching.empty_rows_like(qkv, *qkv.shape)
+    dqkv = empty_rows_like(qkv, *qkv.shape)
     delta = torch.empty_like(lse)
     dout_rows, qkv_rows, out_rows = map(with_padded_rows, (dout, qkv, out))
     common = dict(
@@ -718,7 +702,7 @@ def _backward_triton(
         config, table = configs[products], _table(tuple(value_widths), grouped, padded, qkv.device)
         launch(
             kernel,
-            (len(table) * B * len(_row_tiles(N, config.blocks["BLOCK_M"])),),
+            (len(table) * B * len(row_tiles(N, config.blocks["BLOCK_M"])),),
             dict(dout=dout_rows, qkv=qkv_rows, table=table, **own, **common),
             config,
             **_constants(head_dim, qkv.dtype),
@@ -726,7 +710,7 @@ def _backward_triton(
     return dqkv
 
 
-def _tiled_flops(
+def tiled_flops(
     B: int, N: int, head_dim: int, value_widths: Sequence[int], dtype: torch.dtype = torch.bfloat16
 ) -> int:
     """The FLOPs of a forward launch as tiled: rows, keys, head_dim and columns rounded up."""
@@ -736,7 +720,7 @@ def _tiled_flops(
     for _, begin, end, _, _ in _units(value_widths, not one_pass, _round_up(V, 8)):
         last = _round_up(V, 8) if end == V else end
         columns = _round_up(last - begin // 8 * 8, 16)
-        for rows in _row_tiles(N, config.blocks["BLOCK_M"]):
+        for rows in row_tiles(N, config.blocks["BLOCK_M"]):
             # The small tiles of the online kernel have accumulators for a whole group.
             kept = columns if one_pass else max(columns, 32)
             kept = kept if one_pass or rows == config.blocks["BLOCK_M"] else _GROUP
@@ -816,7 +800,7 @@ def _backward_plain(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, head_dim: int, value_widths: Sequence[int],
     scale: float,
 ) -> Tensor:  # fmt: skip
-    dqkv = launching.empty_rows_like(qkv, *qkv.shape)
+    dqkv = empty_rows_like(qkv, *qkv.shape)
     if not dqkv.numel():
         return dqkv
     query, key, values = _split(qkv, head_dim, value_widths)
@@ -842,7 +826,7 @@ def _results(qkv: Tensor, value_widths: Sequence[int], need_lse: bool) -> tuple[
     (B, N, _), H = qkv.shape, len(value_widths)
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     lse = qkv.new_empty((B, H, N) if need_lse else 0, dtype=dtype)
-    return launching.empty_rows_like(qkv, B, N, sum(value_widths)), lse
+    return empty_rows_like(qkv, B, N, sum(value_widths)), lse
 
 
 def _forward_fake(qkv, head_dim, value_widths, scale, need_lse):
@@ -850,7 +834,7 @@ def _forward_fake(qkv, head_dim, value_widths, scale, need_lse):
 
 
 def _backward_fake(dout, qkv, out, lse, head_dim, value_widths, scale):
-    return launching.empty_rows_like(qkv, *qkv.shape)
+    return empty_rows_like(qkv, *qkv.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -868,10 +852,6 @@ def _backward(ctx, dout, _):
     return torch.ops.vtp.ragged_attention_backward(dout, *arguments), None, None, None, None
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError("ragged_attention has no second derivative")
-
-
 define(
     "ragged_attention(Tensor qkv, int head_dim, int[] value_widths, float scale, bool need_lse)"
     " -> (Tensor, Tensor)",
@@ -886,8 +866,9 @@ define(
     triton=_backward_triton,
     fake=_backward_fake,
 )
-register_autograd("vtp::ragged_attention", _backward, setup_context=_setup_context, lib=LIBRARY)
-register_autograd("vtp::ragged_attention_backward", _no_second_derivative, lib=LIBRARY)
+define_gradient(
+    "ragged_attention", by="ragged_attention_backward", backward=_backward, setup_context=_setup_context
+)
 
 
 @register_flop_formula(torch.ops.vtp.ragged_attention)

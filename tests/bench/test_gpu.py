@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from bench import gpu as bench
-from vtp_kernels.gated_linear import _FUSED_ROWS
+from vtp_kernels.gated_linear import FUSED_ROWS
 
 CPU = torch.device("cpu")
 
@@ -74,7 +74,7 @@ def test_a_run_measures_every_case_and_names_what_it_did_not_measure(tmp_path, c
         "racecheck": {"status": "not measured"},
     }
     part = written["gated_linear"]
-    assert part["fused_rows"] == {str(size): rows for size, rows in _FUSED_ROWS.items()}
+    assert part["fused_rows"] == {str(size): rows for size, rows in FUSED_ROWS.items()}
     assert set(part["advice"].values()) == {"not measured"}
     assert len(part["cases"]) == 6
     for case in part["cases"]:
@@ -84,7 +84,7 @@ def test_a_run_measures_every_case_and_names_what_it_did_not_measure(tmp_path, c
         assert case["rows"] == 2 * case["tokens"]
         assert list(case["peers"]) == list(quick())
         for name, record in case["peers"].items():
-            if name in bench.FORCED_ROWS:
+            if name in bench.FORCED_PATHS:
                 assert record == {"status": "not measured: there are paths on a GPU only"}
                 continue
             assert record["status"] == "measured" and "gpu" not in record, (case, name)
@@ -95,7 +95,7 @@ def test_a_run_measures_every_case_and_names_what_it_did_not_measure(tmp_path, c
     printed = capsys.readouterr().out
     assert "gated_linear, autocast, forward + backward" in printed and "toy fc1" in printed
     assert "numerics: not measured" in printed and "memcheck: not measured" in printed
-    assert "_FUSED_ROWS[2]: not measured" in printed
+    assert "FUSED_ROWS[2]: not measured" in printed
 
 
 def test_parts_that_were_not_asked_for_are_written_as_not_measured(tmp_path, monkeypatch):
@@ -203,15 +203,6 @@ def test_a_case_that_does_not_fit_is_not_measured_and_the_others_are(tmp_path, m
     assert cases[1]["peers"]["naive"]["status"] == "measured"
 
 
-def test_a_forced_path_ends_with_its_sample():
-    before = dict(_FUSED_ROWS)
-    for path, rows in bench.FORCED_ROWS.items():
-        with pytest.raises(KeyError), bench.forced(path):
-            assert set(_FUSED_ROWS.values()) == {rows}
-            raise KeyError
-        assert before == _FUSED_ROWS
-
-
 def with_ratio(tokens: int, median: float, spread: float = 0.01, precision: str = "bf16") -> dict:
     """The record of a case whose fused path takes `median` times as long as the other."""
     case = bench.Case("toy", "fc1", 24, 40, 1, precision, False, tokens=tokens)
@@ -221,7 +212,7 @@ def with_ratio(tokens: int, median: float, spread: float = 0.01, precision: str 
 
 
 def test_the_advised_bound_is_the_one_that_loses_least(monkeypatch):
-    monkeypatch.setitem(_FUSED_ROWS, 2, 3000)
+    monkeypatch.setitem(FUSED_ROWS, 2, 3000)
     cases = [with_ratio(*c) for c in ((200, 0.5), (1600, 0.8), (2500, 1.25), (9000, 2.0))]
     assert [case["faster"] for case in cases] == ["fused", "fused", "vendor", "vendor"]
     assert [case["taken"] for case in cases] == ["fused", "fused", "fused", "vendor"]
@@ -231,15 +222,15 @@ def test_the_advised_bound_is_the_one_that_loses_least(monkeypatch):
     assert (found["2"]["least_rows"], found["2"]["rows_below"], found["2"]["loss"]) == (1600, 2500, 1)
     assert math.isclose(found["2"]["loss_now"], 1.25**0.25)
     (line, other) = bench.advice_lines(found)
-    assert "_FUSED_ROWS[2] = 3000 loses 5.7%" in line and "best: 1600 to 2499 loses 0.0%" in line
-    assert other == "_FUSED_ROWS[4]: not measured"
+    assert "FUSED_ROWS[2] = 3000 loses 5.7%" in line and "best: 1600 to 2499 loses 0.0%" in line
+    assert other == "FUSED_ROWS[4]: not measured"
     always = bench.advice([with_ratio(200, 0.5, precision="float32")])
     assert (always["4"]["least_rows"], always["4"]["rows_below"]) == (200, None)
     assert bench.advice([with_ratio(200, 2.0)])["2"]["least_rows"] == 0
 
 
 def test_the_table_marks_where_the_slower_path_is_taken(monkeypatch):
-    monkeypatch.setitem(_FUSED_ROWS, 2, 3000)
+    monkeypatch.setitem(FUSED_ROWS, 2, 3000)
     cases = [with_ratio(*c) for c in ((200, 0.5), (2500, 1.25), (2600, 1.0))]
     cases[0]["peers"]["naive"] = {
         "status": "measured",

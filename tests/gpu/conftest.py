@@ -5,19 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from vtp_kernels.gated_linear import _FUSED_ROWS
-from vtp_kernels.library import why_not_triton
+from vtp_kernels.launching import forced_path
+from vtp_kernels.library import triton_unsupported_reason
 
 HERE = Path(__file__).parent
-# What to write into `_FUSED_ROWS`, so that a product of any number of rows takes the path.
-FORCED_ROWS = {"fused": 2**62, "vendor": 0}
 
 
 def missing() -> str | None:
     """What these tests lack here; None where they can run."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return why_not_triton(torch.device("cuda", torch.cuda.current_device()))
+    return triton_unsupported_reason(torch.device("cuda", torch.cuda.current_device()))
 
 
 def pytest_configure(config):
@@ -65,10 +63,9 @@ def poisoned():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-@pytest.fixture(params=["table", *FORCED_ROWS])
-def path(request, monkeypatch):
+@pytest.fixture(params=["table", "fused", "vendor"])
+def path(request):
     """Which path `gated_linear` takes: what its table says, or one of the two at any number of rows."""
-    if request.param in FORCED_ROWS:
-        for element_size in _FUSED_ROWS:
-            monkeypatch.setitem(_FUSED_ROWS, element_size, FORCED_ROWS[request.param])
-    return request.param
+    forced = [] if request.param == "table" else [request.param]
+    with forced_path("gated_linear", *forced):
+        yield request.param

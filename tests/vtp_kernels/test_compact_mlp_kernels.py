@@ -34,8 +34,8 @@ MODULE = "vtp_kernels.compact_mlp"
 op_module = importlib.import_module(MODULE)
 
 NAMES = ("out", *("d" + name for name in ARGUMENTS))
-# What the choice between one launch and two is made by; small problems can take either way.
-FUSED, TWO_LAUNCHES = {"_FUSED_ROWS": 0}, {"_WIDEST": 0}
+# Small problems can take either way.
+FUSED, TWO_LAUNCHES = ("compact_mlp", "fused"), ("compact_mlp", "two_launches")
 
 
 @dataclass(frozen=True)
@@ -246,17 +246,17 @@ def test_gelu_backward_of_several_programs_each_way(interpreter):
     ids=str,
 )
 def test_both_passes_in_every_layout(interpreter, case, path):
-    launched = run(interpreter, check_passes, case, attributes=path)
+    launched = run(interpreter, check_passes, case, forced=path)
     assert ("_compact_mlp_fwd_kernel" in {key[0] for key in launched}) == (path is FUSED)
 
 
 def test_float32_without_tensor_cores_is_two_launches_and_its_gradient_the_kernels(interpreter):
-    launched = run(interpreter, check_passes, Case(36, 37, 61, 21, "f32"), attributes=FUSED)
+    launched = run(interpreter, check_passes, Case(36, 37, 61, 21, "f32"), forced=FUSED)
     assert {key[0] for key in launched} == {"_gelu_bwd_kernel"}
 
 
 def test_a_second_run_is_equal_bit_for_bit(interpreter):
-    run(interpreter, check_that_a_second_run_is_equal, Case(37, 61, 45, 21), attributes=FUSED)
+    run(interpreter, check_that_a_second_run_is_equal, Case(37, 61, 45, 21), forced=FUSED)
 
 
 def test_layers_of_any_widths_and_batches_of_any_size_share_two_compilations():
@@ -299,8 +299,8 @@ def planted(kernel, kind, what, proof, old, new, case=SMALL, argument="", descri
 
 
 CLAMPS = "r_m, r_h = tl.minimum(o_m, M - 1), tl.minimum(o_h, hidden - 1)"
-TILE_MASK = "(o_column[None, :] < (columns + 7) // 8 * 8) & (o_row[:, None] >= 0)"
-TILE_CLEAR = "return tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))"
+TILE_MASK = "(o_column[None, :] < columns) & (o_row[:, None] >= 0)"
+TILE_CLEAR = "b_tile = tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))"
 FC1_BIAS = "tl.load(fc1_bias + o_h, mask=o_h < hidden, other=0.0)"
 FC2_BIAS = "tl.load(fc2_bias + o_n, mask=o_n < N, other=0.0)"
 RESIDUAL = "tl.load(p_residual, mask=m_out, other=0.0)"
@@ -349,7 +349,7 @@ DEFECTS = [planted(*row) for row in (
      Z_MASK.replace("(hidden + 7) // 8", "hidden // 8")),
     ("fwd", RAW, "gelu-in-bfloat16", "bfloat16-check", HIDDEN,
      "(b_z.to(tl.bfloat16) * _normal_cdf(b_z).to(tl.bfloat16))"),
-    ("fwd", PAD_IN, "padding-enters-the-products", "poison", TILE_CLEAR, "return b_tile"),
+    ("fwd", PAD_IN, "padding-enters-the-products", "poison", TILE_CLEAR, "pass"),
     ("fwd", PAD_OUT, "padding-of-out-not-zeroed", "padding", "tl.where(o_n[None, :] < N, acc, 0.0)", "acc"),
     ("fwd", PAD_OUT, "padding-of-z-not-zeroed", "padding",
      "b_z = tl.where(o_h[None, :] < hidden, b_z, 0.0)\n    if",

@@ -38,17 +38,17 @@ OTHER_ROWS = "& (o_column[None, :] < columns), other=0.0)"
 OTHER_COLUMNS = "& (o_row[:, None] >= 0), other=0.0)"
 GROUPED = "return first + within % height, within // height"
 LOAD_GATE = "b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0)"
-FWD_TAIL_X = "b_x = _load_tile(x, o_m, o_k, M, K, stride_x, False, TAIL)"
+FWD_TAIL_X = "b_x = load_tile(x, o_m, o_k, M, K, stride_x, False, TAIL)"
 FWD_FOLD = "(b_w.to(tl.float32) * b_g.to(tl.float32)[None, :])"
 FWD_STORE = "tl.store(p_y, acc.to(y.dtype.element_ty), mask=m_y)"
-DX_LOAD_X = "b_x = _load_tile(x, o_m, o_k, M, K, stride_x, True, True).to(tl.float32)"
+DX_LOAD_X = "b_x = load_tile(x, o_m, o_k, M, K, stride_x, True, True).to(tl.float32)"
 DX_PARTIAL = "tl.store(partial + t_m.to(tl.int64) * K + o_k, tl.sum(acc * b_x, axis=0), mask=o_k < K)"
 DX_STORE = "tl.store(p_dx, (acc * b_g[None, :]).to(dx.dtype.element_ty), mask=m_tile)"
 DX_GATE = f"    {LOAD_GATE}.to(tl.float32)\n    p_dx"
-DW_LOAD_DY = "b_dy = _load_tile(dy, o_m, o_n, M, N, stride_dy, TAIL, True)"
-DW_LOAD_X = "b_x = _load_tile(x, o_m, o_k, M, K, stride_x, TAIL, True)"
+DW_LOAD_DY = "b_dy = load_tile(dy, o_m, o_n, M, N, stride_dy, TAIL, True)"
+DW_LOAD_X = "b_x = load_tile(x, o_m, o_k, M, K, stride_x, TAIL, True)"
 DW_STORE = "tl.store(p_dw, (acc * b_g[None, :]).to(dw.dtype.element_ty), mask=m_dw)"
-LOAD_W = "b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)"
+LOAD_W = "b_w = load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)"
 DW_LOAD_W = f"{LOAD_W}\n        tl.store(partial + t_n"
 FOLD_LOAD_W = f"{LOAD_W}\n    b_g ="
 FOLD_STORE = "tl.store(p_folded, (b_w * b_g[None, :]).to(folded.dtype.element_ty), mask=m_folded)"
@@ -58,7 +58,7 @@ UNFOLD_LOAD_FOLDED = "b_w = tl.load(folded + o_tile, mask=m_tile, other=0.0)"
 DIVIDE = "        if FOLDED:  # noqa: SIM102 (known when compiling; `divide` is not)\n            if divide:"
 DIVIDE_ALWAYS = "        if True:\n            if True:"
 UNFOLD_STORE = "tl.store(dw + o_tile, (b_product * b_g[None, :]).to(dw.dtype.element_ty), mask=m_tile)"
-GATE_LOAD = "_load_tile(partial, o_r, o_k, rows, K, K, True, True)"
+GATE_LOAD = "load_tile(partial, o_r, o_k, rows, K, K, True, True)"
 GATE_LOAD_GATE = "b_g = tl.load(gate + o_k, mask=m_k, other=0.0).to(tl.float32)\n    sign"
 GATE_STORE = "tl.store(dg + o_k, (tl.sum(acc, axis=0) + l1 * sign).to(dg.dtype.element_ty), mask=m_k)"
 
@@ -241,8 +241,9 @@ DEFECTS = [
          GATE_STORE.replace("=m_k", "=o_k < K - 1")),
         (RACE, "programs-overlap", "race-detection", "o_k = tl.program_id(0) * BLOCK_K +",
          "o_k = tl.program_id(0) * (BLOCK_K // 2) +", options(Case(1, 115, 1, "f32"))),
-        (RAW, "sign-of-a-bfloat16-gate", "bfloat16-check", GATE_LOAD_GATE,
-         GATE_LOAD_GATE.replace(".to(tl.float32)", ""), options(Case(1, 61, 1, "bf16", gate16=True))),
+        (RAW, "square-of-a-bfloat16-gate", "bfloat16-check", GATE_LOAD_GATE,
+         GATE_LOAD_GATE.replace(".to(tl.float32)", " * tl.load(gate + o_k, mask=m_k, other=0.0)"),
+         options(Case(1, 61, 1, "bf16", gate16=True))),
         (VALUE, "tail-of-rows-dropped", "error-rule", "range(0, rows, BLOCK_R)",
          "range(0, rows // BLOCK_R * BLOCK_R, BLOCK_R)"),
         (VALUE, "sign-of-penalty-wrong", "error-rule", "+ l1 * sign", "- l1 * sign"),

@@ -150,7 +150,7 @@ def assert_padded_rows(name, t):
     assert_padding_is_zero(name, t)
 
 
-def prove(check, case, replacements=(), attributes=(), **kwargs):
+def prove(check, case, replacements=(), **kwargs):
     """`check(op, data, ...)` under the case's conditions; keys of the variants that it launched."""
     op = loaded(MODULE, replacements)
     units = op._units
@@ -159,7 +159,7 @@ def prove(check, case, replacements=(), attributes=(), **kwargs):
         table = torch.tensor(units(*arguments[:-1]), dtype=torch.int32)
         return guarded(table, case.side)
 
-    attributes = {"_table": guarded_table, **dict(attributes)}
+    attributes = {"_table": guarded_table}
     return run_check(check, op, Data(case), attributes=attributes, tf32=case.dtype == "tf32", **kwargs)
 
 
@@ -244,9 +244,8 @@ def test_forward_of_many_tokens(interpreter):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_of_wide_heads_with_the_online_kernel(interpreter, dtype):
-    attributes = (("_MOST_KEYS", 0),)
     case = Case(81, (13, 75, 64, 150, 3), dtype)
-    interpreter.run(prove, check_forward, case, needs=(True,), attributes=attributes)
+    interpreter.run(prove, check_forward, case, needs=(True,), forced=("ragged_attention", "online"))
 
 
 BACKWARD = [
@@ -344,7 +343,7 @@ CLAMP = "tl.minimum(o_m, N - 1), N, stride_qkv, HEAD_DIM, BLOCK_D, False"
 LSE = "highest + tl.log2(total)"
 FACTOR = "            factor=scale * math.log2(math.e),\n"
 NO_LSE_MASK = "b_lse = tl.load(lse + o_m)\n"
-ONLINE_VALUES = "b_v = _load_tile(values, o_n, o_wide, N, readable, stride_qkv, MASK, True)"
+ONLINE_VALUES = "b_v = load_tile(values, o_n, o_wide, N, readable, stride_qkv, MASK, True)"
 CHUNKS = "for c in range(begin // 8 * 8, end, 32):\n        o_c = c + tl.arange(0, 32)\n        b_row"
 
 

@@ -333,7 +333,7 @@ def _curves(
 def _after_cut(
     records: Mapping[str, Sequence], stages: Iterable[Stage], results: Mapping[str, Any]
 ) -> list[Curve]:
-    """From the accuracy right after the cut to the first epoch of fine-tuning, where both are known."""
+    """The curve from accuracy right after the cut to the first epoch of fine-tuning, where both are known."""
     before = number(find_row(results, BEFORE).get("top1"))
     stage = next((stage for stage in stages if stage.name == "finetune"), None)
     first = number(records["finetune"][0].get("test_top1")) if stage else math.nan

@@ -222,7 +222,7 @@ def _fits_in_cache(architecture: Architecture, dtype: torch.dtype) -> bool:
 
 
 def _cache_bytes() -> int:
-    """Of the last-level cache; 32 MiB where the machine does not say."""
+    """Bytes of the last-level cache; 32 MiB where the machine does not say."""
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()

@@ -15,11 +15,9 @@ with which assumptions, is in `roofline.py`. Besides:
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vtp_kernels import launching
+from vtp_kernels import gated_linear, launching
 from vtp_kernels.proofs.roofline import GPUS, AccountingError, Record, Recorder, floors, save, total
-
-op = importlib.import_module("vtp_kernels.gated_linear")  # the package has a function of that name
 
 TOKENS = 197
 MODELS = {"deit_tiny": 192, "deit_small": 384, "deit_base": 768}
@@ -89,35 +85,24 @@ def _one_op(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
 
 
 class Way(NamedTuple):
-    """A way to make the step: what is called, and what stands in place of the op's tables meanwhile."""
+    """A way to make the step: what is called, and the paths of the op that are forced meanwhile."""
 
     function: Callable[..., Tensor]
-    replaced: Mapping[str, Any]
+    forced: tuple[str, ...] = ()
     small_gates: bool = False
 
 
-_VENDOR = {"_FUSED_ROWS": {2: 0, 4: 0}, "_on_activation_side": lambda *_: False}
-_FUSED = _VENDOR | {"_FUSED_ROWS": {2: sys.maxsize, 4: sys.maxsize}, "_FULL_GPU": 0}
+_VENDOR = ("vendor", "weight_side")
 CHOSEN, PLAIN, NAIVE, LEAST = "op's choice", "plain linear", "naive x * g", "least"
 PATHS = {
-    PLAIN: Way(_plain, {}),
-    CHOSEN: Way(op.gated_linear, {}),
-    "vendor GEMMs": Way(op.gated_linear, _VENDOR),
-    "vendor, small gates": Way(op.gated_linear, _VENDOR, small_gates=True),
-    "fused": Way(_one_op, _FUSED),
-    "activation side": Way(_one_op, _VENDOR | {"_on_activation_side": lambda *_: True}),
-    NAIVE: Way(_naive, {}),
+    PLAIN: Way(_plain),
+    CHOSEN: Way(gated_linear),
+    "vendor GEMMs": Way(gated_linear, _VENDOR),
+    "vendor, small gates": Way(gated_linear, _VENDOR, small_gates=True),
+    "fused": Way(_one_op, ("fused", "fused_dw", "weight_side")),
+    "activation side": Way(_one_op, ("vendor", "activation_side")),
+    NAIVE: Way(_naive),
 }
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in values}  # raises if there is no longer such a name
-    try:
-        vars(module).update(values)
-        yield
-    finally:
-        vars(module).update(before)
 
 
 def step(path: str, M: int, N: int, K: int, dtype: str) -> list[Record]:
@@ -125,9 +110,9 @@ def step(path: str, M: int, N: int, K: int, dtype: str) -> list[Record]:
     x_dtype, w_dtype = DTYPES[dtype]
     shapes = ((M, K), x_dtype), ((N, K), w_dtype), ((K,), torch.float32), ((N,), w_dtype)
     inputs = [torch.empty(size, dtype=dtype, device="meta", requires_grad=True) for size, dtype in shapes]
-    function, replaced, small_gates = PATHS[path]
+    function, forced, small_gates = PATHS[path]
     recorder = StepRecorder(M, N, K, small_gates)
-    with _replaced(op, replaced), recorder.noting():
+    with launching.forced_path("gated_linear", *forced), recorder.noting():
         y = function(*inputs)
         recorder.is_backward = True
         torch.autograd.grad(y, inputs, torch.empty_like(y), allow_unused=True)

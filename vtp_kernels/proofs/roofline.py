@@ -149,7 +149,7 @@ def _layer_norm_gather(a: SimpleNamespace) -> Work:
 
 def _compact_linear(a: SimpleNamespace) -> Work:
     op = importlib.import_module("vtp_kernels.compact_linear")
-    grid, parts = op._grid(a.M, a.N, a.config), cdiv(a.K, a.inputs_per_part)
+    grid, parts = op.tile_grid(a.M, a.N, a.config), cdiv(a.K, a.inputs_per_part)
     bottom = grid.bottom_rows * grid.bottom_columns
     x_rows = grid.rows * (grid.columns + grid.border) * a.BLOCK_M + bottom * a.BOTTOM_M
     columns = grid.columns * a.BLOCK_N + grid.border * a.BORDER_N
@@ -173,12 +173,12 @@ def _compact_linear_parts(a: SimpleNamespace) -> Work:
 def _ragged_attention(a: SimpleNamespace) -> Work:
     op = importlib.import_module("vtp_kernels.ragged_attention")
     _, head_dim, value_widths, *_ = a.op_args
-    tiles = op._row_tiles(a.N, a.BLOCK_M)
+    tiles = op.row_tiles(a.N, a.BLOCK_M)
     keys = cdiv(a.N, 16) * 16
     columns = sum(cdiv(width + 8, 16) * 16 for width in value_widths)  # about: a head starts anywhere
     loaded = a.H * sum(tiles) * a.BLOCK_D + len(tiles) * keys * (a.H * a.BLOCK_D + columns)
     flops = 2 * a.B * a.N * a.N * (a.H * head_dim + sum(value_widths))
-    tiled = op._tiled_flops(a.B, a.N, head_dim, value_widths, a.qkv.dtype)
+    tiled = op.tiled_flops(a.B, a.N, head_dim, value_widths, a.qkv.dtype)
     programs = len(a.table) * a.B * len(tiles)
     return Work(programs, {"qkv": (a.B, loaded), "table": (programs, 5)}, "out lse", flops, tiled)
 
