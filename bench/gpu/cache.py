@@ -55,11 +55,11 @@ def needed(target: str) -> dict[str, Variant]:
 # Filling and completing
 
 
-def fill(folder: Path, jobs: int) -> Record:
-    """Compile everything into `folder` for `TARGET`; needs no GPU."""
+def fill(folder: Path, jobs: int, names: Iterable[str] | None = None) -> Record:
+    """Compile everything, or what is named, into `folder` for `TARGET`; needs no GPU."""
     # The intermediate languages are for people, and several times the size of what is run.
     os.environ |= {"TRITON_CACHE_DIR": str(folder.absolute()), "TRITON_STORE_BINARY_ONLY": "1"}
-    record = complete(jobs, seconds=None)
+    record = complete(jobs, None, names)
     for source in folder.glob("*/*.source"):
         source.unlink()
     record["bytes"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

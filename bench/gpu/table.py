@@ -6,6 +6,7 @@ A bar is what the project sets out to reach; a run that misses one has not faile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from bench.gating_cost import REFERENCE, REPEAT
 from bench.gpu.cases import MEASURED, NOT_MEASURED, PARTS, Record
 
 MOST_LINES = 100
@@ -110,7 +111,7 @@ def _training(name: str, case: Record, peak: Record) -> str:
         share = _beside(case["share_of_macs"], SHARE_OF_MACS)
         return f"compact over dense {ratio:.3f}, {share} of what MACs promise"
     found = case["variants"]
-    plain, gated, naive, noise = (found[n] for n in ("ungated", "gated", "naive", "ungated again"))
+    plain, gated, naive, noise = (found[n] for n in (REFERENCE, "gated", "naive", REPEAT))
     return (
         f"step {plain['median_seconds'] * 1e3:.1f} ms, gated "
         f"{_beside(gated['ratio']['median'], GATED_OVER_PLAIN, at_most=True)}, memory "
