@@ -46,7 +46,8 @@ def needed(target: str) -> dict[str, Variant]:
     for label, record in {**numerics.launches(), **configurations.launches()}.items():
         with launching.recording(label, target) as variants:
             record()
-        found |= {f"{label}/{variant.name}": variant for variant in variants.values()}
+        # Candidates of one name differ in warps and stages.
+        found |= {f"{label}/{v.name}-{v.num_warps}-{v.num_stages}": v for v in variants.values()}
     known: dict[tuple, str] = {}
     return {name: v for name, v in found.items() if known.setdefault(v.key(), name) == name}
 

@@ -162,9 +162,9 @@ def predicted(op: str, shape: Shape) -> Record:
 def on_meta(module: ModuleType, shape: Shape) -> dict[str, Any]:
     """The operands of a case in bfloat16, without numbers."""
 
-    def moved(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to("meta", torch.bfloat16 if value.is_floating_point() else value.dtype)
-
-    return {name: moved(value) for name, value in module.operands(shape).items()}
+    with torch.device("meta"):
+        operands = module.operands(shape)
+    return {
+        name: value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in operands.items()
+    }
