@@ -7,9 +7,8 @@ moves and multiplies, from which shares of the measured ceilings follow.
 """
 
 import functools
-import importlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -28,11 +27,11 @@ from bench.ops import (
 from bench.ops.shapes import Case as Shape
 from bench.ops.shapes import Implementation
 from bench.ops.subject import Subject, mode, results
+from vtp_kernels import launching
 from vtp_kernels.compact_linear import compact_linear_ref
 from vtp_kernels.compact_mlp import compact_mlp_ref
 from vtp_kernels.gated_linear import gated_linear_ref
 from vtp_kernels.layer_norm_gather import layer_norm_gather_ref
-from vtp_kernels.library import why_not_triton
 from vtp_kernels.proofs.roofline import GPUS, AccountingError, Recorder, floors, total
 from vtp_kernels.ragged_attention import ragged_attention_ref
 
@@ -46,9 +45,6 @@ OPS = {
 }
 BATCHES = (128, 8, 1)  # one that fills the card, one that does not, and a single image
 ROUNDS, ROUNDS_SECONDS = 25, 1.0
-# What `_FUSED_ROWS` of gated_linear is while a graph is captured, so that any number of rows takes the path:
-# kernels that scale W themselves, or one that folds the gate into W, the vendor's GEMM, and one that unfolds.
-PATHS = {"fused": 2**62, "vendor": 0}
 
 
 def cases(toy: bool) -> list[Case]:
@@ -68,12 +64,14 @@ def measure(op: str, shape: Shape, context: Context) -> Record:
     """Check everyone, then let them take turns."""
     module, reference = OPS[op]
     implementations: dict[str, Implementation] = module.implementations(shape)
-    if op == "gated_linear" and context.device.type == "cuda" and why_not_triton(context.device) is None:
-        implementations |= dict.fromkeys(PATHS, implementations["ours"])
-    entries = {}
-    for name, implementation in implementations.items():
-        subject = Subject(shape, module.operands, implementation.reference or reference)
-        entries[name] = implementation, subject, forced(PATHS.get(name))
+    subject = functools.cache(functools.partial(Subject, shape, module.operands))
+    entries: dict[str, Entry] = {
+        name: (implementation, subject(implementation.reference or reference), nullcontext())
+        for name, implementation in implementations.items()
+    }
+    if context.device.type == "cuda":
+        for path in paths(op):
+            entries[f"ours, {path}"] = *entries["ours"][:2], launching.forced_path(op, path)
     record = {"flops": 2 * entries["ours"][1].macs, "predicted": predicted(op, shape)}
     context.note(record)
     return record | {"timed": in_turns_if_right(shape, entries, context)}
@@ -127,17 +125,12 @@ def _ready(
     return {"status": MEASURED, "errors": errors}, captured
 
 
-@contextmanager
-def forced(rows: int | None) -> Iterator[None]:
-    """Within it gated_linear takes one path for any number of rows, or with None what its table says."""
-    table = importlib.import_module("vtp_kernels.gated_linear")._FUSED_ROWS
-    before = dict(table)
-    if rows is not None:
-        table.update(dict.fromkeys(table, rows))
+def paths(op: str) -> list[str]:
+    """The paths that an op chooses from, each timed at every case, so that its tables can be set."""
     try:
-        yield
-    finally:
-        table.update(before)
+        return [path for names in launching.paths(op) for path in names]
+    except ValueError:  # it has one only
+        return []
 
 
 def predicted(op: str, shape: Shape) -> Record:

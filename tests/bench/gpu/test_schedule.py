@@ -55,7 +55,9 @@ def rehearse(tmp_path):
         schedule.run()
         written = json.loads(file.read_text())
         assert written == results
-        statuses = {name: c["status"] for part in results["parts"].values() for name, c in part["cases"].items()}
+        statuses = {
+            name: c["status"] for part in results["parts"].values() for name, c in part["cases"].items()
+        }
         return statuses, [entry for entry in began if entry != "closed"], clock.now - 1000
 
     return run

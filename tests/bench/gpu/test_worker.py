@@ -25,7 +25,9 @@ def worker(tmp_path):
 
 def test_cases_after_one_that_breaks_its_process_run_in_a_fresh_one(worker, tmp_path):
     noted = {}
-    found = {name: worker.run(name, 60, noted.update) for name in ("first", "raises", "second", "exits", "third")}
+    found = {
+        name: worker.run(name, 60, noted.update) for name in ("first", "raises", "second", "exits", "third")
+    }
     assert {name: record["status"] for name, record in found.items()} == {
         "first": "measured",
         "raises": "failed: RuntimeError: no such kernel",
