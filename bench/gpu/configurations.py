@@ -98,7 +98,7 @@ def measure(entry: Entry, shape: Shape, context: Context) -> Record:
     entries = {NOW: (implementation, subject, contextlib.nullcontext())}
     for label, config in configs(entry).items():
         entries[label] = implementation, subject, in_place(entry, config)
-    return {"now": _label(_current(entry)), "timed": in_turns_if_right(shape, entries, context)}
+    return {"now": _label(current(entry)), "timed": in_turns_if_right(shape, entries, context)}
 
 
 def launches() -> dict[str, Callable[[], None]]:
@@ -119,7 +119,7 @@ def launches() -> dict[str, Callable[[], None]]:
 
 def configs(entry: Entry) -> dict[str, Config]:
     """The candidates by what they are called."""
-    now = _current(entry)
+    now = current(entry)
     found = [Config({**now.blocks, **blocks}, warps, stages) for blocks, warps, stages in entry.candidates]
     return {_label(config): config for config in found}
 
@@ -142,7 +142,8 @@ def _table(entry: Entry) -> tuple[dict, str]:
     return holder, last
 
 
-def _current(entry: Entry) -> Config:
+def current(entry: Entry) -> Config:
+    """What the table has now."""
     holder, key = _table(entry)
     return holder[key]
 

@@ -1,4 +1,4 @@
-"""A GPU for Triton's launches where there is none: they go as far as the launch itself, which does nothing."""
+"""A GPU for Triton where there is none: launches go as far as the launch itself, which does nothing."""
 
 import contextlib
 from collections.abc import Iterator
