@@ -30,6 +30,7 @@ import contextlib
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -110,8 +111,10 @@ def run(options: argparse.Namespace, parts: Sequence[Part], log: Any, started: f
     version = commit()
     if version["commit"] is None and made is not None:  # a copy without its history
         version = {name: made[name] for name in version}
+    place = description(device)
+    place["hardware"]["driver"] = _driver()
     results: Record = {
-        **description(device),
+        **place,
         "triton": package_version("triton"),
         **version,
         "method": METHOD,
@@ -125,7 +128,7 @@ def run(options: argparse.Namespace, parts: Sequence[Part], log: Any, started: f
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         stack.callback(signal.signal, signal.SIGTERM, before)
         stack.callback(_print_table, results, options.out)
-        if not options.rehearse:
+        if not options.rehearse and torch.cuda.get_device_capability() == cache.CAPABILITY:
             results["cache"] |= _complete(options.jobs)
         # Of this run alone: what an earlier one left would make compilers look fast.
         inductor = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
@@ -150,6 +153,14 @@ def run(options: argparse.Namespace, parts: Sequence[Part], log: Any, started: f
 
         schedule.run(before_part)
     return results
+
+
+def _driver() -> str | None:
+    """Version of NVIDIA's driver, None where its tool is missing."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    return None
 
 
 def _no_kernels() -> Record:

@@ -26,7 +26,7 @@ from vtp_kernels.launching import Variant
 from vtp_kernels.proofs import compilations
 
 FOLDER = Path(__file__).resolve().parents[2] / ".triton-cache"  # which git ignores
-TARGET = "sm_90"
+TARGET, CAPABILITY = "sm_90", (9, 0)
 MADE = "made.json"  # of what, and with what, a cache was filled
 
 

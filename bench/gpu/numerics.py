@@ -76,8 +76,8 @@ def cases(toy: bool) -> list[Case]:
         Case(f"fine-tuning, {STEPS} steps", check_fine_tuning, 30),
         Case("tests of gated_linear", functools.partial(test, "test_gated_linear_gpu.py"), 60),
         Case("tests of compilations", functools.partial(test, "test_compilations_gpu.py"), 40),
-        Case("memcheck", functools.partial(sanitize, "memcheck"), 60),
-        Case("racecheck", functools.partial(sanitize, "racecheck"), 60),
+        Case("memcheck", functools.partial(sanitize, "memcheck"), 90),
+        Case("racecheck", functools.partial(sanitize, "racecheck"), 90),
     ]
     return found
 
@@ -113,7 +113,7 @@ def check_model(name: str, context: Context) -> Record:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         with plain_operators():
             torchs = copy.deepcopy(small).to(dtype)(images.to(dtype))
-        fast = vtp.optimize(small, dtype)
+        fast, least = vtp.optimize(small, dtype), TINY[_kind(dtype)]
         error, bound = relative_error(fast(images), exact), allowed(torchs, exact)
         errors[str(dtype).removeprefix("torch.")] = {"error": error, "bound": bound}
         context.note({"errors": errors})
@@ -122,14 +122,20 @@ def check_model(name: str, context: Context) -> Record:
         graph = Captured(functools.partial(fast, static), context.device)
         for given in (others, images):
             static.copy_(given)
-            require(torch.equal(graph(), fast(given)), f"{dtype}: a replay gives other bits than a call")
+            difference = relative_error(graph(), fast(given))
+            require(difference <= least, f"{dtype}: a replay differs from a call by {difference:.2g}")
     return {"errors": errors}
 
 
 def allowed(torchs: Tensor, exact: Tensor) -> float:
     """The largest relative error, given what PyTorch's operators give in the same dtype."""
-    kind = "float32" if torchs.dtype == torch.float32 else "bfloat16"
+    kind = _kind(torchs.dtype)
     return min(CEILINGS[kind], FACTOR * relative_error(torchs, exact) + TINY[kind])
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """Whose bounds hold: float16 has those of bfloat16."""
+    return "float32" if dtype == torch.float32 else "bfloat16"
 
 
 def require(condition: bool, otherwise: str) -> None:

@@ -36,8 +36,8 @@ class Captured:
 
     def __init__(self, call: Callable[[], Tensor], device: torch.device) -> None:
         self.graph = None
+        self._call = call  # with the tensors that the graph reads: it holds addresses, not tensors
         if device.type != "cuda":
-            self._call = call
             self.outputs = call()
             return
         stream = torch.cuda.Stream(device)

@@ -176,5 +176,6 @@ def test_few_small_shapes_that_run_every_kernel(device, dtype):
         device, dtype, lambda qkv: ragged_attention(qkv, *arguments),
         lambda qkv: ragged_attention_ref(qkv, *arguments), qkv,
     )  # fmt: skip
-    mlp = normal(70, 37), normal(61, 37, seed=1, scale=0.1), normal(61, seed=2), normal(45, 61, seed=3, scale=0.1)
-    check(device, dtype, compact_mlp, compact_mlp_ref, *mlp, normal(45, seed=4), normal(70, 45, seed=5))
+    fc1 = normal(61, 37, seed=1, scale=0.1), normal(61, seed=2)
+    fc2 = normal(45, 61, seed=3, scale=0.1), normal(45, seed=4)
+    check(device, dtype, compact_mlp, compact_mlp_ref, normal(70, 37), *fc1, *fc2, normal(70, 45, seed=5))

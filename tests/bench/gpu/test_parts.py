@@ -163,7 +163,7 @@ def full_results():
     peak = {"flops_per_second": 8e14, "bytes_per_second": 3e12}
     parts["models"]["cases"]["ceilings"] = {"status": MEASURED, **peak}
     return {
-        "hardware": {"gpu": "a GPU", "cuda": "13.0"},
+        "hardware": {"gpu": "a GPU", "cuda": "13.0", "driver": "580"},
         "environment": {"torch": "2", "date": "today", "cpu": "a CPU"},
         "triton": "3", "commit": "0" * 40, "modified": False,
         "cache": {"kernels": 9, "found": 8, "compiled": 1, "failed": {}, "left": 0, "seconds": 1.0},
