@@ -30,8 +30,8 @@ def table(results: Mapping[str, Any]) -> list[str]:
 
 def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     hardware, environment = results["hardware"], results["environment"]
-    libraries = f"torch {environment['torch']}, triton {results['triton']}"
-    versions = f"driver {hardware['driver']}, CUDA {hardware['cuda']}, {libraries}"
+    versions = f"driver {hardware['driver']}, CUDA {hardware['cuda']}, torch {environment['torch']}"
+    versions += f", triton {results['triton']}"
     commit = (results["commit"] or "unknown")[:12] + " and changes" * bool(results["modified"])
     yield f"{hardware['gpu'] or environment['cpu']}, {versions}, {environment['date']}, commit {commit}"
     yield _cache_line(results["cache"])

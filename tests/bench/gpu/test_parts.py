@@ -86,13 +86,16 @@ def breaks(runtime, model, images, toy):
     ],
 )
 def test_a_runtime_that_is_wrong_or_breaks_has_no_figure_and_the_others_have(monkeypatch, prepare, says):
-    real, bad = models.prepare, models.RUNTIMES[1]
+    real = models.prepare
+    bad, right = (
+        next(r for r in models.RUNTIMES if r.name == n) for n in ("compact, eager", "dense, compiled")
+    )
 
     def prepared(runtime, *arguments):
         return (prepare if runtime is bad else real)(runtime, *arguments)
 
     monkeypatch.setattr(models, "prepare", prepared)
-    record = models.measure("DeiT-S", 2, (models.OURS, bad, models.RUNTIMES[4]), context())
+    record = models.measure("DeiT-S", 2, (models.OURS, bad, right), context())
     statuses = {name: own["status"] for name, own in record["timed"].items()}
     assert statuses[bad.name].startswith(says) and "median_seconds" not in record["timed"][bad.name]
     assert statuses["ours"] == statuses["dense, compiled"] == MEASURED
