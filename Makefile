@@ -38,11 +38,10 @@ bench: $(VENV)/installed-bench $(VENV)/built
 	$(BIN)/python -m bench.latency_budget --out $(BENCH)/latency_budget.json
 	$(BIN)/python -m pytest -q bench/ops --benchmark-columns=median,iqr,rounds --benchmark-json=$(BENCH)/ops.json
 
-# Measure on this machine's GPU: numerics, compute-sanitizer where installed, times of the ops, of training steps and
-# of whole models; writes bench/results/gpu-<name>.json and compare-cuda.json. Without a GPU it says so and fails.
+# Measure on this machine's GPU, in nine minutes: numerics, compute-sanitizer where installed, whole models, training
+# steps, single ops; writes runs/gpu. Without a GPU it says so and fails.
 gpu: $(VENV)/installed-dev
 	$(BIN)/python -m bench.gpu
-	$(BIN)/python -m bench.compare --device cuda
 
 # The shipped baseline, from the original idx files (make baseline FASHION_MNIST=folder); about an hour.
 baseline: $(VENV)/installed

@@ -539,7 +539,7 @@ def _forward_triton(
 def _backward_triton(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None,
     need_x: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     if 0 in (x.numel(), dy.numel()) or x.dtype == torch.float64:
         return _backward_plain(dy, x, weight, z, need_x, need_weight, need_bias)
     shape = x.shape
@@ -549,8 +549,8 @@ def _backward_triton(
     if need_dz or need_bias:
         z_rows = None if z is None else with_padded_rows(z)
         made, partial = _launch_dz(dz, z_rows, x.dtype, need_dz, need_bias)
-        dz = made if need_dz else dz
-        db = _launch_db(partial, len(weight), x.dtype) if need_bias else None
+        dz = dz if made is None else made
+        db = None if partial is None else _launch_db(partial, len(weight), x.dtype)
     dx = _product(dz, weight, shape) if need_x else None
     dw = _product(dz.t(), x, weight.shape) if need_weight else None
     return library.empty_for_none(x, dx, dw, db)
@@ -601,7 +601,7 @@ def _forward_plain(
 def _backward_plain(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None,
     need_x: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     N, K = weight.shape
     dz = dy if z is None else torch.ops.aten.gelu_backward(dy, z.to(dy.dtype))
     dz = dz.to(x.dtype)

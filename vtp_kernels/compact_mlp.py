@@ -355,7 +355,7 @@ def _two_launches(
 def _backward_triton(
     dy: Tensor, x: Tensor, z: Tensor, fc1_weight: Tensor, fc2_weight: Tensor,
     need_x: bool, need_fc1: bool, need_fc1_bias: bool, need_fc2: bool, need_fc2_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     (hidden, K), N, M = fc1_weight.shape, len(fc2_weight), math.prod(x.shape[:-1])
     needs = need_x, need_fc1, need_fc1_bias, need_fc2, need_fc2_bias
     if 0 in (M, K, hidden, N) or x.dtype == torch.float64:
@@ -422,7 +422,7 @@ def _forward_plain(
 def _backward_plain(
     dy: Tensor, x: Tensor, z: Tensor, fc1_weight: Tensor, fc2_weight: Tensor,
     need_x: bool, need_fc1: bool, need_fc1_bias: bool, need_fc2: bool, need_fc2_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     (hidden, K), N, M = fc1_weight.shape, len(fc2_weight), math.prod(x.shape[:-1])
     dx = dw1 = db1 = dw2 = None
     dy = dy.reshape(M, N)

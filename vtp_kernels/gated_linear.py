@@ -521,7 +521,7 @@ def _forward_triton(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None
 def _backward_triton(
     dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor, bias_dtype: torch.dtype | None, l1: float,
     need_x: bool, need_weight: bool, need_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     N, K = weight.shape
     if 0 in (dy.numel(), K) or x.dtype == torch.float64:
         return _backward_plain(dy, x, weight, gate, bias_dtype, l1, need_x, need_weight, need_gate)
@@ -558,7 +558,7 @@ def _fold_triton(weight: Tensor, gate: Tensor, dtype: torch.dtype, l1: float) ->
 def _unfold_triton(
     product: Tensor, weight: Tensor, folded: Tensor, gate: Tensor, l1: float,
     need_weight: bool, need_gate: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     if weight.numel() == 0:
         return _unfold_plain(product, weight, folded, gate, l1, need_weight, need_gate)
     gate32 = _float32(gate)
@@ -606,8 +606,8 @@ def _record(x_dtype: torch.dtype, weight_dtype: torch.dtype, width: int) -> None
             _backward_triton(x, x, weight, gate, None, 0.0, *map(bool, needs))
     if x_dtype != weight_dtype:
         folded = _fold_triton(weight, gate, x_dtype, 0.0)
-        for needs in [(False, True), (True, False), (True, True)]:
-            _unfold_triton(folded, weight, folded, gate, 0.0, *needs)
+        for need_weight, need_gate in [(False, True), (True, False), (True, True)]:
+            _unfold_triton(folded, weight, folded, gate, 0.0, need_weight, need_gate)
 
 
 # ---------------------------------------------------------------------------------- plain PyTorch, any device
@@ -640,10 +640,9 @@ def _scaled(matrix: Tensor, gate: Tensor, out: Tensor) -> Tensor:
 def _column_products(a: Tensor, b: Tensor) -> Tensor:
     """`sum_i a[i, k] b[i, k]`, [K], in float32 at least."""
     dtype = torch.promote_types(a.dtype, torch.float32)
-    total = None
-    for a_rows, b_rows in _chunks(a, b):
-        products = (a_rows.to(dtype) * b_rows.to(dtype)).sum(0)
-        total = products if total is None else total.add_(products)
+    total, *others = ((a_rows.to(dtype) * b_rows.to(dtype)).sum(0) for a_rows, b_rows in _chunks(a, b))
+    for products in others:
+        total.add_(products)
     return total
 
 
@@ -654,7 +653,7 @@ def _fold_plain(weight: Tensor, gate: Tensor, dtype: torch.dtype, l1: float = 0.
 def _unfold_plain(
     product: Tensor, weight: Tensor, folded: Tensor, gate: Tensor, l1: float,
     need_weight: bool, need_gate: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     dw, total = _unfolded(product, weight, gate, None, need_weight, need_gate)
     return library.empty_for_none(product, dw, None if total is None else _gate_gradient(total, gate, l1))
 
@@ -692,7 +691,7 @@ def _forward_plain(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None,
 def _backward_plain(
     dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor, bias_dtype: torch.dtype | None, l1: float,
     need_x: bool, need_weight: bool, need_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     shape = x.shape
     dy, x = _rows(dy), _rows(x)
     dx = dw = total = None

@@ -48,7 +48,7 @@ def layer_norm_gather_ref(
     out = F.layer_norm(x, x.shape[-1:], None, None, eps)
     if index is not None:
         out = out.index_select(-1, index)
-    return out if weight is None else out * weight + bias
+    return out if weight is None or bias is None else out * weight + bias
 
 
 # -------------------------------------------------------------------------------------------------- kernels
@@ -231,9 +231,9 @@ def _position(index: Tensor, D: int) -> Tensor:
     return position.index_copy_(0, index, torch.arange(len(index), dtype=torch.int32, device=index.device))
 
 
-def _float32(vector: Tensor | None) -> Tensor | None:
+def _float32(vector: Tensor) -> Tensor:
     """As the kernels take it: a vector is not worth a compilation for each of its dtypes."""
-    return None if vector is None else vector.to(torch.float32).contiguous()
+    return vector.to(torch.float32).contiguous()
 
 
 def _is_for_kernels(x: Tensor, kept: int) -> bool:
@@ -250,7 +250,9 @@ def _forward_triton(
         return _forward_plain(x, weight, bias, index, eps, dtype)
     rows = with_padded_rows(x)
     index = None if index is None else index.contiguous()
-    out = _launch_fwd(rows, _float32(weight), _float32(bias), index, eps, dtype)
+    weight = None if weight is None else _float32(weight)
+    bias = None if bias is None else _float32(bias)
+    out = _launch_fwd(rows, weight, bias, index, eps, dtype)
     return out.view(*x.shape[:-1], kept)
 
 
@@ -309,7 +311,7 @@ def _forward_plain(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     D = x.shape[-1]
-    if weight is not None:
+    if weight is not None and bias is not None:
         weight, bias = (_at_all_columns(t.to(_wide(x.dtype)), index, D) for t in (weight, bias))
     out = F.layer_norm(x.to(_wide(x.dtype)), (D,), weight, bias, eps)
     if index is not None:
@@ -431,7 +433,7 @@ def _validate(
     if (weight is None) != (bias is None):
         given, missing = ("bias", "weight") if weight is None else ("weight", "bias")
         raise ValueError(f"{missing}: got None beside a {given}, expected both or none")
-    if weight is not None:
+    if weight is not None and bias is not None:
         _arguments.check_dtypes({"x": x, "weight": weight}, or_float32=("weight",))
         if bias.dtype != weight.dtype:
             raise TypeError(f"bias: got {bias.dtype}, expected {weight.dtype}, that of weight")

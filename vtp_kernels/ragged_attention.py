@@ -668,7 +668,7 @@ def row_tiles(N: int, block: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------- launchers
 
 
-def _constants(head_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
+def _constants(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),

@@ -1,5 +1,7 @@
 """Tests that need a GPU; elsewhere each is skipped, and says what is missing."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,19 @@ def pytest_collection_modifyitems(items):
         if HERE in item.path.parents:  # this hook is given the items of the whole run
             skip = pytest.mark.skipif(reason is not None, reason=reason or "nothing is missing")
             item.add_marker(skip, append=False)  # before a test's own conditions: its reason is the first
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """After a stray access nothing runs in this process any more. Among several, it ends with the test that
+    made it: pytest-xdist names that one, and the others run in a fresh process."""
+    if call.excinfo is not None and missing() is None and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            print(f"{item.nodeid}: {call.excinfo.value}", file=sys.stderr, flush=True)
+            os._exit(3)
+    return (yield)
 
 
 @pytest.fixture(scope="session")
