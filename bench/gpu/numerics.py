@@ -147,12 +147,13 @@ def require(condition: bool, otherwise: str) -> None:
 @torch.inference_mode()
 def check_compiled(context: Context) -> Record:
     """The optimized model under torch.compile, whole, at two batch sizes."""
-    fast = vtp.optimize(small_model("DeiT-T", context), torch.bfloat16)
+    small = small_model("DeiT-T", context)
+    fast = vtp.optimize(small, torch.bfloat16)
     backend = "eager" if context.toy else "inductor"
     compiled = torch.compile(fast, fullgraph=True, dynamic=True, backend=backend)
     errors = []
     for batch in (2, 5):
-        images = random_images(fast.vit, batch, context).bfloat16()
+        images = random_images(small, batch, context).bfloat16()
         errors.append(relative_error(compiled(images), fast(images)))
         require(errors[-1] <= TINY["bfloat16"], f"batch {batch}: differs from the call by {errors[-1]:.2g}")
     return {"errors": errors}
