@@ -178,6 +178,8 @@ _BWD = {
     2048: _config(8, ROWS=1, BLOCK_D=2048),
     4096: _config(8, ROWS=1, BLOCK_D=4096),
 }
+# With an index, 8 warps of so wide a row spill where Triton 3.6 compiles for sm_90.
+_BWD_GATHER = _BWD | {2048: _config(16, ROWS=1, BLOCK_D=2048)}
 _WIDEST = max(_FWD)
 # Programs of the backward pass: four for each multiprocessor of a large GPU (132 of an H100). Each writes one
 # pair of partial sums a column: 3 MB for 768 columns.
@@ -218,7 +220,7 @@ def _launch_bwd(
 ) -> tuple[Tensor, Tensor]:
     """dx [M, D] and partial [programs, 2, kept]; dy and x with padded rows, weight float32."""
     (M, D), kept = x.shape, dy.shape[1]
-    config = _bucket(_BWD, D)
+    config = _bucket(_BWD if index is None else _BWD_GATHER, D)
     rows = config.blocks["ROWS"]
     rows_per_program = triton.cdiv(M, _BWD_PROGRAMS * rows) * rows
     programs = triton.cdiv(M, rows_per_program)

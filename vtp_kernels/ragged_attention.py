@@ -401,8 +401,6 @@ def _dq_rows(
             b_do = _load_own(dout, r_m, o_c, begin, end, N, columns, stride_dout, False)
             b_o = _load_own(out, r_m, o_c, begin, end, N, columns, stride_out, False)
             b_delta += tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
-    tl.store(delta + o_m, b_delta, mask=o_m < N)
-
     b_q = _load_head(qkv + head * HEAD_DIM, r_m, N, stride_qkv, HEAD_DIM, BLOCK_D, False)
     b_lse = tl.load(lse + r_m)
     keys, values = qkv + (H + head) * HEAD_DIM, qkv + 2 * H * HEAD_DIM
@@ -417,6 +415,8 @@ def _dq_rows(
         dq = _dq_step(dq, b_q, b_do_wide, b_do_narrow, b_lse, b_delta, keys, values, dout, r_m, n, begin, end,
                       N, V, readable, stride_qkv, stride_dout, factor, HEAD_DIM, BLOCK_D, 16, True,
                       WIDE, WHOLE, PRECISION)  # fmt: skip
+    # Not before the loops: Triton 3.6 would spill two registers on sm_90.
+    tl.store(delta + o_m, b_delta, mask=o_m < N)
     _store_head(dqkv + head * HEAD_DIM, dq * scale, o_m, N, stride_dqkv, HEAD_DIM, BLOCK_D)
 
 

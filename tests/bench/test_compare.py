@@ -80,9 +80,9 @@ def changed(change, dtype: str = "float32", name: str = "wrong") -> Runtime:
 
 
 def record_of(**runtimes: tuple[str, list[float]]) -> dict:
-    """A case with times made up; a name has `_` for what the label has between name and dtype."""
+    """A case with times made up; `_repeat` stands for " (repeat)" in a label."""
     named = {
-        f"{name.replace('_', ' ')}, {dtype}": {
+        f"{name.replace('_repeat', ' (repeat)').replace('_', ' ')}, {dtype}": {
             "dtype": dtype,
             "status": "measured",
             "reason": None,
@@ -361,7 +361,7 @@ def test_time_that_a_case_leaves_goes_to_later_ones_by_halves(tmp_path, monkeypa
 def test_a_planted_slow_down_that_is_not_seen_is_a_failure():
     record = record_of(
         ours=("float32", [1.0, 1.0, 1.0, 1.0]),
-        ours_again=("float32", [1.0, 1.0, 1.01, 1.0]),
+        ours_repeat=("float32", [1.0, 1.0, 1.01, 1.0]),
     ) | {"case": "planted", "asked": {"quick": False}}
     slow = record["runtimes"]["ours, float32"] | {"seconds": [1.1, 1.1, 1.2, 0.9]}
     wrong = {"dtype": "float32", "status": "failed", "reason": "wrong logits"}
@@ -491,7 +491,7 @@ def test_other_options_measure_a_case_again(measured, tmp_path):
 
 @pytest.mark.parametrize("again, noisy", [(1.019, False), (1.021, True), (0.979, True)])
 def test_a_case_whose_noise_is_too_large_is_measured_again(again, noisy):
-    times = {"ours": ("float32", [1.0] * 5), "ours_again": ("float32", [again] * 5)}
+    times = {"ours": ("float32", [1.0] * 5), "ours_repeat": ("float32", [again] * 5)}
     asked = {"quick": False}
     record = record_of(**times) | {"asked": asked}
     assert bench.is_done(record, asked) is not noisy

@@ -27,6 +27,7 @@ def install() -> None:
     interpreter.interpreter_builder.__class__ = MendedBuilder
     # int32 arithmetic that overflows is an error in debug mode only, and addresses must be 64-bit.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)
+    interpreter._patch_lang_tensor = _reading_scalars(interpreter._patch_lang_tensor)
     GridExecutor.__call__ = _tracked_launch(GridExecutor.__call__)
     ReduceScanOpInterface.check_tensor = _refusing_bfloat16(
         "reduction or scan", ReduceScanOpInterface.check_tensor
@@ -40,10 +41,24 @@ def decode_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 def encode_bfloat16(values: np.ndarray, to_nearest: bool = True) -> np.ndarray:
     """float32 to raw bfloat16, to nearest even or towards zero; NaN stays NaN."""
-    bits = np.ascontiguousarray(values).view(np.uint32).reshape(values.shape)
-    bias = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)) if to_nearest else np.uint32(0)
-    rounded = ((bits + bias) >> np.uint32(16)).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+    bits = _without_low_bits(values, 16) if to_nearest else _raw_float32(values)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), (bits >> np.uint32(16)).astype(np.uint16))
+
+
+def round_to_tf32(values: np.ndarray) -> np.ndarray:
+    """float32 to the nearest number with 10 bits behind the point, half to even; NaN stays NaN."""
+    return np.where(np.isnan(values), values, _without_low_bits(values, 13).view(np.float32))
+
+
+def _raw_float32(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values).view(np.uint32).reshape(values.shape)
+
+
+def _without_low_bits(values: np.ndarray, count: int) -> np.ndarray:
+    """Raw float32, rounded to nearest even and 0 in its last `count` bits."""
+    bits, last = _raw_float32(values), np.uint32(count)
+    half = np.uint32((1 << (count - 1)) - 1) + ((bits >> last) & np.uint32(1))
+    return (bits + half) >> last << last
 
 
 class MendedBuilder(InterpreterBuilder):
@@ -56,7 +71,7 @@ class MendedBuilder(InterpreterBuilder):
             if _is_bfloat16(handle):
                 return TensorHandle(decode_bfloat16(handle.data), tl.float32)
             if handle.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
-                return TensorHandle(interpreter._round_f32_to_tf32(handle.data), tl.float32)
+                return TensorHandle(round_to_tf32(handle.data), tl.float32)
             return handle
 
         return super().create_dot(operand(a), operand(b), acc, input_precision, max_num_imprecise_acc)
@@ -78,6 +93,10 @@ class MendedBuilder(InterpreterBuilder):
         if _is_bfloat16(source) or dtype.scalar == tl.bfloat16:
             return self._cast(source, dtype, rounding_mode)
         return super().create_fp_to_fp(source, dtype, rounding_mode)
+
+    def get_bf16(self, value):
+        # There is none, and a constant would end in an AttributeError.
+        return TensorHandle(encode_bfloat16(np.array([value], dtype=np.float32)), tl.bfloat16)
 
     def create_masked_load(self, pointers, mask, other, *args, **kwargs):
         # Masked lanes without `other=` would be 0, where a GPU leaves anything.
@@ -144,6 +163,17 @@ for _name, _function in list(vars(InterpreterBuilder).items()):
         setattr(MendedBuilder, _name, _refuse)
     elif _operation != _name and _operation not in _MOVES and _name not in vars(MendedBuilder):
         setattr(MendedBuilder, _name, _refusing_bfloat16(_operation, _function))
+
+
+def _reading_scalars(patch: Callable) -> Callable:
+    """A scalar is an array of one element, which NumPy 2.5 does not take for an integer; Triton 3.6 does not
+    unpack it."""
+
+    def wrapper(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return wrapper
 
 
 def _tracked_launch(call: Callable) -> Callable:

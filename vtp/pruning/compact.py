@@ -9,7 +9,9 @@ On a GPU the modules run on the ops of `vtp_kernels`, forward and backward, whic
 speed; anywhere else, and in an exported program, on PyTorch's own operators.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +33,23 @@ _ERF_GELUS = (nn.GELU, get_act_layer("gelu"))
 _WIDEST_HEAD = 256  # that `ragged_attention` takes
 
 
+_plain_operators = False
+
+
+@contextlib.contextmanager
+def plain_operators() -> Iterator[None]:
+    """Within it compact models run on PyTorch's own operators on a GPU too, to compare the ops with."""
+    global _plain_operators
+    before, _plain_operators = _plain_operators, True
+    try:
+        yield
+    finally:
+        _plain_operators = before
+
+
 def _on_kernels(x: Tensor) -> bool:
     """Whether x is to go through the ops of `vtp_kernels`; an exported program must run without them."""
-    return x.is_cuda and not torch.compiler.is_exporting()
+    return x.is_cuda and not _plain_operators and not torch.compiler.is_exporting()
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def compile_variant(variant: Variant, target: str) -> Record:
     # aligned pointer (`variant.aligned`) says nothing of the second row.
     record["aligned"] = bool(variant.constants.get("ALIGNED", tiles))
     try:
-        compiled = _compile(variant, target)
+        compiled = compile_for(variant, target)
         tile_bytes = sum(map(_tile_bytes, tiles)) // len(tiles) if tiles else 0
         return record | measure(target, compiled.asm, compiled.metadata, tile_bytes)
     except Exception as error:
@@ -135,36 +135,46 @@ def compile_variant(variant: Variant, target: str) -> Record:
         return record | {"error": f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]}
 
 
-def _compile(variant: Variant, target: str) -> Any:
+def compile_for(variant: Variant, target: str) -> Any:
+    """Triton's CompiledKernel of a variant; from Triton's cache, if it is there."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
-    return triton.compile(_source(variant), target=GPUTarget(*TARGETS[target]), options=options)
+    source, options = _source(variant, target)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
-def _source(variant: Variant) -> Any:
-    """What Triton compiles, with the keys, order and empty entries of its launches: so its cache finds at run
-    time what was compiled here."""
-    from triton.compiler import ASTSource
+def _source(variant: Variant, target: str) -> tuple[Any, dict[str, Any]]:
+    """What Triton compiles, and its options.
 
-    names = variant.kernel.arg_names
+    Signature and attributes are put together by Triton itself, as it does for a launch: so its cache finds at
+    run time what was compiled here, whatever this version of it notes of a constant.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+
+    kernel, names = variant.kernel, variant.kernel.arg_names
     missing = [n for n in names if n not in variant.signature and n not in variant.constants]
     unknown = [n for n in (*variant.signature, *variant.constants, *variant.aligned) if n not in names]
     if missing or unknown:
         raise CompilationError(
             f"arguments without a type or value: {missing}; not arguments of the kernel: {unknown}"
         )
-    return ASTSource(
-        fn=variant.kernel,
-        signature={name: variant.signature.get(name, "constexpr") for name in names},
-        constexprs={name: variant.constants[name] for name in names if name in variant.constants},
-        attrs={
-            (i,): [["tt.divisibility", 16]] if name in variant.aligned else []
-            for i, name in enumerate(names)
-            if name in variant.aligned or name in variant.constants
-        },
+    values = {name: variant.constants.get(name) for name in names}
+
+    def found_by_launch(name: str) -> tuple[str, Any]:
+        """Type of an argument, and what a launch notes of its value: "D" for a multiple of 16."""
+        kind = variant.signature.get(name)
+        if kind is None:
+            return "constexpr", values[name]
+        return kind, "D" if name in variant.aligned else "" if kind.startswith("*") else None
+
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    backend = make_backend(GPUTarget(*TARGETS[target]))
+    _, signature, constants, attributes = kernel._pack_args(
+        backend, options, values, list(map(found_by_launch, names)), None
     )
+    return ASTSource(kernel, signature, constants, attributes), options
 
 
 def _tile_bytes(kind: str) -> int:

@@ -236,7 +236,7 @@ def test_tensor_memory_limits_the_blocks_of_sm_100():
 
 def test_amd_occupancy_agrees_with_the_compilers_own():
     for variant in (gemm("gemm"), double("double")):
-        code = compilations._compile(variant, "gfx942").asm["amdgcn"]
+        code = compilations.compile_for(variant, "gfx942").asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
         waves_per_simd = int(re.search(r"; Occupancy: (\d+)", code)[1])
         assert occupancy("gfx942", 256, registers, 0)[0] == waves_per_simd
