@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-import vtp
 from vtp.comparison.comparison import Budget, Record, Subject, compare_runtimes
 from vtp.comparison.runtimes import COMPILERS, DTYPES, RUNTIMES, Run, Runtime
 from vtp.comparison.tables import Rows, in_rounds
-from vtp.model.cost import attention_cost, mlp_cost
-from vtp.pruning.compact import CompactBlock, CompactViT, ConstantBranch
+from vtp.model.cost import attention_cost, count, mlp_cost
+from vtp.pruning.compact import CompactBlock, CompactViT, ConstantBranch, compact
+from vtp.pruning.gates import insert_gates
+from vtp.pruning.selection import make_plan
 from vtp.runtime import cpu
 from vtp.runtime.cpu import CpuBlocks
 from vtp.runtime.optimize import pack_for_ops
@@ -53,8 +54,8 @@ def prepare_blocks(model: Blocks, tokens: Tensor, *, dtype: str) -> Run:
 def dense_of(small: CompactViT) -> CompactViT:
     """The dense model that a compact one was cut from, with random weights: the file does not have them."""
     torch.manual_seed(0)
-    gated = vtp.insert_gates(small.plan.architecture.build("cpu"))
-    dense = vtp.compact(gated, vtp.make_plan(gated, rate=0.0)).eval()
+    gated = insert_gates(small.plan.architecture.build("cpu"))
+    dense = compact(gated, make_plan(gated, rate=0.0)).eval()
     return dense.to(small.patch_embed.proj.weight.device)
 
 
@@ -82,7 +83,7 @@ def compare(
         images = torch.randn(batch, patch.proj.in_channels, *patch.img_size, generator=generator).to(device)
     except RuntimeError as error:  # of PyTorch's allocator
         raise ValueError(f"batch: got {batch}, expected images that fit into memory ({error})") from error
-    subject, beside = (Subject(m, images, macs=vtp.count(m).macs) for m in (small, dense))
+    subject, beside = (Subject(m, images, macs=count(m).macs) for m in (small, dense))
     runtimes = [p for p in RUNTIMES if p.dtype in dtypes and device.type in p.devices]
     entries = {p.label: (p, subject) for p in runtimes if p.name not in COMPILERS}
     entries |= {
@@ -123,8 +124,8 @@ def compare_branches(small: CompactViT, batch: int, dtype: str, budget: Budget) 
     """Time of every branch on our engine, beside those of a dense block ("dense attn", "dense mlp")."""
     architecture, device = small.plan.architecture, small.patch_embed.proj.weight.device
     torch.manual_seed(0)
-    gated = vtp.insert_gates(dataclasses.replace(architecture, depth=1).build("cpu"))
-    dense = vtp.compact(gated, vtp.make_plan(gated, rate=0.0)).eval().to(device)
+    gated = insert_gates(dataclasses.replace(architecture, depth=1).build("cpu"))
+    dense = compact(gated, make_plan(gated, rate=0.0)).eval().to(device)
     alone = {name.replace("blocks.0.", "dense "): branch for name, branch in branches(dense).items()}
     alone |= branches(small)
     generator = torch.Generator().manual_seed(0)
