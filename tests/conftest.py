@@ -1,4 +1,4 @@
-"""Two lanes: `pytest -m "not thorough"` runs the quick one, `pytest` everything. See `support/covering.py`."""
+"""Two lanes: `pytest -m "not thorough"` is the quick one, `pytest` everything; see `support/covering.py`."""
 
 import os
 from importlib.util import find_spec
@@ -6,27 +6,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.support.covering import set_aside
+from tests.support.covering import pytest_collection_modifyitems, pytest_configure  # noqa: F401
 
 # Side by side, one worker of pytest-xdist takes a core; alone, a run takes two.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 GIB = 2**30
-# What a run of the tests needs: the worker itself, its interpreter of Triton kernels, and a model being trained.
+# The process itself, its interpreter of Triton kernels, and one that a test starts, 1 GiB each and some room.
 MEMORY_OF_A_WORKER = 4 * GIB
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "thorough: run by `make test-all`, left out by `make test`")
-    config.addinivalue_line(
-        "markers", "covering(strength=2, by=None): what the quick lane takes of a product of parameters"
-    )
-
-
-@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers
-def pytest_collection_modifyitems(items):
-    for item in set_aside(items):
-        item.add_marker(pytest.mark.thorough)
 
 
 def pytest_xdist_auto_num_workers():

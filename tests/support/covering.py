@@ -1,17 +1,17 @@
 """The quick lane: of a test's product of parameters, a covering array.
 
-Each `pytest.mark.parametrize` of a test, and each parametrized fixture that it uses, is an axis. A test with three
-axes or more of shapes, dtypes and paths is a product of them, and a defect hardly ever needs more than two of its
-values together. So the quick lane runs a subset in which every pair of values that the product has occurs, and the
-rest is marked `thorough`. A test says otherwise by a marker:
+Each `pytest.mark.parametrize` of a test, and each parametrized fixture that it uses, is an axis. A test with
+three axes or more of shapes, dtypes and paths is a product of them, and a defect hardly ever needs more than
+two of its values together. So the quick lane runs a subset in which every pair of values occurs that the
+product has, and the rest is marked `thorough`. A test says otherwise by a marker:
 
-    @pytest.mark.covering(1)            every single value occurs: for axes that do not act on each other
-    @pytest.mark.covering(None)         the whole product
-    @pytest.mark.covering(by=traits)    every pair of what `traits(**parameters)` gives occurs: for rows of one axis
-                                        that have something in common, as the planted defects of one kernel and kind
+    @pytest.mark.covering(1)           every single value occurs: for axes that do not act on each other
+    @pytest.mark.covering(None)        the whole product
+    @pytest.mark.covering(by=traits)   every pair of what `traits(**parameters)` gives: for rows of one axis
+                                       that have something in common, as the planted defects of one kernel
 
-Which of them run is a function of the product alone: no chance, no state, the same in every process. What is asked
-for by its id is not part of a product, and runs.
+Which of them run is a function of the product alone: no chance, no state, the same in every process. What is
+asked for by its id is no product, and runs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,19 @@ import pytest
 
 # How many values at a time are covered, unless a test says otherwise.
 STRENGTH = 2
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "thorough: run by `make test-all`, left out by `make test`")
+    config.addinivalue_line(
+        "markers", "covering(strength=2, by=None): what the quick lane takes of a product of parameters"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in set_aside(items):
+        item.add_marker(pytest.mark.thorough)
 
 
 def covering(rows: Sequence[Sequence[Hashable]], strength: int) -> list[int]:
