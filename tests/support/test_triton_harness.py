@@ -67,6 +67,7 @@ def check_toys(dtype, width, side):
     check_canaries()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS, ids=lambda width: f"N{width}")

@@ -233,6 +233,12 @@ FORWARD = [
 ]
 
 
+# What the kernels distinguish of a case: the dtype, its side of memory, and whether it has many keys.
+def traits(case):
+    return case.dtype, case.side, case.N > 256
+
+
+@pytest.mark.covering(by=traits)
 @pytest.mark.parametrize("case", FORWARD, ids=str)
 def test_forward(interpreter, case):
     interpreter.run(prove, check_forward, case)
@@ -261,6 +267,7 @@ BACKWARD = [
 ]
 
 
+@pytest.mark.covering(by=traits)
 @pytest.mark.parametrize("case", BACKWARD, ids=str)
 def test_backward(interpreter, case):
     interpreter.run(prove, check_backward, case)
