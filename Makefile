@@ -1,4 +1,4 @@
-# make demo: prune a small DeiT on real images and write a report.   make test: the test suite.
+# make demo: prune a small DeiT on real images and write a report.   make test: the tests, their quick lane.
 # Both set up a virtual environment in .venv first; a second call skips what is done.
 
 PYTHON ?= python3
@@ -6,24 +6,31 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 BENCH := runs/bench
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+INSTALL := $(BIN)/python tools/install.py  # pip install, which says what it is doing
 
 # OpenMP threads that wait spin for a while by default, milliseconds in GCC's: beside one busy process on a core
 # that made training 17 times slower. Sleeping at once would slow small models on an idle machine; this is between.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test lint bench accuracy gpu baseline clean
+.PHONY: demo test test-all lint bench accuracy gpu baseline clean
 
 demo: $(VENV)/built
 	rm -rf $(DEMO)
 	$(BIN)/vtp run --out $(DEMO)
 
+# Two workers where there is memory for two. The quick lane has every op, proof, module and promise, and of products
+# of shapes, dtypes and paths a covering array (tests/support/covering.py).
 test: $(VENV)/installed-dev $(VENV)/built
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not thorough" $(ARGS)
+
+# Everything; for changes to kernels, to the CPU engine, or to what the tests share.
+test-all: $(VENV)/installed-dev $(VENV)/built
+	$(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The accuracy tables of the README: three seeds, about half an hour on two cores; continues where it stopped.
 accuracy: $(VENV)/installed
@@ -37,35 +44,39 @@ bench: $(VENV)/installed-bench $(VENV)/built
 	$(BIN)/python -m bench.latency_budget --out $(BENCH)/latency_budget.json
 	$(BIN)/python -m pytest -q bench/ops --benchmark-columns=median,iqr,rounds --benchmark-json=$(BENCH)/ops.json
 
-# Measure on this machine's GPU: numerics, compute-sanitizer where installed, times of the ops, of training steps and
-# of whole models; writes bench/results/gpu-<name>.json and compare-cuda.json. Without a GPU it says so and fails.
+# Measure on this machine's GPU, in nine minutes: numerics, compute-sanitizer where installed, whole models, training
+# steps, single ops; writes runs/gpu. Without a GPU it says so and fails.
 gpu: $(VENV)/installed-dev
 	$(BIN)/python -m bench.gpu
-	$(BIN)/python -m bench.compare --device cuda
 
 # The shipped baseline, from the original idx files (make baseline FASHION_MNIST=folder); about an hour.
 baseline: $(VENV)/installed
 	$(BIN)/vtp train dense --from-scratch --data $(FASHION_MNIST) --out runs/baseline --resume
 	cp runs/baseline/dense.safetensors vtp/baselines/fashion_deit.safetensors
 
-$(VENV)/installed: pyproject.toml setup.py
+# Without the C++ operators at first: building them takes PyTorch's headers from the environment.
+$(VENV)/installed: pyproject.toml setup.py tools/build_backend.py
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing (PyTorch is several gigabytes; this is the longest step of a first run)"
-	$(PIP) --editable .
-	touch $@
+	@VTP_BUILD_CPP=0 $(INSTALL) --editable .
+	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) --editable '.[dev]'
-	touch $@
+	@echo "installing what tests and lint need"
+	@VTP_BUILD_CPP=0 $(INSTALL) --editable '.[dev]'
+	@touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed-dev
-	$(PIP) --editable '.[dev,bench]'
-	touch $@
+	@echo "installing other runtimes to compare with"
+	@VTP_BUILD_CPP=0 $(INSTALL) --editable '.[dev,bench]'
+	@touch $@
 
 # The C++ operators; without a compiler, or with VTP_BUILD_CPP=0, there are none, and everything works without.
 $(VENV)/built: $(VENV)/installed setup.py $(wildcard csrc/cpu/*)
-	$(BIN)/python setup.py --quiet build_ext --inplace
-	touch $@
+	@$(BIN)/python tools/build_backend.py
+	@$(INSTALL) --no-deps --editable .
+	@ls vtp_kernels/_cpu*.so >/dev/null 2>&1 || echo "C++ operators: none; see why with VTP_BUILD_CPP=1 $(BIN)/pip install -v -e ."
+	@touch $@
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info vtp_kernels/_cpu*.so

@@ -1,15 +1,14 @@
 """Build of the package; metadata is in pyproject.toml.
 
-Where PyTorch is installed already, the C++ operators of `csrc/cpu` are built into `vtp_kernels/_cpu.abi3.so`:
+The C++ operators of `csrc/cpu` become `vtp_kernels/_cpu.abi3.so` where there is a compiler and PyTorch:
 
+    pip install .                                    # as part of the package; see tools/build_backend.py
     python setup.py build_ext --inplace              # in a checkout
-    pip install --no-build-isolation .               # as part of the package
 
-`pip install .` alone builds in an environment without PyTorch: the package is then pure Python and says at
-first use what is slower for it. So it is without a compiler, and with VTP_BUILD_CPP=0 in the environment.
+Without a compiler, or with VTP_BUILD_CPP=0 in the environment, the package is pure Python and says at first
+use what is slower for it; with VTP_BUILD_CPP=1 a failure of the compiler is an error.
 """
 
-import importlib.util
 import os
 import platform
 import sys
@@ -17,6 +16,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+from build_backend import find_compiler, find_torch, why_pure_python
 
 CPU = Path("csrc/cpu")
 
@@ -34,7 +36,7 @@ TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
 class BuildKernels(build_ext):
-    """Adds flags by file, and goes on without the operators where there is no compiler."""
+    """Adds flags by file, and goes on without the operators where the compiler fails."""
 
     def build_extension(self, extension: Extension) -> None:
         compile_one = self.compiler._compile
@@ -52,25 +54,31 @@ class BuildKernels(build_ext):
         except Exception as error:  # of the compiler, whose output is above
             if os.environ.get("VTP_BUILD_CPP") == "1":
                 raise
-            print(
-                f"vtp: C++ operators not built ({error}); vtp works without them, slower on a CPU",
-                file=sys.stderr,
-            )
+            _say_not_built(str(error))
+
+
+def _say_not_built(reason: str) -> None:
+    print(
+        f"vtp: C++ operators not built ({reason}); vtp works without them, slower on a CPU", file=sys.stderr
+    )
 
 
 def extensions() -> list[Extension]:
-    if os.environ.get("VTP_BUILD_CPP") == "0" or os.name == "nt" or not importlib.util.find_spec("torch"):
+    torch, reason = find_torch(), why_pure_python()
+    if reason is not None or torch is None:
+        if any(argument.startswith(("build_ext", "bdist_wheel", "editable_wheel")) for argument in sys.argv):
+            _say_not_built(reason or "no PyTorch, at least 2.10")
         return []
-    from torch.utils.cpp_extension import include_paths, library_paths
-
+    compiler = find_compiler()
+    os.environ.setdefault("CXX", compiler)
     x86 = platform.machine() in ("x86_64", "AMD64")
     sources = [path for path in sorted(CPU.glob("*.cpp")) if x86 or path.name not in X86_FLAGS]
     return [
         Extension(
             "vtp_kernels._cpu",
             [str(path) for path in sources],
-            include_dirs=include_paths(),
-            library_dirs=library_paths(),
+            include_dirs=[str(torch / "include"), str(torch / "include/torch/csrc/api/include")],
+            library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu"],
             depends=[str(path) for path in CPU.glob("*.h")],
             extra_compile_args=[*FLAGS, TORCH_TARGET],
@@ -80,4 +88,10 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})
+EXTENSIONS = extensions()
+setup(
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": BuildKernels},
+    # The operators use no Python at all: one wheel for every Python from 3.10 on.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
+)

@@ -47,7 +47,7 @@ def magnitude_plan(sparse: nn.Module, budget: dict[str, float], seed: int) -> vt
 
 
 def random_plan(sparse: nn.Module, budget: dict[str, float], seed: int) -> vtp.PruningPlan:
-    """Uniformly random."""
+    """A plan at this budget whose scores are random, uniform in [0, 1)."""
     generator = torch.Generator().manual_seed(seed)
     scores: dict[str, Tensor] = {
         name: torch.rand(layer.in_features, generator=generator) for name, layer in vtp.sites(sparse).items()

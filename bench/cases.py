@@ -101,7 +101,7 @@ TOYS = {
 
 
 def of(runtimes: Iterable[Runtime], dtypes: Container[str], *names: str) -> list[Runtime]:
-    """Those of `runtimes` with these names and dtypes."""
+    """The runtimes of a list that have these names and dtypes."""
     return [runtime for runtime in runtimes if runtime.name in names and runtime.dtype in dtypes]
 
 

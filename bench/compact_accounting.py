@@ -20,9 +20,10 @@ assumptions). Only the blocks count; what is around them is the same everywhere.
 
 import argparse
 import copy
+import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 from bench.irregular import irregular_models
 from vtp.files import FileError, write_atomic
+from vtp.model.widths import BlockWidths
 from vtp.pipeline import environment
 from vtp.pruning.compact import CompactViT
 from vtp.runtime.optimize import pack_for_ops
@@ -89,15 +91,9 @@ def launches(model: nn.Module, layers: dict[tuple[str, bool], str], batch: int) 
     return [record for record in recorder.records if record.part in LAYERS]
 
 
-def widths(small: CompactViT) -> Iterator[tuple[int, tuple[int, ...], int, int]]:
-    """Of each block: inputs of qkv, value widths, inputs of fc1, hidden width."""
-    for block in small.blocks:
-        yield (
-            block.attn.qkv.in_features,
-            block.attn.value_widths,
-            block.mlp.fc1.in_features,
-            block.mlp.fc2.in_features,
-        )
+def widths(small: CompactViT) -> list[BlockWidths]:
+    """The kept widths of each block."""
+    return [small.plan.block_widths(i) for i in range(len(small.blocks))]
 
 
 def up(width: int, to: int) -> int:
@@ -111,7 +107,7 @@ def ideal(small: CompactViT, batch: int, pad: int = 1) -> dict[str, int]:
     """
     D, N = small.embed_dim, small.patch_embed.num_patches + small.num_prefix_tokens
     M, moved, flops = batch * N, 0, 0
-    for qkv, values, fc1, hidden in widths(small):
+    for qkv, values, fc1, hidden in map(dataclasses.astuple, widths(small)):
         heads = small.blocks[0].attn.head_dim * len(values)
         keys = N
         if pad > 1:
@@ -135,7 +131,7 @@ def folded(small: CompactViT, batch: int, records: Sequence[Record]) -> dict[str
     """
     D, N = small.embed_dim, small.patch_embed.num_patches + small.num_prefix_tokens
     M, dram, tiles = batch * N, total(records), total(records, amount="tile_bytes")
-    for qkv, values, fc1, hidden in widths(small):
+    for qkv, values, fc1, hidden in map(dataclasses.astuple, widths(small)):
         heads = small.blocks[0].attn.head_dim * len(values)
         for K, outputs in ((qkv, 2 * heads + sum(values)), (fc1, hidden)):
             dram -= 2 * 2 * M * K  # written by the norm and read by the product; x is read in its place
@@ -208,7 +204,7 @@ def waste(content: dict[str, Any]) -> Rows:
 
 
 def by_layer(content: dict[str, Any], batch: str) -> Rows:
-    """Of all blocks together, the packed model beside eager PyTorch."""
+    """A table of all blocks together, the packed model beside eager PyTorch."""
     names = [name for name in GPUS if name in ("A100", "H100")]
     rows = [["layer", "launches", "MB", "GFLOP", *(f"{name}, us" for name in names)]]
     found = content["batches"][batch]
@@ -257,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "label": "predicted, not measured; assumptions in vtp_kernels/proofs/roofline.py",
         "model": options.model,
         "rate": options.rate,
-        "widths": [list(each) for each in widths(small)],
+        "widths": [list(dataclasses.astuple(each)) for each in widths(small)],
         "blocks": len(small.blocks),
         "environment": environment(),
         "batches": {str(batch): account(small, batch) for batch in options.batch},

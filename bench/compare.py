@@ -174,7 +174,7 @@ def slow_down_seen(record: Record) -> bool:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked."""
+    """Parse the command line and check its options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -228,7 +228,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Its name in the results file."""
+        """The name of a case in the results file."""
         return ", ".join(str(v) if k in ("case", "model") else f"{k} {v}" for k, v in self.what.items())
 
 

@@ -96,7 +96,7 @@ class NaiveGatedLinear(nn.Module):
 
 
 def ungated(dense: nn.Module) -> Variant:
-    """The plain model."""
+    """The plain model, without gates."""
     return Variant(copy.deepcopy(dense))
 
 
@@ -432,7 +432,7 @@ def failures(results: Mapping[str, Any]) -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked."""
+    """Parse the command line and check its options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -150,7 +150,7 @@ def title(results: Mapping[str, Any]) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked."""
+    """Parse the command line and check its options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -14,7 +14,7 @@ from bench.irregular import randomize_vectors
 from vtp.comparison.own_model import Blocks
 from vtp.comparison.runtimes import DTYPES, Run, Runtime, Unsupported
 from vtp.runtime import cpu
-from vtp_kernels.library import why_no_cpp
+from vtp_kernels.library import cpp_unsupported_reason
 
 
 def prepare_packed(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
@@ -53,7 +53,7 @@ class FeedForward(Blocks):
 
 def prepare_our_linear(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
     """One linear by the engine's micro-kernels, its weight packed once."""
-    if (reason := why_no_cpp()) is not None:
+    if (reason := cpp_unsupported_reason()) is not None:
         raise Unsupported(reason)
     outputs = len(linear.weight)
     weight = cpu.panels(linear.weight.detach(), DTYPES[dtype]).view(-1).view(torch.uint8)
@@ -64,7 +64,7 @@ def prepare_our_linear(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
 
 
 def gemm_runtimes(runtimes: Iterable[Runtime]) -> list[Runtime]:
-    """Those of `runtimes` that know no more of a linear than its product, and the packed one."""
+    """The runtimes that know no more of a linear than its product, ours, and oneDNN's packed one."""
     found = []
     for dtype in DTYPES:
         packed, ours = (functools.partial(f, dtype=dtype) for f in (prepare_packed, prepare_our_linear))

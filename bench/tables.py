@@ -61,7 +61,7 @@ def fastest(record: Record, dtype: str) -> str | None:
 
 
 def noise(record: Record) -> str:
-    """Of a case in which ours takes part twice: how one compares with the other."""
+    """The ratio of our engine's repeat to our engine, of a case that has both; else "-"."""
     return next((ratio(*pair) for pair in repeats(record)), "-")
 
 
@@ -192,7 +192,7 @@ def sweep_table(results: Record) -> Rows:
 
 
 def _speedup(record: Record, name: str, dense: list[float], own: list[float]) -> str:
-    """As in "1.80x of 2.00x: 0.90 (0.88-0.92)"."""
+    """A speed-up as a text, as in "1.80x of 2.00x: 0.90 (0.88-0.92)"."""
     promised = record["macs"]["dense"] / record["macs"][name]
     found = pairwise_ratio(dense, own)
     share, q1, q3 = (found[key] / promised for key in ("median", "q1", "q3"))
@@ -223,7 +223,7 @@ def training_table(results: Record) -> Rows:
 
 
 def realised(record: Record, runtime: str) -> dict[int, float]:
-    """Of a case of layers: by width, the speed-up over the widest layer as a share of what MACs promise."""
+    """By width, the speed-up of a layer over the widest one, as a share of what its MACs promise."""
     rates = {}
     for width, macs in record["macs"].items():
         if seconds := in_rounds(record, f"{width}: {runtime}, float32"):
@@ -285,7 +285,7 @@ def rate_table(results: Record) -> Rows:
 
 
 def product(label: str, record: Record) -> str:
-    """What was multiplied."""
+    """The shape of a product as a text."""
     return "-" if "flops" in record["runtimes"][label] else f"{record['size']} cubed"
 
 

@@ -20,6 +20,8 @@ from vtp.pruning.selection import make_plan
 from vtp.runtime.latency_profile import profile_widths
 from vtp.runtime.optimize import OptimizedViT, optimize
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Architecture",
     "CompactViT",
@@ -31,6 +33,7 @@ __all__ = [
     "PlanError",
     "PruningPlan",
     "UnsupportedModelError",
+    "__version__",
     "compact",
     "count",
     "describe",

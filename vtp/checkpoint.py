@@ -33,7 +33,7 @@ from vtp.pruning.gates import GatedLinear, insert_gates
 from vtp.pruning.plan import PruningPlan
 
 FORMAT_VERSION = 1
-_FIELDS = {
+_FIELDS: dict[str, type | tuple[type, ...]] = {
     "kind": str,
     "architecture": dict,
     "plan": (dict, NoneType),

@@ -37,8 +37,9 @@ from vtp.runtime.latency_profile import profile_widths
 from vtp.training.config import TrainConfig
 from vtp.training.data import EMBEDDED, Data, open_data
 from vtp.training.loaders import Augment
-from vtp.training.loop import STATE_FORMAT, NonFiniteLossError, TrainingInterrupted, evaluate, train
+from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, evaluate, train
 from vtp.training.sparsity import gate_statistics
+from vtp.training.state import STATE_FORMAT
 from vtp.zoo import FASHION_DEIT, open_model
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)

@@ -14,7 +14,7 @@ class FileError(ValueError):
     """A file that cannot be read or written as what it should be; the message says why."""
 
 
-def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
     """Write a file so that `path` only ever names a complete one.
 
     `write` gets a temporary path in the same folder; the result is flushed to disk and renamed over
@@ -76,5 +76,5 @@ def fingerprint(tensors: Mapping[str, Tensor], text: str = "") -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -59,7 +59,7 @@ class Recipe:
 
 
 def _small_recipe() -> Recipe:
-    """For the 28-pixel DeiT that ships with the package; minutes on a laptop."""
+    """The recipe for the 28-pixel DeiT that ships with the package; minutes on a laptop."""
     tuning = TrainConfig(epochs=4, batch_size=128, lr=5e-4, warmup_epochs=0.5, clip_grad=1.0)
     return Recipe(
         augment="light",
@@ -70,8 +70,8 @@ def _small_recipe() -> Recipe:
 
 
 def _deit_recipe() -> Recipe:
-    """For released DeiT, ViT and DINOv2 models on image folders: DeiT's augmentation (arXiv 2012.12877) and
-    the paper's 100 + 100 epochs and lambda (arXiv 2104.08500)."""
+    """The recipe for released DeiT, ViT and DINOv2 models on image folders: DeiT's augmentation (arXiv
+    2012.12877) and the paper's 100 + 100 epochs and lambda (arXiv 2104.08500)."""
     tuning = TrainConfig(
         epochs=100, batch_size=128, lr=2e-5, min_lr=1e-6, warmup_epochs=5.0, weight_decay=0.05,
         mixup=0.8, cutmix=1.0, drop_path=0.1, precision="bf16", workers=8,

@@ -12,9 +12,10 @@ from vtp_kernels.library import autocast_is_on
 
 
 def as_autocast_casts(x: Any, *others: Any) -> tuple[Any, ...]:
-    """x and the others, in autocast's dtype where autocast is on for x; a float64 x leaves all as they are.
+    """Cast the tensors among the arguments to autocast's dtype, if autocast is on for the device of `x`.
 
-    What is no tensor stays too, to be refused, or to be None.
+    Nothing is cast beside a float64 x. What is no tensor is returned as it is: None, or something that
+    `check_tensors` will refuse.
     """
     if not isinstance(x, Tensor) or not autocast_is_on(x.device) or x.dtype == torch.float64:
         return x, *others
@@ -25,7 +26,19 @@ def as_autocast_casts(x: Any, *others: Any) -> tuple[Any, ...]:
 def check_tensors(
     required: Mapping[str, Any], optional: Mapping[str, Any] | None = None
 ) -> dict[str, Tensor]:
-    """By name those that are given: tensors on the device of the first, whose dtype is one that ops take."""
+    """Check that the arguments of an op are tensors on one device, and that the first has a dtype ops take.
+
+    Args:
+        required: arguments by name, the first of which sets the device.
+        optional: more of them, each of which may be None.
+
+    Returns:
+        By name, those that are not None.
+
+    Raises:
+        TypeError: one is not a tensor, or the first is not float32, bfloat16, float16 or float64.
+        ValueError: one is on another device than the first.
+    """
     tensors = {**required, **{name: t for name, t in (optional or {}).items() if t is not None}}
     first, x = next(iter(tensors.items()))
     for name, tensor in tensors.items():
@@ -39,7 +52,13 @@ def check_tensors(
 
 
 def check_dtypes(tensors: Mapping[str, Tensor], or_float32: Collection[str] = ()) -> None:
-    """All have the dtype of x, the first; those in `or_float32` may be float32 beside a 16-bit x."""
+    """Check that all tensors have the dtype of the first, which is x.
+
+    Those named in `or_float32` may also be float32, beside a 16-bit x.
+
+    Raises:
+        TypeError: one has another dtype.
+    """
     x = next(iter(tensors.values()))
     for name, tensor in tensors.items():
         allowed = {x.dtype, torch.float32} if name in or_float32 and x.element_size() == 2 else {x.dtype}
@@ -49,12 +68,20 @@ def check_dtypes(tensors: Mapping[str, Tensor], or_float32: Collection[str] = ()
 
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
+    """Raise ValueError unless the argument `name` has the shape `expected`."""
     if tensor.shape != tuple(expected):
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {list(map(int, expected))}")
 
 
 def check_inputs(x: Tensor, weight: Tensor, name: str = "weight", axes: str = "[N, K]") -> None:
-    """x [..., K] is what the matrix weight [N, K] multiplies."""
+    """Check that x [..., K] can be multiplied by the matrix `weight` [N, K].
+
+    Args:
+        name, axes: what the weight and its shape are called in messages.
+
+    Raises:
+        ValueError: the weight is not a matrix, or x has not its number of inputs.
+    """
     if weight.ndim != 2:
         raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected {axes}")
     N, K = weight.shape

@@ -7,7 +7,11 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str, error: type[Exception]) -> None:
-    """Write `text` so that `path` only ever names a complete file; raises `error` where that fails."""
+    """Write `text` to the file `path`, which only ever names a complete file.
+
+    Raises:
+        error: it cannot be written, with the reason.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -22,17 +22,18 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
-from vtp_kernels.gated_linear import _grouped_tile
-from vtp_kernels.launching import Config, TensorDescriptor, Variant, is_amd, launch, tl, triton
-from vtp_kernels.library import LIBRARY, define
+from vtp_kernels._tiles import grouped_tile, load_tile
+from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, is_amd, launch, tl, triton
+from vtp_kernels.library import define, define_gradient
+from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, padded_width, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -44,7 +45,7 @@ def compact_linear_ref(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The definition, for autograd to differentiate: `act(x @ weight.T + bias) + residual`."""
+    """The definition of `compact_linear` in plain PyTorch: `act(x @ weight.T + bias) + residual`."""
     y = F.linear(x, weight, bias)
     y = F.gelu(y) if activation == "gelu" else y
     return y if residual is None else y + residual
@@ -53,14 +54,27 @@ def compact_linear_ref(
 # -------------------------------------------------------------------------------------------------- kernels
 
 
-@triton.jit
-def _load_inputs(source, o_row, o_k, K, stride, TAIL: tl.constexpr):
-    """source[o_row, o_k] of rows that exist; in the tail 0 beyond K, whatever the padding holds."""
-    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_k[None, :]
-    if TAIL:  # whole 16 bytes are loaded
-        b_tile = tl.load(p_tile, mask=(o_k[None, :] < (K + 7) // 8 * 8) & (o_row[:, None] >= 0), other=0.0)
-        return tl.where(o_k[None, :] < K, b_tile, 0.0)
-    return tl.load(p_tile)
+class _Operand(NamedTuple):
+    """A matrix [rows, columns] that device code multiplies; tiles: None, or a descriptor to load them by."""
+
+    p: Any
+    tiles: Any
+    rows: Any
+    columns: Any
+    stride: Any
+
+
+class _Epilogue(NamedTuple):
+    """What device code makes of a product, and where it stores the results: arguments of the kernels."""
+
+    bias: Any
+    bias_width: Any
+    gelu: Any
+    residual: Any
+    stride_residual: Any
+    z: Any
+    out: Any
+    stride_out: Any
 
 
 @triton.jit
@@ -73,7 +87,7 @@ def _add_product(acc, b_x, b_w, TRANSPOSED: tl.constexpr, PRECISION: tl.constexp
 
 @triton.jit
 def _product_tile(
-    x, weight, x_tiles, w_tiles, i_m, i_n, begin, end, M, N, K, stride_x, stride_w,
+    x, weight, i_m, i_n, begin, end,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
     TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -82,8 +96,8 @@ def _product_tile(
     Tensor cores take 16 rows at least but 8 columns: TRANSPOSED makes W x^T, for a tile of 8 rows.
     """
     # Rows beyond the end read the last row again and are dropped at the store: no mask in the loop.
-    r_m = tl.minimum(i_m + tl.arange(0, TILE_M), M - 1)
-    r_n = tl.minimum(i_n + tl.arange(0, TILE_N), N - 1)
+    r_m = tl.minimum(i_m + tl.arange(0, TILE_M), x.rows - 1)
+    r_n = tl.minimum(i_n + tl.arange(0, TILE_N), weight.rows - 1)
     if TRANSPOSED:
         acc = tl.zeros((TILE_N, TILE_M), dtype=tl.float32)
     else:
@@ -91,17 +105,19 @@ def _product_tile(
     full = begin + (end - begin) // BLOCK_K * BLOCK_K
     for k in range(begin, full, BLOCK_K):
         if DESCRIPTORS:  # rows beyond the end are clipped, and filled with 0, by the hardware
-            b_x = x_tiles.load([i_m, k])
-            b_w = w_tiles.load([i_n, k])
+            b_x = x.tiles.load([i_m, k])
+            b_w = weight.tiles.load([i_n, k])
         else:
             o_k = k + tl.arange(0, BLOCK_K)
-            b_x = _load_inputs(x, r_m, o_k, K, stride_x, False)
-            b_w = _load_inputs(weight, r_n, o_k, K, stride_w, False)
+            b_x = load_tile(x.p, r_m, o_k, x.rows, x.columns, x.stride, False, False)
+            b_w = load_tile(weight.p, r_n, o_k, weight.rows, weight.columns, weight.stride, False, False)
         acc = _add_product(acc, b_x, b_w, TRANSPOSED, PRECISION)
     for k in range(full, end, TAIL_K):
         o_k = k + tl.arange(0, TAIL_K)
-        b_x = _load_inputs(x, r_m, o_k, K, stride_x, True)
-        b_w = _load_inputs(weight, r_n, o_k, K, stride_w, True)
+        b_x = load_tile(x.p, r_m, o_k, x.rows, x.columns, x.stride, False, True, PADDED=True)
+        b_w = load_tile(
+            weight.p, r_n, o_k, weight.rows, weight.columns, weight.stride, False, True, PADDED=True
+        )
         acc = _add_product(acc, b_x, b_w, TRANSPOSED, PRECISION)
     if TRANSPOSED:
         acc = tl.trans(acc)
@@ -109,11 +125,9 @@ def _product_tile(
 
 
 @triton.jit
-def _store_result(
-    acc, bias, residual, z, out, o_m, o_n, M, N, bias_width, stride_residual, stride_out, gelu,
-    SAVE: tl.constexpr,
-):  # fmt: skip
+def _store_result(acc, finish, o_m, o_n, M, N, SAVE: tl.constexpr):
     """out = act(acc + bias) + residual, and with SAVE z = acc + bias; 0 in the padding of both."""
+    bias, bias_width, gelu, residual, stride_residual, z, out, stride_out = finish
     m_tile = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)
     m_padding = o_n[None, :] >= N
     o_out = o_m[:, None].to(tl.int64) * stride_out + o_n[None, :]
@@ -130,25 +144,28 @@ def _store_result(
 
 @triton.jit
 def _tile_of_result(
-    x, weight, x_tiles, w_tiles, bias, residual, z, out, partial, i_m, i_n, i_part, inputs_per_part,
-    M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out, gelu,
+    x, weight, finish, partial, i_m, i_n, i_part, inputs_per_part,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
     TRANSPOSED: tl.constexpr, SAVE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    M, N, K = x.rows, weight.rows, x.columns
     o_m, o_n = i_m + tl.arange(0, TILE_M), i_n + tl.arange(0, TILE_N)
     if partial is None:
-        acc = _product_tile(x, weight, x_tiles, w_tiles, i_m, i_n, 0, K, M, N, K, stride_x, stride_w,
-                            TILE_M, TILE_N, BLOCK_K, TAIL_K, TRANSPOSED, DESCRIPTORS, PRECISION)  # fmt: skip
-        _store_result(acc, bias, residual, z, out, o_m, o_n, M, N, bias_width,
-                      stride_residual, stride_out, gelu, SAVE)  # fmt: skip
+        acc = _product_tile(
+            x, weight, i_m, i_n, 0, K, TILE_M=TILE_M, TILE_N=TILE_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
+            TRANSPOSED=TRANSPOSED, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
+        _store_result(acc, finish, o_m, o_n, M, N, SAVE)
     else:
         begin = i_part * (inputs_per_part // BLOCK_K * BLOCK_K)
         end = tl.minimum(begin + inputs_per_part, K)
-        acc = _product_tile(x, weight, x_tiles, w_tiles, i_m, i_n, begin, end, M, N, K, stride_x, stride_w,
-                            TILE_M, TILE_N, BLOCK_K, TAIL_K, TRANSPOSED, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc = _product_tile(
+            x, weight, i_m, i_n, begin, end, TILE_M=TILE_M, TILE_N=TILE_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
+            TRANSPOSED=TRANSPOSED, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
         row = i_part.to(tl.int64) * M + o_m[:, None]
         m_tile = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)
-        tl.store(partial + row * stride_out + o_n[None, :], acc, mask=m_tile)
+        tl.store(partial + row * finish.stride_out + o_n[None, :], acc, mask=m_tile)
 
 
 @triton.jit(
@@ -165,37 +182,40 @@ def _compact_linear_fwd_kernel(
     BORDER_N: tl.constexpr, BOTTOM_M: tl.constexpr, BOTTOM_N: tl.constexpr,
     SAVE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result: of the interior, of the right border or of the bottom one (see `_Grid`).
+    """One tile of the result: of the interior, of the right border or of the bottom one (see `TileGrid`).
 
     x_tiles and w_tiles are descriptors of tiles of the interior, the borders load by pointer. With `partial`
     the tile is a sum over `inputs_per_part` inputs, for `_compact_linear_parts_kernel`.
     """
     stride_x, stride_w = stride_x // 8 * 8, stride_w // 8 * 8  # tells the compiler that rows are padded
     stride_residual, stride_out = stride_residual // 8 * 8, stride_out // 8 * 8
+    x, weight = _Operand(x, x_tiles, M, K, stride_x), _Operand(weight, w_tiles, N, K, stride_w)
+    finish = _Epilogue(bias, bias_width, gelu, residual, stride_residual, z, out, stride_out)
     i_tile, i_part = tl.program_id(0), tl.program_id(1)
     interior = rows * columns
     if i_tile < interior:
-        i_m, i_n = _grouped_tile(i_tile, rows, columns, 8)
+        i_m, i_n = grouped_tile(i_tile, rows, columns, 8)
         _tile_of_result(
-            x, weight, x_tiles, w_tiles, bias, residual, z, out, partial, i_m * BLOCK_M, i_n * BLOCK_N,
-            i_part, inputs_per_part, M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out,
-            gelu, BLOCK_M, BLOCK_N, BLOCK_K, TAIL_K, False, SAVE, DESCRIPTORS, PRECISION,
+            x, weight, finish, partial, i_m * BLOCK_M, i_n * BLOCK_N, i_part, inputs_per_part,
+            TILE_M=BLOCK_M, TILE_N=BLOCK_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
+            TRANSPOSED=False, SAVE=SAVE, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
     elif i_tile < interior + rows * border:
-        i_m, i_n = _grouped_tile(i_tile - interior, rows, border, 8)
+        i_m, i_n = grouped_tile(i_tile - interior, rows, border, 8)
+        i_m, i_n = i_m * BLOCK_M, columns * BLOCK_N + i_n * BORDER_N
         _tile_of_result(
-            x, weight, None, None, bias, residual, z, out, partial, i_m * BLOCK_M,
-            columns * BLOCK_N + i_n * BORDER_N,
-            i_part, inputs_per_part, M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out,
-            gelu, BLOCK_M, BORDER_N, BLOCK_K, TAIL_K, False, SAVE, False, PRECISION,
+            x, weight, finish, partial, i_m, i_n, i_part, inputs_per_part,
+            TILE_M=BLOCK_M, TILE_N=BORDER_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
+            TRANSPOSED=False, SAVE=SAVE, DESCRIPTORS=False, PRECISION=PRECISION,
         )  # fmt: skip
     else:
         i_tile -= interior + rows * border
+        i_m = rows * BLOCK_M + i_tile // bottom_columns * BOTTOM_M
+        i_n = i_tile % bottom_columns * BOTTOM_N
         _tile_of_result(
-            x, weight, None, None, bias, residual, z, out, partial,
-            rows * BLOCK_M + i_tile // bottom_columns * BOTTOM_M, i_tile % bottom_columns * BOTTOM_N,
-            i_part, inputs_per_part, M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out,
-            gelu, BOTTOM_M, BOTTOM_N, BLOCK_K, TAIL_K, True, SAVE, False, PRECISION,
+            x, weight, finish, partial, i_m, i_n, i_part, inputs_per_part,
+            TILE_M=BOTTOM_M, TILE_N=BOTTOM_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
+            TRANSPOSED=True, SAVE=SAVE, DESCRIPTORS=False, PRECISION=PRECISION,
         )  # fmt: skip
 
 
@@ -215,8 +235,8 @@ def _compact_linear_parts_kernel(
     for part in range(parts):
         row = tl.cast(part, tl.int64) * M + o_m[:, None]
         acc += tl.load(partial + row * stride_out + o_n[None, :], mask=m_tile, other=0.0)
-    _store_result(acc, bias, residual, z, out, o_m, o_n, M, N, bias_width,
-                  stride_residual, stride_out, gelu, SAVE)  # fmt: skip
+    finish = _Epilogue(bias, bias_width, gelu, residual, stride_residual, z, out, stride_out)
+    _store_result(acc, finish, o_m, o_n, M, N, SAVE)
 
 
 @triton.jit(do_not_specialize=["M", "N", "rows_per_program", "stride_dy", "stride_z", "stride_dz"])
@@ -270,29 +290,24 @@ def _compact_linear_db_kernel(partial, db, rows, N, BLOCK_R: tl.constexpr, BLOCK
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def _config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
-    return Config(
-        blocks | {"TAIL_K": 16, "BORDER_N": 32, "BOTTOM_M": 8, "BOTTOM_N": 64}, num_warps, num_stages
-    )
-
-
-# Tiles of the interior [BLOCK_M, BLOCK_N, BLOCK_K], warps and stages, by operands: 16-bit, float32 on tensor
-# cores (TF32), float32 without (IEEE). The borders have the same sizes everywhere:
+# Sizes of the borders, the same for all operands:
 # - TAIL_K: a matrix product of 16-bit numbers takes 16 inputs at least.
 # - BORDER_N: tiles of the border load x again. For half a tile, as there is on average, borders of 32 load as
 #   much from L2 as one padded tile (2 times 64 + 32 rows of inputs, and 64 + 128); borders of 16 load 1.7
 #   times as much, to save 1 % of the multiplications at N = 768.
 # - BOTTOM_M, BOTTOM_N: W x^T on NVIDIA's tensor cores takes 8 rows of x; AMD's take 16.
+_BORDERS = dict(TAIL_K=16, BORDER_N=32, BOTTOM_M=8, BOTTOM_N=64)
+# Warps, stages and tiles of the interior, by operands: 16-bit, float32 on tensor cores (TF32), float32
+# without (IEEE).
 _TILES = {
-    "16": _config(64, 128, 64, 4, 3),
-    "tf32": _config(64, 64, 32, 4, 3),
-    "ieee": _config(32, 64, 32, 4, 2),
+    "16": Config.of(4, 3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, **_BORDERS),
+    "tf32": Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, **_BORDERS),
+    "ieee": Config.of(4, 2, BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, **_BORDERS),
 }
-_PARTS = Config({"BLOCK_M": 4, "BLOCK_N": 128}, num_warps=4, num_stages=1)
-_DZ = Config({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=4, num_stages=1)
+_PARTS = Config.of(4, 1, BLOCK_M=4, BLOCK_N=128)
+_DZ = Config.of(4, 1, BLOCK_M=16, BLOCK_N=128)
 _DZ_ROWS = 128  # of dY per program: one partial sum of a column for each
-_DB = Config({"BLOCK_R": 16, "BLOCK_N": 64}, num_warps=4, num_stages=1)
+_DB = Config.of(4, 1, BLOCK_R=16, BLOCK_N=64)
 
 # The bottom border is for as many rows, and only where padding them to a full tile would be more than this
 # part of M. Predicted, not measured: a tile of it loads 8 + 64 rows of inputs for 8 x 64 results, so that two
@@ -316,11 +331,19 @@ _LEAST_INPUTS = 2048
 # inputs they take longer than it saves, and they add a tenth to the bytes of a compact DeiT-B.
 _VENDOR_ROWS = 4096
 
+# What `launching.forced_path` can force: such a product in the op's own kernel or in the vendor's GEMM, and
+# inputs in one piece or split, into parts of as few as one block.
+_PRODUCT = choice("compact_linear", "kernel", "vendor")
+_INPUTS = choice("compact_linear", "whole", "split")
+
 
 @dataclass(frozen=True)
-class _Grid:
-    """The tiles of a result: of the interior and of the right border in each of `rows` rows of tiles, and of
-    the bottom border, for what is left below them."""
+class TileGrid:
+    """The tiles that a result is made of.
+
+    Each of `rows` rows of tiles has `columns` in the interior and `border` in the right border; below them
+    the bottom border has `bottom_rows` times `bottom_columns`.
+    """
 
     rows: int
     columns: int
@@ -330,15 +353,17 @@ class _Grid:
 
     @property
     def tiles(self) -> int:
+        """How many there are in all."""
         return self.rows * (self.columns + self.border) + self.bottom_rows * self.bottom_columns
 
 
-def _grid(M: int, N: int, config: Config) -> _Grid:
+def tile_grid(M: int, N: int, config: Config) -> TileGrid:
+    """The tiles of a result [M, N] of `_compact_linear_fwd_kernel` with this configuration."""
     block = config.blocks
     bottom = M % block["BLOCK_M"]
     if bottom > _BOTTOM_ROWS or block["BLOCK_M"] - bottom <= _BOTTOM_PART * M:
         bottom = 0
-    return _Grid(
+    return TileGrid(
         rows=triton.cdiv(M - bottom, block["BLOCK_M"]),
         columns=N // block["BLOCK_N"],
         border=triton.cdiv(N % block["BLOCK_N"], block["BORDER_N"]),
@@ -348,8 +373,8 @@ def _grid(M: int, N: int, config: Config) -> _Grid:
 
 
 def tiled_flops(M: int, N: int, K: int, config: Config) -> int:
-    """What `_compact_linear_fwd_kernel` multiplies and adds, padding of its tiles included."""
-    grid, block = _grid(M, N, config), config.blocks
+    """FLOPs of `_compact_linear_fwd_kernel` for these sizes, those on the padding of its tiles included."""
+    grid, block = tile_grid(M, N, config), config.blocks
     columns = grid.columns * block["BLOCK_N"] + grid.border * block["BORDER_N"]
     results = grid.rows * block["BLOCK_M"] * columns
     results += grid.bottom_rows * block["BOTTOM_M"] * grid.bottom_columns * block["BOTTOM_N"]
@@ -359,19 +384,21 @@ def tiled_flops(M: int, N: int, K: int, config: Config) -> int:
 
 def _inputs_per_part(tiles: int, K: int, config: Config) -> int:
     """K, or where the inputs are split how many each part has but the last, which may have fewer."""
-    parts = min(_FULL_GPU // tiles, K // _LEAST_INPUTS)
-    if parts < 2:
+    block = config.blocks["BLOCK_K"]
+    least = block if _INPUTS.forced == "split" else _LEAST_INPUTS
+    parts = min(_FULL_GPU // tiles, K // least)
+    if parts < 2 or _INPUTS.forced == "whole":
         return K
-    return triton.cdiv(triton.cdiv(K, config.blocks["BLOCK_K"]), parts) * config.blocks["BLOCK_K"]
+    return triton.cdiv(triton.cdiv(K, block), parts) * block
 
 
 # ------------------------------------------------------------------------------------------------- launchers
 
 
 def _empty_rows(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`launching.empty_rows`, and the same memory as [M, width] with the stride of a row even if M is 1."""
-    out = launching.empty_rows(*shape, dtype=dtype, device=device)
-    return out, out.as_strided((shape[:-1].numel(), shape[-1]), (launching.padded_width(shape[-1]), 1))
+    """`empty_rows`, and the same memory as [M, width] with the stride of a row even if M is 1."""
+    out = empty_rows(*shape, dtype=dtype, device=device)
+    return out, out.as_strided((shape[:-1].numel(), shape[-1]), (padded_width(shape[-1]), 1))
 
 
 def _tiles(x: Tensor) -> Config:
@@ -404,7 +431,7 @@ def _launch_fwd(
     (M, K), N = x.shape, weight.shape[0]
     config = _tiles(x)
     block = config.blocks
-    grid = _grid(M, N, config)
+    grid = tile_grid(M, N, config)
     inputs = _inputs_per_part(grid.tiles, K, config)
     parts = triton.cdiv(K, inputs)
     finish = _epilogue(bias, gelu, residual, z, out, weight)
@@ -454,10 +481,10 @@ def _launch_dz(
     """dz [M, N] in `dtype`, and sums [programs, N rounded up to 8] of its columns; either may be None."""
     M, N = dy.shape
     programs = triton.cdiv(M, _DZ_ROWS)
-    dz = launching.empty_rows(M, N, dtype=dtype, device=dy.device) if need_dz else None
+    dz = empty_rows(M, N, dtype=dtype, device=dy.device) if need_dz else None
     partial = None
     if need_db:
-        partial = torch.empty((programs, launching.padded_width(N)), dtype=torch.float32, device=dy.device)
+        partial = torch.empty((programs, padded_width(N)), dtype=torch.float32, device=dy.device)
     launch(
         _compact_linear_dz_kernel,
         (programs, triton.cdiv(N, _DZ.blocks["BLOCK_N"])),
@@ -498,9 +525,10 @@ def _forward_triton(
     if 0 in (x.numel(), N) or x.dtype == torch.float64:
         return _forward_plain(x, weight, bias, gelu, residual, save)
     shape = torch.Size((*x.shape[:-1], N))
-    x, weight = launching.with_padded_rows(x), launching.with_padded_rows(weight)
-    residual = None if residual is None else launching.with_padded_rows(residual)
-    if len(x) >= _VENDOR_ROWS and residual is None and not (gelu or save):
+    x, weight = with_padded_rows(x), with_padded_rows(weight)
+    residual = None if residual is None else with_padded_rows(residual)
+    has_epilogue = gelu or save or residual is not None
+    if not has_epilogue and _PRODUCT.takes("vendor", len(x) >= _VENDOR_ROWS):
         return _product(x, weight.t(), shape, bias), x.new_empty(0)
     out, out_rows = _empty_rows(shape, x.dtype if residual is None else residual.dtype, x.device)
     z, z_rows = _empty_rows(shape, x.dtype, x.device) if save else (x.new_empty(0), None)
@@ -511,25 +539,25 @@ def _forward_triton(
 def _backward_triton(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None,
     need_x: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     if 0 in (x.numel(), dy.numel()) or x.dtype == torch.float64:
         return _backward_plain(dy, x, weight, z, need_x, need_weight, need_bias)
     shape = x.shape
-    dz, x, weight = map(launching.with_padded_rows, (dy, x, weight))
+    dz, x, weight = map(with_padded_rows, (dy, x, weight))
     need_dz = (need_x or need_weight) and (z is not None or dy.dtype != x.dtype)
     db = None
     if need_dz or need_bias:
-        z_rows = None if z is None else launching.with_padded_rows(z)
+        z_rows = None if z is None else with_padded_rows(z)
         made, partial = _launch_dz(dz, z_rows, x.dtype, need_dz, need_bias)
-        dz = made if need_dz else dz
-        db = _launch_db(partial, len(weight), x.dtype) if need_bias else None
+        dz = dz if made is None else made
+        db = None if partial is None else _launch_db(partial, len(weight), x.dtype)
     dx = _product(dz, weight, shape) if need_x else None
     dw = _product(dz.t(), x, weight.shape) if need_weight else None
     return library.empty_for_none(x, dx, dw, db)
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every compilation that the launchers above can ask for on `target`, for `proofs.compilations`."""
+    """Every compilation that `compact_linear` can ask for on `target`, a key of `launching.TARGETS`."""
     cases = [(dtype, "highest") for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     cases += [(torch.float32, "high")]
     with launching.recording("compact_linear", target) as found:
@@ -567,19 +595,19 @@ def _forward_plain(
     out = F.gelu(z) if gelu else z
     if residual is not None:
         out = out + residual
-    return launching.in_padded_rows(out), launching.in_padded_rows(z) if save else x.new_empty(0)
+    return in_padded_rows(out), in_padded_rows(z) if save else x.new_empty(0)
 
 
 def _backward_plain(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None,
     need_x: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     N, K = weight.shape
     dz = dy if z is None else torch.ops.aten.gelu_backward(dy, z.to(dy.dtype))
     dz = dz.to(x.dtype)
     rows = dz.reshape(math.prod(dz.shape[:-1]), N)
-    dx = launching.in_padded_rows(dz @ weight) if need_x else None
-    dw = launching.in_padded_rows(rows.t() @ x.reshape(len(rows), K)) if need_weight else None
+    dx = in_padded_rows(dz @ weight) if need_x else None
+    dw = in_padded_rows(rows.t() @ x.reshape(len(rows), K)) if need_weight else None
     return library.empty_for_none(x, dx, dw, rows.sum(0) if need_bias else None)
 
 
@@ -588,13 +616,13 @@ def _backward_plain(
 
 def _forward_fake(x, weight, bias, gelu, residual, save):
     shape = (*x.shape[:-1], weight.shape[0])
-    out = launching.empty_rows_like(x, *shape, dtype=None if residual is None else residual.dtype)
-    return out, launching.empty_rows_like(x, *shape) if save else x.new_empty(0)
+    out = empty_rows_like(x, *shape, dtype=None if residual is None else residual.dtype)
+    return out, empty_rows_like(x, *shape) if save else x.new_empty(0)
 
 
 def _backward_fake(dy, x, weight, z, need_x, need_weight, need_bias):
-    dx = launching.empty_rows_like(x, *x.shape) if need_x else None
-    dw = launching.empty_rows_like(x, *weight.shape) if need_weight else None
+    dx = empty_rows_like(x, *x.shape) if need_x else None
+    dw = empty_rows_like(x, *weight.shape) if need_weight else None
     return library.empty_for_none(x, dx, dw, x.new_empty(weight.shape[0]) if need_bias else None)
 
 
@@ -619,10 +647,6 @@ def _backward(ctx, dy, _):
     return dx, dw, db, None, dy if need_residual else None, None
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError("compact_linear has no second derivative")
-
-
 define(
     "compact_linear(Tensor x, Tensor weight, Tensor? bias, bool gelu, Tensor? residual, bool save)"
     " -> (Tensor, Tensor)",
@@ -637,8 +661,9 @@ define(
     triton=_backward_triton,
     fake=_backward_fake,
 )
-register_autograd("vtp::compact_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
-register_autograd("vtp::compact_linear_backward", _no_second_derivative, lib=LIBRARY)
+define_gradient(
+    "compact_linear", by="compact_linear_backward", backward=_backward, setup_context=_setup_context
+)
 
 
 @register_flop_formula(torch.ops.vtp.compact_linear)
@@ -664,7 +689,7 @@ def compact_linear(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`act(x @ weight.T + bias) + residual`.
+    """Linear projection with activation and residual: `act(x @ weight.T + bias) + residual`.
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64; any strides, rows that are padded to a multiple of

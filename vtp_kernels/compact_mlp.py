@@ -31,22 +31,14 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
+from vtp_kernels._tiles import Matrix, load_matrix_tile
 from vtp_kernels.compact_linear import compact_linear
-from vtp_kernels.launching import (
-    Config,
-    TensorDescriptor,
-    Variant,
-    empty_rows,
-    launch,
-    tl,
-    triton,
-    with_padded_rows,
-)
-from vtp_kernels.library import LIBRARY, define
+from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, launch, tl, triton
+from vtp_kernels.library import define, define_gradient
+from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, padded_width, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -59,7 +51,7 @@ def compact_mlp_ref(
     fc2_bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """The definition, for autograd to differentiate."""
+    """The definition of `compact_mlp` in plain PyTorch, for autograd to differentiate."""
     out = F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
     return out if residual is None else residual + out
 
@@ -68,31 +60,13 @@ def compact_mlp_ref(
 
 
 @triton.jit
-def _load_tile(source, o_row, o_column, columns, stride, TAIL: tl.constexpr):
-    """source[o_row, o_column], rows all valid; with TAIL it is 0 from `columns` on.
-
-    Whole 16 bytes are loaded at the end of a row, and what lies behind its width may be anything.
-    """
-    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
-    if TAIL:
-        m_tile = (o_column[None, :] < (columns + 7) // 8 * 8) & (o_row[:, None] >= 0)
-        b_tile = tl.load(p_tile, mask=m_tile, other=0.0)
-        return tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))
-    return tl.load(p_tile)
-
-
-@triton.jit
 def _fc1_step(
-    b_z, x, fc1_weight, r_m, r_h, i_m, i_h, k, K, stride_x, stride_w1,
+    b_z, x, fc1_weight, i_m, r_m, i_h, r_h, k,
     BLOCK_K: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if DESCRIPTORS:  # tiles are clipped, and filled with 0, by the hardware
-        b_x = x.load([i_m, k])
-        b_w = fc1_weight.load([i_h, k])
-    else:
-        o_k = k + tl.arange(0, BLOCK_K)
-        b_x = _load_tile(x, r_m, o_k, K, stride_x, TAIL)
-        b_w = _load_tile(fc1_weight, r_h, o_k, K, stride_w1, TAIL)
+    o_k = k + tl.arange(0, BLOCK_K)
+    b_x = load_matrix_tile(x, i_m, r_m, k, o_k, False, TAIL, DESCRIPTORS, PADDED=True)
+    b_w = load_matrix_tile(fc1_weight, i_h, r_h, k, o_k, False, TAIL, DESCRIPTORS, PADDED=True)
     return tl.dot(b_x, tl.trans(b_w), b_z, input_precision=PRECISION)
 
 
@@ -103,52 +77,48 @@ def _normal_cdf(b_z):
 
 @triton.jit
 def _fc2_step(
-    acc, b_h, fc2_weight, o_n, i_n, i_h, N, hidden, stride_w2,
+    acc, b_h, fc2_weight, i_n, o_n, i_h,
     BLOCK_H: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if DESCRIPTORS:
-        b_w = fc2_weight.load([i_n, i_h])
-    else:
-        o_h = i_h + tl.arange(0, BLOCK_H)
-        b_w = _load_tile(fc2_weight, tl.minimum(o_n, N - 1), o_h, hidden, stride_w2, TAIL)
+    o_h = i_h + tl.arange(0, BLOCK_H)
+    r_n = tl.minimum(o_n, fc2_weight.rows - 1)
+    b_w = load_matrix_tile(fc2_weight, i_n, r_n, i_h, o_h, False, TAIL, DESCRIPTORS, PADDED=True)
     return tl.dot(b_h, tl.trans(b_w), acc, input_precision=PRECISION)
 
 
 @triton.jit
 def _hidden_step(
-    acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, o_m, i_m, i_h, M, K, hidden, N,
-    stride_x, stride_w1, stride_w2, stride_z,
+    acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, i_m, o_m, i_h,
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_MORE: tl.constexpr,
     KEEP_Z: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc += gelu(x W1^T + b1) W2^T over one tile of hidden columns."""
+    """acc += gelu(x W1^T + b1) W2^T over one tile of hidden columns; x, z and both weights are `Matrix`."""
+    M, K, hidden = x.rows, x.columns, fc1_weight.rows
     o_h = i_h + tl.arange(0, BLOCK_H)
     # Rows beyond the end read the last row again: those of h and z are dropped, of W1 set to 0 below.
     r_m, r_h = tl.minimum(o_m, M - 1), tl.minimum(o_h, hidden - 1)
     b_z = tl.zeros((o_m.shape[0], BLOCK_H), dtype=tl.float32)
     full = tl.cdiv(K, BLOCK_K) * BLOCK_K if DESCRIPTORS else K // BLOCK_K * BLOCK_K
     for k in range(0, full, BLOCK_K):
-        b_z = _fc1_step(b_z, x, fc1_weight, r_m, r_h, i_m, i_h, k, K, stride_x, stride_w1,
-                        BLOCK_K, False, DESCRIPTORS, PRECISION)  # fmt: skip
+        b_z = _fc1_step(b_z, x, fc1_weight, i_m, r_m, i_h, r_h, k, BLOCK_K, False, DESCRIPTORS, PRECISION)
     if full < K:
-        b_z = _fc1_step(b_z, x, fc1_weight, r_m, r_h, i_m, i_h, full, K, stride_x, stride_w1,
-                        BLOCK_K, True, DESCRIPTORS, PRECISION)  # fmt: skip
+        b_z = _fc1_step(b_z, x, fc1_weight, i_m, r_m, i_h, r_h, full, BLOCK_K, True, DESCRIPTORS, PRECISION)
     b_z += tl.load(fc1_bias + o_h, mask=o_h < hidden, other=0.0).to(tl.float32)[None, :]
     if TAIL:
         b_z = tl.where(o_h[None, :] < hidden, b_z, 0.0)
     if KEEP_Z:
-        b_kept = b_z.to(z.dtype.element_ty)
-        p_z = z + o_m[:, None].to(tl.int64) * stride_z + o_h[None, :]
+        b_kept = b_z.to(z.source.dtype.element_ty)
+        p_z = z.source + o_m[:, None].to(tl.int64) * z.stride + o_h[None, :]
         tl.store(p_z, b_kept, mask=(o_m[:, None] < M) & (o_h[None, :] < (hidden + 7) // 8 * 8))
         b_z = b_kept.to(tl.float32)
     b_h = (b_z * _normal_cdf(b_z)).to(fc1_bias.dtype.element_ty)
     o_n = tl.arange(0, BLOCK_N)
-    acc = _fc2_step(acc, b_h, fc2_weight, o_n, 0, i_h, N, hidden, stride_w2,
-                    BLOCK_H, TAIL, DESCRIPTORS, PRECISION)  # fmt: skip
+    acc = _fc2_step(acc, b_h, fc2_weight, 0, o_n, i_h, BLOCK_H, TAIL, DESCRIPTORS, PRECISION)
     if BLOCK_MORE:
         o_n = BLOCK_N + tl.arange(0, BLOCK_MORE)
-        acc_more = _fc2_step(acc_more, b_h, fc2_more, o_n, BLOCK_N, i_h, N, hidden, stride_w2,
-                             BLOCK_H, TAIL, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc_more = _fc2_step(
+            acc_more, b_h, fc2_more, BLOCK_N, o_n, i_h, BLOCK_H, TAIL, DESCRIPTORS, PRECISION
+        )
     return acc, acc_more
 
 
@@ -186,6 +156,9 @@ def _compact_mlp_fwd_kernel(
     """
     stride_x, stride_w1, stride_w2 = stride_x // 8 * 8, stride_w1 // 8 * 8, stride_w2 // 8 * 8
     stride_residual, stride_z, stride_out = stride_residual // 8 * 8, stride_z // 8 * 8, stride_out // 8 * 8
+    x, fc1_weight = Matrix(x, M, K, stride_x), Matrix(fc1_weight, hidden, K, stride_w1)
+    fc2_weight, fc2_more = Matrix(fc2_weight, N, hidden, stride_w2), Matrix(fc2_more, N, hidden, stride_w2)
+    z = Matrix(z, M, hidden, stride_z)
     i_m = tl.program_id(0) * BLOCK_M
     o_m = i_m + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -193,15 +166,15 @@ def _compact_mlp_fwd_kernel(
     full = tl.cdiv(hidden, BLOCK_H) * BLOCK_H if DESCRIPTORS else hidden // BLOCK_H * BLOCK_H
     for i_h in range(0, full, BLOCK_H):
         acc, acc_more = _hidden_step(
-            acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, o_m, i_m, i_h, M, K, hidden, N,
-            stride_x, stride_w1, stride_w2, stride_z,
-            BLOCK_K, BLOCK_H, BLOCK_N, BLOCK_MORE, KEEP_Z, False, DESCRIPTORS, PRECISION,
+            acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, i_m, o_m, i_h,
+            BLOCK_K=BLOCK_K, BLOCK_H=BLOCK_H, BLOCK_N=BLOCK_N, BLOCK_MORE=BLOCK_MORE,
+            KEEP_Z=KEEP_Z, TAIL=False, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
     if full < hidden:
         acc, acc_more = _hidden_step(
-            acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, o_m, i_m, full, M, K, hidden, N,
-            stride_x, stride_w1, stride_w2, stride_z,
-            BLOCK_K, BLOCK_H, BLOCK_N, BLOCK_MORE, KEEP_Z, True, DESCRIPTORS, PRECISION,
+            acc, acc_more, x, fc1_weight, fc1_bias, fc2_weight, fc2_more, z, i_m, o_m, full,
+            BLOCK_K=BLOCK_K, BLOCK_H=BLOCK_H, BLOCK_N=BLOCK_N, BLOCK_MORE=BLOCK_MORE,
+            KEEP_Z=KEEP_Z, TAIL=True, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
     _finish(acc, fc2_bias, residual, out, o_m, tl.arange(0, BLOCK_N), M, N,
             stride_residual, stride_out, HAS_RESIDUAL)  # fmt: skip
@@ -241,26 +214,19 @@ def _gelu_bwd_kernel(
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def _config(
-    block_n: int, block_more: int, block_h: int, block_k: int, num_warps: int, num_stages: int
-) -> Config:
-    blocks = dict(BLOCK_M=64, BLOCK_N=block_n, BLOCK_MORE=block_more, BLOCK_H=block_h, BLOCK_K=block_k)
-    return Config(blocks, num_warps, num_stages)
-
-
 # By the bytes of a number and the largest output width of a bucket. Float32 runs on tensor cores (TF32) here:
 # without them (IEEE) the products take five times as long as reading and writing the hidden activation,
 # nothing is won by keeping it on chip, and it is two launches. Two accumulators of it spill on sm_80 and
 # sm_100, so there 192 columns do cost those of 256.
 _FWD = {
     2: {
-        128: _config(128, 0, 64, 64, 8, 2),
-        192: _config(128, 64, 32, 64, 8, 2),
-        256: _config(256, 0, 64, 64, 8, 2),
+        128: Config.of(8, 2, BLOCK_M=64, BLOCK_N=128, BLOCK_MORE=0, BLOCK_H=64, BLOCK_K=64),
+        192: Config.of(8, 2, BLOCK_M=64, BLOCK_N=128, BLOCK_MORE=64, BLOCK_H=32, BLOCK_K=64),
+        256: Config.of(8, 2, BLOCK_M=64, BLOCK_N=256, BLOCK_MORE=0, BLOCK_H=64, BLOCK_K=64),
     },
     4: {
-        128: _config(128, 0, 32, 32, 8, 2),
-        256: _config(256, 0, 32, 32, 8, 2),
+        128: Config.of(8, 2, BLOCK_M=64, BLOCK_N=128, BLOCK_MORE=0, BLOCK_H=32, BLOCK_K=32),
+        256: Config.of(8, 2, BLOCK_M=64, BLOCK_N=256, BLOCK_MORE=0, BLOCK_H=32, BLOCK_K=32),
     },
 }
 _WIDEST = 256
@@ -270,14 +236,16 @@ _WIDEST = 256
 # where two launches share the columns of a result among programs too: with fewer than half of the 132
 # multiprocessors at work that half is lost again.
 _FUSED_ROWS = 64 * 66
+_LAUNCHES = choice("compact_mlp", "fused", "two_launches")  # what `launching.forced_path` can force
 
-_GELU_BWD = Config({"BLOCK_M": 16, "BLOCK_H": 128}, num_warps=4, num_stages=1)
+_GELU_BWD = Config.of(4, 1, BLOCK_M=16, BLOCK_H=128)
 _GELU_BWD_ROWS = 128  # per program: one partial sum of a column for each
 
 
 def _is_fused(dtype: torch.dtype, M: int, N: int) -> bool:
     """Whether one kernel makes the whole branch."""
-    return N <= _WIDEST and M >= _FUSED_ROWS and launching.operands(dtype) != "ieee"
+    can_be = N <= _WIDEST and launching.operands(dtype) != "ieee"
+    return can_be and _LAUNCHES.takes("fused", M >= _FUSED_ROWS)
 
 
 # ------------------------------------------------------------------------------------------------- launchers
@@ -343,7 +311,7 @@ def _launch_gelu_bwd(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _whole_rows(t: Tensor) -> Tensor:
     """t [..., width] of padded rows together with their padding, up to a multiple of 8 columns."""
-    return t.as_strided((*t.shape[:-1], launching.padded_width(t.shape[-1])), t.stride())
+    return t.as_strided((*t.shape[:-1], padded_width(t.shape[-1])), t.stride())
 
 
 def _zero_padded(matrix: Tensor, rows: bool = False) -> Tensor:
@@ -387,7 +355,7 @@ def _two_launches(
 def _backward_triton(
     dy: Tensor, x: Tensor, z: Tensor, fc1_weight: Tensor, fc2_weight: Tensor,
     need_x: bool, need_fc1: bool, need_fc1_bias: bool, need_fc2: bool, need_fc2_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     (hidden, K), N, M = fc1_weight.shape, len(fc2_weight), math.prod(x.shape[:-1])
     needs = need_x, need_fc1, need_fc1_bias, need_fc2, need_fc2_bias
     if 0 in (M, K, hidden, N) or x.dtype == torch.float64:
@@ -412,9 +380,9 @@ def _backward_triton(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every compilation that the launchers above can ask for on `target`, for `proofs.compilations`.
+    """Every compilation that `compact_mlp` can ask for on `target`, a key of `launching.TARGETS`.
 
-    Those of the two launches are `compact_linear`'s.
+    What it launches of `compact_linear` is among the variants of that.
     """
     with launching.recording("compact_mlp", target) as found, launching.matmul_precision("high"):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -448,25 +416,25 @@ def _forward_plain(
     out = F.linear(F.gelu(z), fc2_weight, fc2_bias)
     if residual is not None:
         out = residual + out
-    return launching.in_padded_rows(out), launching.in_padded_rows(z) if keep_z else x.new_empty(0)
+    return in_padded_rows(out), in_padded_rows(z) if keep_z else x.new_empty(0)
 
 
 def _backward_plain(
     dy: Tensor, x: Tensor, z: Tensor, fc1_weight: Tensor, fc2_weight: Tensor,
     need_x: bool, need_fc1: bool, need_fc1_bias: bool, need_fc2: bool, need_fc2_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     (hidden, K), N, M = fc1_weight.shape, len(fc2_weight), math.prod(x.shape[:-1])
     dx = dw1 = db1 = dw2 = None
     dy = dy.reshape(M, N)
     db2 = dy.sum(0).to(x.dtype) if need_fc2_bias else None
     dy, z = dy.to(x.dtype), z.reshape(M, hidden)
     if need_fc2:
-        dw2 = launching.in_padded_rows(dy.t() @ F.gelu(z))
+        dw2 = in_padded_rows(dy.t() @ F.gelu(z))
     if need_x or need_fc1 or need_fc1_bias:
         dz = torch.ops.aten.gelu_backward(dy @ fc2_weight, z)
         db1 = dz.sum(0) if need_fc1_bias else None
-        dx = launching.in_padded_rows((dz @ fc1_weight).view(x.shape)) if need_x else None
-        dw1 = launching.in_padded_rows(dz.t() @ x.reshape(M, K)) if need_fc1 else None
+        dx = in_padded_rows((dz @ fc1_weight).view(x.shape)) if need_x else None
+        dw1 = in_padded_rows(dz.t() @ x.reshape(M, K)) if need_fc1 else None
     return library.empty_for_none(x, dx, dw1, db1, dw2, db2)
 
 
@@ -475,8 +443,8 @@ def _backward_plain(
 
 def _forward_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z):
     lead, dtype = x.shape[:-1], None if residual is None else residual.dtype
-    out = launching.empty_rows_like(x, *lead, fc2_weight.shape[0], dtype=dtype)
-    return out, launching.empty_rows_like(x, *lead, fc1_weight.shape[0]) if keep_z else x.new_empty(0)
+    out = empty_rows_like(x, *lead, fc2_weight.shape[0], dtype=dtype)
+    return out, empty_rows_like(x, *lead, fc1_weight.shape[0]) if keep_z else x.new_empty(0)
 
 
 def _backward_fake(
@@ -484,10 +452,10 @@ def _backward_fake(
 ):
     return library.empty_for_none(
         x,
-        launching.empty_rows_like(x, *x.shape) if need_x else None,
-        launching.empty_rows_like(x, *fc1_weight.shape) if need_fc1 else None,
+        empty_rows_like(x, *x.shape) if need_x else None,
+        empty_rows_like(x, *fc1_weight.shape) if need_fc1 else None,
         x.new_empty(fc1_weight.shape[0]) if need_fc1_bias else None,
-        launching.empty_rows_like(x, *fc2_weight.shape) if need_fc2 else None,
+        empty_rows_like(x, *fc2_weight.shape) if need_fc2 else None,
         x.new_empty(fc2_weight.shape[0]) if need_fc2_bias else None,
     )
 
@@ -510,10 +478,6 @@ def _backward(ctx, dy, _):
     return *gradients, dy if need_residual else None, None
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError("compact_mlp has no second derivative")
-
-
 define(
     "compact_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias,"
     " Tensor? residual, bool keep_z) -> (Tensor, Tensor)",
@@ -529,8 +493,7 @@ define(
     triton=_backward_triton,
     fake=_backward_fake,
 )
-register_autograd("vtp::compact_mlp", _backward, setup_context=_setup_context, lib=LIBRARY)
-register_autograd("vtp::compact_mlp_backward", _no_second_derivative, lib=LIBRARY)
+define_gradient("compact_mlp", by="compact_mlp_backward", backward=_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.vtp.compact_mlp)
@@ -563,7 +526,9 @@ def compact_mlp(
     fc2_bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """`residual + (gelu(x @ fc1_weight.T + fc1_bias) @ fc2_weight.T + fc2_bias)`, GELU by erf.
+    """Feed-forward branch: `residual + (gelu(x @ fc1_weight.T + fc1_bias) @ fc2_weight.T + fc2_bias)`.
+
+    GELU is the exact one, by erf.
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64; any strides, rows that are padded to a multiple of

@@ -29,19 +29,20 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import launching, library
 from vtp_kernels._arguments import as_autocast_casts, check_dtypes, check_inputs, check_shape, check_tensors
-from vtp_kernels.launching import Config, TensorDescriptor, Variant, launch, tl, triton
-from vtp_kernels.library import LIBRARY, define, without_autocast
+from vtp_kernels._tiles import Matrix, grouped_tile, load_matrix_tile, load_tile
+from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, launch, tl, triton
+from vtp_kernels.library import define, define_gradient, without_autocast
+from vtp_kernels.rows import is_aligned
 
 # ------------------------------------------------------------------------------------------------ reference
 
 
 def gated_linear_ref(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The definition, for autograd to differentiate: `(x * gate) @ weight.T + bias`, all of one dtype."""
+    """The definition of `gated_linear` in plain PyTorch: `(x * gate) @ weight.T + bias`, all of one dtype."""
     return F.linear(x * gate, weight, bias)
 
 
@@ -49,44 +50,15 @@ def gated_linear_ref(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | Non
 
 
 @triton.jit
-def _grouped_tile(i_program, rows, columns, GROUP: tl.constexpr):
-    """Tile (row, column) of a program: GROUP rows of tiles at a time, so that their operands stay in L2."""
-    per_group = GROUP * columns
-    first = i_program // per_group * GROUP
-    height = tl.minimum(rows - first, GROUP)
-    within = i_program % per_group
-    return first + within % height, within // height
-
-
-@triton.jit
-def _load_tile(
-    source, o_row, o_column, rows, columns, stride, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
-):
-    """source[o_row, o_column], 0 beyond the masked edges."""
-    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
-    if MASK_ROWS and MASK_COLUMNS:
-        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] < columns), other=0.0)
-    if MASK_ROWS:
-        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] >= 0), other=0.0)
-    if MASK_COLUMNS:
-        return tl.load(p_tile, mask=(o_column[None, :] < columns) & (o_row[:, None] >= 0), other=0.0)
-    return tl.load(p_tile)
-
-
-@triton.jit
 def _fwd_step(
-    acc, x, weight, gate, o_m, o_n, i_m, i_n, k, M, N, K, stride_x, stride_w,
+    acc, x, weight, gate, i_m, r_m, i_n, r_n, k,
     BLOCK_K: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     o_k = k + tl.arange(0, BLOCK_K)
-    if DESCRIPTORS:  # tiles are clipped, and filled with 0, by the hardware
-        b_x = x.load([i_m, k])
-        b_w = weight.load([i_n, k])
-        b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0)
-    else:
-        b_x = _load_tile(x, o_m, o_k, M, K, stride_x, False, TAIL)
-        b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, False, TAIL)
-        b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0) if TAIL else tl.load(gate + o_k)
+    b_x = load_matrix_tile(x, i_m, r_m, k, o_k, False, TAIL, DESCRIPTORS)
+    b_w = load_matrix_tile(weight, i_n, r_n, k, o_k, False, TAIL, DESCRIPTORS)
+    m_k = o_k < x.columns
+    b_g = tl.load(gate + o_k, mask=m_k, other=0.0) if TAIL or DESCRIPTORS else tl.load(gate + o_k)
     b_folded = (b_w.to(tl.float32) * b_g.to(tl.float32)[None, :]).to(b_x.dtype)
     return tl.dot(b_x, tl.trans(b_folded), acc, input_precision=PRECISION)
 
@@ -100,19 +72,24 @@ def _gated_linear_fwd_kernel(
     """y = x (W diag g)^T + b, one [BLOCK_M, BLOCK_N] tile; the W tile is scaled on chip."""
     if ALIGNED:  # tells the compiler that rows start at 16 bytes: `multiple_of` has no effect on arguments
         N, K, stride_x, stride_w = N // 8 * 8, K // 8 * 8, stride_x // 8 * 8, stride_w // 8 * 8
-    i_m, i_n = _grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
+    i_m, i_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), 8)
     i_m, i_n = i_m * BLOCK_M, i_n * BLOCK_N
     o_m, o_n = i_m + tl.arange(0, BLOCK_M), i_n + tl.arange(0, BLOCK_N)
     # Rows beyond the end read the last row again and are dropped at the store: no mask in the loop.
     r_m, r_n = tl.minimum(o_m, M - 1), tl.minimum(o_n, N - 1)
+    x, weight = Matrix(x, M, K, stride_x), Matrix(weight, N, K, stride_w)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     full = tl.cdiv(K, BLOCK_K) * BLOCK_K if DESCRIPTORS else K // BLOCK_K * BLOCK_K
     for k in range(0, full, BLOCK_K):
-        acc = _fwd_step(acc, x, weight, gate, r_m, r_n, i_m, i_n, k, M, N, K, stride_x, stride_w,
-                        BLOCK_K, False, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc = _fwd_step(
+            acc, x, weight, gate, i_m, r_m, i_n, r_n, k,
+            BLOCK_K=BLOCK_K, TAIL=False, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
     if full < K:
-        acc = _fwd_step(acc, x, weight, gate, r_m, r_n, i_m, i_n, full, M, N, K, stride_x, stride_w,
-                        BLOCK_K, True, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc = _fwd_step(
+            acc, x, weight, gate, i_m, r_m, i_n, r_n, full,
+            BLOCK_K=BLOCK_K, TAIL=True, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
     m_y = (o_m[:, None] < M) & (o_n[None, :] < N)
@@ -122,16 +99,12 @@ def _gated_linear_fwd_kernel(
 
 @triton.jit
 def _dx_step(
-    acc, dy, weight, o_m, o_k, i_m, i_k, n, M, N, K, stride_dy, stride_w,
+    acc, dy, weight, i_m, r_m, i_k, o_k, n,
     BLOCK_N: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if DESCRIPTORS:
-        b_dy = dy.load([i_m, n])
-        b_w = weight.load([n, i_k])
-    else:
-        o_n = n + tl.arange(0, BLOCK_N)
-        b_dy = _load_tile(dy, o_m, o_n, M, N, stride_dy, False, TAIL)
-        b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, TAIL, True)
+    o_n = n + tl.arange(0, BLOCK_N)
+    b_dy = load_matrix_tile(dy, i_m, r_m, n, o_n, False, TAIL, DESCRIPTORS)
+    b_w = load_matrix_tile(weight, n, o_n, i_k, o_k, TAIL, True, DESCRIPTORS)
     return tl.dot(b_dy, b_w.to(b_dy.dtype), acc, input_precision=PRECISION)
 
 
@@ -148,22 +121,27 @@ def _gated_linear_dx_kernel(
     if ALIGNED:
         N, K = N // 8 * 8, K // 8 * 8
         stride_dy, stride_w, stride_x = stride_dy // 8 * 8, stride_w // 8 * 8, stride_x // 8 * 8
-    t_m, i_k = _grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), 8)
+    t_m, i_k = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), 8)
     i_m, i_k = t_m * BLOCK_M, i_k * BLOCK_K
     o_m, o_k = i_m + tl.arange(0, BLOCK_M), i_k + tl.arange(0, BLOCK_K)
     r_m = tl.minimum(o_m, M - 1)
+    dy, weight = Matrix(dy, M, N, stride_dy), Matrix(weight, N, K, stride_w)
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
     full = tl.cdiv(N, BLOCK_N) * BLOCK_N if DESCRIPTORS else N // BLOCK_N * BLOCK_N
     for n in range(0, full, BLOCK_N):
-        acc = _dx_step(acc, dy, weight, r_m, o_k, i_m, i_k, n, M, N, K, stride_dy, stride_w,
-                       BLOCK_N, False, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc = _dx_step(
+            acc, dy, weight, i_m, r_m, i_k, o_k, n,
+            BLOCK_N=BLOCK_N, TAIL=False, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
     if full < N:
-        acc = _dx_step(acc, dy, weight, r_m, o_k, i_m, i_k, full, M, N, K, stride_dy, stride_w,
-                       BLOCK_N, True, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc = _dx_step(
+            acc, dy, weight, i_m, r_m, i_k, o_k, full,
+            BLOCK_N=BLOCK_N, TAIL=True, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
     m_tile = (o_m[:, None] < M) & (o_k[None, :] < K)
     if GATE_GRADIENT:
         # x is 0 beyond the last row, so the repeated rows of the accumulator add nothing.
-        b_x = _load_tile(x, o_m, o_k, M, K, stride_x, True, True).to(tl.float32)
+        b_x = load_tile(x, o_m, o_k, M, K, stride_x, True, True).to(tl.float32)
         tl.store(partial + t_m.to(tl.int64) * K + o_k, tl.sum(acc * b_x, axis=0), mask=o_k < K)
     b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0).to(tl.float32)
     p_dx = dx + o_m[:, None].to(tl.int64) * K + o_k[None, :]
@@ -172,16 +150,12 @@ def _gated_linear_dx_kernel(
 
 @triton.jit
 def _dw_step(
-    acc, dy, x, o_n, o_k, i_n, i_k, m, M, N, K, stride_dy, stride_x,
+    acc, dy, x, i_n, o_n, i_k, o_k, m,
     BLOCK_M: tl.constexpr, TAIL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if DESCRIPTORS:
-        b_dy = dy.load([m, i_n])
-        b_x = x.load([m, i_k])
-    else:
-        o_m = m + tl.arange(0, BLOCK_M)
-        b_dy = _load_tile(dy, o_m, o_n, M, N, stride_dy, TAIL, True)
-        b_x = _load_tile(x, o_m, o_k, M, K, stride_x, TAIL, True)
+    o_m = m + tl.arange(0, BLOCK_M)
+    b_dy = load_matrix_tile(dy, m, o_m, i_n, o_n, TAIL, True, DESCRIPTORS)
+    b_x = load_matrix_tile(x, m, o_m, i_k, o_k, TAIL, True, DESCRIPTORS)
     return tl.dot(tl.trans(b_dy), b_x, acc, input_precision=PRECISION)
 
 
@@ -196,19 +170,24 @@ def _gated_linear_dw_kernel(
     if ALIGNED:
         N, K = N // 8 * 8, K // 8 * 8
         stride_dy, stride_x, stride_w = stride_dy // 8 * 8, stride_x // 8 * 8, stride_w // 8 * 8
-    t_n, i_k = _grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), 8)
+    t_n, i_k = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), 8)
     i_n, i_k = t_n * BLOCK_N, i_k * BLOCK_K
     o_n, o_k = i_n + tl.arange(0, BLOCK_N), i_k + tl.arange(0, BLOCK_K)
+    dy, x = Matrix(dy, M, N, stride_dy), Matrix(x, M, K, stride_x)
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     full = M if DESCRIPTORS else M // BLOCK_M * BLOCK_M
     for m in range(0, full, BLOCK_M):
-        acc = _dw_step(acc, dy, x, o_n, o_k, i_n, i_k, m, M, N, K, stride_dy, stride_x,
-                       BLOCK_M, False, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc = _dw_step(
+            acc, dy, x, i_n, o_n, i_k, o_k, m,
+            BLOCK_M=BLOCK_M, TAIL=False, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
     if full < M:
-        acc = _dw_step(acc, dy, x, o_n, o_k, i_n, i_k, full, M, N, K, stride_dy, stride_x,
-                       BLOCK_M, True, DESCRIPTORS, PRECISION)  # fmt: skip
+        acc = _dw_step(
+            acc, dy, x, i_n, o_n, i_k, o_k, full,
+            BLOCK_M=BLOCK_M, TAIL=True, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
     if GATE_GRADIENT:
-        b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)
+        b_w = load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)
         tl.store(partial + t_n.to(tl.int64) * K + o_k, tl.sum(acc * b_w, axis=0), mask=o_k < K)
     if WEIGHT_GRADIENT:
         b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0).to(tl.float32)
@@ -227,7 +206,7 @@ def _fold_kernel(
         K, stride_w = K // 8 * 8, stride_w // 8 * 8
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)
+    b_w = load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)
     b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0).to(tl.float32)
     p_folded = folded + o_n[:, None].to(tl.int64) * K + o_k[None, :]
     m_folded = (o_n[:, None] < N) & (o_k[None, :] < K)
@@ -289,7 +268,7 @@ def _gate_gradient_kernel(partial, gate, dg, rows, K, l1, BLOCK_R: tl.constexpr,
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for row in range(0, rows, BLOCK_R):
         o_r = row + tl.arange(0, BLOCK_R)
-        acc += _load_tile(partial, o_r, o_k, rows, K, K, True, True)
+        acc += load_tile(partial, o_r, o_k, rows, K, K, True, True)
     b_g = tl.load(gate + o_k, mask=m_k, other=0.0).to(tl.float32)
     sign = tl.where(b_g > 0, 1.0, 0.0) - tl.where(b_g < 0, 1.0, 0.0)
     tl.store(dg + o_k, (tl.sum(acc, axis=0) + l1 * sign).to(dg.dtype.element_ty), mask=m_k)
@@ -298,64 +277,72 @@ def _gate_gradient_kernel(partial, gate, dg, rows, K, l1, BLOCK_R: tl.constexpr,
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def _config(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> Config:
-    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}, num_warps, num_stages)
-
-
-# Tiles [BLOCK_M, BLOCK_N, BLOCK_K], warps and stages, by kernel and by its operands: 16-bit, 16-bit with a
-# float32 weight, float32 on tensor cores (TF32), float32 without (IEEE). The batch size does not enter.
+# Warps, stages and tiles, by kernel and by its operands: 16-bit, 16-bit with a float32 weight, float32 on
+# tensor cores (TF32), float32 without (IEEE). The batch size does not enter.
 _TILES = {
-    ("fwd", "16"): _config(64, 128, 64, 4, 3),
-    ("fwd", "16/32"): _config(64, 128, 32, 4, 3),
-    ("fwd", "tf32"): _config(64, 64, 32, 4, 3),
-    ("fwd", "ieee"): _config(32, 64, 32, 4, 2),
-    ("dx", "16"): _config(64, 64, 128, 4, 3),
-    ("dx", "16/32"): _config(64, 32, 128, 4, 3),
-    ("dx", "tf32"): _config(64, 32, 64, 4, 3),
-    ("dx", "ieee"): _config(32, 16, 64, 4, 3),
-    ("dw", "16"): _config(64, 64, 128, 4, 3),
-    ("dw", "16/32"): _config(64, 64, 128, 4, 3),
-    ("dw", "tf32"): _config(64, 64, 64, 8, 2),
-    ("dw", "ieee"): _config(16, 64, 64, 4, 3),
+    ("fwd", "16"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64),
+    ("fwd", "16/32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=32),
+    ("fwd", "tf32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
+    ("fwd", "ieee"): Config.of(4, 2, BLOCK_M=32, BLOCK_N=64, BLOCK_K=32),
+    ("dx", "16"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=128),
+    ("dx", "16/32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=32, BLOCK_K=128),
+    ("dx", "tf32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=32, BLOCK_K=64),
+    ("dx", "ieee"): Config.of(4, 3, BLOCK_M=32, BLOCK_N=16, BLOCK_K=64),
+    ("dw", "16"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=128),
+    ("dw", "16/32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=128),
+    ("dw", "tf32"): Config.of(8, 2, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64),
+    ("dw", "ieee"): Config.of(4, 3, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64),
 }
 # Rows that do not start at 16 bytes are loaded element by element; smaller tiles keep addresses in registers.
 _UNALIGNED_TILES = {
-    ("fwd", "16"): _config(64, 64, 32, 4, 3),
-    ("fwd", "16/32"): _config(64, 64, 32, 4, 3),
-    ("fwd", "tf32"): _config(64, 64, 32, 4, 3),
-    ("fwd", "ieee"): _config(32, 32, 16, 4, 3),
-    ("dx", "16"): _config(64, 32, 64, 4, 3),
-    ("dx", "16/32"): _config(64, 32, 64, 4, 3),
-    ("dx", "tf32"): _config(64, 32, 64, 4, 3),
-    ("dx", "ieee"): _config(32, 16, 32, 4, 3),
-    ("dw", "16"): _config(32, 64, 64, 8, 3),
-    ("dw", "16/32"): _config(32, 64, 64, 8, 3),
-    ("dw", "tf32"): _config(32, 64, 64, 4, 3),
-    ("dw", "ieee"): _config(16, 32, 64, 4, 3),
+    ("fwd", "16"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
+    ("fwd", "16/32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
+    ("fwd", "tf32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
+    ("fwd", "ieee"): Config.of(4, 3, BLOCK_M=32, BLOCK_N=32, BLOCK_K=16),
+    ("dx", "16"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=32, BLOCK_K=64),
+    ("dx", "16/32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=32, BLOCK_K=64),
+    ("dx", "tf32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=32, BLOCK_K=64),
+    ("dx", "ieee"): Config.of(4, 3, BLOCK_M=32, BLOCK_N=16, BLOCK_K=32),
+    ("dw", "16"): Config.of(8, 3, BLOCK_M=32, BLOCK_N=64, BLOCK_K=64),
+    ("dw", "16/32"): Config.of(8, 3, BLOCK_M=32, BLOCK_N=64, BLOCK_K=64),
+    ("dw", "tf32"): Config.of(4, 3, BLOCK_M=32, BLOCK_N=64, BLOCK_K=64),
+    ("dw", "ieee"): Config.of(4, 3, BLOCK_M=16, BLOCK_N=32, BLOCK_K=64),
 }
-_FOLD = Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=4, num_stages=1)
+_FOLD = Config.of(4, 1, BLOCK_N=16, BLOCK_K=128)
 _UNFOLD = {  # by whether rows start at 16 bytes
-    True: Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=4, num_stages=1),
-    False: Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=8, num_stages=1),
+    True: Config.of(4, 1, BLOCK_N=16, BLOCK_K=128),
+    False: Config.of(8, 1, BLOCK_N=16, BLOCK_K=128),
 }
 _UNFOLD_ROWS = 128  # of W per program: one partial sum of a column for each
-_GATE_GRADIENT = Config({"BLOCK_R": 16, "BLOCK_K": 64}, num_warps=4, num_stages=1)
+_GATE_GRADIENT = Config.of(4, 1, BLOCK_R=16, BLOCK_K=64)
 
 # Rows of x up to which a product runs in the fused kernel; with more, it is the vendor's GEMM with N x K
 # kernels around it. Predicted, not measured: those kernels move about 4 bytes per weight and product in 16
 # bits and 8 in float32 (`proofs.gating_roofline`); the fused GEMM takes perhaps a fifth more time for its 2 M
 # flop per weight. The two are then equal at M = 2,950 on an H100 (990 TFLOP/s, 3.35 TB/s) and 1,530 on an
 # A100 (312, 2.0) in 16 bits, at 400 and 190 in float32 without tensor cores.
-_FUSED_ROWS = {2: 2048, 4: 256}
+FUSED_ROWS = {2: 2048, 4: 256}
 
 # Tiles of dW from which the fused kernel fills a large GPU (132 multiprocessors of an H100). With fewer, the
 # vendor's GEMM, which can share the rows among programs, is taken.
 _FULL_GPU = 132
 
+# What `launching.forced_path` can force: products in the op's own kernels or in the vendor's GEMM; dW, which
+# is also the vendor's where its tiles are few; and the product from which the gate's gradient is made.
+_PRODUCTS = choice("gated_linear", "fused", "vendor")
+_DW_PRODUCT = choice("gated_linear", "fused_dw", "vendor_dw")
+_GATE_SIDE = choice("gated_linear", "activation_side", "weight_side")
+
 
 def _on_activation_side(M: int, N: int, need_x: bool, need_weight: bool, need_gate: bool) -> bool:
     """Whether the gate's gradient comes from `dY W` (M x K) rather than from `dY^T X` (N x K)."""
-    return need_gate and need_x and (not need_weight or M < N)
+    cheaper = not need_weight or M < N
+    return need_gate and need_x and _GATE_SIDE.takes("activation_side", cheaper)
+
+
+def _is_fused(M: int, element_size: int) -> bool:
+    """Whether products of M rows of such numbers run in the fused kernels."""
+    return _PRODUCTS.takes("fused", FUSED_ROWS[element_size] >= M)
 
 
 # ------------------------------------------------------------------------------------------------- launchers
@@ -369,7 +356,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _layout(*operands: Tensor) -> dict[str, bool | str]:
     """The constexprs that follow from where the operands lie and from their dtype."""
-    aligned = launching.is_aligned(*operands)
+    aligned = is_aligned(*operands)
     ieee = operands[0].dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return {
         "ALIGNED": aligned,
@@ -467,7 +454,7 @@ def _launch_fold(weight: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
     folded = torch.empty((N, K), dtype=dtype, device=weight.device)
     grid = (triton.cdiv(N, _FOLD.blocks["BLOCK_N"]), triton.cdiv(K, _FOLD.blocks["BLOCK_K"]))
     arguments = dict(weight=weight, gate=gate, folded=folded, N=N, K=K, stride_w=weight.stride(0))
-    launch(_fold_kernel, grid, arguments, _FOLD, ALIGNED=launching.is_aligned(weight))
+    launch(_fold_kernel, grid, arguments, _FOLD, ALIGNED=is_aligned(weight))
     return folded
 
 
@@ -477,7 +464,7 @@ def _launch_unfold(
     """From `product` [N, K], contiguous, dY^T X: dW and partial sums as `_launch_dw` returns them."""
     N, K = product.shape
     programs = triton.cdiv(N, _UNFOLD_ROWS)
-    aligned = launching.is_aligned(weight)
+    aligned = is_aligned(weight)
     config = _UNFOLD[aligned]
     device = product.device
     dw = torch.empty((N, K), dtype=weight.dtype, device=device) if need_weight else None
@@ -522,7 +509,7 @@ def _forward_triton(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None
     rows, weight = _rows(x), _rows(weight)
     if 0 in (len(rows), N, K) or x.dtype == torch.float64:
         return _forward_plain(x, weight, gate, bias, l1)
-    if len(rows) <= _FUSED_ROWS[x.element_size()]:
+    if _is_fused(len(rows), x.element_size()):
         bias = None if bias is None else bias.to(weight.dtype).contiguous()
         y = _launch_fwd(rows, weight, _float32(gate), bias)
     else:
@@ -534,23 +521,23 @@ def _forward_triton(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None
 def _backward_triton(
     dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor, bias_dtype: torch.dtype | None, l1: float,
     need_x: bool, need_weight: bool, need_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     N, K = weight.shape
     if 0 in (dy.numel(), K) or x.dtype == torch.float64:
         return _backward_plain(dy, x, weight, gate, bias_dtype, l1, need_x, need_weight, need_gate)
     shape, gate_dtype = x.shape, gate.dtype
     dy, x, weight, gate = _rows(dy), _rows(x), _rows(weight), _float32(gate)
     M = len(dy)
-    few_rows = _FUSED_ROWS[x.element_size()] >= M
+    is_fused = _is_fused(M, x.element_size())
     dx = dw = dg = partial = None
     if _on_activation_side(M, N, need_x, need_weight, need_gate):
         dx, partial = _launch_dx(dy, weight, gate, x)
         need_gate = False
-    elif need_x and few_rows:
+    elif need_x and is_fused:
         dx, _ = _launch_dx(dy, weight, gate, None)
     elif need_x:
         dx = dy @ _launch_fold(weight, gate, dy.dtype)
-    if (need_weight or need_gate) and few_rows and _fills_a_gpu(weight):
+    if (need_weight or need_gate) and _DW_PRODUCT.takes("fused_dw", is_fused and _fills_a_gpu(weight)):
         dw, from_weight = _launch_dw(dy, x, weight, gate, need_weight, need_gate)
     elif need_weight or need_gate:
         dw, from_weight = _launch_unfold(dy.t() @ x, weight, None, gate, need_weight, need_gate)
@@ -571,7 +558,7 @@ def _fold_triton(weight: Tensor, gate: Tensor, dtype: torch.dtype, l1: float) ->
 def _unfold_triton(
     product: Tensor, weight: Tensor, folded: Tensor, gate: Tensor, l1: float,
     need_weight: bool, need_gate: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     if weight.numel() == 0:
         return _unfold_plain(product, weight, folded, gate, l1, need_weight, need_gate)
     gate32 = _float32(gate)
@@ -585,7 +572,7 @@ def _shaped(dx: Tensor | None, shape: torch.Size) -> Tensor | None:
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every compilation that the launchers above can ask for on `target`, for `proofs.compilations`.
+    """Every compilation that `gated_linear` can ask for on `target`, a key of `launching.TARGETS`.
 
     A view that starts off a 16-byte boundary is compiled when it is met; all other cases are here.
     """
@@ -611,7 +598,7 @@ def _record(x_dtype: torch.dtype, weight_dtype: torch.dtype, width: int) -> None
         return torch.empty(shape, dtype=dtype, device="meta")
 
     weight, gate = empty(width, width, dtype=weight_dtype), empty(width, dtype=torch.float32)
-    for M in (64, _FUSED_ROWS[x_dtype.itemsize], 65536):  # one program a tile, several, the vendor's GEMM
+    for M in (64, FUSED_ROWS[x_dtype.itemsize], 65536):  # one program a tile, several, the vendor's GEMM
         x = empty(M, width, dtype=x_dtype)
         for bias in (None, gate.to(weight_dtype)):
             _forward_triton(x, weight, gate, bias, 0.0)
@@ -619,8 +606,8 @@ def _record(x_dtype: torch.dtype, weight_dtype: torch.dtype, width: int) -> None
             _backward_triton(x, x, weight, gate, None, 0.0, *map(bool, needs))
     if x_dtype != weight_dtype:
         folded = _fold_triton(weight, gate, x_dtype, 0.0)
-        for needs in [(False, True), (True, False), (True, True)]:
-            _unfold_triton(folded, weight, folded, gate, 0.0, *needs)
+        for need_weight, need_gate in [(False, True), (True, False), (True, True)]:
+            _unfold_triton(folded, weight, folded, gate, 0.0, need_weight, need_gate)
 
 
 # ---------------------------------------------------------------------------------- plain PyTorch, any device
@@ -640,7 +627,7 @@ def _chunks(*matrices: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 def _scaled(matrix: Tensor, gate: Tensor, out: Tensor) -> Tensor:
     """`matrix * gate` rounded once, into `out` (which may be `matrix`)."""
-    if out.dtype != matrix.dtype and library.has_cpp(out, matrix, gate):  # else PyTorch's is as fast
+    if out.dtype != matrix.dtype and library.cpp_supports(out, matrix, gate):  # else PyTorch's is as fast
         torch.ops.vtp.cpu_fold_gate(matrix, gate, out)
         return out
     if matrix.dtype == out.dtype == gate.dtype:
@@ -653,10 +640,9 @@ def _scaled(matrix: Tensor, gate: Tensor, out: Tensor) -> Tensor:
 def _column_products(a: Tensor, b: Tensor) -> Tensor:
     """`sum_i a[i, k] b[i, k]`, [K], in float32 at least."""
     dtype = torch.promote_types(a.dtype, torch.float32)
-    total = None
-    for a_rows, b_rows in _chunks(a, b):
-        products = (a_rows.to(dtype) * b_rows.to(dtype)).sum(0)
-        total = products if total is None else total.add_(products)
+    total, *others = ((a_rows.to(dtype) * b_rows.to(dtype)).sum(0) for a_rows, b_rows in _chunks(a, b))
+    for products in others:
+        total.add_(products)
     return total
 
 
@@ -667,7 +653,7 @@ def _fold_plain(weight: Tensor, gate: Tensor, dtype: torch.dtype, l1: float = 0.
 def _unfold_plain(
     product: Tensor, weight: Tensor, folded: Tensor, gate: Tensor, l1: float,
     need_weight: bool, need_gate: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     dw, total = _unfolded(product, weight, gate, None, need_weight, need_gate)
     return library.empty_for_none(product, dw, None if total is None else _gate_gradient(total, gate, l1))
 
@@ -676,7 +662,7 @@ def _unfolded(
     product: Tensor, weight: Tensor, gate: Tensor, out: Tensor | None, need_weight: bool, need_gate: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dW, the gate's gradient without l1), those that are needed; dW goes into `out` if there is one."""
-    if need_gate and library.has_cpp(product, weight, gate):  # both in one pass, 2 to 4 times as fast
+    if need_gate and library.cpp_supports(product, weight, gate):  # both in one pass, 2 to 4 times as fast
         dw = (torch.empty_like(weight) if out is None else out) if need_weight else None
         return dw, torch.ops.vtp.cpu_unfold_gate(product, weight, gate, dw)
     total = _column_products(product, weight) if need_gate else None
@@ -705,7 +691,7 @@ def _forward_plain(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None,
 def _backward_plain(
     dy: Tensor, x: Tensor, weight: Tensor, gate: Tensor, bias_dtype: torch.dtype | None, l1: float,
     need_x: bool, need_weight: bool, need_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     shape = x.shape
     dy, x = _rows(dy), _rows(x)
     dx = dw = total = None
@@ -775,10 +761,6 @@ def _fold_backward(ctx, product, unfold=None):
     return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError("gated_linear has no second derivative")
-
-
 define(
     "gated_linear(Tensor x, Tensor weight, Tensor gate, Tensor? bias, float l1) -> Tensor",
     plain=_forward_plain,
@@ -805,10 +787,14 @@ define(
     triton=_unfold_triton,
     fake=_unfold_fake,
 )
-register_autograd("vtp::gated_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
-register_autograd("vtp::gated_linear_backward", _no_second_derivative, lib=LIBRARY)
-register_autograd("vtp::fold_gate", _fold_backward, setup_context=_fold_setup_context, lib=LIBRARY)
-register_autograd("vtp::unfold_gate", _no_second_derivative, lib=LIBRARY)
+define_gradient("gated_linear", by="gated_linear_backward", backward=_backward, setup_context=_setup_context)
+define_gradient(
+    "fold_gate",
+    by="unfold_gate",
+    backward=_fold_backward,
+    setup_context=_fold_setup_context,
+    public_name="gated_linear",
+)
 
 
 @register_flop_formula(torch.ops.vtp.gated_linear)
@@ -832,8 +818,11 @@ _backward_on_cpu, _unfold_on_cpu = without_autocast(_backward_plain), without_au
 
 
 class _GatedLinear(torch.autograd.Function):
-    """`gated_linear` for eager calls on a CPU, where the dispatcher, which enters Python twice in each pass,
-    would cost a small layer more than its gate does. `setup_context` would cost as much again."""
+    """`gated_linear` for eager calls on a CPU, without the dispatcher.
+
+    That enters Python twice in each pass, which would cost a small layer more than its gate does;
+    `setup_context` would cost as much again.
+    """
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -843,12 +832,12 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         if torch.is_grad_enabled():  # create_graph=True
-            _no_second_derivative(ctx)
+            library.refuse_second_derivative("gated_linear")
         return _backward(ctx, dy, _backward_on_cpu)
 
 
 class _FoldGate(torch.autograd.Function):
-    """`fold_gate`, likewise."""
+    """`fold_gate` for eager calls on a CPU, without the dispatcher, as `_GatedLinear`."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -859,7 +848,7 @@ class _FoldGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, product):
         if torch.is_grad_enabled():
-            _no_second_derivative(ctx)
+            library.refuse_second_derivative("gated_linear")
         return _fold_backward(ctx, product, _unfold_on_cpu)
 
 

@@ -7,8 +7,9 @@ the Python function as it is, nothing launches it, and the ops run on plain PyTo
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 import re
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,84 @@ except ImportError:  # the kernels of a file are still defined, and never launch
     HAS_TRITON = False
 else:
     HAS_TRITON = True
+
+
+class Choice:
+    """A decision that an op makes for each call, between paths that give the same result.
+
+    Tables of the op say which path is faster; `forced_path` overrules them. `forced` is the path that it has
+    put in force, or None.
+    """
+
+    def __init__(self, op: str, paths: tuple[str, ...]) -> None:
+        self.op, self.paths = op, paths
+        self.forced: str | None = None
+
+    def takes(self, path: str, default: bool) -> bool:
+        """Whether a call takes `path`: as forced, or `default`, as the tables say, where no path is."""
+        return default if self.forced is None else self.forced == path
+
+
+_choices: dict[str, list[Choice]] = {}
+_forcing = threading.RLock()
+
+
+@functools.cache  # so that the copy of an op that a test makes has the same
+def choice(op: str, *paths: str) -> Choice:
+    """The `Choice` of the op between these paths: made by the first call, returned by later ones.
+
+    The module of the op asks it, and `forced_path` overrules it.
+    """
+    _choices.setdefault(op, []).append(Choice(op, paths))
+    return _choices[op][-1]
+
+
+def paths(op: str) -> tuple[tuple[str, ...], ...]:
+    """The names that `forced_path` takes for an op: for each of its decisions, the paths to choose from.
+
+    Raises:
+        ValueError: there is no op of that name, or it has one path only.
+    """
+    if op not in _choices:
+        raise ValueError(f"op: got {op!r}, expected one of {', '.join(_choices)}")
+    return tuple(decision.paths for decision in _choices[op])
+
+
+@contextlib.contextmanager
+def forced_path(op: str, *forced: str) -> Iterator[None]:
+    """Context in which an op takes the paths given, whatever its tables say: for tests and benchmarks.
+
+    A call that a path cannot serve goes another way nevertheless: the path may be for few columns only, or
+    have no epilogue. Paths are forced in the whole process, since autograd runs backward passes in threads of
+    its own; another thread that forces one of any op waits until this is over. It may be nested.
+
+    Args:
+        op: the name of the op, as in "gated_linear".
+        forced: names out of `paths(op)`, at most one of each decision.
+
+    Raises:
+        ValueError: the op or a path is not known, or two paths exclude one another.
+    """
+    known = [name for names in paths(op) for name in names]
+    for name in forced:
+        if name not in known:
+            raise ValueError(f"path of {op}: got {name!r}, expected one of {', '.join(known)}")
+    overruled = {}
+    for decision in _choices[op]:
+        chosen = [name for name in forced if name in decision.paths]
+        if len(chosen) > 1:
+            raise ValueError(f"paths of {op}: got {' and '.join(chosen)}, which exclude one another")
+        overruled |= dict.fromkeys([decision] if chosen else [], *chosen)
+    with _forcing:
+        before = {decision: decision.forced for decision in overruled}
+        try:
+            for decision, name in overruled.items():
+                decision.forced = name
+            yield
+        finally:
+            for decision, name in before.items():
+                decision.forced = name
+
 
 # Names of Triton's types, for signatures and for the ids of variants.
 TYPE_NAMES = {
@@ -49,7 +128,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and launch options of one kernel: what is constexpr in it besides dtypes and layout.
+    """Tile sizes and launch options of a kernel: what is constexpr in it besides dtypes and layout.
 
     Nothing in it may come from the batch size; one entry stands for a whole bucket of shapes.
     """
@@ -57,6 +136,11 @@ class Config:
     blocks: Mapping[str, int]
     num_warps: int
     num_stages: int
+
+    @classmethod
+    def of(cls, num_warps: int, num_stages: int, **blocks: int) -> Config:
+        """A Config as the tables of the ops write it: tile sizes are keywords, named as in the kernel."""
+        return cls(blocks, num_warps, num_stages)
 
     def __str__(self) -> str:
         return "x".join(map(str, self.blocks.values()))
@@ -82,7 +166,7 @@ class Variant:
     dot: str | None = None
 
     def key(self) -> tuple:
-        """What tells two compilations apart."""
+        """A hashable value that is equal for equal compilations only."""
         kernel = getattr(self.kernel, "__name__", str(self.kernel))
         return (
             kernel,
@@ -94,90 +178,25 @@ class Variant:
         )
 
 
-def is_aligned(*tensors: torch.Tensor) -> bool:
-    """Whether rows of every 2-D tensor start at 16 bytes and have a multiple of 8 elements.
-
-    Only then are 16-byte loads up to the edge, and descriptors (TMA), possible.
-    """
-    return all(
-        t.data_ptr() % 16 == 0
-        and t.shape[1] % 8 == 0
-        and t.stride(0) % 8 == 0
-        and t.stride(0) >= t.shape[1]
-        and t.stride(1) == 1
-        for t in tensors
-    )
-
-
-def padded_width(width: int) -> int:
-    """The width rounded up to 8 elements, 16 bytes at least."""
-    return -(-width // 8) * 8
-
-
-def empty_rows(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialized [..., width] whose rows start at 16 bytes: the stride of a row is `padded_width(width)`.
-    A kernel that fills it writes 0 to the padding."""
-    *lead, width = shape
-    return torch.empty((*lead, padded_width(width)), dtype=dtype, device=device)[..., :width]
-
-
-def empty_rows_like(t: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`empty_rows` on the device of t, in its dtype unless another is given."""
-    return empty_rows(*shape, dtype=dtype or t.dtype, device=t.device)
-
-
-def in_padded_rows(t: torch.Tensor) -> torch.Tensor:
-    """t [..., width] with the strides of `empty_rows`, as kernels return it; a copy only where it must be."""
-    if t.shape[-1] % 8 == 0:
-        return t.contiguous()
-    return empty_rows(*t.shape, dtype=t.dtype, device=t.device).copy_(t)
-
-
-def has_padded_rows(t: torch.Tensor) -> bool:
-    """Whether rows of t [M, width] start at 16 bytes, and the last one too has room up to a multiple of 8.
-
-    Then a kernel may load whole 16 bytes at the end of a row; what it finds behind the width is undefined.
-    """
-    (rows, width), (stride, step) = t.shape, t.stride()
-    end = t.storage_offset() + (rows - 1) * stride + padded_width(width)
-    return (
-        t.data_ptr() % 16 == 0
-        and step == 1
-        and stride % 8 == 0
-        and stride >= width
-        and (rows == 0 or end * t.element_size() <= t.untyped_storage().nbytes())
-    )
-
-
-def with_padded_rows(t: torch.Tensor) -> torch.Tensor:
-    """t [..., width] as [M, width] that `has_padded_rows`; a copy, with 0 in the padding, only where it must
-    be."""
-    width = t.shape[-1]
-    if t.ndim != 2:
-        t = t.reshape(math.prod(t.shape[:-1]), width)
-    if has_padded_rows(t):
-        return t
-    full = t.new_zeros(len(t), padded_width(width))
-    full[:, :width] = t
-    return full[:, :width]
-
-
 def operands(dtype: torch.dtype) -> str:
-    """What matrix products are made of: "16", numbers of 16 bits; "tf32", float32 on tensor cores; "ieee",
-    float32 without them, which is PyTorch's default."""
+    """The kind of operands that matrix products of `dtype` have, a key of the tables of tiles.
+
+    "16" for numbers of 16 bits; "tf32" for float32 on tensor cores; "ieee" for float32 without them, which is
+    the default of PyTorch (`torch.get_float32_matmul_precision`).
+    """
     if dtype.itemsize == 2:
         return "16"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of a kernel's products; without effect on 16-bit numbers."""
+    """`input_precision` of `tl.dot` for operands of `dtype`; it has no effect on 16-bit numbers."""
     return "ieee" if operands(dtype) == "ieee" else "tf32"
 
 
 @contextlib.contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
-    """Within it `torch.get_float32_matmul_precision()` is `name`."""
+    """Context in which `torch.get_float32_matmul_precision()` is `name`."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:
@@ -187,7 +206,7 @@ def matmul_precision(name: str) -> Iterator[None]:
 
 
 def is_amd(device: torch.device) -> bool:
-    """Whether the device is AMD's; within `recording`, whether the target is."""
+    """Whether `device` is AMD's, or within `recording` whether its target is."""
     if _recording is not None:
         return TARGETS[_recording.target][0] == "hip"
     return device.type == "cuda" and torch.version.hip is not None
@@ -226,14 +245,15 @@ def launch(
         )
 
 
-class _Recording:
-    """The variants that launches ask for while it is in force, each once."""
+class Recording:
+    """The variants that launches ask for on a target, each once, while `recording` has it in force."""
 
     def __init__(self, op: str, target: str, on_launch: Callable[..., None] = lambda *_, **__: None) -> None:
         self.op, self.target, self.on_launch = op, target, on_launch
         self.variants: dict[tuple, Variant] = {}
 
     def add(self, kernel: Any, arguments: Mapping[str, Any], config: Config, constants: dict) -> None:
+        """Note the variant that a call of `launch` with these arguments asks for."""
         constants = {**constants, **config.blocks}
         signature, aligned = {}, set()
         for name, value in arguments.items():
@@ -263,21 +283,21 @@ class _Recording:
         self.variants.setdefault(variant.key(), variant)
 
 
-_recording: _Recording | None = None
+_recording: Recording | None = None
 
 
 @contextlib.contextmanager
 def recording(
     op: str, target: str, on_launch: Callable[..., None] = lambda *_, **__: None
 ) -> Iterator[dict[tuple, Variant]]:
-    """Within it launches compile and run nothing: they are noted, as they would be on `target`, and each is
-    passed on to `on_launch`, with the arguments of `launch`.
+    """Context in which launches run nothing and are noted, as they would be on `target`.
 
-    So the list of what can be compiled is made by the code that launches, on meta tensors, and cannot drift
-    from it.
+    Yields the variants asked for so far, by key. Each launch is also passed on to `on_launch`, with the
+    arguments of `launch`. So the list of what can be compiled is made by the code that launches, on meta
+    tensors, and cannot drift from it.
     """
     global _recording
-    outer, _recording = _recording, _Recording(op, target, on_launch)
+    outer, _recording = _recording, Recording(op, target, on_launch)
     try:
         yield _recording.variants
     finally:

@@ -31,11 +31,12 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_autograd
 
 from vtp_kernels import _arguments, launching
-from vtp_kernels.launching import Config, Variant, empty_rows, launch, tl, triton, with_padded_rows
-from vtp_kernels.library import LIBRARY, autocast_is_on, define
+from vtp_kernels._tiles import load_tile
+from vtp_kernels.launching import Config, Variant, launch, tl, triton
+from vtp_kernels.library import autocast_is_on, define, define_gradient
+from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -43,26 +44,14 @@ from vtp_kernels.library import LIBRARY, autocast_is_on, define
 def layer_norm_gather_ref(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float
 ) -> Tensor:
-    """The definition, for autograd to differentiate; all tensors of one dtype, index int64."""
+    """The definition of `layer_norm_gather` in plain PyTorch; all tensors of one dtype but index, int64."""
     out = F.layer_norm(x, x.shape[-1:], None, None, eps)
     if index is not None:
         out = out.index_select(-1, index)
-    return out if weight is None else out * weight + bias
+    return out if weight is None or bias is None else out * weight + bias
 
 
 # -------------------------------------------------------------------------------------------------- kernels
-
-
-@triton.jit
-def _load_rows(source, o_m, o_d, M, D, stride):
-    """source[o_m, o_d] in float32, 0 beyond the edges.
-
-    Whole 16 bytes are loaded at the end of a row, and what lies behind its width may be anything.
-    """
-    m_tile = (o_m[:, None] < M) & (o_d[None, :] < (D + 7) // 8 * 8)
-    p_tile = source + o_m[:, None].to(tl.int64) * stride + o_d[None, :]
-    b_rows = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
-    return tl.where(o_d[None, :] < D, b_rows, 0.0)
 
 
 @triton.jit
@@ -95,7 +84,7 @@ def _layer_norm_gather_fwd_kernel(
     stride_x, stride_out = stride_x // 8 * 8, stride_out // 8 * 8  # tells the compiler that they are
     o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, BLOCK_D)
-    b_x = _load_rows(x, o_m, o_d, M, D, stride_x)
+    b_x = load_tile(x, o_m, o_d, M, D, stride_x, True, True, PADDED=True).to(tl.float32)
     b_mean, b_rstd = _statistics(b_x, o_d, D, eps)
     if GATHER:
         for j in range(0, kept, BLOCK_J):
@@ -133,13 +122,13 @@ def _layer_norm_gather_bwd_kernel(
     first = tl.program_id(0) * rows_per_program
     for row in range(first, tl.minimum(M, first + rows_per_program), ROWS):
         o_m = row + tl.arange(0, ROWS)
-        b_x = _load_rows(x, o_m, o_d, M, D, stride_x)
+        b_x = load_tile(x, o_m, o_d, M, D, stride_x, True, True, PADDED=True).to(tl.float32)
         if GATHER:
             p_dy = dy + o_m[:, None].to(tl.int64) * stride_dy + o_j[None, :]
             m_dy = (o_m[:, None] < M) & m_j[None, :]
             b_dy = tl.load(p_dy, mask=m_dy, other=0.0).to(tl.float32)
         else:
-            b_dy = _load_rows(dy, o_m, o_d, M, D, stride_dy)
+            b_dy = load_tile(dy, o_m, o_d, M, D, stride_dy, True, True, PADDED=True).to(tl.float32)
         b_mean, b_rstd = _statistics(b_x, o_d, D, eps)
         b_xhat = tl.where(o_d[None, :] < D, (b_x - b_mean[:, None]) * b_rstd[:, None], 0.0)
         b_dweight += b_dy * b_xhat
@@ -158,28 +147,24 @@ def _layer_norm_gather_bwd_kernel(
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def _config(num_warps: int, **blocks: int) -> Config:
-    return Config(blocks, num_warps, num_stages=1)
-
-
 # By the largest D of a bucket. Rows in registers, 8 to 32 numbers of each a thread: small ones share a
 # program, for which then one load of the index does.
 _FWD = {
-    256: _config(4, ROWS=8, BLOCK_D=256, BLOCK_J=128),
-    512: _config(4, ROWS=4, BLOCK_D=512, BLOCK_J=128),
-    1024: _config(4, ROWS=4, BLOCK_D=1024, BLOCK_J=256),
-    2048: _config(4, ROWS=2, BLOCK_D=2048, BLOCK_J=512),
-    4096: _config(8, ROWS=1, BLOCK_D=4096, BLOCK_J=1024),
+    256: Config.of(4, 1, ROWS=8, BLOCK_D=256, BLOCK_J=128),
+    512: Config.of(4, 1, ROWS=4, BLOCK_D=512, BLOCK_J=128),
+    1024: Config.of(4, 1, ROWS=4, BLOCK_D=1024, BLOCK_J=256),
+    2048: Config.of(4, 1, ROWS=2, BLOCK_D=2048, BLOCK_J=512),
+    4096: Config.of(8, 1, ROWS=1, BLOCK_D=4096, BLOCK_J=1024),
 }
 _BWD = {
-    256: _config(4, ROWS=4, BLOCK_D=256),
-    512: _config(4, ROWS=4, BLOCK_D=512),
-    1024: _config(8, ROWS=2, BLOCK_D=1024),
-    2048: _config(8, ROWS=1, BLOCK_D=2048),
-    4096: _config(8, ROWS=1, BLOCK_D=4096),
+    256: Config.of(4, 1, ROWS=4, BLOCK_D=256),
+    512: Config.of(4, 1, ROWS=4, BLOCK_D=512),
+    1024: Config.of(8, 1, ROWS=2, BLOCK_D=1024),
+    2048: Config.of(8, 1, ROWS=1, BLOCK_D=2048),
+    4096: Config.of(8, 1, ROWS=1, BLOCK_D=4096),
 }
 # With an index, 8 warps of so wide a row spill where Triton 3.6 compiles for sm_90.
-_BWD_GATHER = _BWD | {2048: _config(16, ROWS=1, BLOCK_D=2048)}
+_BWD_GATHER = _BWD | {2048: Config.of(16, 1, ROWS=1, BLOCK_D=2048)}
 _WIDEST = max(_FWD)
 # Programs of the backward pass: four for each multiprocessor of a large GPU (132 of an H100). Each writes one
 # pair of partial sums a column: 3 MB for 768 columns.
@@ -246,9 +231,9 @@ def _position(index: Tensor, D: int) -> Tensor:
     return position.index_copy_(0, index, torch.arange(len(index), dtype=torch.int32, device=index.device))
 
 
-def _float32(vector: Tensor | None) -> Tensor | None:
+def _float32(vector: Tensor) -> Tensor:
     """As the kernels take it: a vector is not worth a compilation for each of its dtypes."""
-    return None if vector is None else vector.to(torch.float32).contiguous()
+    return vector.to(torch.float32).contiguous()
 
 
 def _is_for_kernels(x: Tensor, kept: int) -> bool:
@@ -265,7 +250,9 @@ def _forward_triton(
         return _forward_plain(x, weight, bias, index, eps, dtype)
     rows = with_padded_rows(x)
     index = None if index is None else index.contiguous()
-    out = _launch_fwd(rows, _float32(weight), _float32(bias), index, eps, dtype)
+    weight = None if weight is None else _float32(weight)
+    bias = None if bias is None else _float32(bias)
+    out = _launch_fwd(rows, weight, bias, index, eps, dtype)
     return out.view(*x.shape[:-1], kept)
 
 
@@ -286,7 +273,7 @@ def _backward_triton(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """Every compilation that the launchers above can ask for on `target`, for `proofs.compilations`.
+    """Every compilation that `layer_norm_gather` can ask for on `target`, a key of `launching.TARGETS`.
 
     A 16-bit x under an autocast to the other 16-bit dtype is compiled when it is met; all else is here.
     """
@@ -324,12 +311,12 @@ def _forward_plain(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     D = x.shape[-1]
-    if weight is not None:
+    if weight is not None and bias is not None:
         weight, bias = (_at_all_columns(t.to(_wide(x.dtype)), index, D) for t in (weight, bias))
     out = F.layer_norm(x.to(_wide(x.dtype)), (D,), weight, bias, eps)
     if index is not None:
         out = out.index_select(-1, index)
-    return launching.in_padded_rows(out.to(dtype))
+    return in_padded_rows(out.to(dtype))
 
 
 def _backward_plain(
@@ -344,7 +331,7 @@ def _backward_plain(
     dx, *gradients = torch.ops.aten.native_layer_norm_backward(
         dy, rows, (D,), mean, rstd, scale, scale, needs
     )
-    dx = launching.in_padded_rows(dx.to(x.dtype).view(x.shape))
+    dx = in_padded_rows(dx.to(x.dtype).view(x.shape))
     if weight is None:
         return dx, x.new_empty(0), x.new_empty(0)
     if index is not None:
@@ -362,7 +349,7 @@ def _forward_fake(x, weight, bias, index, eps, dtype):
 
 def _backward_fake(dy, x, weight, index, eps):
     like = x.new_empty(0) if weight is None else weight
-    dx = launching.empty_rows_like(x, *x.shape)
+    dx = empty_rows_like(x, *x.shape)
     return dx, like.new_empty(like.shape), like.new_empty(like.shape)
 
 
@@ -375,10 +362,6 @@ def _backward(ctx, dy):
     gradients = torch.ops.vtp.layer_norm_gather_backward(dy, *ctx.saved_tensors, ctx.eps)
     needs = ctx.needs_input_grad[:3]
     return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None, None
-
-
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError("layer_norm_gather has no second derivative")
 
 
 define(
@@ -395,8 +378,9 @@ define(
     triton=_backward_triton,
     fake=_backward_fake,
 )
-register_autograd("vtp::layer_norm_gather", _backward, setup_context=_setup_context, lib=LIBRARY)
-register_autograd("vtp::layer_norm_gather_backward", _no_second_derivative, lib=LIBRARY)
+define_gradient(
+    "layer_norm_gather", by="layer_norm_gather_backward", backward=_backward, setup_context=_setup_context
+)
 
 
 # ------------------------------------------------------------------------------------------- public function
@@ -405,7 +389,7 @@ register_autograd("vtp::layer_norm_gather_backward", _no_second_derivative, lib=
 def layer_norm_gather(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float
 ) -> Tensor:
-    """LayerNorm with the statistics of all columns of x, of which those of `index` are put out.
+    """LayerNorm over all columns of x that returns only those of `index`.
 
     Args:
         x: [..., D], float32, bfloat16, float16 or float64; any strides.
@@ -449,7 +433,7 @@ def _validate(
     if (weight is None) != (bias is None):
         given, missing = ("bias", "weight") if weight is None else ("weight", "bias")
         raise ValueError(f"{missing}: got None beside a {given}, expected both or none")
-    if weight is not None:
+    if weight is not None and bias is not None:
         _arguments.check_dtypes({"x": x, "weight": weight}, or_float32=("weight",))
         if bias.dtype != weight.dtype:
             raise TypeError(f"bias: got {bias.dtype}, expected {weight.dtype}, that of weight")

@@ -10,6 +10,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,15 +38,17 @@ def _cpu_vit_fake(images: torch.Tensor, weights, layout, outputs: int) -> torch.
     return images.new_empty(images.shape[0], outputs)
 
 
-_WHY_NO_CPP = _load_cpp()  # at once: a program that torch.export made may need them
+_NO_CPP_REASON = _load_cpp()  # at once: a program that torch.export made may need them
 
 
-def has_cpp(*tensors: torch.Tensor) -> bool:
-    """Whether the C++ operators are there and take such tensors: on the CPU, contiguous, float32 but for the
-    first, which may be bfloat16."""
+def cpp_supports(*tensors: torch.Tensor) -> bool:
+    """Whether the C++ operators are loaded and take these tensors.
+
+    They take contiguous tensors on the CPU, all of float32 except the first, which may also be bfloat16.
+    """
     first, *others = tensors
     return (
-        _WHY_NO_CPP is None
+        _NO_CPP_REASON is None
         and first.dtype in (torch.float32, torch.bfloat16)
         and all(t.dtype == torch.float32 for t in others)
         and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
@@ -53,62 +56,99 @@ def has_cpp(*tensors: torch.Tensor) -> bool:
 
 
 @functools.cache
-def why_no_cpp() -> str | None:
-    """Why there are no C++ operators, said once as a warning too; None if there are.
+def cpp_unsupported_reason() -> str | None:
+    """Why the C++ operators cannot run here, or None if they can. The first call also warns of the reason.
 
     Raises:
         RuntimeError: the environment variable VTP_CPU_ISA names no instruction set of this machine.
     """
-    if _WHY_NO_CPP is None:
+    if _NO_CPP_REASON is None:
         torch.ops.vtp.cpu_isa()
     else:
         warnings.warn(
-            f"vtp_kernels: {_WHY_NO_CPP}; vtp.optimize runs on plain PyTorch operators on a CPU. Results are "
-            "the same; compact models are slower. `python setup.py build_ext --inplace` builds it.",
+            f"vtp_kernels: {_NO_CPP_REASON}; vtp.optimize runs on plain PyTorch operators on a CPU. Results "
+            "are the same; compact models are slower. `python setup.py build_ext --inplace` builds it.",
             stacklevel=2,
         )
-    return _WHY_NO_CPP
+    return _NO_CPP_REASON
 
 
 # What each op runs on a GPU with Triton, by its name.
-_TRITON_SIDES: dict[str, Callable] = {}
+TRITON_SIDES: dict[str, Callable] = {}
 
 
 def define(schema: str, *, plain: Callable, triton: Callable, fake: Callable) -> None:
-    """Register the op `schema`: `plain` for any device, `triton` for CUDA, `fake` for shapes and dtypes.
+    """Register an op of the namespace `vtp`.
 
     Both implementations run outside autocast: the public function has chosen the dtypes already.
+
+    Args:
+        schema: as `torch.library` takes it, without the namespace.
+        plain: the implementation for any device.
+        triton: the one for a GPU on which Triton runs.
+        fake: shapes, dtypes and strides of the results alone.
     """
     short = schema.partition("(")[0]
-    name, _TRITON_SIDES[short] = f"vtp::{short}", triton
+    name, TRITON_SIDES[short] = f"vtp::{short}", triton
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(name, "CompositeExplicitAutograd", without_autocast(plain), lib=LIBRARY)
     torch.library.impl(name, "CUDA", without_autocast(_on_gpu(plain, triton)), lib=LIBRARY)
     torch.library.register_fake(name, fake, lib=LIBRARY)
 
 
+def define_gradient(
+    op: str, *, by: str, backward: Callable, setup_context: Callable, public_name: str | None = None
+) -> None:
+    """Register the gradient of an op of the namespace `vtp`, which can be differentiated once.
+
+    Args:
+        op: name of the op.
+        by: name of the op that computes the gradient, and refuses to be differentiated itself.
+        backward, setup_context: as `torch.library.register_autograd` takes them.
+        public_name: the function whose gradient this is, for messages; `op` unless it is given.
+    """
+    name = public_name or op
+
+    def refuse(*_: object) -> NoReturn:
+        refuse_second_derivative(name)
+
+    torch.library.register_autograd(f"vtp::{op}", backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"vtp::{by}", refuse, lib=LIBRARY)
+
+
+def refuse_second_derivative(op: str) -> NoReturn:
+    """Raise NotImplementedError: `op` has no second derivative."""
+    raise NotImplementedError(f"{op} has no second derivative")
+
+
 class TritonSides(TorchDispatchMode):
-    """Within it ops run what they would run on a GPU with Triton, whatever the device of their tensors: to
-    note launches on meta tensors (`launching.recording`), or to interpret them on the CPU."""
+    """Context in which ops run what they would run on a GPU with Triton, on tensors of any device.
+
+    It serves to note launches on meta tensors (`launching.recording`), or to interpret them on the CPU.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != "vtp":
             return func(*args, **(kwargs or {}))
         with self:  # which is off within its own method
-            return _TRITON_SIDES[func.overloadpacket.__name__](*args)
+            return TRITON_SIDES[func.overloadpacket.__name__](*args)
 
 
 def empty_for_none(like: torch.Tensor, *gradients: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """An op returns tensors: an empty one stands for a gradient that is not needed."""
+    """The gradients, with an empty tensor on the device of `like` for each None: what an op can return."""
     return tuple(like.new_empty(0) if g is None else g for g in gradients)
 
 
 def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast is enabled for `device`; False for meta."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)  # which refuses "meta"
 
 
 def without_autocast(function: Callable) -> Callable:
-    """`function(x, ...)` with autocast off on the device of x; costs nothing where it is off already."""
+    """`function`, made to run with autocast off on the device of its first argument.
+
+    Where it is off already that costs nothing.
+    """
 
     @functools.wraps(function)
     def wrapped(x, *args):
@@ -123,18 +163,18 @@ def without_autocast(function: Callable) -> Callable:
 def _on_gpu(plain: Callable, triton: Callable) -> Callable:
     @functools.wraps(triton)
     def chosen(x, *args):
-        reason = why_not_triton(x.device)
+        reason = triton_unsupported_reason(x.device)
         if reason is None:
             return triton(x, *args)
-        _say_once(reason)
+        _warn_once(reason)
         return plain(x, *args)
 
     return chosen
 
 
 @functools.cache
-def why_not_triton(device: torch.device) -> str | None:
-    """Why the Triton kernels do not run on `device`; None where they do."""
+def triton_unsupported_reason(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on the CUDA device `device`, or None if they can."""
     if not launching.HAS_TRITON:
         return "Triton is not installed"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -143,7 +183,7 @@ def why_not_triton(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     warnings.warn(
         f"vtp_kernels: {reason}; its ops run on plain PyTorch operators on this GPU. Results are the same;"
         " gates and compact models are slower than with the fused kernels.",

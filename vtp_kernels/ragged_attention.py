@@ -34,28 +34,63 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_autograd
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching
-from vtp_kernels.launching import Config, Variant, launch, tl, triton, with_padded_rows
-from vtp_kernels.library import LIBRARY, define
+from vtp_kernels._tiles import Matrix, load_tile
+from vtp_kernels.launching import Config, Variant, choice, launch, tl, triton
+from vtp_kernels.library import define, define_gradient
+from vtp_kernels.rows import empty_rows_like, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
 
 
 def ragged_attention_ref(qkv: Tensor, head_dim: int, value_widths: Sequence[int], scale: float) -> Tensor:
-    """The definition, for autograd to differentiate."""
+    """The definition of `ragged_attention` in plain PyTorch, for autograd to differentiate."""
     query, key, values = _split(qkv, head_dim, value_widths)
     weights = ((query @ key.transpose(-2, -1)) * scale).softmax(dim=-1)
     return torch.cat([weights[:, head] @ value for head, value in enumerate(values)], dim=-1)
 
 
 # -------------------------------------------------------------------------------------------------- kernels
+
+
+class _Head(NamedTuple):
+    """Constants of queries and keys in device code, as one constexpr."""
+
+    DIM: Any
+    BLOCK: Any  # DIM rounded up to a power of two, 16 at least
+    PRECISION: Any
+
+
+class _Sizes(NamedTuple):
+    """Tokens, heads and columns of values of one image in device code."""
+
+    N: Any
+    H: Any
+    V: Any
+
+
+class _Rows(NamedTuple):
+    """The rows of one image in device code: their pointer, and how far they are apart."""
+
+    p: Any
+    stride: Any
+
+
+class _Unit(NamedTuple):
+    """What a program works on in device code: columns [begin, end) of values, out of those of one head."""
+
+    head: Any
+    begin: Any
+    end: Any
+    head_begin: Any
+    head_end: Any
 
 
 @triton.jit
@@ -75,39 +110,24 @@ def _program(table, B, N, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(
-    source, o_row, o_column, rows, columns, stride, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
-):
-    """source[o_row, o_column], 0 beyond the masked edges."""
-    p_tile = source + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
-    if MASK_ROWS and MASK_COLUMNS:
-        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] < columns), other=0.0)
-    if MASK_ROWS:
-        return tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] >= 0), other=0.0)
-    if MASK_COLUMNS:
-        return tl.load(p_tile, mask=(o_column[None, :] < columns) & (o_row[:, None] >= 0), other=0.0)
-    return tl.load(p_tile)
+def _load_head(source, o_row, N, stride, HEAD: tl.constexpr, MASK: tl.constexpr):
+    """The query or key [rows, HEAD.BLOCK] at `source`, 0 beyond HEAD.DIM and, if MASK, the last token."""
+    o_d = tl.arange(0, HEAD.BLOCK)
+    return load_tile(source, o_row, o_d, N, HEAD.DIM, stride, MASK, HEAD.DIM < HEAD.BLOCK)
 
 
 @triton.jit
-def _load_head(source, o_row, N, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr):
-    """The query or key [rows, BLOCK_D] at `source`, 0 beyond HEAD_DIM and, if MASK, beyond the last token."""
-    o_d = tl.arange(0, BLOCK_D)
-    return _load_tile(source, o_row, o_d, N, HEAD_DIM, stride, MASK, HEAD_DIM < BLOCK_D)
-
-
-@triton.jit
-def _load_own(source, o_row, o_column, begin, end, N, columns, stride, MASK: tl.constexpr):
+def _load_own(matrix, o_row, o_column, begin, end, MASK: tl.constexpr):
     """Columns [begin, end) only of what lies in whole 16 bytes around them, 0 elsewhere."""
-    b_tile = _load_tile(source, o_row, o_column, N, columns, stride, MASK, True)
+    b_tile = load_tile(matrix.source, o_row, o_column, matrix.rows, matrix.columns, matrix.stride, MASK, True)
     own = (o_column[None, :] - begin).to(tl.uint32) < (end - begin)
     return tl.where(own, b_tile, tl.zeros_like(b_tile))
 
 
 @triton.jit
-def _readable(V, HEAD_DIM: tl.constexpr):
+def _readable(V, HEAD: tl.constexpr):
     """The columns of values that may be loaded: whole 16 bytes, where a row of values starts at 16 bytes."""
-    return (V + 7) // 8 * 8 if HEAD_DIM % 4 == 0 else V
+    return (V + 7) // 8 * 8 if HEAD.DIM % 4 == 0 else V
 
 
 @triton.jit
@@ -121,11 +141,11 @@ def _store_rows(target, acc, o_row, o_column, begin, end, N, V, padded, stride):
 
 
 @triton.jit
-def _store_head(target, acc, o_row, N, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The gradient of a query or key to HEAD_DIM columns of rows below N."""
-    o_d = tl.arange(0, BLOCK_D)
+def _store_head(target, acc, o_row, N, stride, HEAD: tl.constexpr):
+    """The gradient of a query or key to HEAD.DIM columns of rows below N."""
+    o_d = tl.arange(0, HEAD.BLOCK)
     p_tile = target + o_row[:, None].to(tl.int64) * stride + o_d[None, :]
-    tl.store(p_tile, acc.to(target.dtype.element_ty), mask=(o_row[:, None] < N) & (o_d[None, :] < HEAD_DIM))
+    tl.store(p_tile, acc.to(target.dtype.element_ty), mask=(o_row[:, None] < N) & (o_d[None, :] < HEAD.DIM))
 
 
 @triton.jit
@@ -136,42 +156,44 @@ def _keys_of_piece(KEYS: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _value_columns(
-    weights, values, out, total, o_m, column, begin, end, N, V, readable, stride_qkv, stride_out,
-    KEYS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    weights, total, values, out, o_m, column, unit, sizes,
+    HEAD: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS of out from `column` on, from weights whose rows sum to `total`."""
+    N, V, readable = sizes.N, sizes.V, _readable(sizes.V, HEAD)
     o_column = column + tl.arange(0, COLUMNS)
     acc = tl.zeros((o_m.shape[0], COLUMNS), dtype=tl.float32)
     for i in tl.static_range(5):
         if KEYS & (256 >> i):
             o_n = _keys_of_piece(KEYS, 256 >> i)
-            b_v = _load_tile(values, o_n, o_column, N, readable, stride_qkv, KEYS % (256 >> i) == 0, True)
-            acc = tl.dot(weights[i], b_v, acc, input_precision=PRECISION)
+            b_v = load_tile(values.p, o_n, o_column, N, readable, values.stride, KEYS % (256 >> i) == 0, True)
+            acc = tl.dot(weights[i], b_v, acc, input_precision=HEAD.PRECISION)
     acc = acc / total[:, None]
-    _store_rows(out, acc, o_m, o_column, begin, end, N, V, (V + 7) // 8 * 8, stride_out)
+    _store_rows(out.p, acc, o_m, o_column, unit.begin, unit.end, N, V, (V + 7) // 8 * 8, out.stride)
 
 
 @triton.jit
 def _attend(
-    qkv, out, lse, head, begin, end, first, N, H, V, stride_qkv, stride_out, factor,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
+    qkv, out, lse, unit, first, sizes, factor,
+    HEAD: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one head, in one pass: the scores of all keys are on chip at once.
 
     They are pieces of power-of-two sizes, 256 >> i for the bits of KEYS. Only the last has keys beyond N.
     """
+    N, H, V = sizes
+    head, begin, end = unit.head, unit.begin, unit.end
     o_m = first + tl.arange(0, BLOCK_M)
     # Rows beyond the end read the last row again and are dropped at the store.
-    b_q = _load_head(qkv + head * HEAD_DIM, tl.minimum(o_m, N - 1), N, stride_qkv, HEAD_DIM, BLOCK_D, False)
-    keys = qkv + (H + head) * HEAD_DIM
+    b_q = _load_head(qkv.p + head * HEAD.DIM, tl.minimum(o_m, N - 1), N, qkv.stride, HEAD, False)
+    keys = qkv.p + (H + head) * HEAD.DIM
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     scores = ()
     for i in tl.static_range(5):
         if KEYS & (256 >> i):
             o_n = _keys_of_piece(KEYS, 256 >> i)
-            b_k = _load_head(keys, o_n, N, stride_qkv, HEAD_DIM, BLOCK_D, KEYS % (256 >> i) == 0)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * factor
+            b_k = _load_head(keys, o_n, N, qkv.stride, HEAD, KEYS % (256 >> i) == 0)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=HEAD.PRECISION) * factor
             if KEYS % (256 >> i) == 0:
                 b_s = tl.where(o_n[None, :] < N, b_s, float("-inf"))
             highest = tl.maximum(highest, tl.max(b_s, axis=1))
@@ -192,14 +214,12 @@ def _attend(
     column = begin // 8 * 8
     last = tl.where(end == V, (V + 7) // 8 * 8, end)
     width = tl.cdiv(last - column, 16) * 16
-    values = qkv + 2 * H * HEAD_DIM
-    readable = _readable(V, HEAD_DIM)
+    values = _Rows(qkv.p + 2 * H * HEAD.DIM, qkv.stride)
     for c in range(0, width // 32 * 32, 32):
-        _value_columns(weights, values, out, total, o_m, column + c, begin, end, N, V, readable,
-                       stride_qkv, stride_out, KEYS, 32, PRECISION)  # fmt: skip
+        _value_columns(weights, total, values, out, o_m, column + c, unit, sizes, HEAD, KEYS, 32)
     if width % 32 > 0:
-        _value_columns(weights, values, out, total, o_m, column + width // 32 * 32, begin, end, N, V,
-                       readable, stride_qkv, stride_out, KEYS, 16, PRECISION)  # fmt: skip
+        rest = column + width // 32 * 32
+        _value_columns(weights, total, values, out, o_m, rest, unit, sizes, HEAD, KEYS, 16)
 
 
 @triton.jit(do_not_specialize=["B", "N", "H", "V", "stride_qkv", "stride_out"])
@@ -217,23 +237,28 @@ def _ragged_attention_fwd_kernel(
     out += i_batch * N * stride_out
     if lse is not None:
         lse += (i_batch * H + head) * N
+    qkv, out = _Rows(qkv, stride_qkv), _Rows(out, stride_out)
+    unit, sizes = _Unit(head, begin, end, None, None), _Sizes(N, H, V)
+    HEAD: tl.constexpr = _Head(HEAD_DIM, BLOCK_D, PRECISION)
     if is_full:
-        _attend(qkv, out, lse, head, begin, end, first, N, H, V, stride_qkv, stride_out, factor,
-                HEAD_DIM, BLOCK_D, KEYS, BLOCK_M, PRECISION)  # fmt: skip
+        _attend(qkv, out, lse, unit, first, sizes, factor, HEAD, KEYS, BLOCK_M)
     else:
-        _attend(qkv, out, lse, head, begin, end, first, N, H, V, stride_qkv, stride_out, factor,
-                HEAD_DIM, BLOCK_D, KEYS, 16, PRECISION)  # fmt: skip
+        _attend(qkv, out, lse, unit, first, sizes, factor, HEAD, KEYS, 16)
 
 
 @triton.jit
 def _online_step(
-    b_q, acc_wide, acc_narrow, highest, total, keys, values, n, column, N, readable, stride_qkv, factor,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
+    b_q, acc_wide, acc_narrow, highest, total, keys, values, n, column, factor,
+    HEAD: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
+    """One tile of keys: the accumulators, the highest scores and the sums of weights that follow.
+
+    values: a `Matrix` with a row for each token and the columns that may be loaded; keys: their pointer.
+    """
+    N, readable, stride_qkv = values.rows, values.columns, values.stride
     o_n = n + tl.arange(0, BLOCK_N)
-    b_k = _load_head(keys, o_n, N, stride_qkv, HEAD_DIM, BLOCK_D, MASK)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * factor
+    b_k = _load_head(keys, o_n, N, stride_qkv, HEAD, MASK)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=HEAD.PRECISION) * factor
     if MASK:
         b_s = tl.where(o_n[None, :] < N, b_s, float("-inf"))
     higher = tl.maximum(highest, tl.max(b_s, axis=1))
@@ -244,26 +269,29 @@ def _online_step(
     total = total * shrink + tl.sum(b_p, axis=1)
     b_p = b_p.to(b_q.dtype)
     o_wide = column + tl.arange(0, WIDE)
-    b_v = _load_tile(values, o_n, o_wide, N, readable, stride_qkv, MASK, True)
-    acc_wide = tl.dot(b_p, b_v, acc_wide * shrink[:, None], input_precision=PRECISION)
+    b_v = load_tile(values.source, o_n, o_wide, N, readable, stride_qkv, MASK, True)
+    acc_wide = tl.dot(b_p, b_v, acc_wide * shrink[:, None], input_precision=HEAD.PRECISION)
     if NARROW:
         o_narrow = column + WIDE + tl.arange(0, NARROW)
-        b_v = _load_tile(values, o_n, o_narrow, N, readable, stride_qkv, MASK, True)
-        acc_narrow = tl.dot(b_p, b_v, acc_narrow * shrink[:, None], input_precision=PRECISION)
+        b_v = load_tile(values.source, o_n, o_narrow, N, readable, stride_qkv, MASK, True)
+        acc_narrow = tl.dot(b_p, b_v, acc_narrow * shrink[:, None], input_precision=HEAD.PRECISION)
     return acc_wide, acc_narrow, higher, total
 
 
 @triton.jit
 def _attend_online(
-    qkv, out, lse, head, begin, end, head_begin, first, N, H, V, stride_qkv, stride_out, factor,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WIDE: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
+    qkv, out, lse, unit, first, sizes, factor,
+    HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of WIDE + NARROW columns of one head, over tiles of BLOCK_N keys and at the end of 16."""
+    N, H, V = sizes
+    head, begin, end = unit.head, unit.begin, unit.end
     o_m = first + tl.arange(0, BLOCK_M)
-    b_q = _load_head(qkv + head * HEAD_DIM, tl.minimum(o_m, N - 1), N, stride_qkv, HEAD_DIM, BLOCK_D, False)
-    keys, values = qkv + (H + head) * HEAD_DIM, qkv + 2 * H * HEAD_DIM
-    column, readable = begin // 8 * 8, _readable(V, HEAD_DIM)
+    b_q = _load_head(qkv.p + head * HEAD.DIM, tl.minimum(o_m, N - 1), N, qkv.stride, HEAD, False)
+    keys = qkv.p + (H + head) * HEAD.DIM
+    p_values, column = qkv.p + 2 * H * HEAD.DIM, begin // 8 * 8
+    values = Matrix(p_values, N, _readable(V, HEAD), qkv.stride)
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc_wide = tl.zeros((BLOCK_M, WIDE), dtype=tl.float32)
@@ -271,21 +299,23 @@ def _attend_online(
     full = N // BLOCK_N * BLOCK_N
     for n in range(0, full, BLOCK_N):
         acc_wide, acc_narrow, highest, total = _online_step(
-            b_q, acc_wide, acc_narrow, highest, total, keys, values, n, column, N, readable, stride_qkv,
-            factor, HEAD_DIM, BLOCK_D, BLOCK_N, False, WIDE, NARROW, PRECISION)  # fmt: skip
+            b_q, acc_wide, acc_narrow, highest, total, keys, values, n, column, factor,
+            HEAD=HEAD, BLOCK_N=BLOCK_N, MASK=False, WIDE=WIDE, NARROW=NARROW,
+        )  # fmt: skip
     for n in range(full, N, 16):
         acc_wide, acc_narrow, highest, total = _online_step(
-            b_q, acc_wide, acc_narrow, highest, total, keys, values, n, column, N, readable, stride_qkv,
-            factor, HEAD_DIM, BLOCK_D, 16, True, WIDE, NARROW, PRECISION)  # fmt: skip
+            b_q, acc_wide, acc_narrow, highest, total, keys, values, n, column, factor,
+            HEAD=HEAD, BLOCK_N=16, MASK=True, WIDE=WIDE, NARROW=NARROW,
+        )  # fmt: skip
     if lse is not None:
-        m_lse = o_m < tl.where(begin == head_begin, N, 0)  # written once, by the first group
+        m_lse = o_m < tl.where(begin == unit.head_begin, N, 0)  # written once, by the first group
         tl.store(lse + o_m, highest + tl.log2(total), mask=m_lse)
     padded = (V + 7) // 8 * 8
     o_wide = column + tl.arange(0, WIDE)
-    _store_rows(out, acc_wide / total[:, None], o_m, o_wide, begin, end, N, V, padded, stride_out)
+    _store_rows(out.p, acc_wide / total[:, None], o_m, o_wide, begin, end, N, V, padded, out.stride)
     if NARROW:
         o_narrow = column + WIDE + tl.arange(0, NARROW)
-        _store_rows(out, acc_narrow / total[:, None], o_m, o_narrow, begin, end, N, V, padded, stride_out)
+        _store_rows(out.p, acc_narrow / total[:, None], o_m, o_narrow, begin, end, N, V, padded, out.stride)
 
 
 @triton.jit(do_not_specialize=["B", "N", "H", "V", "stride_qkv", "stride_out"])
@@ -306,118 +336,111 @@ def _ragged_attention_online_kernel(
         lse += (i_batch * H + head) * N
     last = tl.where(end == V, (V + 7) // 8 * 8, end)
     width = last - begin // 8 * 8
+    qkv, out = _Rows(qkv, stride_qkv), _Rows(out, stride_out)
+    unit, sizes = _Unit(head, begin, end, head_begin, None), _Sizes(N, H, V)
+    HEAD: tl.constexpr = _Head(HEAD_DIM, BLOCK_D, PRECISION)
     if is_full:
         if width <= 32:
-            _attend_online(qkv, out, lse, head, begin, end, head_begin, first, N, H, V, stride_qkv,
-                           stride_out, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, 32, 0,
-                           PRECISION)  # fmt: skip
+            _attend_online(qkv, out, lse, unit, first, sizes, factor, HEAD, BLOCK_M, BLOCK_N, 32, 0)
         elif width <= 48:
-            _attend_online(qkv, out, lse, head, begin, end, head_begin, first, N, H, V, stride_qkv,
-                           stride_out, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, 32, 16,
-                           PRECISION)  # fmt: skip
+            _attend_online(qkv, out, lse, unit, first, sizes, factor, HEAD, BLOCK_M, BLOCK_N, 32, 16)
         elif width <= 64:
-            _attend_online(qkv, out, lse, head, begin, end, head_begin, first, N, H, V, stride_qkv,
-                           stride_out, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, 64, 0,
-                           PRECISION)  # fmt: skip
+            _attend_online(qkv, out, lse, unit, first, sizes, factor, HEAD, BLOCK_M, BLOCK_N, 64, 0)
         else:
-            _attend_online(qkv, out, lse, head, begin, end, head_begin, first, N, H, V, stride_qkv,
-                           stride_out, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, 64, 16,
-                           PRECISION)  # fmt: skip
+            _attend_online(qkv, out, lse, unit, first, sizes, factor, HEAD, BLOCK_M, BLOCK_N, 64, 16)
     else:
-        _attend_online(qkv, out, lse, head, begin, end, head_begin, first, N, H, V, stride_qkv,
-                       stride_out, factor, HEAD_DIM, BLOCK_D, 16, BLOCK_N, 64, 16,
-                       PRECISION)  # fmt: skip
+        _attend_online(qkv, out, lse, unit, first, sizes, factor, HEAD, 16, BLOCK_N, 64, 16)
 
 
 @triton.jit
-def _chunked_dp(
-    dp, rows, o_row, columns_of_rows, stride_rows, others, o_other, columns_of_others, stride_others,
-    begin, end, N, MASK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dp + the product of columns [begin, end) of `rows` and of `others`, 32 of them at a time.
+def _chunked_dp(dp, rows, o_row, others, o_other, begin, end, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """dp + the product of columns [begin, end) of two matrices, `rows` and `others`, 32 of them at a time.
 
     For heads that are too wide to be held whole. With MASK tokens of `others` may be beyond the last.
     """
     for c in range(begin // 8 * 8, end, 32):
         o_c = c + tl.arange(0, 32)
-        b_row = _load_own(rows, o_row, o_c, begin, end, N, columns_of_rows, stride_rows, False)
-        b_other = _load_own(others, o_other, o_c, begin, end, N, columns_of_others, stride_others, MASK)
+        b_row = _load_own(rows, o_row, o_c, begin, end, False)
+        b_other = _load_own(others, o_other, o_c, begin, end, MASK)
         dp = tl.dot(b_row, tl.trans(b_other), dp, input_precision=PRECISION)
     return dp
 
 
 @triton.jit
 def _dq_step(
-    dq, b_q, b_do_wide, b_do_narrow, b_lse, b_delta, keys, values, dout, r_m, n, begin, end, N, V, readable,
-    stride_qkv, stride_dout, factor,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
-    WIDE: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    dq, b_q, b_do, b_lse, b_delta, keys, values, dout, r_m, n, begin, end, factor,
+    HEAD: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    """dq + its part from one tile of keys. With WHOLE b_do has the wide and the narrow columns of dout."""
+    N = values.rows
     o_n = n + tl.arange(0, BLOCK_N)
     o_wide = begin // 8 * 8 + tl.arange(0, WIDE)
     o_narrow = begin // 8 * 8 + WIDE + tl.arange(0, 16)
-    b_k = _load_head(keys, o_n, N, stride_qkv, HEAD_DIM, BLOCK_D, MASK)
-    b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * factor - b_lse[:, None])
+    b_k = _load_head(keys, o_n, N, values.stride, HEAD, MASK)
+    b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k), input_precision=HEAD.PRECISION) * factor - b_lse[:, None])
     if WHOLE:
-        b_v = _load_own(values, o_n, o_wide, begin, end, N, readable, stride_qkv, MASK)
-        b_dp = tl.dot(b_do_wide, tl.trans(b_v), input_precision=PRECISION)
-        b_v = _load_own(values, o_n, o_narrow, begin, end, N, readable, stride_qkv, MASK)
-        b_dp = tl.dot(b_do_narrow, tl.trans(b_v), b_dp, input_precision=PRECISION)
+        b_v = _load_own(values, o_n, o_wide, begin, end, MASK)
+        b_dp = tl.dot(b_do[0], tl.trans(b_v), input_precision=HEAD.PRECISION)
+        b_v = _load_own(values, o_n, o_narrow, begin, end, MASK)
+        b_dp = tl.dot(b_do[1], tl.trans(b_v), b_dp, input_precision=HEAD.PRECISION)
     else:
         b_dp = tl.zeros((b_q.shape[0], BLOCK_N), dtype=tl.float32)
-        b_dp = _chunked_dp(b_dp, dout, r_m, (V + 7) // 8 * 8, stride_dout, values, o_n, readable, stride_qkv,
-                           begin, end, N, MASK, PRECISION)  # fmt: skip
+        b_dp = _chunked_dp(b_dp, dout, r_m, values, o_n, begin, end, MASK, HEAD.PRECISION)
     b_ds = b_p * (b_dp - b_delta[:, None])
     if MASK:
         b_ds = tl.where(o_n[None, :] < N, b_ds, 0.0)
-    return tl.dot(b_ds.to(b_k.dtype), b_k, dq, input_precision=PRECISION)
+    return tl.dot(b_ds.to(b_k.dtype), b_k, dq, input_precision=HEAD.PRECISION)
 
 
 @triton.jit
 def _dq_rows(
-    dout, qkv, out, lse, delta, dqkv, head, begin, end, first, N, H, V, stride_dout, stride_qkv, stride_out,
-    stride_dqkv, scale, factor,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WIDE: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    dout, qkv, out, lse, delta, dqkv, unit, first, sizes, scale, factor,
+    HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """dQ and delta of BLOCK_M rows of one head, whose values WIDE + 16 columns hold, or not: not WHOLE."""
+    N, H, V = sizes
+    head, begin, end = unit.head, unit.begin, unit.end
     o_m = first + tl.arange(0, BLOCK_M)
     r_m = tl.minimum(o_m, N - 1)
     columns = (V + 7) // 8 * 8
+    dout, out = Matrix(dout.p, N, columns, dout.stride), Matrix(out.p, N, columns, out.stride)
     o_wide = begin // 8 * 8 + tl.arange(0, WIDE)
     o_narrow = begin // 8 * 8 + WIDE + tl.arange(0, 16)
-    b_do_wide, b_do_narrow = None, None
+    b_do = None, None
     if WHOLE:
-        b_do_wide = _load_own(dout, r_m, o_wide, begin, end, N, columns, stride_dout, False)
-        b_o = _load_own(out, r_m, o_wide, begin, end, N, columns, stride_out, False)
+        b_do_wide = _load_own(dout, r_m, o_wide, begin, end, False)
+        b_o = _load_own(out, r_m, o_wide, begin, end, False)
         b_delta = tl.sum(b_do_wide.to(tl.float32) * b_o.to(tl.float32), axis=1)
-        b_do_narrow = _load_own(dout, r_m, o_narrow, begin, end, N, columns, stride_dout, False)
-        b_o = _load_own(out, r_m, o_narrow, begin, end, N, columns, stride_out, False)
+        b_do_narrow = _load_own(dout, r_m, o_narrow, begin, end, False)
+        b_o = _load_own(out, r_m, o_narrow, begin, end, False)
         b_delta += tl.sum(b_do_narrow.to(tl.float32) * b_o.to(tl.float32), axis=1)
+        b_do = b_do_wide, b_do_narrow
     else:
         b_delta = tl.zeros((BLOCK_M,), dtype=tl.float32)
         for c in range(begin // 8 * 8, end, 32):
             o_c = c + tl.arange(0, 32)
-            b_do = _load_own(dout, r_m, o_c, begin, end, N, columns, stride_dout, False)
-            b_o = _load_own(out, r_m, o_c, begin, end, N, columns, stride_out, False)
-            b_delta += tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
-    b_q = _load_head(qkv + head * HEAD_DIM, r_m, N, stride_qkv, HEAD_DIM, BLOCK_D, False)
+            b_chunk = _load_own(dout, r_m, o_c, begin, end, False)
+            b_o = _load_own(out, r_m, o_c, begin, end, False)
+            b_delta += tl.sum(b_chunk.to(tl.float32) * b_o.to(tl.float32), axis=1)
+    b_q = _load_head(qkv.p + head * HEAD.DIM, r_m, N, qkv.stride, HEAD, False)
     b_lse = tl.load(lse + r_m)
-    keys, values = qkv + (H + head) * HEAD_DIM, qkv + 2 * H * HEAD_DIM
-    readable = _readable(V, HEAD_DIM)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    keys = qkv.p + (H + head) * HEAD.DIM
+    values = Matrix(qkv.p + 2 * H * HEAD.DIM, N, _readable(V, HEAD), qkv.stride)
+    dq = tl.zeros((BLOCK_M, HEAD.BLOCK), dtype=tl.float32)
     full = N // BLOCK_N * BLOCK_N
     for n in range(0, full, BLOCK_N):
-        dq = _dq_step(dq, b_q, b_do_wide, b_do_narrow, b_lse, b_delta, keys, values, dout, r_m, n, begin, end,
-                      N, V, readable, stride_qkv, stride_dout, factor, HEAD_DIM, BLOCK_D, BLOCK_N, False,
-                      WIDE, WHOLE, PRECISION)  # fmt: skip
+        dq = _dq_step(
+            dq, b_q, b_do, b_lse, b_delta, keys, values, dout, r_m, n, begin, end, factor,
+            HEAD=HEAD, BLOCK_N=BLOCK_N, MASK=False, WIDE=WIDE, WHOLE=WHOLE,
+        )  # fmt: skip
     for n in range(full, N, 16):
-        dq = _dq_step(dq, b_q, b_do_wide, b_do_narrow, b_lse, b_delta, keys, values, dout, r_m, n, begin, end,
-                      N, V, readable, stride_qkv, stride_dout, factor, HEAD_DIM, BLOCK_D, 16, True,
-                      WIDE, WHOLE, PRECISION)  # fmt: skip
+        dq = _dq_step(
+            dq, b_q, b_do, b_lse, b_delta, keys, values, dout, r_m, n, begin, end, factor,
+            HEAD=HEAD, BLOCK_N=16, MASK=True, WIDE=WIDE, WHOLE=WHOLE,
+        )  # fmt: skip
     # Not before the loops: Triton 3.6 would spill two registers on sm_90.
     tl.store(delta + o_m, b_delta, mask=o_m < N)
-    _store_head(dqkv + head * HEAD_DIM, dq * scale, o_m, N, stride_dqkv, HEAD_DIM, BLOCK_D)
+    _store_head(dqkv.p + head * HEAD.DIM, dq * scale, o_m, N, dqkv.stride, HEAD)
 
 
 @triton.jit(do_not_specialize=["B", "N", "H", "V", "stride_dout", "stride_qkv", "stride_out", "stride_dqkv"])
@@ -439,101 +462,102 @@ def _ragged_attention_dq_kernel(
     lse += (i_batch * H + head) * N
     delta += (i_batch * H + head) * N
     width = end - begin // 8 * 8
+    dout, qkv = _Rows(dout, stride_dout), _Rows(qkv, stride_qkv)
+    out, dqkv = _Rows(out, stride_out), _Rows(dqkv, stride_dqkv)
+    unit, sizes = _Unit(head, begin, end, None, None), _Sizes(N, H, V)
+    HEAD: tl.constexpr = _Head(HEAD_DIM, BLOCK_D, PRECISION)
     if is_full:
         if width <= 48:
-            _dq_rows(dout, qkv, out, lse, delta, dqkv, head, begin, end, first, N, H, V, stride_dout,
-                     stride_qkv, stride_out, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-                     32, True, PRECISION)  # fmt: skip
+            _dq_rows(dout, qkv, out, lse, delta, dqkv, unit, first, sizes, scale, factor,
+                     HEAD, BLOCK_M, BLOCK_N, WIDE=32, WHOLE=True)  # fmt: skip
         elif width <= 80:
-            _dq_rows(dout, qkv, out, lse, delta, dqkv, head, begin, end, first, N, H, V, stride_dout,
-                     stride_qkv, stride_out, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-                     64, True, PRECISION)  # fmt: skip
+            _dq_rows(dout, qkv, out, lse, delta, dqkv, unit, first, sizes, scale, factor,
+                     HEAD, BLOCK_M, BLOCK_N, WIDE=64, WHOLE=True)  # fmt: skip
         else:
-            _dq_rows(dout, qkv, out, lse, delta, dqkv, head, begin, end, first, N, H, V, stride_dout,
-                     stride_qkv, stride_out, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-                     64, False, PRECISION)  # fmt: skip
+            _dq_rows(dout, qkv, out, lse, delta, dqkv, unit, first, sizes, scale, factor,
+                     HEAD, BLOCK_M, BLOCK_N, WIDE=64, WHOLE=False)  # fmt: skip
     else:
-        _dq_rows(dout, qkv, out, lse, delta, dqkv, head, begin, end, first, N, H, V, stride_dout,
-                 stride_qkv, stride_out, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, 16, BLOCK_N,
-                 64, False, PRECISION)  # fmt: skip
+        _dq_rows(dout, qkv, out, lse, delta, dqkv, unit, first, sizes, scale, factor,
+                 HEAD, 16, BLOCK_N, WIDE=64, WHOLE=False)  # fmt: skip
 
 
 @triton.jit
 def _dkdv_step(
-    dk, dv_wide, dv_narrow, b_k, b_v_wide, b_v_narrow, queries, values, dout, lse, delta, r_n, m,
-    begin, end, head_end, N, V, readable, stride_qkv, stride_dout, factor,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
-    KEYS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv_wide, dv_narrow, b_k, b_v, queries, values, dout, lse, delta, r_n, m, unit, sizes, factor,
+    HEAD: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
+    KEYS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    """dk, dv_wide and dv_narrow + their parts from one tile of queries; b_v: wide and narrow columns."""
+    N, begin, end = sizes.N, unit.begin, unit.end
     o_m = m + tl.arange(0, BLOCK_N)
-    columns = (V + 7) // 8 * 8
+    dout = Matrix(dout.p, N, (sizes.V + 7) // 8 * 8, dout.stride)
     o_wide = begin // 8 * 8 + tl.arange(0, WIDE)
     o_narrow = begin // 8 * 8 + WIDE + tl.arange(0, 16)
-    b_q = _load_head(queries, o_m, N, stride_qkv, HEAD_DIM, BLOCK_D, MASK)
+    b_q = _load_head(queries, o_m, N, values.stride, HEAD, MASK)
     b_lse = tl.load(lse + o_m, mask=o_m < N, other=0.0) if MASK else tl.load(lse + o_m)
-    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * factor
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=HEAD.PRECISION) * factor
     b_p = tl.exp2(b_s - b_lse[None, :])
     if MASK:
         b_p = tl.where(o_m[None, :] < N, b_p, 0.0)
-    b_do_wide = _load_own(dout, o_m, o_wide, begin, end, N, columns, stride_dout, MASK)
-    b_do_narrow = _load_own(dout, o_m, o_narrow, begin, end, N, columns, stride_dout, MASK)
-    dv_wide = tl.dot(b_p.to(b_q.dtype), b_do_wide, dv_wide, input_precision=PRECISION)
-    dv_narrow = tl.dot(b_p.to(b_q.dtype), b_do_narrow, dv_narrow, input_precision=PRECISION)
+    b_do_wide = _load_own(dout, o_m, o_wide, begin, end, MASK)
+    b_do_narrow = _load_own(dout, o_m, o_narrow, begin, end, MASK)
+    dv_wide = tl.dot(b_p.to(b_q.dtype), b_do_wide, dv_wide, input_precision=HEAD.PRECISION)
+    dv_narrow = tl.dot(b_p.to(b_q.dtype), b_do_narrow, dv_narrow, input_precision=HEAD.PRECISION)
     if KEYS:
         if WHOLE:
-            b_dp = tl.dot(b_v_wide, tl.trans(b_do_wide), input_precision=PRECISION)
-            b_dp = tl.dot(b_v_narrow, tl.trans(b_do_narrow), b_dp, input_precision=PRECISION)
+            b_dp = tl.dot(b_v[0], tl.trans(b_do_wide), input_precision=HEAD.PRECISION)
+            b_dp = tl.dot(b_v[1], tl.trans(b_do_narrow), b_dp, input_precision=HEAD.PRECISION)
         else:
             b_dp = tl.zeros((b_k.shape[0], BLOCK_N), dtype=tl.float32)
-            b_dp = _chunked_dp(b_dp, values, r_n, readable, stride_qkv, dout, o_m, columns, stride_dout,
-                               begin, head_end, N, MASK, PRECISION)  # fmt: skip
+            b_dp = _chunked_dp(b_dp, values, r_n, dout, o_m, begin, unit.head_end, MASK, HEAD.PRECISION)
         b_delta = tl.load(delta + o_m, mask=o_m < N, other=0.0) if MASK else tl.load(delta + o_m)
         b_ds = b_p * (b_dp - b_delta[None, :])
         if MASK:
             b_ds = tl.where(o_m[None, :] < N, b_ds, 0.0)
-        dk = tl.dot(b_ds.to(b_q.dtype), b_q, dk, input_precision=PRECISION)
+        dk = tl.dot(b_ds.to(b_q.dtype), b_q, dk, input_precision=HEAD.PRECISION)
     return dk, dv_wide, dv_narrow
 
 
 @triton.jit
 def _dkdv_rows(
-    dout, qkv, lse, delta, dqkv, head, begin, end, head_end, first, N, H, V, stride_dout, stride_qkv,
-    stride_dqkv, scale, factor,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    KEYS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    dout, qkv, lse, delta, dqkv, unit, first, sizes, scale, factor,
+    HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEYS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """dV of BLOCK_M keys and WIDE + 16 columns of one head, and with KEYS dK; WHOLE as above."""
+    N, H, V = sizes
+    head, begin, end = unit.head, unit.begin, unit.end
     o_n = first + tl.arange(0, BLOCK_M)
     r_n = tl.minimum(o_n, N - 1)
     o_wide = begin // 8 * 8 + tl.arange(0, WIDE)
     o_narrow = begin // 8 * 8 + WIDE + tl.arange(0, 16)
-    values, readable = qkv + 2 * H * HEAD_DIM, _readable(V, HEAD_DIM)
-    b_k = _load_head(qkv + (H + head) * HEAD_DIM, r_n, N, stride_qkv, HEAD_DIM, BLOCK_D, False)
-    b_v_wide, b_v_narrow = None, None
+    values = Matrix(qkv.p + 2 * H * HEAD.DIM, N, _readable(V, HEAD), qkv.stride)
+    b_k = _load_head(qkv.p + (H + head) * HEAD.DIM, r_n, N, qkv.stride, HEAD, False)
+    b_v = None, None
     if KEYS and WHOLE:
-        b_v_wide = _load_own(values, r_n, o_wide, begin, end, N, readable, stride_qkv, False)
-        b_v_narrow = _load_own(values, r_n, o_narrow, begin, end, N, readable, stride_qkv, False)
-    dk = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+        b_v_wide = _load_own(values, r_n, o_wide, begin, end, False)
+        b_v = b_v_wide, _load_own(values, r_n, o_narrow, begin, end, False)
+    dk = tl.zeros((BLOCK_M, HEAD.BLOCK), dtype=tl.float32)
     dv_wide = tl.zeros((BLOCK_M, WIDE), dtype=tl.float32)
     dv_narrow = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
-    queries = qkv + head * HEAD_DIM
+    queries = qkv.p + head * HEAD.DIM
     full = N // BLOCK_N * BLOCK_N
     for m in range(0, full, BLOCK_N):
         dk, dv_wide, dv_narrow = _dkdv_step(
-            dk, dv_wide, dv_narrow, b_k, b_v_wide, b_v_narrow, queries, values, dout, lse, delta, r_n, m,
-            begin, end, head_end, N, V, readable, stride_qkv, stride_dout, factor,
-            HEAD_DIM, BLOCK_D, BLOCK_N, False, KEYS, WIDE, WHOLE, PRECISION)  # fmt: skip
+            dk, dv_wide, dv_narrow, b_k, b_v, queries, values, dout, lse, delta, r_n, m, unit, sizes, factor,
+            HEAD=HEAD, BLOCK_N=BLOCK_N, MASK=False, KEYS=KEYS, WIDE=WIDE, WHOLE=WHOLE,
+        )  # fmt: skip
     for m in range(full, N, 16):
         dk, dv_wide, dv_narrow = _dkdv_step(
-            dk, dv_wide, dv_narrow, b_k, b_v_wide, b_v_narrow, queries, values, dout, lse, delta, r_n, m,
-            begin, end, head_end, N, V, readable, stride_qkv, stride_dout, factor,
-            HEAD_DIM, BLOCK_D, 16, True, KEYS, WIDE, WHOLE, PRECISION)  # fmt: skip
+            dk, dv_wide, dv_narrow, b_k, b_v, queries, values, dout, lse, delta, r_n, m, unit, sizes, factor,
+            HEAD=HEAD, BLOCK_N=16, MASK=True, KEYS=KEYS, WIDE=WIDE, WHOLE=WHOLE,
+        )  # fmt: skip
     if KEYS:
-        _store_head(dqkv + (H + head) * HEAD_DIM, dk * scale, o_n, N, stride_dqkv, HEAD_DIM, BLOCK_D)
-    dvalues = dqkv + 2 * H * HEAD_DIM
-    padded = (2 * H * HEAD_DIM + V + 7) // 8 * 8 - 2 * H * HEAD_DIM
-    _store_rows(dvalues, dv_wide, o_n, o_wide, begin, end, N, V, padded, stride_dqkv)
-    _store_rows(dvalues, dv_narrow, o_n, o_narrow, begin, end, N, V, padded, stride_dqkv)
+        _store_head(dqkv.p + (H + head) * HEAD.DIM, dk * scale, o_n, N, dqkv.stride, HEAD)
+    dvalues = dqkv.p + 2 * H * HEAD.DIM
+    padded = (2 * H * HEAD.DIM + V + 7) // 8 * 8 - 2 * H * HEAD.DIM
+    _store_rows(dvalues, dv_wide, o_n, o_wide, begin, end, N, V, padded, dqkv.stride)
+    _store_rows(dvalues, dv_narrow, o_n, o_narrow, begin, end, N, V, padded, dqkv.stride)
 
 
 @triton.jit(do_not_specialize=["B", "N", "H", "V", "stride_dout", "stride_qkv", "stride_dqkv"])
@@ -555,31 +579,28 @@ def _ragged_attention_dkdv_kernel(
     delta += (i_batch * H + head) * N
     padded = (2 * H * HEAD_DIM + V + 7) // 8 * 8 - 2 * H * HEAD_DIM
     width = tl.where(head_end == V, padded, head_end) - begin // 8 * 8
+    dout, qkv, dqkv = _Rows(dout, stride_dout), _Rows(qkv, stride_qkv), _Rows(dqkv, stride_dqkv)
+    unit, sizes = _Unit(head, begin, end, head_begin, head_end), _Sizes(N, H, V)
+    HEAD: tl.constexpr = _Head(HEAD_DIM, BLOCK_D, PRECISION)
     if is_full:
         if begin > head_begin:
-            _dkdv_rows(dout, qkv, lse, delta, dqkv, head, begin, end, head_end, first, N, H, V, stride_dout,
-                       stride_qkv, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, 64,
-                       False, PRECISION)  # fmt: skip
+            _dkdv_rows(dout, qkv, lse, delta, dqkv, unit, first, sizes, scale, factor,
+                       HEAD, BLOCK_M, BLOCK_N, KEYS=False, WIDE=64, WHOLE=False)  # fmt: skip
         elif width <= 48:
-            _dkdv_rows(dout, qkv, lse, delta, dqkv, head, begin, end, head_end, first, N, H, V, stride_dout,
-                       stride_qkv, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, 32,
-                       True, PRECISION)  # fmt: skip
+            _dkdv_rows(dout, qkv, lse, delta, dqkv, unit, first, sizes, scale, factor,
+                       HEAD, BLOCK_M, BLOCK_N, KEYS=True, WIDE=32, WHOLE=True)  # fmt: skip
         elif width <= 80:
-            _dkdv_rows(dout, qkv, lse, delta, dqkv, head, begin, end, head_end, first, N, H, V, stride_dout,
-                       stride_qkv, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, 64,
-                       True, PRECISION)  # fmt: skip
+            _dkdv_rows(dout, qkv, lse, delta, dqkv, unit, first, sizes, scale, factor,
+                       HEAD, BLOCK_M, BLOCK_N, KEYS=True, WIDE=64, WHOLE=True)  # fmt: skip
         else:
-            _dkdv_rows(dout, qkv, lse, delta, dqkv, head, begin, end, head_end, first, N, H, V, stride_dout,
-                       stride_qkv, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, 64,
-                       False, PRECISION)  # fmt: skip
+            _dkdv_rows(dout, qkv, lse, delta, dqkv, unit, first, sizes, scale, factor,
+                       HEAD, BLOCK_M, BLOCK_N, KEYS=True, WIDE=64, WHOLE=False)  # fmt: skip
     elif begin > head_begin:
-        _dkdv_rows(dout, qkv, lse, delta, dqkv, head, begin, end, head_end, first, N, H, V, stride_dout,
-                   stride_qkv, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, 16, BLOCK_N, False, 64,
-                   False, PRECISION)  # fmt: skip
+        _dkdv_rows(dout, qkv, lse, delta, dqkv, unit, first, sizes, scale, factor,
+                   HEAD, 16, BLOCK_N, KEYS=False, WIDE=64, WHOLE=False)  # fmt: skip
     else:
-        _dkdv_rows(dout, qkv, lse, delta, dqkv, head, begin, end, head_end, first, N, H, V, stride_dout,
-                   stride_qkv, stride_dqkv, scale, factor, HEAD_DIM, BLOCK_D, 16, BLOCK_N, True, 64,
-                   False, PRECISION)  # fmt: skip
+        _dkdv_rows(dout, qkv, lse, delta, dqkv, unit, first, sizes, scale, factor,
+                   HEAD, 16, BLOCK_N, KEYS=True, WIDE=64, WHOLE=False)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------- tables
@@ -587,29 +608,26 @@ def _ragged_attention_dkdv_kernel(
 
 # Tiles by what a product multiplies: 16-bit numbers, float32 on tensor cores (TF32), float32 without (IEEE).
 # BLOCK_M: rows that a program writes. BLOCK_N: rows that it takes at a time, where not all are on chip.
-def _config(num_warps: int, num_stages: int, **blocks: int) -> Config:
-    return Config(blocks, num_warps, num_stages)
-
-
-_ONE_PASS = _config(4, 2, BLOCK_M=64)
+_ONE_PASS = Config.of(4, 2, BLOCK_M=64)
 _ONLINE = {
-    "16": _config(4, 2, BLOCK_M=64, BLOCK_N=64),
-    "tf32": _config(8, 2, BLOCK_M=64, BLOCK_N=32),
-    "ieee": _config(4, 2, BLOCK_M=32, BLOCK_N=32),
+    "16": Config.of(4, 2, BLOCK_M=64, BLOCK_N=64),
+    "tf32": Config.of(8, 2, BLOCK_M=64, BLOCK_N=32),
+    "ieee": Config.of(4, 2, BLOCK_M=32, BLOCK_N=32),
 }
 # Not without tensor cores: their operands would be spilled. That backward pass is PyTorch's, head by head.
 _DQ = {
-    "16": _config(4, 2, BLOCK_M=32, BLOCK_N=32),
-    "tf32": _config(8, 2, BLOCK_M=64, BLOCK_N=16),
+    "16": Config.of(4, 2, BLOCK_M=32, BLOCK_N=32),
+    "tf32": Config.of(8, 2, BLOCK_M=64, BLOCK_N=16),
 }
 _DKDV = {
-    "16": _config(8, 1, BLOCK_M=32, BLOCK_N=16),
-    "tf32": _config(8, 2, BLOCK_M=32, BLOCK_N=16),
+    "16": Config.of(8, 1, BLOCK_M=32, BLOCK_N=16),
+    "tf32": Config.of(8, 2, BLOCK_M=32, BLOCK_N=16),
 }
 # Columns of values that a head may have.
 _MOST_VALUES = 256
 # Tokens up to which a row of scores is on chip at once.
 _MOST_KEYS = 256
+_KEYS = choice("ragged_attention", "one_pass", "online")  # what `launching.forced_path` can force
 # Columns of values for which a program has accumulators: 64 that start at any element take 71, that is 80.
 _GROUP = 80
 
@@ -641,8 +659,8 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _row_tiles(N: int, block: int) -> list[int]:
-    """Rows of each tile: full ones, and tiles of 16 for what is left of N rounded up to 16."""
+def row_tiles(N: int, block: int) -> list[int]:
+    """How many of N tokens each tile of rows has: `block`, and 16 in those for what is left at the end."""
     full, rest = divmod(_round_up(N, 16), block)
     return [block] * full + [16] * (rest // 16)
 
@@ -650,7 +668,7 @@ def _row_tiles(N: int, block: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------- launchers
 
 
-def _constants(head_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
+def _constants(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
@@ -663,7 +681,8 @@ def _choice(N: int, head_dim: int, dtype: torch.dtype) -> tuple[object, Config, 
 
     Rows of scores have no room beside float32 weights, nor beside queries and keys wider than 64.
     """
-    if N <= _MOST_KEYS and head_dim <= 64 and dtype.itemsize == 2:
+    has_room = N <= _MOST_KEYS and head_dim <= 64 and dtype.itemsize == 2
+    if has_room and _KEYS.takes("one_pass", True):
         return _ragged_attention_fwd_kernel, _ONE_PASS, True
     return _ragged_attention_online_kernel, _ONLINE[launching.operands(dtype)], False
 
@@ -682,7 +701,7 @@ def _forward_triton(
     table = _table(tuple(value_widths), not one_pass, _round_up(V, 8), qkv.device)
     launch(
         kernel,
-        (len(table) * B * len(_row_tiles(N, config.blocks["BLOCK_M"])),),
+        (len(table) * B * len(row_tiles(N, config.blocks["BLOCK_M"])),),
         dict(
             qkv=rows, table=table, out=out, lse=lse if need_lse else None, B=B, N=N, H=len(value_widths),
             V=V, stride_qkv=rows.stride(0), stride_out=out.stride(1),
@@ -703,7 +722,7 @@ def _backward_triton(
         return _backward_plain(dout, qkv, out, lse, head_dim, value_widths, scale)
     (B, N, width), H, V = qkv.shape, len(value_widths), sum(value_widths)
     padded = _round_up(width, 8) - 2 * H * head_dim
-    dqkv = launching.empty_rows_like(qkv, *qkv.shape)
+    dqkv = empty_rows_like(qkv, *qkv.shape)
     delta = torch.empty_like(lse)
     dout_rows, qkv_rows, out_rows = map(with_padded_rows, (dout, qkv, out))
     common = dict(
@@ -718,7 +737,7 @@ def _backward_triton(
         config, table = configs[products], _table(tuple(value_widths), grouped, padded, qkv.device)
         launch(
             kernel,
-            (len(table) * B * len(_row_tiles(N, config.blocks["BLOCK_M"])),),
+            (len(table) * B * len(row_tiles(N, config.blocks["BLOCK_M"])),),
             dict(dout=dout_rows, qkv=qkv_rows, table=table, **own, **common),
             config,
             **_constants(head_dim, qkv.dtype),
@@ -726,17 +745,17 @@ def _backward_triton(
     return dqkv
 
 
-def _tiled_flops(
+def tiled_flops(
     B: int, N: int, head_dim: int, value_widths: Sequence[int], dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """The FLOPs of a forward launch as tiled: rows, keys, head_dim and columns rounded up."""
+    """FLOPs of a forward launch, those on the padding of its rows, keys, head_dim and columns included."""
     _, config, one_pass = _choice(N, head_dim, dtype)
     keys, V = _round_up(N, 16), sum(value_widths)
     flops = 0
     for _, begin, end, _, _ in _units(value_widths, not one_pass, _round_up(V, 8)):
         last = _round_up(V, 8) if end == V else end
         columns = _round_up(last - begin // 8 * 8, 16)
-        for rows in _row_tiles(N, config.blocks["BLOCK_M"]):
+        for rows in row_tiles(N, config.blocks["BLOCK_M"]):
             # The small tiles of the online kernel have accumulators for a whole group.
             kept = columns if one_pass else max(columns, 32)
             kept = kept if one_pass or rows == config.blocks["BLOCK_M"] else _GROUP
@@ -745,7 +764,7 @@ def _tiled_flops(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """The compilations for `proofs.compilations`: what usual models ask for, in `_COMPILED`.
+    """The compilations that `ragged_attention` asks for on `target` in usual models: those of `_COMPILED`.
 
     Others are the same kernels with other values of two constants: head_dim, and the tokens rounded up to 16
     where they are 256 or fewer.
@@ -816,7 +835,7 @@ def _backward_plain(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, head_dim: int, value_widths: Sequence[int],
     scale: float,
 ) -> Tensor:  # fmt: skip
-    dqkv = launching.empty_rows_like(qkv, *qkv.shape)
+    dqkv = empty_rows_like(qkv, *qkv.shape)
     if not dqkv.numel():
         return dqkv
     query, key, values = _split(qkv, head_dim, value_widths)
@@ -842,7 +861,7 @@ def _results(qkv: Tensor, value_widths: Sequence[int], need_lse: bool) -> tuple[
     (B, N, _), H = qkv.shape, len(value_widths)
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     lse = qkv.new_empty((B, H, N) if need_lse else 0, dtype=dtype)
-    return launching.empty_rows_like(qkv, B, N, sum(value_widths)), lse
+    return empty_rows_like(qkv, B, N, sum(value_widths)), lse
 
 
 def _forward_fake(qkv, head_dim, value_widths, scale, need_lse):
@@ -850,7 +869,7 @@ def _forward_fake(qkv, head_dim, value_widths, scale, need_lse):
 
 
 def _backward_fake(dout, qkv, out, lse, head_dim, value_widths, scale):
-    return launching.empty_rows_like(qkv, *qkv.shape)
+    return empty_rows_like(qkv, *qkv.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -868,10 +887,6 @@ def _backward(ctx, dout, _):
     return torch.ops.vtp.ragged_attention_backward(dout, *arguments), None, None, None, None
 
 
-def _no_second_derivative(ctx, *_):
-    raise NotImplementedError("ragged_attention has no second derivative")
-
-
 define(
     "ragged_attention(Tensor qkv, int head_dim, int[] value_widths, float scale, bool need_lse)"
     " -> (Tensor, Tensor)",
@@ -886,8 +901,9 @@ define(
     triton=_backward_triton,
     fake=_backward_fake,
 )
-register_autograd("vtp::ragged_attention", _backward, setup_context=_setup_context, lib=LIBRARY)
-register_autograd("vtp::ragged_attention_backward", _no_second_derivative, lib=LIBRARY)
+define_gradient(
+    "ragged_attention", by="ragged_attention_backward", backward=_backward, setup_context=_setup_context
+)
 
 
 @register_flop_formula(torch.ops.vtp.ragged_attention)

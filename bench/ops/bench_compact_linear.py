@@ -23,8 +23,8 @@ from bench.ops.shapes import (
 from vtp.comparison.runtimes import Run
 from vtp_kernels import compact_linear
 from vtp_kernels.compact_linear import compact_linear_ref
-from vtp_kernels.launching import in_padded_rows
-from vtp_kernels.library import why_no_cpp
+from vtp_kernels.library import cpp_unsupported_reason
+from vtp_kernels.rows import in_padded_rows
 
 SITES = ("qkv", "proj", "fc1", "fc2")
 BACKWARD = (False,)
@@ -75,7 +75,7 @@ def engine(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, resi
 def implementations(case: Case) -> dict[str, Implementation]:
     _, outputs = case.block.linear(case.site)
     found = {"ours": Implementation(ours), "F.linear": plain(compact_linear_ref)}
-    if DEVICE.type == "cpu" and why_no_cpp() is None:
+    if DEVICE.type == "cpu" and cpp_unsupported_reason() is None:
         found["product of the CPU engine"] = Implementation(engine)
     if case.widths == "compact":
         for multiple in (16, 64):

@@ -18,8 +18,8 @@ from bench.ops.shapes import (
 from vtp.comparison.runtimes import Run
 from vtp_kernels import compact_mlp
 from vtp_kernels.compact_mlp import compact_mlp_ref
-from vtp_kernels.launching import in_padded_rows
-from vtp_kernels.library import why_no_cpp
+from vtp_kernels.library import cpp_unsupported_reason
+from vtp_kernels.rows import in_padded_rows
 
 SITES = ("mlp",)
 BACKWARD = (False,)
@@ -41,7 +41,7 @@ def ours(**operands: Tensor) -> Run:
 
 
 def to_16(**operands: Tensor) -> dict[str, Tensor]:
-    """Of the inputs and the hidden layer; D is a multiple of 16 in every DeiT."""
+    """The inputs and the hidden layer padded to multiples of 16; D is a multiple of 16 in every DeiT."""
     return {n: padded(t, 16, (0, 1) if n.endswith("weight") else (-1,)) for n, t in operands.items()}
 
 
@@ -61,7 +61,7 @@ def engine(**operands: Tensor) -> Run:
 
 def implementations(case: Case) -> dict[str, Implementation]:
     found = {"ours": Implementation(ours), "F.linear, F.gelu, F.linear": plain(compact_mlp_ref)}
-    if DEVICE.type == "cpu" and why_no_cpp() is None:
+    if DEVICE.type == "cpu" and cpp_unsupported_reason() is None:
         found["products of the CPU engine"] = Implementation(engine)
     if case.widths == "compact":
         found["padded to 16"] = Implementation(rounded_up)

@@ -14,8 +14,8 @@ from torch import Tensor
 from bench.ops.shapes import Case, Implementation, plain
 from vtp.comparison.runtimes import Run
 from vtp_kernels import ragged_attention
-from vtp_kernels.launching import in_padded_rows
 from vtp_kernels.ragged_attention import ragged_attention_ref
+from vtp_kernels.rows import in_padded_rows
 
 SITES = ("attn",)
 BACKWARD = (False,)

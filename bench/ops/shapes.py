@@ -7,34 +7,28 @@ import torch
 from torch import Tensor
 
 from vtp.comparison.runtimes import Run
+from vtp.model.widths import BlockWidths
+from vtp.runtime.cpu import panels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
-class Widths:
-    """Of one block.
+class Widths(BlockWidths):
+    """The kept widths of a block, the widths of its residual stream, queries and keys, and the tokens."""
 
-    embed: width of the residual stream; qkv and fc1: how much of it those linears read; values: of each head;
-    hidden: inputs of fc2.
-    """
-
-    embed: int
-    qkv: int
-    values: tuple[int, ...]
-    fc1: int
-    hidden: int
+    embed: int = 0
     head_dim: int = 64
     tokens: int = 197
 
     @classmethod
     def dense(cls, heads: int, head_dim: int = 64, tokens: int = 197) -> "Widths":
         D = heads * head_dim
-        return cls(D, D, (head_dim,) * heads, D, 4 * D, head_dim, tokens)
+        return cls(D, (head_dim,) * heads, D, 4 * D, D, head_dim, tokens)
 
     @property
     def scale(self) -> float:
-        """Of the scores of attention: that of the dense model, whatever is left of the values."""
+        """The scale of attention's scores: that of the dense model, whatever is left of the values."""
         return self.head_dim**-0.5
 
     def linear(self, site: str) -> tuple[int, int]:
@@ -43,23 +37,26 @@ class Widths:
         return {
             "qkv": (self.qkv, 2 * len(self.values) * self.head_dim + values),
             "proj": (values, self.embed),
-            "fc1": (self.fc1, self.hidden),
-            "fc2": (self.hidden, self.embed),
+            "fc1": (self.fc1, self.fc2),
+            "fc2": (self.fc2, self.embed),
         }[site]
 
 
 # DeiT at 224 px, and a cut of it that leaves about 60% of each site: odd widths and unequal heads, as a
 # threshold over all gates leaves them, but always the same, so that figures stay comparable.
 WIDTHS = {
-    "tiny": {"dense": Widths.dense(3), "compact": Widths(192, 115, (29, 51, 37), 113, 461)},
-    "small": {"dense": Widths.dense(6), "compact": Widths(384, 231, (17, 53, 37, 45, 31, 49), 229, 923)},
+    "tiny": {"dense": Widths.dense(3), "compact": Widths(115, (29, 51, 37), 113, 461, embed=192)},
+    "small": {
+        "dense": Widths.dense(6),
+        "compact": Widths(231, (17, 53, 37, 45, 31, 49), 229, 923, embed=384),
+    },
     "base": {
         "dense": Widths.dense(12),
-        "compact": Widths(768, 461, (53, 19, 37, 45, 27, 51, 33, 43, 47, 29, 39, 41), 463, 1845),
+        "compact": Widths(461, (53, 19, 37, 45, 27, 51, 33, 43, 47, 29, 39, 41), 463, 1845, embed=768),
     },
     "toy": {
         "dense": Widths.dense(2, head_dim=16, tokens=7),
-        "compact": Widths(32, 19, (5, 11), 21, 37, head_dim=16, tokens=7),
+        "compact": Widths(19, (5, 11), 21, 37, embed=32, head_dim=16, tokens=7),
     },
 }
 
@@ -126,7 +123,7 @@ def padded(t: Tensor, multiple: int, axes: tuple[int, ...] = (-1,)) -> Tensor:
 
 
 def engine_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the activations that the CPU engine multiplies with weights in `dtype`."""
+    """The dtype of the activations that the CPU engine multiplies with weights in `dtype`."""
     has_bf16 = dtype == torch.bfloat16 and torch.ops.vtp.cpu_isa() == "avx512_bf16"
     return torch.bfloat16 if has_bf16 else torch.float32
 
@@ -136,8 +133,6 @@ def engine_linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
 
     The weight is packed here, once. N is a multiple of 16, and K, for bfloat16, even.
     """
-    from vtp.runtime.cpu import panels
-
     packed, bias = panels(weight, weight.dtype).view(-1).view(torch.uint8), bias.float()
     is_bf16 = weight.dtype == torch.bfloat16
     return lambda x: torch.ops.vtp.cpu_linear(x, packed, bias, len(bias), is_bf16)

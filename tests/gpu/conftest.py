@@ -1,23 +1,23 @@
 """Tests that need a GPU; elsewhere each is skipped, and says what is missing."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from vtp_kernels.gated_linear import _FUSED_ROWS
-from vtp_kernels.library import why_not_triton
+from vtp_kernels.launching import forced_path
+from vtp_kernels.library import triton_unsupported_reason
 
 HERE = Path(__file__).parent
-# What to write into `_FUSED_ROWS`, so that a product of any number of rows takes the path.
-FORCED_ROWS = {"fused": 2**62, "vendor": 0}
 
 
 def missing() -> str | None:
     """What these tests lack here; None where they can run."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return why_not_triton(torch.device("cuda", torch.cuda.current_device()))
+    return triton_unsupported_reason(torch.device("cuda", torch.cuda.current_device()))
 
 
 def pytest_configure(config):
@@ -30,6 +30,19 @@ def pytest_collection_modifyitems(items):
         if HERE in item.path.parents:  # this hook is given the items of the whole run
             skip = pytest.mark.skipif(reason is not None, reason=reason or "nothing is missing")
             item.add_marker(skip, append=False)  # before a test's own conditions: its reason is the first
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """After a stray access nothing runs in this process any more. Among several, it ends with the test that
+    made it: pytest-xdist names that one, and the others run in a fresh process."""
+    if call.excinfo is not None and missing() is None and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            print(f"{item.nodeid}: {call.excinfo.value}", file=sys.stderr, flush=True)
+            os._exit(3)
+    return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -65,10 +78,9 @@ def poisoned():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-@pytest.fixture(params=["table", *FORCED_ROWS])
-def path(request, monkeypatch):
+@pytest.fixture(params=["table", "fused", "vendor"])
+def path(request):
     """Which path `gated_linear` takes: what its table says, or one of the two at any number of rows."""
-    if request.param in FORCED_ROWS:
-        for element_size in _FUSED_ROWS:
-            monkeypatch.setitem(_FUSED_ROWS, element_size, FORCED_ROWS[request.param])
-    return request.param
+    forced = [] if request.param == "table" else [request.param]
+    with forced_path("gated_linear", *forced):
+        yield request.param

@@ -154,3 +154,28 @@ def test_fine_tuning_runs_on_the_ops(device, monkeypatch):
     loss.backward()
     assert len({kernel.__name__ for kernel in called}) >= 6
     assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters())
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_few_small_shapes_that_run_every_kernel(device, dtype):
+    """For compute-sanitizer, under which a launch takes seconds."""
+    index = torch.arange(0, 61, 2, device=device)
+    norm = normal(37, 61), 1 + normal(31, seed=1, scale=0.3), normal(31, seed=2)
+    check(
+        device, dtype, lambda *t: layer_norm_gather(*t, index, 1e-6),
+        lambda *t: layer_norm_gather_ref(*t, index, 1e-6), *norm,
+    )  # fmt: skip
+    linear = normal(37, 61), normal(45, 61, seed=1, scale=0.1), normal(45, seed=2)
+    check(
+        device, dtype, lambda *t: compact_linear(*t, activation="gelu"),
+        lambda *t: compact_linear_ref(*t, "gelu", None), *linear,
+    )  # fmt: skip
+    qkv, arguments = normal(2, 17, 4 * 64 + 28), (64, (15, 13), 64**-0.5)
+    check(
+        device, dtype, lambda qkv: ragged_attention(qkv, *arguments),
+        lambda qkv: ragged_attention_ref(qkv, *arguments), qkv,
+    )  # fmt: skip
+    fc1 = normal(61, 37, seed=1, scale=0.1), normal(61, seed=2)
+    fc2 = normal(45, 61, seed=3, scale=0.1), normal(45, seed=4)
+    check(device, dtype, compact_mlp, compact_mlp_ref, normal(70, 37), *fc1, *fc2, normal(70, 45, seed=5))

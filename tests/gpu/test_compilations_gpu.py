@@ -42,7 +42,7 @@ def compilations(monkeypatch):
     import triton
 
     noted = Compilations()
-    recorder, real = launching._Recording("gated_linear", "of this machine"), gated_linear_module.launch
+    recorder, real = launching.Recording("gated_linear", "of this machine"), gated_linear_module.launch
     noted.launched = recorder.variants
 
     def launch(kernel, grid, arguments, config, **constants):

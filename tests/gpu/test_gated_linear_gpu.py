@@ -13,7 +13,7 @@ from tests.support.gated_linear_cases import DTYPES, L1, NAMES, inputs, referenc
 from tests.support.numerics import FEWEST, assert_close_to_float64
 from tests.support.op_checks import leaves
 from tests.vtp_kernels.test_gated_linear import SHAPES, check, run, with_layout
-from vtp_kernels import gated_linear, library
+from vtp_kernels import gated_linear, launching, library
 
 # The package's attribute of this name is the function.
 module = importlib.import_module("vtp_kernels.gated_linear")
@@ -165,10 +165,9 @@ def test_a_second_run_gives_the_same_bits(device, path, M, K, N, dtypes):
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["aligned", "odd"])
-def test_more_than_two_billion_elements_are_addressed(device, monkeypatch, odd):
+def test_more_than_two_billion_elements_are_addressed(device, odd):
     if torch.cuda.mem_get_info(device)[0] < 16 * 2**30:
         pytest.skip("needs 16 GiB of free GPU memory")
-    monkeypatch.setitem(module._FUSED_ROWS, 2, 2**62)
     K, N = (1031, 17) if odd else (1032, 16)
     # All rows but the last are 0, so that gradients of the whole are those of the last rows.
     tail = on_gpu(device, 64, K, N, torch.bfloat16, torch.bfloat16)
@@ -177,7 +176,8 @@ def test_more_than_two_billion_elements_are_addressed(device, monkeypatch, odd):
     dy = torch.zeros((M, N), dtype=torch.bfloat16, device=device)
     x[-64:], dy[-64:] = tail[0], tail[4]
     tensors = [x.requires_grad_(), *leaves(tail[1:4], (True,) * 3)]
-    y, dx, *others = run(gated, tensors, dy)
+    with launching.forced_path("gated_linear", "fused"):
+        y, dx, *others = run(gated, tensors, dy)
     assert_right([y[-64:], dx[-64:], *others], tail)
     assert not dx[:-64].any()
 
@@ -346,7 +346,7 @@ def test_tensors_on_another_device_than_the_current_one(device, path, dtypes):
 
 
 def test_where_triton_cannot_run_plain_operators_do_and_say_so_once(device, monkeypatch):
-    monkeypatch.setattr(library, "why_not_triton", lambda _: "a reason that no other test gives")
+    monkeypatch.setattr(library, "triton_unsupported_reason", lambda _: "a reason that no other test gives")
     given = on_gpu(device, 40, 21, 34, torch.float32, torch.float32)
     with pytest.warns(UserWarning, match="a reason that no other test gives"):
         y = gated(*leaves(given[:4]))

@@ -11,6 +11,7 @@ Its planted defects are `Defect`s, each with what `prove` is to be given.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import itertools
@@ -94,8 +95,10 @@ def assert_padding_is_zero(name: str, t: torch.Tensor) -> None:
 
 
 def loaded(module_name: str, replacements: Sequence[tuple] = ()) -> types.ModuleType:
-    """The module of an op, or a copy with `replacements` in its source."""
-    return mutated(module_name, replacements) if replacements else importlib.import_module(module_name)
+    """The module of an op, or a copy with `replacements` in its source or in what it has of `_tiles`."""
+    if not replacements:
+        return importlib.import_module(module_name)
+    return mutated(module_name, replacements, helpers=["vtp_kernels._tiles"])
 
 
 def run_check(
@@ -105,15 +108,17 @@ def run_check(
     *args: Any,
     descriptors: bool = False,
     attributes: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
+    forced: Sequence[str] = (),
     tf32: bool = False,
     **kwargs: Any,
 ) -> set[tuple]:
     """`check(op, data, ...)` with guarded outputs; returns keys of the variants that it launched.
 
     descriptors: whether the device has them. attributes: names and values to set in `op` meanwhile.
+    forced: the name of the op and the paths of it that are forced.
     tf32: whether products of float32 may be made of it.
     """
-    recorder = op.launching._Recording(op.__name__, "")
+    recorder = op.launching.Recording(op.__name__, "")
     launch = op.launch
 
     def recorded_launch(kernel: Any, grid: Any, arguments: Any, config: Any, **constants: Any) -> None:
@@ -122,7 +127,8 @@ def run_check(
 
     patches = [(op, "launch", recorded_launch), (op.launching, "has_descriptors", lambda device: descriptors)]
     patches += [(op, name, value) for name, value in dict(attributes).items()]
-    with replaced(patches), op.launching.matmul_precision("high" if tf32 else "highest"):
+    path = op.launching.forced_path(*forced) if forced else contextlib.nullcontext()
+    with replaced(patches), path, op.launching.matmul_precision("high" if tf32 else "highest"):
         with guarded_outputs(data.case.side):
             check(op, data, *args, **kwargs)
         check_canaries()
@@ -168,7 +174,7 @@ PAD_IN, PAD_OUT, OFFSET = "padding of an input used", "padding of a result not z
 
 @dataclass(frozen=True)
 class Defect:
-    """`old` becomes `new` in the source of a kernel, or of its launcher: a defect of some kind.
+    """`old` becomes `new` in the source of a kernel, its launcher or a helper: a defect of some kind.
 
     proof: the one that finds it. old, new: one text each, or several.
     options: what `prove` is given besides the check, `case` among it.

@@ -1,5 +1,6 @@
 import functools
 import gc
+import importlib
 import itertools
 import re
 import time
@@ -24,8 +25,7 @@ from tests.support.triton_harness import (
     programs,
 )
 
-TOYS = "tests.support.toy_kernels"
-toy_kernels = pytest.importorskip(TOYS)  # without Triton
+toy_kernels = pytest.importorskip("tests.support.toy_kernels")  # without Triton
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDTHS = [1, 15, 16, 17, 37, 61, 115, 197, 461]
@@ -97,7 +97,7 @@ def test_dot_is_a_dot_of_the_numbers_not_of_their_bits(interpreter, dtype):
 
 def check_moves_of_bfloat16():
     moved = "tl.where(m_load, tl.reshape(tl.trans(tl.trans(b_x)), (BLOCK_M, BLOCK_N)), 0.0)"
-    toys = mutated(TOYS, [("b_x, mask=m_store", f"{moved}, mask=m_store")])
+    toys = mutated("tests.support.toy_kernels", [("b_x, mask=m_store", f"{moved}, mask=m_store")])
     check_copy(toys, torch.bfloat16, 61, "end")
 
 
@@ -123,7 +123,7 @@ CRASHES = {
 
 def plant_and_copy(old, new, side, align=None):
     with guarded_outputs(side, align=align):
-        check_copy(mutated(TOYS, [(old, new)]), torch.float32, 29, side, M=5)
+        check_copy(mutated("tests.support.toy_kernels", [(old, new)]), torch.float32, 29, side, M=5)
 
 
 def crash_of_planted(*defect):
@@ -214,7 +214,7 @@ DEFECTS = {
 
 def plant_and_check(check, dtype, width, old, new):
     with guarded_outputs("end"):
-        check(mutated(TOYS, [(old, new)]), dtype, width, "end")
+        check(mutated("tests.support.toy_kernels", [(old, new)]), dtype, width, "end")
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.replace(" ", "_"))
@@ -250,7 +250,7 @@ def test_shuffled_order_catches_a_read_of_what_another_program_wrote(interpreter
 def copy_with_long_stride(replacements):
     x = guarded(torch.ones(17, 5, dtype=torch.int8), row_stride=2**27)
     with programs(races=False):
-        return mutated(TOYS, replacements).copy(x).sum().item()
+        return mutated("tests.support.toy_kernels", replacements).copy(x).sum().item()
 
 
 def test_overflow_check_catches_32_bit_addresses(interpreter):
@@ -266,7 +266,7 @@ def check_descriptors(M, N, dtype, side, replacements=()):
     pitch = -(-N // 8) * 8
     x = draw(M, N, dtype=dtype)
     y = guarded(torch.full_like(x, torch.nan), side, row_stride=pitch, align=16)
-    toys = mutated(TOYS, replacements)
+    toys = mutated("tests.support.toy_kernels", replacements)
     assert torch.equal(toys.descriptor_copy(guarded(x, side, row_stride=pitch, align=16), y), x)
     check_canaries()
 
@@ -342,10 +342,24 @@ def test_worker_that_does_not_answer_is_ended_and_replaced(interpreter):
 
 def test_mutated_refuses_text_that_does_not_occur_as_often_as_expected():
     with pytest.raises(AssertionError, match="occurs 0 times"):
-        mutated(TOYS, [("no such text", "")])
+        mutated("tests.support.toy_kernels", [("no such text", "")])
     with pytest.raises(AssertionError, match="occurs 2 times, expected 1"):
-        mutated(TOYS, [("(o_m < M) & (o_n < N)", "")])
-    assert mutated(TOYS, [("(o_m < M) & (o_n < N)", "o_m < M", 2)]).copy is not toy_kernels.copy
+        mutated("tests.support.toy_kernels", [("(o_m < M) & (o_n < N)", "")])
+    assert (
+        mutated("tests.support.toy_kernels", [("(o_m < M) & (o_n < N)", "o_m < M", 2)]).copy
+        is not toy_kernels.copy
+    )
+
+
+def test_a_defect_in_a_helper_is_in_the_copy_alone():
+    module, helper = (importlib.import_module(f"vtp_kernels.{name}") for name in ("gated_linear", "_tiles"))
+    defect = ("first + within % height", "within % height")
+    copy = mutated(module.__name__, [defect], helpers=[helper.__name__])
+    assert copy.grouped_tile is not helper.grouped_tile and module.grouped_tile is helper.grouped_tile
+    assert importlib.import_module(helper.__name__) is helper
+    assert copy.launching is module.launching
+    with pytest.raises(AssertionError, match="expected 1 in one of"):
+        mutated(module.__name__, [("from __future__", "from __future__")], helpers=[helper.__name__])
 
 
 OP_MODULE = """
@@ -394,9 +408,9 @@ def test_mutated_copy_of_an_op_module_registers_nothing(tmp_path, monkeypatch):
 def check_mutated_op():
     from vtp_kernels import library
 
-    before = dict(library._TRITON_SIDES)
+    before = dict(library.TRITON_SIDES)
     mutated("vtp_kernels.compact_linear", [])
-    assert before and before == library._TRITON_SIDES
+    assert before and before == library.TRITON_SIDES
 
 
 def test_what_an_op_runs_on_a_gpu_is_not_that_of_a_copy(interpreter):

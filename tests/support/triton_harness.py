@@ -160,7 +160,9 @@ _copies = functools.cache(tempfile.TemporaryDirectory)
 
 
 def mutated(
-    module_name: str, replacements: Sequence[tuple[str, str] | tuple[str, str, int]]
+    module_name: str,
+    replacements: Sequence[tuple[str, str] | tuple[str, str, int]],
+    helpers: Sequence[str] = (),
 ) -> types.ModuleType:
     """A copy of a module with `(old, new)` or `(old, new, count)` replaced in its source, under a fresh name.
 
@@ -168,16 +170,35 @@ def mutated(
     defect in text that is no longer there. The copy is a file, because `@triton.jit` reads its source, and
     belongs to the same package, so that relative imports work.
 
+    helpers: modules from which the module imports functions by name. An `old` may be in one of them instead,
+    all of its occurrences in the same module; the copy then imports from a copy of that helper, which nothing
+    else sees.
+
     While the copy is executed nothing is registered with torch.library (or as a FLOP formula): `Library` and
     the `register_*` functions do nothing, and `custom_op` and `triton_op` leave the plain function. So
     `torch.ops` still runs the original; a test calls the launch wrappers of the copy.
     """
     importlib.import_module(module_name)  # a copy may look up the ops that the original registers
-    source = Path(importlib.util.find_spec(module_name).origin).read_text()
+    names = (module_name, *helpers)
+    sources = {name: Path(importlib.util.find_spec(name).origin).read_text() for name in names}
+    changed = dict(sources)
     for old, new, *count in replacements:
-        expected, found = (count or [1])[0], source.count(old)
-        assert found == expected, f"{module_name}: {old!r} occurs {found} times, expected {expected}"
-        source = source.replace(old, new)
+        expected, found = (count or [1])[0], [changed[name].count(old) for name in names]
+        assert max(found) == sum(found) == expected, (
+            f"{module_name}: {old!r} occurs {sum(found)} times, expected {expected} in one of {names}"
+        )
+        place = names[found.index(expected)]
+        changed[place] = changed[place].replace(old, new)
+    originals = {name: sys.modules[name] for name in helpers}
+    copies = {name: _copy(name, changed[name]) for name in helpers if changed[name] != sources[name]}
+    try:
+        sys.modules.update(copies)
+        return _copy(module_name, changed[module_name])
+    finally:
+        sys.modules.update(originals)
+
+
+def _copy(module_name: str, source: str) -> types.ModuleType:
     package, _, name = module_name.rpartition(".")
     name = f"{name}_mutated_{os.getpid()}_{next(_numbers)}"
     path = Path(_copies().name) / f"{name}.py"

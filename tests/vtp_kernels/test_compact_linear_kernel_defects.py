@@ -42,7 +42,7 @@ def options(case=SMALL, **kwargs):
     return tuple({"case": case, **kwargs}.items())
 
 
-SPLIT_UP = options(WIDE, attributes="split")
+SPLIT_UP = options(WIDE, path="split")
 GELU_LINES = "    if gelu:\n        acc = 0.5 * acc * (1.0 + tl.erf(acc * 0.7071067811865476))\n"
 ADD_BIAS = "    acc += tl.load(bias + o_n, mask=o_n < bias_width, other=0.0).to(tl.float32)[None, :]\n"
 ADD_RESIDUAL = "        acc += tl.load(p_residual, mask=m_tile, other=0.0).to(tl.float32)\n"
@@ -50,7 +50,8 @@ TILE_MASK = "m_tile = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)\n"
 RESULT_MASK, PARTIAL_MASK = f"    {TILE_MASK}    m_padding", f"        {TILE_MASK}        tl.store(partial"
 STORE_OUT = "tl.store(out + o_out, tl.where(m_padding, 0.0, acc).to(out.dtype.element_ty), mask=m_tile)"
 STORE_Z = "tl.store(z + o_out, tl.where(m_padding, 0.0, acc).to(z.dtype.element_ty), mask=m_tile)"
-TAIL_MASK = "mask=(o_k[None, :] < (K + 7) // 8 * 8) & (o_row[:, None] >= 0), other=0.0"
+TAIL_MASK = "mask=(o_column[None, :] < readable) & (o_row[:, None] >= 0), other=0.0"
+TAIL_CLEAR = "b_tile = tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))"
 PRODUCT = "return tl.dot(b_x, tl.trans(b_w), acc, input_precision=PRECISION)"
 TRANSPOSED = "return tl.dot(b_w, tl.trans(b_x), acc, input_precision=PRECISION)"
 PART_ROW = "row = i_part.to(tl.int64) * M + o_m[:, None]"
@@ -70,10 +71,11 @@ ROWS_OF_DZ = Case(261, 1, 37, "f32")
 DEFECTS = [
     *in_kernel(
         "fwd", options(),
-        (READ, "row-clamp-of-x-removed", "guard-page", "tl.minimum(i_m + tl.arange(0, TILE_M), M - 1)",
+        (READ, "row-clamp-of-x-removed", "guard-page", "tl.minimum(i_m + tl.arange(0, TILE_M), x.rows - 1)",
          "i_m + tl.arange(0, TILE_M)", options(), "x"),
-        (READ, "row-clamp-of-weight-removed", "guard-page", "tl.minimum(i_n + tl.arange(0, TILE_N), N - 1)",
-         "i_n + tl.arange(0, TILE_N)", options(), "weight"),
+        (READ, "row-clamp-of-weight-removed", "guard-page",
+         "tl.minimum(i_n + tl.arange(0, TILE_N), weight.rows - 1)", "i_n + tl.arange(0, TILE_N)", options(),
+         "weight"),
         (READ, "no-mask-on-the-tail", "guard-page", f", {TAIL_MASK}", "", options(), "weight"),
         (READ, "no-mask-on-bias", "guard-page", "bias + o_n, mask=o_n < bias_width, other=0.0", "bias + o_n",
          options(), "bias"),
@@ -85,10 +87,9 @@ DEFECTS = [
          RESULT_MASK.replace("(o_n[None, :] < (N + 7) // 8 * 8)", "(o_n[None, :] >= 0)"), options(), "out"),
         (WRITE, "row-mask-of-parts-removed", "guard-page", PARTIAL_MASK, PARTIAL_MASK.replace("< M", ">= 0"),
          SPLIT_UP, "partial"),
-        (PAD_IN, "padding-of-inputs-multiplied", "poison", "return tl.where(o_k[None, :] < K, b_tile, 0.0)",
-         "return b_tile"),
-        (PAD_IN, "padding-of-one-inputs-multiplied", "poison",
-         "return tl.where(o_k[None, :] < K, b_tile, 0.0)", "return tl.where(o_k[None, :] <= K, b_tile, 0.0)"),
+        (PAD_IN, "padding-of-inputs-multiplied", "poison", TAIL_CLEAR, "pass"),
+        (PAD_IN, "padding-of-one-inputs-multiplied", "poison", TAIL_CLEAR,
+         TAIL_CLEAR.replace("< columns", "<= columns")),
         (PAD_OUT, "columns-behind-the-width-kept", "zero-padding", STORE_OUT,
          STORE_OUT.replace("tl.where(m_padding, 0.0, acc)", "acc")),
         (PAD_OUT, "columns-behind-the-width-of-z-kept", "zero-padding", STORE_Z,
@@ -144,8 +145,8 @@ DEFECTS = [
          SPLIT_UP),
         (VALUE, "parts-in-the-wrong-rows", "error-rule", PART_ROW,
          "row = i_part.to(tl.int64) * M + (M - 1 - o_m)[:, None]", SPLIT_UP),
-        (VALUE, "tiles-by-descriptor-all-of-the-first-inputs", "error-rule", "w_tiles.load([i_n, k])",
-         "w_tiles.load([i_n, 0])", options(WIDE, descriptors=True)),
+        (VALUE, "tiles-by-descriptor-all-of-the-first-inputs", "error-rule", "weight.tiles.load([i_n, k])",
+         "weight.tiles.load([i_n, 0])", options(WIDE, descriptors=True)),
         (VALUE, "tf32-in-ieee", "error-rule", PRODUCT, PRODUCT.replace("=PRECISION", '="tf32"')),
         (VALUE, "tf32-in-ieee-in-the-bottom-border", "error-rule", TRANSPOSED,
          TRANSPOSED.replace("=PRECISION", '="tf32"'), options(Case(5, 101, 101, "f32"))),

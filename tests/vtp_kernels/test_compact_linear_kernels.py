@@ -27,16 +27,19 @@ from tests.support.numerics import assert_close_to_float64
 from tests.support.triton_harness import programs
 from tests.vtp_kernels.test_compact_linear import DTYPES, EPILOGUES, inputs, leaves, run
 from vtp_kernels.library import TritonSides
+from vtp_kernels.rows import empty_rows
 
 MODULE = "vtp_kernels.compact_linear"
 op_module = importlib.import_module(MODULE)
 
 DTYPES = {**DTYPES, "tf32": DTYPES["f32"]}
-# What makes small problems take the ways of large ones.
-SPLIT = {"_LEAST_INPUTS": 64}
-VENDOR = {"_VENDOR_ROWS": 0}
-AMD = {"is_amd": lambda device: True}
-PATHS = {"whole": {}, "split": SPLIT, "vendor": VENDOR, "amd": AMD}
+# What makes small problems take the ways of large ones, and of another GPU.
+PATHS = {
+    "whole": {},
+    "split": {"forced": ("compact_linear", "split")},
+    "vendor": {"forced": ("compact_linear", "vendor")},
+    "amd": {"attributes": {"is_amd": lambda device: True}},
+}
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,10 @@ class Data:
         return [place(t, layout, side, align_vectors=16) for t, layout in zip(tensors, layouts, strict=True)]
 
 
-def prove(check, case, *args, replacements=(), attributes="whole", **conditions):
+def prove(check, case, *args, replacements=(), path="whole", **conditions):
     """`check(op, data, ...)` under the case's conditions; keys of the variants that it launched."""
     op = loaded(MODULE, replacements)
-    conditions = dict(conditions, attributes=PATHS[attributes], tf32=case.dtypes == "tf32")
+    conditions = dict(conditions, **PATHS[path], tf32=case.dtypes == "tf32")
     # Rows gigabytes apart are too much memory to note every element of.
     with programs(races=case.layout != "far"):
         return run_check(check, op, Data(case), *args, **conditions)
@@ -108,7 +111,7 @@ def check_forward(op, data, save=False):
     assert_like(found, op._forward_fake(*arguments))
     out = found[0].reshape(-1, data.case.N)
     assert_close_to_float64(out, data.exact[0], data.same_dtype[0], "out")
-    if op._VENDOR_ROWS > 0:  # what the vendor's GEMM leaves in the padding is undefined
+    if op._PRODUCT.forced != "vendor":  # what the vendor's GEMM leaves in the padding is undefined
         assert_padding_is_zero("out", found[0])
     if save:
         assert_close_to_float64(found[1].reshape(out.shape), *data.z, "z")
@@ -134,8 +137,8 @@ def check_parts(op, data, parts=3):
     products = partial[..., : case.N].clone()
     partial[..., case.N :] = torch.nan
     dtype = data.tensors[0].dtype if residual is None else residual.dtype
-    out = op.launching.empty_rows(case.M, case.N, dtype=dtype, device=bias.device)
-    z = op.launching.empty_rows(case.M, case.N, dtype=data.tensors[0].dtype, device=bias.device)
+    out = empty_rows(case.M, case.N, dtype=dtype, device=bias.device)
+    z = empty_rows(case.M, case.N, dtype=data.tensors[0].dtype, device=bias.device)
     finish = op._epilogue(bias, data.gelu, residual, z, out, bias)
     op._launch_parts(guarded(partial, case.side, align=16), case.M, case.N, finish)
 
@@ -235,11 +238,11 @@ def check_nothing_is_copied(op, data):
 # -- Correct kernels pass -----------------------------------------------------------------------------------
 
 
-def run_in(interpreter, check, case, *args, descriptors=False, attributes="whole", **kwargs):
+def run_in(interpreter, check, case, *args, descriptors=False, path="whole", **kwargs):
     """Prove it in the worker; all that it launched is in the list that is compiled ahead of time."""
-    conditions = dict(descriptors=descriptors, attributes=attributes)
+    conditions = dict(descriptors=descriptors, path=path)
     launched = interpreter.run(prove, check, case, *args, **conditions, **kwargs)
-    target = "gfx942" if attributes == "amd" else "sm_90" if descriptors else "sm_80"
+    target = "gfx942" if path == "amd" else "sm_90" if descriptors else "sm_80"
     assert_compiled_ahead_of_time(launched, MODULE, target)
     return launched
 
@@ -284,17 +287,15 @@ def test_forward_at_odd_widths(interpreter, case, descriptors):
     run_in(interpreter, check_forward, case, descriptors=descriptors)
 
 
-@pytest.mark.parametrize("attributes", ["whole", "split"])
+@pytest.mark.parametrize("path", ["whole", "split"])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("dtypes", _NAMES)
-def test_every_epilogue_in_one_piece_and_split(interpreter, dtypes, epilogue, attributes):
+def test_every_epilogue_in_one_piece_and_split(interpreter, dtypes, epilogue, path):
     case = Case(21, 197, 171, dtypes, epilogue, side="begin", bias=epilogue != "residual")
     save = epilogue == "gelu"
     descriptors = dtypes in ("bf16", "f32")
-    launched = run_in(
-        interpreter, check_forward, case, save=save, attributes=attributes, descriptors=descriptors
-    )
-    assert kernels(launched) == ({"fwd", "parts"} if attributes == "split" else {"fwd"})
+    launched = run_in(interpreter, check_forward, case, save=save, path=path, descriptors=descriptors)
+    assert kernels(launched) == ({"fwd", "parts"} if path == "split" else {"fwd"})
 
 
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
@@ -312,7 +313,7 @@ def test_more_rows_of_tiles_than_share_their_operands(interpreter, M, N, descrip
 
 @pytest.mark.parametrize("case", [Case(5, 61, 37, "bf16"), Case(80, 61, 165, "f16", "gelu")], ids=str)
 def test_bottom_border_of_sixteen_rows_for_amd(interpreter, case):
-    run_in(interpreter, check_forward, case, attributes="amd")
+    run_in(interpreter, check_forward, case, path="amd")
 
 
 LAYOUTS = ["tight", "wide", "misaligned", "transposed", "images"]
@@ -320,25 +321,25 @@ LAYOUTS = ["tight", "wide", "misaligned", "transposed", "images"]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtypes", ["f32", "bf16-f32"])
-@pytest.mark.parametrize("attributes", ["whole", "vendor"])
-def test_both_passes_of_any_layout(interpreter, layout, dtypes, attributes):
+@pytest.mark.parametrize("path", ["whole", "vendor"])
+def test_both_passes_of_any_layout(interpreter, layout, dtypes, path):
     case = Case(21, 37, 61, dtypes, "gelu" if layout in ("tight", "images") else "residual", layout)
-    run_in(interpreter, check_passes, case, attributes=attributes)
+    run_in(interpreter, check_passes, case, path=path)
 
 
-@pytest.mark.parametrize("attributes", ["whole", "split", "vendor"])
+@pytest.mark.parametrize("path", ["whole", "split", "vendor"])
 @pytest.mark.parametrize("epilogue", ["none", "gelu", "residual"])
 @pytest.mark.parametrize("dtypes", ["f32", "bf16", "f16-f32"])
-def test_both_passes_for_every_subset_of_gradients(interpreter, dtypes, epilogue, attributes):
-    launched = run_in(interpreter, check_passes, Case(36, 137, 61, dtypes, epilogue), attributes=attributes)
-    assert ("fwd" in kernels(launched)) == (attributes != "vendor" or epilogue != "none")
+def test_both_passes_for_every_subset_of_gradients(interpreter, dtypes, epilogue, path):
+    launched = run_in(interpreter, check_passes, Case(36, 137, 61, dtypes, epilogue), path=path)
+    assert ("fwd" in kernels(launched)) == (path != "vendor" or epilogue != "none")
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtypes", ["f32", "bf16-f32"])
 def test_the_vendors_product(interpreter, dtypes, bias):
     case = Case(36, 37, 64, dtypes, "none", bias=bias)
-    assert not run_in(interpreter, check_forward, case, attributes="vendor")
+    assert not run_in(interpreter, check_forward, case, path="vendor")
 
 
 @pytest.mark.parametrize("case", [Case(5, 17, 15, "bf16", "both"), Case(21, 17, 15, "f32", "both")], ids=str)
@@ -403,7 +404,7 @@ def waste(M, N, K):
     """Multiplications as tiled over those there are, of what is launched on an H100."""
     found, _ = launches(lambda empty: op_module.compact_linear(empty(M, K), empty(N, K)))
     _, (tiles, _), arguments, config = found[0]
-    assert tiles == op_module._grid(M, N, config).tiles
+    assert tiles == op_module.tile_grid(M, N, config).tiles
     assert (arguments["M"], arguments["N"], arguments["K"]) == (M, N, K)
     return op_module.tiled_flops(M, N, K, config) / (2 * M * N * K)
 

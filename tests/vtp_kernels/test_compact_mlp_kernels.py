@@ -34,8 +34,8 @@ MODULE = "vtp_kernels.compact_mlp"
 op_module = importlib.import_module(MODULE)
 
 NAMES = ("out", *("d" + name for name in ARGUMENTS))
-# What the choice between one launch and two is made by; small problems can take either way.
-FUSED, TWO_LAUNCHES = {"_FUSED_ROWS": 0}, {"_WIDEST": 0}
+# Small problems can take either way.
+FUSED, TWO_LAUNCHES = ("compact_mlp", "fused"), ("compact_mlp", "two_launches")
 
 
 @dataclass(frozen=True)
@@ -246,17 +246,17 @@ def test_gelu_backward_of_several_programs_each_way(interpreter):
     ids=str,
 )
 def test_both_passes_in_every_layout(interpreter, case, path):
-    launched = run(interpreter, check_passes, case, attributes=path)
+    launched = run(interpreter, check_passes, case, forced=path)
     assert ("_compact_mlp_fwd_kernel" in {key[0] for key in launched}) == (path is FUSED)
 
 
 def test_float32_without_tensor_cores_is_two_launches_and_its_gradient_the_kernels(interpreter):
-    launched = run(interpreter, check_passes, Case(36, 37, 61, 21, "f32"), attributes=FUSED)
+    launched = run(interpreter, check_passes, Case(36, 37, 61, 21, "f32"), forced=FUSED)
     assert {key[0] for key in launched} == {"_gelu_bwd_kernel"}
 
 
 def test_a_second_run_is_equal_bit_for_bit(interpreter):
-    run(interpreter, check_that_a_second_run_is_equal, Case(37, 61, 45, 21), attributes=FUSED)
+    run(interpreter, check_that_a_second_run_is_equal, Case(37, 61, 45, 21), forced=FUSED)
 
 
 def test_layers_of_any_widths_and_batches_of_any_size_share_two_compilations():
@@ -299,8 +299,8 @@ def planted(kernel, kind, what, proof, old, new, case=SMALL, argument="", descri
 
 
 CLAMPS = "r_m, r_h = tl.minimum(o_m, M - 1), tl.minimum(o_h, hidden - 1)"
-TILE_MASK = "(o_column[None, :] < (columns + 7) // 8 * 8) & (o_row[:, None] >= 0)"
-TILE_CLEAR = "return tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))"
+TILE_MASK = "(o_column[None, :] < readable) & (o_row[:, None] >= 0)"
+TILE_CLEAR = "b_tile = tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))"
 FC1_BIAS = "tl.load(fc1_bias + o_h, mask=o_h < hidden, other=0.0)"
 FC2_BIAS = "tl.load(fc2_bias + o_n, mask=o_n < N, other=0.0)"
 RESIDUAL = "tl.load(p_residual, mask=m_out, other=0.0)"
@@ -323,7 +323,7 @@ DEFECTS = [planted(*row) for row in (
      SMALL, "x"),
     ("fwd", READ, "row-clamp-of-fc1-removed", "guard-page", CLAMPS,
      CLAMPS.replace("tl.minimum(o_h, hidden - 1)", "o_h"), SMALL, "fc1_weight"),
-    ("fwd", READ, "row-clamp-of-fc2-removed", "guard-page", "tl.minimum(o_n, N - 1)", "o_n",
+    ("fwd", READ, "row-clamp-of-fc2-removed", "guard-page", "tl.minimum(o_n, fc2_weight.rows - 1)", "o_n",
      Case(37, 61, 45, 120), "fc2_weight"),
     ("fwd", READ, "tail-mask-removed", "guard-page", TILE_MASK,
      "(o_column[None, :] >= 0) & (o_row[:, None] >= 0)", Case(37, 5, 45, 21), "x"),
@@ -349,7 +349,7 @@ DEFECTS = [planted(*row) for row in (
      Z_MASK.replace("(hidden + 7) // 8", "hidden // 8")),
     ("fwd", RAW, "gelu-in-bfloat16", "bfloat16-check", HIDDEN,
      "(b_z.to(tl.bfloat16) * _normal_cdf(b_z).to(tl.bfloat16))"),
-    ("fwd", PAD_IN, "padding-enters-the-products", "poison", TILE_CLEAR, "return b_tile"),
+    ("fwd", PAD_IN, "padding-enters-the-products", "poison", TILE_CLEAR, "pass"),
     ("fwd", PAD_OUT, "padding-of-out-not-zeroed", "padding", "tl.where(o_n[None, :] < N, acc, 0.0)", "acc"),
     ("fwd", PAD_OUT, "padding-of-z-not-zeroed", "padding",
      "b_z = tl.where(o_h[None, :] < hidden, b_z, 0.0)\n    if",
@@ -369,8 +369,8 @@ DEFECTS = [planted(*row) for row in (
     ("fwd", VALUE, "second-accumulator-of-the-first-columns", "error-rule",
      "o_n = BLOCK_N + tl.arange(0, BLOCK_MORE)\n", "o_n = tl.arange(0, BLOCK_MORE)\n", Case(9, 17, 45, 150)),
     ("fwd", VALUE, "second-descriptor-of-the-first-columns", "error-rule",
-     "acc_more, b_h, fc2_more, o_n, BLOCK_N,",
-     "acc_more, b_h, fc2_more, o_n, 0,", Case(9, 17, 45, 150), "", True),
+     "acc_more, b_h, fc2_more, BLOCK_N, o_n,",
+     "acc_more, b_h, fc2_more, 0, o_n,", Case(9, 17, 45, 150), "", True),
     ("gelu_bwd", READ, "row-mask-removed", "guard-page", BWD_MASK,
      BWD_MASK.replace("(o_m[:, None] < M)", "(o_m[:, None] >= 0)"), SMALL, "z"),
     ("gelu_bwd", MASK, "no-mask-on-dh", "guard-page", BWD_DH, BWD_DH.replace(", mask=m_tile, other=0.0", ""),

@@ -56,15 +56,15 @@ def test_values_and_all_gradients_are_within_the_error_rule(M, K, N, dtypes):
 @pytest.mark.parametrize("dtypes", ["f32", "bf16", "bf16-f32"])
 @pytest.mark.parametrize("N", [1, 31, 33, 461])
 def test_without_the_cpp_operators_they_are_within_it_too(N, dtypes, monkeypatch):
-    monkeypatch.setattr(library, "_WHY_NO_CPP", "switched off")
+    monkeypatch.setattr(library, "_CPP_UNSUPPORTED_REASON", "switched off")
     check(lambda *t: gated_linear(*t, l1=L1), *inputs(512, 115, N, *DTYPES[dtypes]))
 
 
 @pytest.mark.parametrize("product_dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (31, 17), (33, 61), (100, 461)])
 def test_the_cpp_fold_and_unfold_are_those_of_pytorch(N, K, product_dtype):
-    if not library.has_cpp(torch.empty(1)):
-        pytest.skip(f"no C++ operators: {library._WHY_NO_CPP}")
+    if not library.cpp_supports(torch.empty(1)):
+        pytest.skip(f"no C++ operators: {library._CPP_UNSUPPORTED_REASON}")
     product, weight, gate = torch.randn(N, K).to(product_dtype), torch.randn(N, K), torch.randn(K)
     dw = torch.full((N, K), float("nan"))
     total = torch.ops.vtp.cpu_unfold_gate(product, weight, gate, dw)
@@ -83,8 +83,8 @@ def test_the_cpp_fold_and_unfold_are_those_of_pytorch(N, K, product_dtype):
 
 @pytest.mark.parametrize("argument", ["product", "weight", "gate", "out"])
 def test_the_cpp_unfold_refuses_what_does_not_fit(argument):
-    if not library.has_cpp(torch.empty(1)):
-        pytest.skip(f"no C++ operators: {library._WHY_NO_CPP}")
+    if not library.cpp_supports(torch.empty(1)):
+        pytest.skip(f"no C++ operators: {library._CPP_UNSUPPORTED_REASON}")
     good = {
         "product": torch.ones(3, 5),
         "weight": torch.ones(3, 5),

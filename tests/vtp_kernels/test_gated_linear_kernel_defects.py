@@ -34,21 +34,22 @@ def options(case=SMALL, **kwargs):
     return tuple({"case": case, **kwargs}.items())
 
 
-OTHER_ROWS = "& (o_column[None, :] < columns), other=0.0)"
+OTHER_ROWS = "& (o_column[None, :] < readable), other=0.0)"
 OTHER_COLUMNS = "& (o_row[:, None] >= 0), other=0.0)"
 GROUPED = "return first + within % height, within // height"
 LOAD_GATE = "b_g = tl.load(gate + o_k, mask=o_k < K, other=0.0)"
-FWD_TAIL_X = "b_x = _load_tile(x, o_m, o_k, M, K, stride_x, False, TAIL)"
+FWD_TAIL_X = "b_x = load_matrix_tile(x, i_m, r_m, k, o_k, False, TAIL, DESCRIPTORS)"
 FWD_FOLD = "(b_w.to(tl.float32) * b_g.to(tl.float32)[None, :])"
 FWD_STORE = "tl.store(p_y, acc.to(y.dtype.element_ty), mask=m_y)"
-DX_LOAD_X = "b_x = _load_tile(x, o_m, o_k, M, K, stride_x, True, True).to(tl.float32)"
+DX_LOAD_W = "b_w = load_matrix_tile(weight, n, o_n, i_k, o_k, TAIL, True, DESCRIPTORS)"
+DX_LOAD_X = "b_x = load_tile(x, o_m, o_k, M, K, stride_x, True, True).to(tl.float32)"
 DX_PARTIAL = "tl.store(partial + t_m.to(tl.int64) * K + o_k, tl.sum(acc * b_x, axis=0), mask=o_k < K)"
 DX_STORE = "tl.store(p_dx, (acc * b_g[None, :]).to(dx.dtype.element_ty), mask=m_tile)"
 DX_GATE = f"    {LOAD_GATE}.to(tl.float32)\n    p_dx"
-DW_LOAD_DY = "b_dy = _load_tile(dy, o_m, o_n, M, N, stride_dy, TAIL, True)"
-DW_LOAD_X = "b_x = _load_tile(x, o_m, o_k, M, K, stride_x, TAIL, True)"
+DW_LOAD_DY = "b_dy = load_matrix_tile(dy, m, o_m, i_n, o_n, TAIL, True, DESCRIPTORS)"
+DW_LOAD_X = "b_x = load_matrix_tile(x, m, o_m, i_k, o_k, TAIL, True, DESCRIPTORS)"
 DW_STORE = "tl.store(p_dw, (acc * b_g[None, :]).to(dw.dtype.element_ty), mask=m_dw)"
-LOAD_W = "b_w = _load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)"
+LOAD_W = "b_w = load_tile(weight, o_n, o_k, N, K, stride_w, True, True).to(tl.float32)"
 DW_LOAD_W = f"{LOAD_W}\n        tl.store(partial + t_n"
 FOLD_LOAD_W = f"{LOAD_W}\n    b_g ="
 FOLD_STORE = "tl.store(p_folded, (b_w * b_g[None, :]).to(folded.dtype.element_ty), mask=m_folded)"
@@ -58,7 +59,7 @@ UNFOLD_LOAD_FOLDED = "b_w = tl.load(folded + o_tile, mask=m_tile, other=0.0)"
 DIVIDE = "        if FOLDED:  # noqa: SIM102 (known when compiling; `divide` is not)\n            if divide:"
 DIVIDE_ALWAYS = "        if True:\n            if True:"
 UNFOLD_STORE = "tl.store(dw + o_tile, (b_product * b_g[None, :]).to(dw.dtype.element_ty), mask=m_tile)"
-GATE_LOAD = "_load_tile(partial, o_r, o_k, rows, K, K, True, True)"
+GATE_LOAD = "load_tile(partial, o_r, o_k, rows, K, K, True, True)"
 GATE_LOAD_GATE = "b_g = tl.load(gate + o_k, mask=m_k, other=0.0).to(tl.float32)\n    sign"
 GATE_STORE = "tl.store(dg + o_k, (tl.sum(acc, axis=0) + l1 * sign).to(dg.dtype.element_ty), mask=m_k)"
 
@@ -107,15 +108,15 @@ DEFECTS = [
         "dx", options(),
         (READ, "row-clamp-removed", "guard-page", "r_m = tl.minimum(o_m, M - 1)\n", "r_m = o_m\n", options(),
          "dy"),
-        (READ, "column-mask-of-weight-removed", "guard-page", "stride_w, TAIL, True)",
-         "stride_w, TAIL, False)", options(), "weight"),
+        (READ, "column-mask-of-weight-removed", "guard-page", DX_LOAD_W,
+         DX_LOAD_W.replace("TAIL, True", "TAIL, False"), options(), "weight"),
         (READ, "row-mask-of-x-removed", "guard-page", DX_LOAD_X,
          DX_LOAD_X.replace("True, True", "False, True"), options(), "x"),
         (MASK, "no-mask-on-gate", "guard-page", DX_GATE, DX_GATE.replace(", mask=o_k < K, other=0.0", ""),
          options(), "gate"),
         (WRITE, "row-mask-of-store-removed", "guard-page", "m_tile = (o_m[:, None] < M)",
          "m_tile = (o_m[:, None] >= 0)", options(), "dx"),
-        (OTHER, "no-other-on-tail-of-weight", "poison", OTHER_ROWS, "& (o_column[None, :] < columns))"),
+        (OTHER, "no-other-on-tail-of-weight", "poison", OTHER_ROWS, "& (o_column[None, :] < readable))"),
         (OTHER, "no-other-on-tail-of-dy", "poison", OTHER_COLUMNS, "& (o_row[:, None] >= 0))"),
         (UNWRITTEN, "last-column-not-stored", "poison", DX_STORE,
          DX_STORE.replace("m_tile)", "m_tile & (o_k[None, :] < K - 1))")),
@@ -154,7 +155,7 @@ DEFECTS = [
          options(wanted=((False, True),)), "weight"),
         (WRITE, "row-mask-of-store-removed", "guard-page",
          "m_dw = (o_n[:, None] < N)", "m_dw = (o_n[:, None] >= 0)", options(), "dw"),
-        (OTHER, "no-other-on-tail", "poison", OTHER_ROWS, "& (o_column[None, :] < columns))",
+        (OTHER, "no-other-on-tail", "poison", OTHER_ROWS, "& (o_column[None, :] < readable))",
          options(wanted=((True, False),))),
         (UNWRITTEN, "last-column-not-stored", "poison", DW_STORE,
          DW_STORE.replace("m_dw)", "m_dw & (o_k[None, :] < K - 1))")),
@@ -236,7 +237,7 @@ DEFECTS = [
          GATE_LOAD_GATE.replace(", mask=m_k, other=0.0", ""), options(), "gate"),
         (WRITE, "mask-of-store-removed", "guard-page", GATE_STORE, GATE_STORE.replace(", mask=m_k", ""),
          options(Case(1, 45, 1, "f32")), "dg"),
-        (OTHER, "no-other-on-partial-sums", "poison", OTHER_ROWS, "& (o_column[None, :] < columns))"),
+        (OTHER, "no-other-on-partial-sums", "poison", OTHER_ROWS, "& (o_column[None, :] < readable))"),
         (UNWRITTEN, "last-column-not-stored", "poison", GATE_STORE,
          GATE_STORE.replace("=m_k", "=o_k < K - 1")),
         (RACE, "programs-overlap", "race-detection", "o_k = tl.program_id(0) * BLOCK_K +",

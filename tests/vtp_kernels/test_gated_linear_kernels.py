@@ -370,11 +370,8 @@ def test_one_width_is_a_multiple_of_eight_and_the_other_is_not(interpreter, kern
     run(interpreter, CHECKS[kernel], case, descriptors=descriptors)
 
 
-# What `_FUSED_ROWS` and `_FULL_GPU` decide: each product in the fused kernel, or in the vendor's.
-PATHS = {
-    "fused": {"_FUSED_ROWS": {2: 10**6, 4: 10**6}, "_FULL_GPU": 0},
-    "vendor": {"_FUSED_ROWS": {2: 0, 4: 0}},
-}
+# Each product in the fused kernel, or in the vendor's.
+PATHS = {"fused": ("gated_linear", "fused", "fused_dw"), "vendor": ("gated_linear", "vendor")}
 
 
 @pytest.mark.parametrize("rows", PATHS)
@@ -388,7 +385,7 @@ PATHS = {
     ids=str,
 )
 def test_a_gate_or_bias_of_16_bits_needs_no_compilation_of_its_own(interpreter, case, rows):
-    run(interpreter, check_passes, case, attributes=PATHS[rows])
+    run(interpreter, check_passes, case, forced=PATHS[rows])
 
 
 @pytest.mark.parametrize("case", ODD_CASES, ids=str)
@@ -458,14 +455,14 @@ PASSES = [
 @pytest.mark.parametrize("rows", PATHS)
 @pytest.mark.parametrize("case", PASSES, ids=str)
 def test_both_passes_for_every_subset_of_gradients(interpreter, case, rows):
-    run(interpreter, check_passes, case, attributes=PATHS[rows])
+    run(interpreter, check_passes, case, forced=PATHS[rows])
 
 
 @pytest.mark.parametrize("rows", PATHS)
 @pytest.mark.parametrize("form", ["images", "strided", "transposed"])
 @pytest.mark.parametrize("dtypes", ["f32", "bf16-f32"])
 def test_both_passes_of_tensors_that_are_no_contiguous_matrix(interpreter, dtypes, form, rows):
-    run(interpreter, check_passes, Case(36, 37, 61, dtypes), form, attributes=PATHS[rows])
+    run(interpreter, check_passes, Case(36, 37, 61, dtypes), form, forced=PATHS[rows])
 
 
 @pytest.mark.parametrize("form", ["matrix", "strided", "transposed"])
@@ -478,4 +475,4 @@ def test_fold_and_its_gradient_in_mixed_precision(interpreter, dtypes, layout, f
 @pytest.mark.parametrize("rows", PATHS)
 @pytest.mark.parametrize("M", [36, 63], ids=["activation-side", "weight-side"])
 def test_gradient_of_y_that_is_one_row_or_one_number_expanded(interpreter, M, rows):
-    run(interpreter, check_expanded_gradient, Case(M, 40, 48, "bf16"), attributes=PATHS[rows])
+    run(interpreter, check_expanded_gradient, Case(M, 40, 48, "bf16"), forced=PATHS[rows])

@@ -243,9 +243,10 @@ def planted(kernel, kind, what, proof, old, new, case=SMALL, argument=""):
     return Defect(kernel, kind, what, proof, old, new, (("case", case),), argument)
 
 
-LOAD = "tl.load(p_tile, mask=m_tile, other=0.0)"
-LOAD_MASK = "m_tile = (o_m[:, None] < M) & (o_d[None, :] < (D + 7) // 8 * 8)"
-CLEAR = "return tl.where(o_d[None, :] < D, b_rows, 0.0)"
+# In the helper that loads whole rows.
+LOAD = "tl.load(p_tile, mask=(o_row[:, None] < rows) & (o_column[None, :] < readable), other=0.0)"
+LOAD_WIDTH = "(columns + 7) // 8 * 8"
+CLEAR = "b_tile = tl.where(o_column[None, :] < columns, b_tile, tl.zeros_like(b_tile))"
 ANY_ROW = "(o_m[:, None] >= 0)"
 FWD_INDEX = "tl.load(index + o_j, mask=o_j < kept, other=0)"
 FWD_WEIGHT = "tl.load(weight + o_j, mask=o_j < kept, other=0.0)"
@@ -261,12 +262,10 @@ BWD_DBIAS = "tl.store(p_partial + kept, tl.sum(b_dbias, axis=0), mask=m_j)"
 # Each: kernel, kind, what is wrong, the proof, old and new text; what is run; the argument that is overrun.
 # fmt: off
 DEFECTS = [planted(*row) for row in (
-    ("fwd", READ, "row-mask-of-x-removed", "guard-page", LOAD_MASK,
-     LOAD_MASK.replace("(o_m[:, None] < M)", ANY_ROW), ALL, "x"),
+    ("fwd", READ, "row-mask-of-x-removed", "guard-page", LOAD, LOAD.replace("< rows", ">= 0"), ALL, "x"),
     ("fwd", READ, "row-mask-of-kept-removed", "guard-page", FWD_KEPT,
      FWD_KEPT.replace("(o_m[:, None] < M)", ANY_ROW), SMALL, "x"),
-    ("fwd", READ, "columns-of-a-whole-block-loaded", "guard-page", LOAD_MASK,
-     LOAD_MASK.replace("(D + 7) // 8 * 8", "D + 64"), ALL, "x"),
+    ("fwd", READ, "columns-of-a-whole-block-loaded", "guard-page", LOAD_WIDTH, "columns + 64", ALL, "x"),
     ("fwd", MASK, "no-mask-on-index", "guard-page", FWD_INDEX, "tl.load(index + o_j)", SMALL,
      "index"),
     ("fwd", MASK, "no-mask-on-weight", "guard-page", FWD_WEIGHT, "tl.load(weight + o_j)", SMALL,
@@ -284,7 +283,7 @@ DEFECTS = [planted(*row) for row in (
      '(M // config.blocks["ROWS"],)'),
     ("fwd", RAW, "deviation-in-bfloat16", "bfloat16-check", "(b_kept - b_mean[:, None])",
      "(b_kept.to(tl.bfloat16) - b_mean[:, None].to(tl.bfloat16))", HALF),
-    ("fwd", PAD_IN, "padding-of-x-enters-the-statistics", "poison", CLEAR, "return b_rows"),
+    ("fwd", PAD_IN, "padding-of-x-enters-the-statistics", "poison", CLEAR, "pass"),
     ("fwd", PAD_OUT, "padding-of-out-not-zeroed", "padding", "tl.where(o_j[None, :] < kept, b_xhat, 0.0)",
      "b_xhat", Case(37, 61, 15, affine=False)),
     ("fwd", VALUE, "columns-not-gathered", "error-rule", "+ b_index[None, :]", "+ o_j[None, :]"),
@@ -300,8 +299,7 @@ DEFECTS = [planted(*row) for row in (
     ("fwd", VALUE, "rounded-before-the-weight", "error-rule", "b_xhat = b_xhat * b_weight[None, :]",
      "b_xhat = b_xhat.to(tl.bfloat16).to(tl.float32) * b_weight[None, :]"),
     ("fwd", VALUE, "bias-not-added", "error-rule", " + b_bias[None, :]", ""),
-    ("bwd", READ, "row-mask-of-x-removed", "guard-page", LOAD_MASK,
-     LOAD_MASK.replace("(o_m[:, None] < M)", ANY_ROW), SMALL, "x"),
+    ("bwd", READ, "row-mask-of-x-removed", "guard-page", LOAD, LOAD.replace("< rows", ">= 0"), SMALL, "x"),
     ("bwd", READ, "row-mask-of-dy-removed", "guard-page", "m_dy = (o_m[:, None] < M)", f"m_dy = {ANY_ROW}",
      SMALL, "dy"),
     ("bwd", MASK, "no-mask-on-position", "guard-page", BWD_POSITION, "tl.load(position + o_d)",
@@ -325,7 +323,7 @@ DEFECTS = [planted(*row) for row in (
      BWD_DBIAS.replace("m_j", "m_j & (o_j < kept - 1)")),
     ("bwd", RAW, "product-in-bfloat16", "bfloat16-check", "b_dweight += b_dy * b_xhat",
      "b_dweight += (b_dy.to(tl.bfloat16) * b_xhat.to(tl.bfloat16)).to(tl.float32)", HALF),
-    ("bwd", PAD_IN, "padding-of-x-enters-the-statistics", "poison", CLEAR, "return b_rows"),
+    ("bwd", PAD_IN, "padding-of-x-enters-the-statistics", "poison", CLEAR, "pass"),
     ("bwd", PAD_OUT, "padding-of-dx-not-zeroed", "padding", "tl.where(o_d[None, :] < D, b_dx, 0.0)", "b_dx"),
     ("bwd", VALUE, "removed-columns-without-gradient", "error-rule",
      "b_dx = tl.where(o_d[None, :] < D, b_dx, 0.0)", "b_dx = tl.where(m_j[None, :], b_dx, 0.0)"),

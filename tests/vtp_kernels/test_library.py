@@ -18,7 +18,7 @@ x, weight, gate = torch.randn(9, 5), torch.randn(7, 5), torch.randn(5, requires_
 y = gated_linear(x, weight, gate)
 y.sum().backward()
 torch.testing.assert_close(y, gated_linear_ref(x, weight, gate))
-print(library.why_not_triton(torch.device("cuda")))
+print(library.triton_unsupported_reason(torch.device("cuda")))
 """
 
 
@@ -29,9 +29,9 @@ def test_without_triton_the_package_imports_and_the_ops_work():
 
 
 def test_on_a_gpu_that_cannot_run_the_kernels_it_says_once_why_and_what_is_slower(recwarn):
-    library._say_once.cache_clear()
+    library._warn_once.cache_clear()
     for _ in range(2):
-        library._say_once("Triton is not installed")
+        library._warn_once("Triton is not installed")
     (warning,) = recwarn
     assert "Triton is not installed" in str(warning.message) and "slower" in str(warning.message)
 

@@ -12,11 +12,11 @@ from tests.support.op_checks import check_compilation, with_layout
 from vtp_kernels.ragged_attention import (
     _GROUP,
     _round_up,
-    _row_tiles,
-    _tiled_flops,
     _units,
     ragged_attention,
     ragged_attention_ref,
+    row_tiles,
+    tiled_flops,
 )
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -146,7 +146,7 @@ class TestTiling:
     @pytest.mark.parametrize("N", [1, 5, 16, 17, 48, 49, 64, 77, 197, 208, 256, 577, 1025, 4097])
     @pytest.mark.parametrize("block", [16, 32, 64])
     def test_rows_are_rounded_up_to_sixteen(self, N, block):
-        tiles = _row_tiles(N, block)
+        tiles = row_tiles(N, block)
         assert sum(tiles) == _round_up(N, 16)
         assert tiles == sorted(tiles, reverse=True) and set(tiles) <= {block, 16}
 
@@ -174,7 +174,7 @@ class TestTiling:
     def test_work_at_197_tokens_is_that_of_208(self):
         widths = (64,) * 12
         kept = 2 * 8 * 197 * 197 * (64 + 64) * 12
-        assert _tiled_flops(8, 197, 64, widths) / kept == pytest.approx((208 / 197) ** 2)
+        assert tiled_flops(8, 197, 64, widths) / kept == pytest.approx((208 / 197) ** 2)
 
 
 class TestTransforms:

@@ -150,7 +150,7 @@ def assert_padded_rows(name, t):
     assert_padding_is_zero(name, t)
 
 
-def prove(check, case, replacements=(), attributes=(), **kwargs):
+def prove(check, case, replacements=(), **kwargs):
     """`check(op, data, ...)` under the case's conditions; keys of the variants that it launched."""
     op = loaded(MODULE, replacements)
     units = op._units
@@ -159,7 +159,7 @@ def prove(check, case, replacements=(), attributes=(), **kwargs):
         table = torch.tensor(units(*arguments[:-1]), dtype=torch.int32)
         return guarded(table, case.side)
 
-    attributes = {"_table": guarded_table, **dict(attributes)}
+    attributes = {"_table": guarded_table}
     return run_check(check, op, Data(case), attributes=attributes, tf32=case.dtype == "tf32", **kwargs)
 
 
@@ -250,9 +250,8 @@ def test_forward_of_many_tokens(interpreter):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_of_wide_heads_with_the_online_kernel(interpreter, dtype):
-    attributes = (("_MOST_KEYS", 0),)
     case = Case(81, (13, 75, 64, 150, 3), dtype)
-    interpreter.run(prove, check_forward, case, needs=(True,), attributes=attributes)
+    interpreter.run(prove, check_forward, case, needs=(True,), forced=("ragged_attention", "online"))
 
 
 BACKWARD = [
@@ -327,8 +326,8 @@ def defects_of(kernel, case, *rows):
 
 # In helpers that all kernels have in common.
 COMMON = [
-    (OTHER, "no-other", "poison", "& (o_column[None, :] < columns), other=0.0)",
-     "& (o_column[None, :] < columns))"),
+    (OTHER, "no-other", "poison", "& (o_column[None, :] < readable), other=0.0)",
+     "& (o_column[None, :] < readable))"),
 ]  # fmt: skip
 SMALL_TILES = [
     (RACE, "small-tiles-overlap", "race-detection", "tl.maximum(i_tile - full, 0) * 16",
@@ -345,13 +344,13 @@ STORE_ROWS = [
     (RACE, "columns-of-the-neighbour-stored", "race-detection", STORE, STORE.replace(">= begin", ">= 0")),
     (VALUE, "padding-not-written", "zero-padding", "last = tl.where(end == V, padded, end)", "last = end"),
 ]
-STORE_HEAD = "mask=(o_row[:, None] < N) & (o_d[None, :] < HEAD_DIM))"
+STORE_HEAD = "mask=(o_row[:, None] < N) & (o_d[None, :] < HEAD.DIM))"
 OWN = "own = (o_column[None, :] - begin).to(tl.uint32) < (end - begin)"
-CLAMP = "tl.minimum(o_m, N - 1), N, stride_qkv, HEAD_DIM, BLOCK_D, False"
+CLAMP = "tl.minimum(o_m, N - 1), N, qkv.stride, HEAD, False"
 LSE = "highest + tl.log2(total)"
 FACTOR = "            factor=scale * math.log2(math.e),\n"
 NO_LSE_MASK = "b_lse = tl.load(lse + o_m)\n"
-ONLINE_VALUES = "b_v = _load_tile(values, o_n, o_wide, N, readable, stride_qkv, MASK, True)"
+ONLINE_VALUES = "b_v = load_tile(values.source, o_n, o_wide, N, readable, stride_qkv, MASK, True)"
 CHUNKS = "for c in range(begin // 8 * 8, end, 32):\n        o_c = c + tl.arange(0, 32)\n        b_row"
 
 
@@ -366,10 +365,10 @@ DEFECTS = [
         "fwd", ONE_PASS, *COMMON, *SMALL_TILES, *overrun(STORE_ROWS, "out"),
         (READ, "query-clamp-removed", "guard-page", CLAMP, CLAMP.replace("tl.minimum(o_m, N - 1)", "o_m"),
          dict(count=2, argument="qkv")),
-        (MASK, "no-mask-on-keys", "guard-page", "BLOCK_D, KEYS % (256 >> i) == 0)", "BLOCK_D, False)",
+        (MASK, "no-mask-on-keys", "guard-page", "HEAD, KEYS % (256 >> i) == 0)", "HEAD, False)",
          dict(argument="qkv")),
-        (MASK, "no-mask-on-values", "guard-page", "stride_qkv, KEYS % (256 >> i) == 0, True)",
-         "stride_qkv, False, True)", dict(argument="qkv")),
+        (MASK, "no-mask-on-values", "guard-page", "values.stride, KEYS % (256 >> i) == 0, True)",
+         "values.stride, False, True)", dict(argument="qkv")),
         (UNWRITTEN, "tail-of-columns-dropped", "poison", "if width % 32 > 0:", "if width % 32 > 32:"),
         (RAW, "sum-of-rounded-weights", "bfloat16-check", "total += tl.sum(b_p, axis=1)",
          "total += tl.sum(b_p.to(b_q.dtype), axis=1)"),
@@ -387,12 +386,12 @@ DEFECTS = [
         "online", TILES, *COMMON, *FULL_TILES, *overrun(STORE_ROWS, "out"),
         (READ, "query-clamp-removed", "guard-page", CLAMP, CLAMP.replace("tl.minimum(o_m, N - 1)", "o_m"),
          dict(count=2, argument="qkv")),
-        (MASK, "no-mask-on-keys", "guard-page", "BLOCK_D, MASK)\n    b_s = tl.dot(b_q",
-         "BLOCK_D, False)\n    b_s = tl.dot(b_q", dict(argument="qkv")),
+        (MASK, "no-mask-on-keys", "guard-page", "HEAD, MASK)\n    b_s = tl.dot(b_q",
+         "HEAD, False)\n    b_s = tl.dot(b_q", dict(argument="qkv")),
         (MASK, "no-mask-on-values", "guard-page", ONLINE_VALUES, ONLINE_VALUES.replace("MASK", "False"),
          dict(argument="qkv")),
-        (RACE, "log-sum-exp-by-every-group", "race-detection", "tl.where(begin == head_begin, N, 0)", "N",
-         dict(case=WIDE)),
+        (RACE, "log-sum-exp-by-every-group", "race-detection",
+         "tl.where(begin == unit.head_begin, N, 0)", "N", dict(case=WIDE)),
         (RAW, "sum-of-rounded-weights", "bfloat16-check", "total * shrink + tl.sum(b_p, axis=1)",
          "total * shrink + tl.sum(b_p.to(b_q.dtype), axis=1)", dict(case=Case(257, (5,), "bf16"))),
         (VALUE, "keys-beyond-the-end-count", "error-rule",
@@ -411,7 +410,7 @@ DEFECTS = [
         "dq", TILES32, *COMMON, *FULL_TILES,
         (READ, "row-clamp-removed", "guard-page", "r_m = tl.minimum(o_m, N - 1)", "r_m = o_m",
          dict(argument="dout")),
-        (MASK, "no-mask-on-keys", "guard-page", "BLOCK_D, MASK)\n    b_p", "BLOCK_D, False)\n    b_p",
+        (MASK, "no-mask-on-keys", "guard-page", "HEAD, MASK)\n    b_p", "HEAD, False)\n    b_p",
          dict(argument="qkv")),
         (WRITE, "row-mask-of-store-removed", "guard-page", STORE_HEAD, STORE_HEAD.replace("] < N", "] >= 0"),
          dict(argument="dqkv")),
@@ -435,8 +434,8 @@ DEFECTS = [
         "dkdv", TILES32, *COMMON, *FULL_TILES, *overrun(STORE_ROWS, "dqkv"),
         (READ, "row-clamp-removed", "guard-page", "r_n = tl.minimum(o_n, N - 1)", "r_n = o_n",
          dict(argument="qkv")),
-        (MASK, "no-mask-on-queries", "guard-page", "queries, o_m, N, stride_qkv, HEAD_DIM, BLOCK_D, MASK)",
-         "queries, o_m, N, stride_qkv, HEAD_DIM, BLOCK_D, False)", dict(argument="qkv")),
+        (MASK, "no-mask-on-queries", "guard-page", "queries, o_m, N, values.stride, HEAD, MASK)",
+         "queries, o_m, N, values.stride, HEAD, False)", dict(argument="qkv")),
         (MASK, "no-mask-on-log-sum-exp", "guard-page",
          "b_lse = tl.load(lse + o_m, mask=o_m < N, other=0.0) if MASK else tl.load(lse + o_m)\n", NO_LSE_MASK,
          dict(argument="lse")),

@@ -239,7 +239,7 @@ class Runner:
     outputs: Tensor | None = None  # of the last call
 
     def call(self) -> float:
-        """Seconds of one call."""
+        """Call it once, and return the seconds that this took."""
         with torch.inference_mode():
             return timed(self._run, self.device)
 

@@ -171,7 +171,7 @@ def verdict(record: Record, runtime: str) -> str:
 
 
 def lost_milliseconds(record: Record) -> dict[str, float]:
-    """For each branch, most first: its time above its share of MACs of the dense branch's time."""
+    """Milliseconds that each branch takes above its share of MACs of the dense branch's time, most first."""
     rates = {}
     for kind in ("attn", "mlp"):
         if seconds := in_rounds(record, f"dense {kind}"):

@@ -66,7 +66,7 @@ class Unsupported(Exception):
 
 
 def prepare_ours(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
-    """`vtp.optimize`."""
+    """Our engine: what `vtp.optimize` makes of the model."""
     fast = optimize(model, dtype=DTYPES[dtype])
     images = images.to(DTYPES[dtype])
     return lambda: fast(images)
@@ -80,7 +80,7 @@ def prepare_reference(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
 
 
 def prepare_eager(model: nn.Module, images: Tensor, *, dtype: str) -> Run:
-    """PyTorch, operator by operator."""
+    """PyTorch's eager mode: operator by operator."""
     model, images = copy.deepcopy(model).to(DTYPES[dtype]), images.to(DTYPES[dtype])
     return lambda: model(images)
 

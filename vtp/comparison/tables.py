@@ -26,7 +26,7 @@ def p95(seconds: Sequence[float]) -> float:
 
 
 def milliseconds(seconds: Sequence[float] | None) -> str:
-    """The median."""
+    """The median of some times as a text, in milliseconds."""
     return "-" if seconds is None else f"{1e3 * statistics.median(seconds):.2f}"
 
 
@@ -78,14 +78,14 @@ def reasons(record: Record) -> list[str]:
 
 
 def markdown_table(title: str, rows: Rows) -> list[str]:
-    """Lines of Markdown."""
+    """A title and rows as the lines of a Markdown table."""
     header, *others = rows
     cells = (header, ["---"] * len(header), *others)
     return [f"{title}:", "", *("| " + " | ".join(row) + " |" for row in cells), ""]
 
 
 def print_table(console: Console, title: str, rows: Rows) -> None:
-    """On the terminal."""
+    """Print a title and rows as a table on the terminal."""
     header, *others = rows
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for number, column in enumerate(header):

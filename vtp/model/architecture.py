@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm, LayerScale, PatchEmbed, get_act_layer
@@ -158,7 +159,7 @@ class Architecture:
         return architecture
 
 
-def _is_of_type(value: object, kind: object) -> bool:
+def _is_of_type(value: Any, kind: Any) -> bool:
     """Whether a value parsed from JSON can be that of a field annotated with `kind`."""
     if kind == tuple[int, int]:
         pair = isinstance(value, (list, tuple)) and len(value) == 2

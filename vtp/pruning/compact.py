@@ -289,10 +289,12 @@ def compact(gated: nn.Module, plan: PruningPlan) -> CompactViT:
     state = {name: tensor for name, tensor in gated.state_dict().items() if not name.startswith("blocks.")}
     for i, block in enumerate(gated.blocks):
         device = layers[f"blocks.{i}.attn.qkv"].weight.device
-        keep = [torch.tensor(plan.kept[name], dtype=torch.int64, device=device) for name in _site_names(i)]
+        qkv, proj, fc1, fc2 = (
+            torch.tensor(plan.kept[name], dtype=torch.int64, device=device) for name in _site_names(i)
+        )
         new = small.blocks[i]
-        state |= _prefixed(f"blocks.{i}.", _cut_attention(block, new, *keep[:2], plan.value_widths(i)))
-        state |= _prefixed(f"blocks.{i}.", _cut_mlp(block, new, *keep[2:]))
+        state |= _prefixed(f"blocks.{i}.", _cut_attention(block, new, qkv, proj, plan.value_widths(i)))
+        state |= _prefixed(f"blocks.{i}.", _cut_mlp(block, new, fc1, fc2))
     small.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     for name in ("pretrained_cfg", "default_cfg"):
         if hasattr(gated, name):
@@ -302,11 +304,11 @@ def compact(gated: nn.Module, plan: PruningPlan) -> CompactViT:
     return small.train(gated.training)
 
 
-def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _prefixed(prefix: str, tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _cut_norm(name: str, norm: nn.LayerNorm, new: LayerNormGather, keep: Tensor) -> dict[str, Tensor]:
+def _cut_norm(name: str, norm: nn.LayerNorm, new: LayerNormGather, keep: Tensor) -> dict[str, Tensor | None]:
     index = None if new.index is None else keep
     return {f"{name}.weight": norm.weight[keep], f"{name}.bias": norm.bias[keep], f"{name}.index": index}
 

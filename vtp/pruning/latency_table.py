@@ -33,7 +33,7 @@ from vtp.model.architecture import Architecture
 from vtp.model.widths import BlockWidths
 from vtp.pruning.compact import CompactViT
 from vtp.pruning.plan import FrozenDict, PruningPlan
-from vtp_kernels.library import why_no_cpp
+from vtp_kernels.library import cpp_unsupported_reason
 
 TABLE_VERSION = 1
 _MOST_MS = 1e9  # of anything: eleven days
@@ -275,12 +275,12 @@ def machine() -> dict[str, Any]:
 
 
 def _instruction_set() -> str:
-    reason = why_no_cpp()
+    reason = cpp_unsupported_reason()
     return torch.ops.vtp.cpu_isa() if reason is None else f"none: {reason}"
 
 
 def cache_folder() -> Path:
-    """Where tables are kept: `$VTP_CACHE`, else `$XDG_CACHE_HOME/vtp`, else `~/.cache/vtp`."""
+    """The folder that tables are kept in: `$VTP_CACHE`, else `$XDG_CACHE_HOME/vtp`, else `~/.cache/vtp`."""
     if own := os.environ.get("VTP_CACHE"):
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")

@@ -11,6 +11,7 @@ import json
 import operator
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -93,7 +94,7 @@ class PruningPlan:
 
     def _own_values(self) -> None:
         """Make every field an immutable value of its own type. Raises TypeError or ValueError."""
-        values = {
+        values: dict[str, Mapping[str, Any]] = {
             "kept": {name: tuple(map(operator.index, kept)) for name, kept in self.kept.items()},
             "scores": {name: tuple(map(float, scores)) for name, scores in self.scores.items()},
             "budget": {name: float(value) for name, value in self.budget.items()},

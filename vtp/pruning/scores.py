@@ -69,7 +69,7 @@ def ranking(
 
 
 def site_of(name: str) -> str:
-    """`blocks.3.attn.qkv` to `attn.qkv`."""
+    """The kind of site that a site's name ends with: `attn.qkv` of `blocks.3.attn.qkv`."""
     return name.split(".", 2)[2]
 
 

@@ -99,7 +99,7 @@ def make_plan(
 def _is_number(value: object) -> bool:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
-    return abs(value) < 1e300  # also false for NaN, and for integers that no float holds
+    return value < 1e300 and not value <= -1e300  # also false for NaN, and for integers that no float holds
 
 
 def _one_budget(**budgets: float | None) -> dict[str, float]:

@@ -33,6 +33,7 @@ from vtp.report.numbers import (
     number,
     percent,
     removed_share,
+    served_row,
 )
 
 _SITE_INPUTS = {
@@ -59,17 +60,18 @@ def header(config: Mapping[str, Any], results: Mapping[str, Any], plan: Any) -> 
 def _what_is_left(results: Mapping[str, Any], plan: Any) -> str:
     """Bars: dimensions, MACs, parameters, file size and latency of the final model in percent of dense."""
     dense, final = find_row(results, DENSE), find_row(results, AFTER) or find_row(results, BEFORE)
+    served = served_row(results) or final
     shares = []
     if plan is not None:
         ours, theirs = sum(map(len, plan.kept.values())), sum(plan.widths.values())
         shares.append(("Dimensions", 1 - removed_share(plan), f"{theirs:,} → {ours:,}"))
-    for label, key, show in (
-        ("MACs", "macs", magnitude),
-        ("Parameters", "params", magnitude),
-        ("File size", "file_bytes", functools.partial(magnitude, unit="B")),
-        ("Latency", "latency_ms", lambda ms: f"{ms:.2f} ms"),
+    for label, key, row, show in (
+        ("MACs", "macs", final, magnitude),
+        ("Parameters", "params", final, magnitude),
+        ("File size", "file_bytes", final, functools.partial(magnitude, unit="B")),
+        ("Latency", "latency_ms", served, lambda ms: f"{ms:.2f} ms"),
     ):
-        ours, theirs = number(final.get(key)), number(dense.get(key))
+        ours, theirs = number(row.get(key)), number(dense.get(key))
         if ours >= 0 and theirs > 0:
             shares.append((label, ours / theirs, f"{show(theirs)} → {show(ours)}"))
     items = "".join(
@@ -89,7 +91,8 @@ def comparison(results: Mapping[str, Any]) -> str:
     notes = [f"Not in results.json: {', '.join(missing)}."] if missing else []
     if not rows:
         return markup.section("comparison", "Before and after", "", "", ["results.json has no results."])
-    table = markup.table(COLUMNS, rows, "Comparison of the models of this run", final=ROW_NAMES[AFTER])
+    final = ROW_NAMES[served_row(results).get("model", AFTER)]
+    table = markup.table(COLUMNS, rows, "Comparison of the models of this run", final=final)
     return markup.section("comparison", "Before and after", how, f'<div class="card">{table}</div>', notes)
 
 
@@ -330,7 +333,7 @@ def _curves(
 def _after_cut(
     records: Mapping[str, Sequence], stages: Iterable[Stage], results: Mapping[str, Any]
 ) -> list[Curve]:
-    """From the accuracy right after the cut to the first epoch of fine-tuning, where both are known."""
+    """The curve from accuracy right after the cut to the first epoch of fine-tuning, where both are known."""
     before = number(find_row(results, BEFORE).get("top1"))
     stage = next((stage for stage in stages if stage.name == "finetune"), None)
     first = number(records["finetune"][0].get("test_top1")) if stage else math.nan

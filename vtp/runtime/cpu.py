@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vtp.pruning.compact import CompactDistilledViT, is_erf_gelu
 from vtp.runtime.packed import PackedBlock, PackedLinear, PackedNorm
-from vtp_kernels.library import why_no_cpp
+from vtp_kernels.library import cpp_unsupported_reason
 
 _FORMAT = 1  # of the list of integers; csrc/cpu/model.cpp has the same
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -36,7 +36,7 @@ def unsupported_reason(vit: VisionTransformer, dtype: torch.dtype) -> str | None
         for norm in (heads.q_norm, heads.k_norm) if heads else ():
             if not isinstance(norm, nn.Identity) and norm.eps != block.attn.norm.eps:
                 return f"the norms of block {i} differ in eps"
-    return why_no_cpp()
+    return cpp_unsupported_reason()
 
 
 def pack(vit: VisionTransformer, dtype: torch.dtype) -> nn.Module:

@@ -11,7 +11,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from vtp.pruning.compact import empty_compact
 from vtp.pruning.latency_table import Grid, LatencyTable, LatencyTableError, geometry, machine, name_of
 from vtp.pruning.plan import PruningPlan
 from vtp.runtime.optimize import OptimizedViT, optimize
-from vtp.timing import Stopwatch, take_turns, turns
+from vtp.timing import Step, Stopwatch, take_turns, turns
 
 _BLOCKS = 2.0  # dense blocks whose multiply-adds a measured model has, so that the call itself weighs little
 _MOST_BLOCKS = 12
@@ -39,7 +38,7 @@ class _Point(Stopwatch):
     def __init__(
         self, blocks: Sequence[BlockWidths], model: OptimizedViT, images: torch.Tensor, warm: bool
     ) -> None:
-        super().__init__(partial(model, images), images.device)
+        super().__init__(lambda: model(images), images.device)
         self.blocks, self.model, self.warm = blocks, model, warm
         for _ in range(2):
             self.call()
@@ -86,7 +85,7 @@ def profile_widths(
     if not 0 < seconds < math.inf:
         raise LatencyTableError(f"seconds: got {seconds!r}, expected a positive number")
     profile = WidthProfile(architecture, batch_size, dtype)
-    steps = {"profile": profile}
+    steps: dict[str, Step] = {"profile": profile}
     if progress is not None:
         steps["progress"] = _Progress(seconds, progress)
     take_turns(steps, 10**9, seconds)
@@ -200,10 +199,10 @@ def _points(
     images = torch.randn(size, generator=generator).to(dtype)
     warm = _fits_in_cache(architecture, dtype)
     blocks: dict[Any, list[BlockWidths]] = {"outside": [BlockWidths()]}
-    for widths in itertools.product(*axes["attention"]):
-        blocks[("attention", *widths)] = _attention_blocks(architecture, *widths, dtype)
-    for widths in itertools.product(*axes["mlp"]):
-        blocks[("mlp", *widths)] = _mlp_blocks(architecture, *widths, dtype)
+    for qkv, heads, values in itertools.product(*axes["attention"]):
+        blocks["attention", qkv, heads, values] = _attention_blocks(architecture, qkv, heads, values, dtype)
+    for fc1, fc2 in itertools.product(*axes["mlp"]):
+        blocks["mlp", fc1, fc2] = _mlp_blocks(architecture, fc1, fc2, dtype)
     return {
         key: _Point(own, _random_model(architecture, own, dtype, generator), images, warm)
         for key, own in blocks.items()
@@ -223,7 +222,7 @@ def _fits_in_cache(architecture: Architecture, dtype: torch.dtype) -> bool:
 
 
 def _cache_bytes() -> int:
-    """Of the last-level cache; 32 MiB where the machine does not say."""
+    """Bytes of the last-level cache; 32 MiB where the machine does not say."""
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()
@@ -289,11 +288,11 @@ def _plan(
     def some(number: int) -> list[int]:
         return sorted(torch.randperm(width, generator=generator)[:number].tolist())
 
-    kept: dict[str, Sequence[int]] = {}
+    kept: dict[str, tuple[int, ...]] = {}
     for i, own in enumerate(blocks):
         values = [head * head_dim + j for head, number in enumerate(own.values) for j in range(number)]
         indices = (some(own.qkv), values, some(own.fc1), range(own.fc2))
-        kept |= {f"blocks.{i}.{site}": index for site, index in zip(SITES, indices, strict=True)}
+        kept |= {f"blocks.{i}.{site}": tuple(index) for site, index in zip(SITES, indices, strict=True)}
     return PruningPlan(
         architecture, kept, {}, score="custom", scope="global", per_mac=False, round_to=1, min_keep=0,
         budget={}, threshold=None, parent="",

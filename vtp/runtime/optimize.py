@@ -208,7 +208,7 @@ class OptimizedViT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what it computes in, and of logits."""
+        """The dtype that the model computes in, and of its logits."""
         return self._weight.dtype if hasattr(self.vit, "patch_embed") else self.vit.dtype
 
     @property

@@ -190,7 +190,7 @@ class FileImages(Dataset):
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 [S]"""
+        """The class of every image, int64 [S]"""
         if hasattr(self.reader, "samples"):
             return np.array([label for _, label in self.reader.samples], dtype=np.int64)
         return np.asarray(self.reader.dataset[self.reader.label_key], dtype=np.int64)
@@ -483,7 +483,7 @@ def _check_labels(labels: np.ndarray, data: Data, split: str) -> None:
 
 
 def labels_of(images: Dataset) -> np.ndarray | None:
-    """int64 [S], or None where the labels are known only by reading the images."""
+    """The class of every image, int64 [S], or None where the labels are known only by reading the images."""
     labels = getattr(images, "labels", getattr(images, "targets", None))
     return None if labels is None else np.asarray(labels, dtype=np.int64)
 

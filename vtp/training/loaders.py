@@ -189,7 +189,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 
 class Pipeline:
-    """From PIL images to normalised tensors: timm's transforms image by image, then, as in timm's own
+    """Makes normalised tensors of PIL images: timm's transforms image by image, then, as in timm's own
     prefetching loader, conversion and normalisation batch by batch, which is several times cheaper.
 
     Random erasing comes last, on normalised pixels, image by image with a seed for each.

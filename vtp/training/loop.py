@@ -55,8 +55,6 @@ from vtp.training.sparsity import (
     soft_threshold,
 )
 from vtp.training.state import (
-    STATE_FORMAT,
-    ResumeError,
     all_finite,
     first_not_finite,
     read_state,
@@ -64,20 +62,6 @@ from vtp.training.state import (
     state_tensors,
     write_state,
 )
-
-__all__ = [
-    "STATE_FORMAT",
-    "NonFiniteLossError",
-    "ResumeError",
-    "TrainConfig",
-    "TrainResult",
-    "TrainingInterrupted",
-    "distillation_loss",
-    "evaluate",
-    "gate_statistics",
-    "soft_threshold",
-    "train",
-]
 
 CHECK_EVERY = {"cpu": 1}  # steps between looks at the losses; elsewhere a look waits for the device, hence:
 CHECK_EVERY_ELSEWHERE = 16
@@ -153,7 +137,7 @@ def evaluate(
 
 @dataclass
 class _Position:
-    """Where a stage stands: what a checkpoint has to know beside the tensors."""
+    """How far a stage has come: what a checkpoint has to know beside the tensors."""
 
     epoch: int = 0  # epoch in progress; equal to config.epochs when the stage is finished
     step: int = 0  # next step of that epoch
@@ -413,7 +397,7 @@ class _Stage:
         return record
 
     def _images_per_second(self) -> float:
-        """In the steps of this epoch, over all processes."""
+        """Images per second in the steps of this epoch, over all processes."""
         images = self.position.step * self.config.batch_size * self.accelerator.num_processes
         return images / max(self.position.seconds, 1e-9)
 
@@ -429,7 +413,8 @@ class _Stage:
         return self.signals.received is not None and self.accelerator.num_processes == 1
 
     def _stop_if_asked(self, saved: bool = False) -> None:
-        """On a signal to any process: save, unless that was done, and leave by TrainingInterrupted."""
+        """End training on a signal to any process: save, if that is not done, and raise
+        TrainingInterrupted."""
         number = self.signals.received or 0
         if self.accelerator.num_processes > 1:
             number = int(
@@ -571,7 +556,7 @@ def _loader_arguments(model: nn.Module, data: Data, batch_size: int, workers: in
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Where a model is; a packed one has no parameters."""
+    """The device that a model is on; a packed one has no parameters."""
     return next(itertools.chain(model.parameters(), model.buffers())).device
 
 

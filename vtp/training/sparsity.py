@@ -63,7 +63,7 @@ def settle_gates(layers: Sequence[GatedLinear], config: TrainConfig, take_taylor
 
 
 def soft_threshold(gates: Iterable[Tensor], amount: float) -> None:
-    """In place g <- sign(g) * max(|g| - amount, 0), the proximal operator of amount * sum |g|."""
+    """Shrink gates in place, g <- sign(g) * max(|g| - amount, 0): the prox of amount * sum |g|."""
     with torch.no_grad():
         for gate in gates:
             gate.copy_(F.softshrink(gate, amount))

@@ -54,11 +54,11 @@ Record = dict[str, Any]
 
 
 class CompilationError(RuntimeError):
-    """Why nothing could be compiled or compared."""
+    """Nothing could be compiled or compared, for the reason in the message."""
 
 
 class Task(NamedTuple):
-    """One variant to compile. A kernel cannot be sent to another process, so it goes by its name."""
+    """One variant to compile, by its name: a kernel itself cannot be sent to another process."""
 
     target: str
     op: str
@@ -67,10 +67,12 @@ class Task(NamedTuple):
 
     @property
     def key(self) -> str:
+        """The `key` of the record that will come of it."""
         return f"{self.target} {self.op}/{self.name}"
 
 
 def key(record: Mapping[str, Any]) -> str:
+    """Target, op and name of a variant: what tells the records of a report apart."""
     return f"{record['target']} {record['op']}/{record['name']}"
 
 
@@ -88,7 +90,7 @@ def _variants(module: str, target: str) -> dict[str, Variant]:
 
 
 def tasks(targets: Iterable[str], ops: Iterable[str]) -> list[Task]:
-    """Everything that `ops` can be asked for on `targets`."""
+    """Every variant that these ops can be asked for on these targets."""
     return [
         Task(target, op, OPS[op], name)
         for target in targets
@@ -98,9 +100,9 @@ def tasks(targets: Iterable[str], ops: Iterable[str]) -> list[Task]:
 
 
 def quick(chosen: Sequence[Task], baseline: Mapping[str, Record]) -> list[Task]:
-    """A few that have it all: of each kernel on each target, every type and constant of every argument.
+    """A few of the tasks that cover, for each kernel and target, every type and constant of every argument.
 
-    Of those that add as much, the one nearest to spilling: with the most registers in the baseline.
+    Of tasks that add as much, that with the most registers in the baseline is taken: the nearest to spilling.
     """
     traits: dict[Task, set] = {}
     for task in sorted(chosen, key=lambda t: (-baseline.get(t.key, {}).get("registers", 0), t)):
@@ -120,7 +122,7 @@ def quick(chosen: Sequence[Task], baseline: Mapping[str, Record]) -> list[Task]:
 
 
 def compile_variant(variant: Variant, target: str) -> Record:
-    """Compile one variant for one target. A compilation that fails is a record with an `error`."""
+    """Compile a variant for a target and return its record, which has an `error` if that fails."""
     record: Record = {"target": target, "op": variant.op, "name": variant.name, "dot": variant.dot}
     tiles = [kind for kind in variant.signature.values() if kind.startswith("tensordesc")]
     # Whether rows of its tiles start at 16 bytes: by descriptor always, else where the kernel is told so. An
@@ -191,7 +193,10 @@ def _compile_task(task: Task) -> Record:
 
 
 def compile_all(chosen: Sequence[Task], jobs: int) -> dict[str, Record]:
-    """Records by key. A crash of the compiler is its variant's record, found by going on one at a time."""
+    """Compile the tasks in `jobs` processes and return their records by key.
+
+    Where the compiler crashes the rest is compiled one at a time, so that the crash is one variant's record.
+    """
     records: dict[str, Record] = {}
     left = _compile_some(chosen, jobs, records) if chosen else []
     while left:
@@ -226,7 +231,9 @@ def _compile_some(chosen: Sequence[Task], jobs: int, records: dict[str, Record])
 
 
 def violations(record: Mapping[str, Any]) -> list[str]:
-    """What no variant may do, whatever it did before.
+    """What a record has that no variant may have, whatever it was before.
+
+    The rules:
 
     - It compiles, and at least one block fits on a multiprocessor.
     - It does not spill. A spill is an instruction that accesses local memory (a stack frame that nothing
@@ -262,7 +269,7 @@ def violations(record: Mapping[str, Any]) -> list[str]:
 
 
 def regressions(record: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
-    """In what a variant is worse than, or other than, it was."""
+    """In what the record of a variant is worse than, or other than, that in the baseline."""
     if "error" in record or "error" in baseline:
         return []  # the first is a violation already, the second cannot get worse
     found = []
@@ -299,7 +306,7 @@ def _counts(accesses: Mapping[str, int]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of all that the machine code in a report depends on."""
+    """Versions of this package and of the compilers that machine code depends on, by name."""
     import triton
 
     tools = triton.knobs.nvidia
@@ -323,7 +330,11 @@ def save(path: Path, records: Iterable[Record]) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, str], dict[str, Record]]:
-    """Versions and records by key of a report."""
+    """Read a report: the versions it was made with, and its records by key.
+
+    Raises:
+        CompilationError: it is not there, or is no report.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content["versions"], {key(record): record for record in content["variants"]}
@@ -340,6 +351,7 @@ def load(path: Path) -> tuple[dict[str, str], dict[str, Record]]:
 
 
 def report(arguments: argparse.Namespace, console: Console) -> int:
+    """The command `report`: compile, print, and write what was asked for. Returns the exit code."""
     chosen = [task for task in tasks(arguments.targets, arguments.ops) if arguments.only in task.key]
     if not chosen:
         raise CompilationError(f"no variant has {arguments.only!r} in its name")
@@ -360,6 +372,7 @@ def report(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def print_target(console: Console, target: str, records: Sequence[Record]) -> None:
+    """Print the table of the records of one target, and a line that sums them up."""
     if not records:
         return
     table = Table(title=target, title_justify="left")
@@ -401,6 +414,7 @@ def print_target(console: Console, target: str, records: Sequence[Record]) -> No
 
 
 def check(arguments: argparse.Namespace, console: Console) -> int:
+    """The command `check`: compile, and compare with the rules and the baseline. Returns the exit code."""
     before, baseline = load(arguments.baseline)
     everything = tasks(arguments.targets, arguments.ops)
     expected = {
@@ -483,6 +497,7 @@ def check_compiler() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
     # A file or a pipe has no width, and a table folded to 80 columns cannot be read.
     console = Console(width=None if sys.stdout.isatty() else 200)

@@ -19,7 +19,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Chip:
-    """What limits the blocks that one multiprocessor (SM, or compute unit) holds at a time. Sizes in bytes.
+    """The limits on the blocks that one multiprocessor (SM, or compute unit) holds at a time, in bytes.
 
     Every chip here has four partitions per multiprocessor, each with 512 32-bit registers per lane that are
     given out eight at a time: in NVIDIA's words 65,536 registers per SM, in units of 256 per warp.
@@ -61,11 +61,11 @@ TENSOR_MEMORY_COLUMNS = 512  # of an sm_100 SM (PTX ISA, tcgen05); what tcgen05 
 def occupancy(
     target: str, threads: int, registers: int, shared: int, tensor_memory: int = 0
 ) -> tuple[int, int]:
-    """Blocks of this kind that one multiprocessor holds at a time, and the percentage of its warps they fill.
+    """How many blocks a multiprocessor of `target` holds at a time, and what percentage of its warps that is.
 
     Args:
-        threads: of one block.
-        registers: per thread.
+        threads: threads of one block.
+        registers: registers per thread.
         shared: bytes that the kernel asks for, the reserved part not counted.
         tensor_memory: columns of tensor memory (sm_100).
     """
@@ -93,7 +93,7 @@ def _round_up(value: int, unit: int) -> int:
 
 
 def measure(target: str, asm: Mapping[str, Any], metadata: Any, tile_bytes: int) -> dict[str, Any]:
-    """What one compilation uses of its chip; `vtp_kernels.proofs.compilations` says what of it is allowed.
+    """What one compilation uses of its chip, by name; `proofs.compilations` says what of it is allowed.
 
     Args:
         asm, metadata: of the `CompiledKernel` that `triton.compile` returns.
@@ -173,7 +173,7 @@ def _run(tool: str, *arguments: str | Path) -> str:
 
 
 def read_sass(code: str) -> dict[str, Any]:
-    """What the text of `nvdisasm -c` holds of instructions that matter."""
+    """Count the instructions that matter in NVIDIA machine code, as `nvdisasm -c` prints it."""
     found = _nothing()
     instructions = Counter(_SASS.findall(code))
     for name, count in instructions.items():
@@ -217,7 +217,7 @@ def _amd(code: str) -> dict[str, Any]:
 
 
 def read_gcn(code: str) -> dict[str, Any]:
-    """What AMD assembly holds of instructions that matter."""
+    """Count the instructions that matter in AMD assembly."""
     found = _nothing()
     for name, count in Counter(_GCN.findall(code)).items():
         if name.startswith("scratch_"):
@@ -237,7 +237,7 @@ def _nothing() -> dict[str, Any]:
 
 
 def tensor_families(tensor: Mapping[str, int]) -> Iterator[str]:
-    """Names of matrix-core instructions without the shape: HGMMA.64x128x16.F32.BF16 is HGMMA.F32.BF16."""
+    """Names of matrix-core instructions without shapes: HGMMA.F32.BF16 for HGMMA.64x128x16.F32.BF16."""
     for name in tensor:
         if name.startswith("v_"):
             yield re.sub(r"_\d+x\d+x\d+\w*?_", "_", name + "_").rstrip("_")

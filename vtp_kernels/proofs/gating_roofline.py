@@ -15,11 +15,9 @@ with which assumptions, is in `roofline.py`. Besides:
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from vtp_kernels import launching
+from vtp_kernels import gated_linear, launching
 from vtp_kernels.proofs.roofline import GPUS, AccountingError, Record, Recorder, floors, save, total
-
-op = importlib.import_module("vtp_kernels.gated_linear")  # the package has a function of that name
 
 TOKENS = 197
 MODELS = {"deit_tiny": 192, "deit_small": 384, "deit_base": 768}
@@ -62,7 +58,7 @@ KERNEL_PARTS = {
 
 
 class StepRecorder(Recorder):
-    """Knows which part of a step of one linear a launch is."""
+    """Notes the launches of a training step of one linear, each with the part of the step that it is."""
 
     def __init__(self, M: int, N: int, K: int, small_gates: bool) -> None:
         super().__init__(small_gates)
@@ -70,6 +66,7 @@ class StepRecorder(Recorder):
         self.is_backward = False
 
     def part(self, kernel: str | None, result: Tensor | None) -> str:
+        """One of `PARTS`: by the kernel, or by the shape of the result of one of PyTorch's operators."""
         if not self.is_backward:
             return "forward"
         return KERNEL_PARTS[kernel] if kernel else self.result_parts.get(result.numel(), "db")
@@ -89,45 +86,34 @@ def _one_op(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
 
 
 class Way(NamedTuple):
-    """A way to make the step: what is called, and what stands in place of the op's tables meanwhile."""
+    """How a linear is computed: the function that is called, and the paths that are forced meanwhile."""
 
     function: Callable[..., Tensor]
-    replaced: Mapping[str, Any]
+    forced: tuple[str, ...] = ()
     small_gates: bool = False
 
 
-_VENDOR = {"_FUSED_ROWS": {2: 0, 4: 0}, "_on_activation_side": lambda *_: False}
-_FUSED = _VENDOR | {"_FUSED_ROWS": {2: sys.maxsize, 4: sys.maxsize}, "_FULL_GPU": 0}
+_VENDOR = ("vendor", "weight_side")
 CHOSEN, PLAIN, NAIVE, LEAST = "op's choice", "plain linear", "naive x * g", "least"
 PATHS = {
-    PLAIN: Way(_plain, {}),
-    CHOSEN: Way(op.gated_linear, {}),
-    "vendor GEMMs": Way(op.gated_linear, _VENDOR),
-    "vendor, small gates": Way(op.gated_linear, _VENDOR, small_gates=True),
-    "fused": Way(_one_op, _FUSED),
-    "activation side": Way(_one_op, _VENDOR | {"_on_activation_side": lambda *_: True}),
-    NAIVE: Way(_naive, {}),
+    PLAIN: Way(_plain),
+    CHOSEN: Way(gated_linear),
+    "vendor GEMMs": Way(gated_linear, _VENDOR),
+    "vendor, small gates": Way(gated_linear, _VENDOR, small_gates=True),
+    "fused": Way(_one_op, ("fused", "fused_dw", "weight_side")),
+    "activation side": Way(_one_op, ("vendor", "activation_side")),
+    NAIVE: Way(_naive),
 }
 
 
-@contextlib.contextmanager
-def _replaced(module: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in values}  # raises if there is no longer such a name
-    try:
-        vars(module).update(values)
-        yield
-    finally:
-        vars(module).update(before)
-
-
 def step(path: str, M: int, N: int, K: int, dtype: str) -> list[Record]:
-    """All launches of a training step of one linear, made by one of PATHS."""
+    """All launches of a training step of a linear [N, K] on M rows, computed as one of `PATHS`."""
     x_dtype, w_dtype = DTYPES[dtype]
     shapes = ((M, K), x_dtype), ((N, K), w_dtype), ((K,), torch.float32), ((N,), w_dtype)
     inputs = [torch.empty(size, dtype=dtype, device="meta", requires_grad=True) for size, dtype in shapes]
-    function, replaced, small_gates = PATHS[path]
+    function, forced, small_gates = PATHS[path]
     recorder = StepRecorder(M, N, K, small_gates)
-    with _replaced(op, replaced), recorder.noting():
+    with launching.forced_path("gated_linear", *forced), recorder.noting():
         y = function(*inputs)
         recorder.is_backward = True
         torch.autograd.grad(y, inputs, torch.empty_like(y), allow_unused=True)
@@ -135,7 +121,10 @@ def step(path: str, M: int, N: int, K: int, dtype: str) -> list[Record]:
 
 
 def least(M: int, N: int, K: int, dtype: str) -> Record:
-    """The operation: forward reads x, W, g, b, writes y; backward reads dY, x, W, g, writes gradients."""
+    """The least that a training step of a gated linear can move and multiply.
+
+    Forward reads x, W, g and b and writes y; backward reads dY, x, W and g and writes the gradients.
+    """
     x, w = (t.itemsize for t in DTYPES[dtype])
     moved = x * (3 * M * K + 2 * M * N) + w * (3 * N * K + 2 * N) + 4 * 3 * K
     return Record(LEAST, "", moved, moved, 6 * M * N * K, 6 * M * N * K, x)
@@ -147,7 +136,7 @@ Paths = dict[str, list[Record]]  # launches by path
 
 
 def account(model: str, batch: int, dtype: str) -> dict[str, Paths]:
-    """By linear, and "block" for the four: the launches of a step by every path, and LEAST."""
+    """The launches of a training step by path, with `LEAST`: of each linear, and of all four as "block"."""
     block: dict[str, Paths] = {}
     for linear, (n, k) in LINEARS.items():
         shape = batch * TOKENS, n * MODELS[model], k * MODELS[model], dtype
@@ -156,17 +145,17 @@ def account(model: str, batch: int, dtype: str) -> dict[str, Paths]:
 
 
 def extra(paths: Paths, path: str, part: str | None = None) -> int:
-    """DRAM bytes beyond the plain linear's, of a step or of one part of it."""
+    """DRAM bytes that a path moves beyond the plain linear, in a step or in one part of it."""
     return total(paths[path], part) - total(paths[PLAIN], part)
 
 
 def percent(paths: Paths, path: str, with_db: bool = True) -> float:
-    """`extra` of a step, of the plain linear's bytes: all, or without those that make its bias' gradient."""
+    """`extra` of a step in percent of the bytes of the plain linear, with or without its bias' gradient."""
     return 100 * extra(paths, path) / (total(paths[PLAIN]) - (0 if with_db else total(paths[PLAIN], "db")))
 
 
 def taken(records: Sequence[Record]) -> str:
-    """As in `forward: fold, addmm; dX: mm; dW: mm, unfold; dg: gate_gradient; db: sum`."""
+    """What was launched, by part, as in `forward: fold, addmm; dX: mm; dW: mm, unfold; dg: gate_gradient`."""
     return "; ".join(f"{part}: {', '.join(r.name for r in records if r.part == part)}" for part in PARTS)
 
 
@@ -174,7 +163,7 @@ def taken(records: Sequence[Record]) -> str:
 
 
 def sweep() -> dict[str, Any]:
-    """Every model, dtype, batch, linear and path, in tables whose rows can be compared line by line."""
+    """The accounts of every model, dtype, batch, linear and path, as tables for the file of results."""
     amounts, times = Record._fields[2:6], [f"floor_us_{name}" for name in GPUS]
     columns = ["model", "dtype", "batch", "linear", "path", "launches", *amounts]
     columns += ["extra_bytes", "extra_percent", "extra_percent_without_db"]
@@ -203,7 +192,7 @@ Rows = list[list[str]]  # the first is the header
 
 
 def headline(block: dict[str, Paths]) -> Rows:
-    """Extra bytes by path; `!` marks more than the claim."""
+    """The table of extra bytes by path and linear; `!` marks more than `CLAIM`."""
 
     def cell(paths: Paths, path: str) -> str:
         share = percent(paths, path)
@@ -218,7 +207,7 @@ def headline(block: dict[str, Paths]) -> Rows:
 
 
 def details(block: dict[str, Paths]) -> Rows:
-    """Of the block: bytes of the parts of a step, then sums, padding and floors."""
+    """The table of a block by path: bytes of the parts of a step, then sums, padding and floors."""
     paths, rows = block["block"], [["path", *PARTS, "DRAM", "tiles", "FLOPs", "padding", *GPUS]]
     for path, records in paths.items():
         moved = [total(records, part) if path == PLAIN else extra(paths, path, part) for part in PARTS]
@@ -238,6 +227,7 @@ def _by_batch(content: Mapping[str, Any], model: str) -> Rows:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m vtp_kernels.proofs.gating_roofline", description=__doc__.splitlines()[0]
     )

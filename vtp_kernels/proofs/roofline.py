@@ -35,7 +35,7 @@ from vtp_kernels.library import TritonSides
 
 
 class Gpu(NamedTuple):
-    """Data-sheet peaks: bytes/s; dense FLOP/s in 16 bits summed in float32; FLOP/s in float32, not TF32."""
+    """Peaks from a data sheet: bytes/s; dense FLOP/s in 16 bits summed in float32; FLOP/s in IEEE float32."""
 
     bandwidth: float
     peak_16bit: float
@@ -60,8 +60,12 @@ class AccountingError(RuntimeError):
 
 
 class Work(NamedTuple):
-    """One launch: its programs; the arguments that they read, with how often all of them together load a tile
-    and its shape; the arguments that they write; FLOPs of its products, and the same as tiled."""
+    """What one launch of a kernel does, as its account says.
+
+    programs: how many there are. loads: for each argument that is read, how often all programs together load
+    a tile of it, and the shape of that. writes: names of the arguments that are written. flops, tiled_flops:
+    those of its products, without and with the padding of tiles.
+    """
 
     programs: int
     loads: dict[str, tuple[int, ...]]
@@ -71,6 +75,7 @@ class Work(NamedTuple):
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
@@ -149,7 +154,7 @@ def _layer_norm_gather(a: SimpleNamespace) -> Work:
 
 def _compact_linear(a: SimpleNamespace) -> Work:
     op = importlib.import_module("vtp_kernels.compact_linear")
-    grid, parts = op._grid(a.M, a.N, a.config), cdiv(a.K, a.inputs_per_part)
+    grid, parts = op.tile_grid(a.M, a.N, a.config), cdiv(a.K, a.inputs_per_part)
     bottom = grid.bottom_rows * grid.bottom_columns
     x_rows = grid.rows * (grid.columns + grid.border) * a.BLOCK_M + bottom * a.BOTTOM_M
     columns = grid.columns * a.BLOCK_N + grid.border * a.BORDER_N
@@ -173,12 +178,12 @@ def _compact_linear_parts(a: SimpleNamespace) -> Work:
 def _ragged_attention(a: SimpleNamespace) -> Work:
     op = importlib.import_module("vtp_kernels.ragged_attention")
     _, head_dim, value_widths, *_ = a.op_args
-    tiles = op._row_tiles(a.N, a.BLOCK_M)
+    tiles = op.row_tiles(a.N, a.BLOCK_M)
     keys = cdiv(a.N, 16) * 16
     columns = sum(cdiv(width + 8, 16) * 16 for width in value_widths)  # about: a head starts anywhere
     loaded = a.H * sum(tiles) * a.BLOCK_D + len(tiles) * keys * (a.H * a.BLOCK_D + columns)
     flops = 2 * a.B * a.N * a.N * (a.H * head_dim + sum(value_widths))
-    tiled = op._tiled_flops(a.B, a.N, head_dim, value_widths, a.qkv.dtype)
+    tiled = op.tiled_flops(a.B, a.N, head_dim, value_widths, a.qkv.dtype)
     programs = len(a.table) * a.B * len(tiles)
     return Work(programs, {"qkv": (a.B, loaded), "table": (programs, 5)}, "out lse", flops, tiled)
 
@@ -227,7 +232,7 @@ class Record(NamedTuple):
     partial_bytes: int = 0  # of dram_bytes: what one launch leaves to the next of the same op
 
     def floors(self) -> list[float]:
-        """Microseconds on each GPU."""
+        """The least time that the launch can take on each of `GPUS`, in microseconds."""
         field = "peak_16bit" if self.itemsize == 2 else "peak_fp32"
         gpus = GPUS.values()
         return [1e6 * max(self.dram_bytes / g.bandwidth, self.tiled_flops / getattr(g, field)) for g in gpus]
@@ -240,7 +245,8 @@ _NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view", "lift_fresh")
 class Recorder(TritonSides):
     """Notes every launch, Triton's and PyTorch's, while ops run their Triton side as on an H100.
 
-    small_gates: whether gates are so small that `_unfold_kernel` reads W itself.
+    Args:
+        small_gates: whether gates are so small that `_unfold_kernel` reads W itself.
     """
 
     def __init__(self, small_gates: bool = False) -> None:
@@ -251,12 +257,13 @@ class Recorder(TritonSides):
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
+        """Context in which launches are added to `records`."""
         without_tf32 = launching.matmul_precision("highest")  # the default
         with launching.recording("", "sm_90", self.launch), without_tf32, self:
             yield
 
     def part(self, kernel: str | None, result: Tensor | None) -> str:
-        """What a launch is part of: of a Triton kernel by its name, of PyTorch's operators by the result."""
+        """The `part` of the record of a launch: of a Triton kernel, or of an operator with this result."""
         return ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -296,7 +303,7 @@ class Recorder(TritonSides):
         self.records.append(Record(name, part, *amounts, results[0].element_size()))
 
     def launch(self, kernel: Any, grid: tuple, arguments: Mapping, config: Any, **constants: Any) -> None:
-        """A launch of a Triton kernel, with the arguments of `launching.launch`."""
+        """Add the record of the launch of a Triton kernel; the arguments are those of `launching.launch`."""
         name = kernel.__name__
         if name not in KERNELS:
             raise AccountingError(f"{name}: launched, but not in KERNELS of {__name__}")
@@ -321,10 +328,12 @@ class Recorder(TritonSides):
 
 
 def total(records: Sequence[Record], part: str | None = None, amount: str = "dram_bytes") -> int:
+    """The sum of one field of the records, of all or of one part."""
     return sum(getattr(r, amount) for r in records if part in (None, r.part))
 
 
 def floors(records: Sequence[Record]) -> list[float]:
+    """The least time that the launches can take one after another on each of `GPUS`, in microseconds."""
     return [round(sum(times), 3) for times in zip(*(r.floors() for r in records), strict=True)]
 
 
@@ -332,6 +341,10 @@ def floors(records: Sequence[Record]) -> list[float]:
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """One row per line; the file is whole or untouched."""
+    """Write results as JSON, one row of a table per line; the file is whole or untouched.
+
+    Raises:
+        AccountingError: it cannot be written.
+    """
     text = json.dumps(content).replace("], [", "],\n[").replace("[[", "\n[[").replace("]]", "]]\n")
     write_whole(path, text + "\n", AccountingError)

@@ -52,13 +52,13 @@ TIMM_MODELS = {
     "vit_tiny_patch16_384": {"img_size": 32, "dynamic_img_size": True},
     "flexivit_small": {"img_size": 32, "class_token": False, "global_pool": "avg"},
 }
-# Of these a smaller model above has all that is special.
+# But for their widths, smaller models have each of the traits that these have.
 ALIKE = {
     "deit_small_patch16_224", "deit_base_patch16_224", "deit_base_distilled_patch16_384",
     "deit3_medium_patch16_224", "deit3_large_patch16_384", "vit_small_patch8_224", "vit_small_patch32_224",
-    "vit_base_patch14_dinov2", "vit_base_patch16_siglip_gap_224", "vit_base_patch16_clip_quickgelu_224",
+    "vit_base_patch14_dinov2", "vit_base_patch16_siglip_gap_224",
     "vit_medium_patch32_clip_224", "vit_mediumd_patch16_reg4_gap_256", "vit_betwixt_patch16_reg4_gap_256",
-    "vit_so150m2_patch16_reg1_gap_256", "vit_so400m_patch14_siglip_224", "vit_intern300m_patch14_448",
+    "vit_so400m_patch14_siglip_224",
 }  # fmt: skip
 
 

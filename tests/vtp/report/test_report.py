@@ -20,7 +20,7 @@ from vtp.pruning.gates import insert_gates, sites
 from vtp.pruning.selection import make_plan
 from vtp.report import comparison_rows, comparison_table, read_metrics, render_report, sections, write_report
 from vtp.report.figures import PALETTE, SITE_ROLES
-from vtp.report.numbers import headline, magnitude, percent
+from vtp.report.numbers import AFTER, DENSE, OPTIMIZED, find_row, headline, magnitude, percent
 
 VOID_TAGS = {"meta", "br", "img", "link", "hr", "input"}
 STAGE = {"epochs": 2, "batch_size": 64, "lr": 5e-4, "l1": 1e-4, "ema_decay": None}
@@ -230,6 +230,16 @@ def test_headline_hides_no_bad_news(run, top1, latency, expected):
     _, facts, notes = headline(run["results"], run["plan"])
     assert any(expected in note for note in notes)
     assert "nan" not in " ".join(facts + notes)
+
+
+def test_headline_gives_the_speed_of_the_model_as_it_is_served(run):
+    dense, final = (find_row(run["results"], name) for name in (DENSE, AFTER))
+    packed = {**final, "model": OPTIMIZED, "latency_ms": dense["latency_ms"] / 2.5, "speedup": 2.5}
+    run["results"]["rows"].append(packed)
+    _, facts, _ = headline(run["results"], run["plan"])
+    assert facts[-1] == "2.5\N{MULTIPLICATION SIGN} faster with vtp.optimize"
+    latency = f"{dense['latency_ms']:.2f} ms → {packed['latency_ms']:.2f} ms"
+    assert latency in render_report(**run)
 
 
 def test_headline_without_fine_tuning_says_so(run):

@@ -31,13 +31,13 @@ from vtp.runtime.cpu import CpuBlocks, CpuViT, panels
 from vtp.training.data import open_data
 from vtp.training.loaders import test_loader
 from vtp.zoo import FASHION_DEIT, open_model
-from vtp_kernels.library import why_no_cpp
+from vtp_kernels.library import cpp_unsupported_reason
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 SETS = ("portable", "avx2", "avx512", "avx512_bf16")
 ROOT = Path(__file__).parents[3]
 
-missing = why_no_cpp()
+missing = cpp_unsupported_reason()
 built = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 
@@ -221,7 +221,9 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 @functools.cache
 def refusal_of_a_wrong_set() -> str:
-    return python("import vtp, vtp_kernels.library as l; l.why_no_cpp()", VTP_CPU_ISA="avx1024").stderr
+    return python(
+        "import vtp, vtp_kernels.library as l; l.cpp_unsupported_reason()", VTP_CPU_ISA="avx1024"
+    ).stderr
 
 
 @functools.cache
@@ -607,7 +609,7 @@ def garbled(numbers: list[int], choose: random.Random) -> list[int]:
 
 
 def call_with_garbled_memory(count: int) -> None:
-    """Prints how many of `count` lists and blocks of weights, five to one, for each operator, were refused."""
+    """Prints how many of `count` lists and blocks of weights, five to one, each operator refused."""
     choose, refused = random.Random(0), 0
     for operator, (x, weights, layout, *rest) in operator_calls().values():
         for i in range(count):
@@ -665,7 +667,7 @@ def test_bfloat16_names_the_same_class_as_float32():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_the_extension_it_runs_on_pytorch_and_says_why(monkeypatch, dtype):
-    monkeypatch.setattr("vtp.runtime.cpu.why_no_cpp", lambda: "the C++ extension is not built")
+    monkeypatch.setattr("vtp.runtime.cpu.cpp_unsupported_reason", lambda: "the C++ extension is not built")
     fast = check(compact_model("tiny"), DTYPES[dtype])
     assert fast.engine == "plain PyTorch: the C++ extension is not built"
     assert "plain PyTorch: the C++ extension is not built" in repr(fast)

@@ -17,14 +17,14 @@ from tests.support.numerics import assert_close_to_float64
 from vtp.pruning.compact import ConstantBranch
 from vtp.runtime import cpu
 from vtp.runtime.packed import PackedLinear
-from vtp_kernels import launching
+from vtp_kernels.rows import has_padded_rows
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @pytest.fixture(autouse=True)
 def without_the_cpp_engine(monkeypatch):
-    monkeypatch.setattr(cpu, "why_no_cpp", lambda: "switched off")
+    monkeypatch.setattr(cpu, "cpp_unsupported_reason", lambda: "switched off")
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_rows_of_weights_start_at_16_bytes_and_are_padded_with_zeros(tiny, dtype
     layers = packed_linears(fast)
     assert len(layers) == 8
     assert any(layer.in_features % 8 for layer in layers)
-    assert all(launching.has_padded_rows(layer.weight) for layer in layers)
+    assert all(has_padded_rows(layer.weight) for layer in layers)
     assert not any(layer.storage[:, layer.in_features :].any() for layer in layers)
 
 
@@ -235,7 +235,7 @@ def test_a_copy_computes_the_same_and_shares_nothing(tiny):
         for tensor in fast.state_dict().values():
             tensor.zero_()
     assert torch.equal(again(images), expected)
-    assert all(launching.has_padded_rows(layer.weight) for layer in packed_linears(again))
+    assert all(has_padded_rows(layer.weight) for layer in packed_linears(again))
 
 
 def test_its_state_dict_goes_into_another_of_the_same_plan(tiny, tmp_path):
@@ -251,7 +251,7 @@ def test_its_state_dict_goes_into_another_of_the_same_plan(tiny, tmp_path):
 
 def test_a_dtype_chosen_later_keeps_rows_padded(tiny):
     fast = vtp.optimize(tiny).to(torch.bfloat16)
-    assert all(launching.has_padded_rows(layer.weight) for layer in packed_linears(fast))
+    assert all(has_padded_rows(layer.weight) for layer in packed_linears(fast))
     assert fast(image(tiny)).dtype == torch.bfloat16
 
 

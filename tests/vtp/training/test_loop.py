@@ -34,14 +34,13 @@ from vtp.training.data import Data
 from vtp.training.loaders import Augment
 from vtp.training.loop import (
     NonFiniteLossError,
-    ResumeError,
     TrainingInterrupted,
     distillation_loss,
     evaluate,
     train,
 )
 from vtp.training.sparsity import gate_statistics, soft_threshold
-from vtp.training.state import write_state
+from vtp.training.state import ResumeError, write_state
 
 AUGMENT = Augment.preset("light", 16)
 STEPS = 6  # of an epoch: 96 images in batches of 16

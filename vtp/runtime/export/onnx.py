@@ -37,7 +37,10 @@ def export_onnx(model: nn.Module, path: str | Path, image_shape: tuple[int, int,
 
 
 def onnx_bytes(model: nn.Module, image_shape: tuple[int, ...]) -> bytes:
-    """What `export_onnx` writes."""
+    """A model as ONNX in memory: the bytes of the file that `export_onnx` writes.
+
+    Args, Raises: those of `export_onnx`.
+    """
     if isinstance(model, OptimizedViT):
         raise TypeError(
             "model: got OptimizedViT, whose kernels no other runtime has; export the compact model that it "

@@ -1,0 +1,100 @@
+"""Who runs when: the time of a run shared out among parts, and results written after every case."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from bench.gpu.cases import NOT_MEASURED, Case, Part, Record
+from vtp.files import write_atomic
+
+TIME_IS_UP = f"{NOT_MEASURED}: time is up"
+
+
+class Runs(Protocol):
+    """What runs cases: `bench.gpu.worker.Worker`, or in tests a stand-in."""
+
+    def run(self, name: str, seconds: float, note: Callable[[Mapping[str, Any]], None]) -> Record: ...
+
+    def close(self) -> None: ...
+
+
+class Schedule:
+    """A run of some parts within `seconds`, whose results are in `results` and, at any time, in `file`.
+
+    A part has its share of what time there is when it begins, so that what the parts before it left is shared
+    out again. A case is begun while its part has time, and ended after its own limit, or when the run ends;
+    it may outlast its part, never the run. What was not begun gets another chance when all parts are done, in
+    the same order, as long as there is time.
+
+    Args:
+        cases: of each part, by its name.
+        start: makes what runs the cases of a part.
+        clock: seconds, from any zero.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        cases: Mapping[str, Sequence[Case]],
+        seconds: float,
+        results: Record,
+        file: Path,
+        start: Callable[[Part], Runs],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.parts, self.cases, self.results, self.file = parts, cases, results, file
+        self.start, self.clock = start, clock
+        self.end = clock() + seconds
+        for part in parts:
+            pending = {case.name: {"status": NOT_MEASURED} for case in cases[part.name]}
+            results["parts"][part.name] = {"seconds": 0.0, "cases": pending}
+
+    def run(self, before: Callable[[Part], None] = lambda part: None) -> None:
+        """Run the parts in order; `before` is called as each begins."""
+        self.write()
+        for number, part in enumerate(self.parts):
+            share = part.share / sum(later.share for later in self.parts[number:])
+            before(part)
+            self._run_part(part, self.clock() + share * (self.end - self.clock()))
+        for part in self.parts:
+            if any(record["status"] == TIME_IS_UP for record in self._records(part).values()):
+                self._run_part(part, self.end)
+
+    def write(self) -> None:
+        """The results so far, as JSON."""
+        text = json.dumps(self.results, indent=1) + "\n"
+        write_atomic(self.file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _records(self, part: Part) -> dict[str, Record]:
+        return self.results["parts"][part.name]["cases"]
+
+    def _run_part(self, part: Part, until: float) -> None:
+        records, began, worker = self._records(part), self.clock(), self.start(part)
+        try:
+            for case in self.cases[part.name]:
+                if records[case.name]["status"] not in (NOT_MEASURED, TIME_IS_UP):
+                    continue
+                if self.clock() >= min(until, self.end):
+                    records[case.name]["status"] = TIME_IS_UP
+                    continue
+                self._run_case(worker, case, records)
+                self.results["parts"][part.name]["seconds"] += round(self.clock() - began, 3)
+                began = self.clock()
+                self.write()
+        finally:
+            worker.close()
+        self.write()
+
+    def _run_case(self, worker: Runs, case: Case, records: dict[str, Record]) -> None:
+        began = self.clock()
+
+        def note(content: Mapping[str, Any]) -> None:
+            records[case.name].update(content)
+            self.write()
+
+        records[case.name]["status"] = f"{NOT_MEASURED}: under way when the run ended"
+        self.write()
+        record = worker.run(case.name, max(0.0, min(case.seconds, self.end - began)), note)
+        records[case.name] |= {**record, "seconds": round(self.clock() - began, 3)}

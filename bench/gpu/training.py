@@ -1,0 +1,126 @@
+"""Steps of training: gates beside none and beside gates by hand, and fine-tuning a compact model beside the
+dense one.
+
+bench/gating_cost.py makes, checks and times the steps; here are their sizes, and the same with every block
+compiled (one compilation for all blocks of a model, as they are alike).
+"""
+
+import functools
+import gc
+import statistics
+from collections.abc import Callable
+
+import timm
+import torch
+from torch import nn
+
+import vtp
+from bench import gating_cost
+from bench.gating_cost import Trainee, Variant, observed
+from bench.gpu.cases import TOY, Case, Context, Record
+from bench.gpu.numerics import require
+from bench.irregular import cut, gated_model
+from vtp.comparison.comparison import relative_error
+from vtp.pruning.compact import plain_operators
+from vtp.timing import pairwise_ratio, take_turns
+
+BATCH, DEPTH = 128, 12
+ROUNDS, ROUNDS_SECONDS = 15, 10.0
+RATE = 0.4
+MODELS = {"DeiT-B": "deit_base_patch16_224", "DeiT-S": "deit_small_patch16_224"}
+DTYPE = "bfloat16"  # by autocast
+
+
+def cases(toy: bool) -> list[Case]:
+    """Eager first, as most train; then fine-tuning, and compiled."""
+    found = [Case(f"{name}, eager", functools.partial(measure, name, False), 50) for name in MODELS]
+    found += [Case(f"{name}, fine-tuning", functools.partial(fine_tune, name), 50) for name in MODELS]
+    found += [Case(f"{name}, compiled", functools.partial(measure, name, True), 90) for name in MODELS]
+    return found
+
+
+def measure(name: str, compiled: bool, context: Context) -> Record:
+    """A step without gates, with ours, with gates by hand, and once more without."""
+    variants = gating_cost.VARIANTS
+    if compiled:
+        variants = {
+            label: functools.partial(_compiled, make, context.toy) for label, make in variants.items()
+        }
+    case = gating_cost.Case(DTYPE, 2, 1) if context.toy else gating_cost.Case(DTYPE, BATCH, DEPTH)
+    record = gating_cost.measure(
+        case,
+        lambda depth: _dense(name, depth, context.toy),
+        device=context.device,
+        rounds=5 if context.toy else ROUNDS,
+        seconds=0.1 if context.toy else ROUNDS_SECONDS,
+        variants=variants,
+    )
+    wrong = [f"{label}: {found['failed']}" for label, found in record["variants"].items() if found["failed"]]
+    _clean_up()
+    return record | ({"status": f"failed: {'; '.join(wrong)}"} if wrong else {})
+
+
+def _dense(name: str, depth: int, toy: bool) -> nn.Module:
+    return timm.create_model(MODELS[name], **{"depth": depth, **(TOY if toy else {})})
+
+
+def _compiled(make: Callable[[nn.Module], Variant], toy: bool, dense: nn.Module) -> Variant:
+    variant = make(dense)
+    for block in variant.model.blocks:
+        block.compile(backend="eager" if toy else "inductor")
+    return variant
+
+
+def fine_tune(name: str, context: Context) -> Record:
+    """A step of a compact model on the ops, beside a step of the dense model it was cut from."""
+    batch = 2 if context.toy else BATCH
+    dense = _dense(name, DEPTH, context.toy)
+    small = cut(gated_model(MODELS[name], **TOY if context.toy else {}), RATE)
+    generator = torch.Generator().manual_seed(0)
+    patch = dense.patch_embed
+    images = torch.randn(batch, patch.proj.in_channels, *patch.img_size, generator=generator)
+    targets = torch.randint(dense.num_classes, (batch,), generator=generator)
+    images, targets = images.to(context.device), targets.to(context.device)
+    trainees = {
+        label: Trainee(Variant(model.to(context.device)), images, targets, DTYPE)
+        for label, model in (("dense", dense), ("compact", small))
+    }
+    error = _gradient_error(trainees["compact"])
+    require(error <= gating_cost.TOLERANCES[DTYPE], f"gradients: relative error {error:.2g} beside PyTorch's")
+    macs = {label: vtp.count(trainee.model).macs for label, trainee in trainees.items()}
+    for trainee in list(trainees.values()) * 2:
+        trainee.step()
+    done = take_turns(trainees, 5 if context.toy else ROUNDS, 0.1 if context.toy else ROUNDS_SECONDS)
+    seconds = {label: trainee.seconds[-done:] for label, trainee in trainees.items()}
+    ratio = pairwise_ratio(seconds["compact"], seconds["dense"])
+    record = {
+        "batch": batch,
+        "rounds": done,
+        "macs": macs,
+        "gradient_error": error,
+        "median_seconds": {label: statistics.median(times) for label, times in seconds.items()},
+        "compact_over_dense": ratio,
+        # 1: the step is shorter by all that the model has fewer MACs.
+        "share_of_macs": macs["compact"] / macs["dense"] / ratio["median"],
+    }
+    del trainees
+    _clean_up()
+    return record
+
+
+def _gradient_error(compact: Trainee) -> float:
+    """Relative error of all gradients of one step on the ops together, beside PyTorch's operators."""
+    with plain_operators():
+        compact.step()
+        right = torch.cat([g.double().flatten() for g in observed(compact).values() if g is not None])
+    compact.step()
+    own = torch.cat([g.double().flatten() for g in observed(compact).values() if g is not None])
+    return relative_error(own, right)
+
+
+def _clean_up() -> None:
+    """Memory of one model is free before the next is made."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

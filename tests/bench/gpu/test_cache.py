@@ -1,0 +1,109 @@
+"""Triton's cache for a run: what was compiled ahead is found by launches, also after the folder was moved."""
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed: there is nothing to compile kernels with", allow_module_level=True)
+
+from bench.gpu import cache
+from tests.support.stand_in_driver import gpu, launch
+from vtp_kernels import launching
+from vtp_kernels.compact_linear import compact_linear
+from vtp_kernels.layer_norm_gather import layer_norm_gather
+from vtp_kernels.library import TritonSides
+
+
+def call() -> None:
+    """A norm and a product that loads by descriptor, on meta tensors."""
+    x = torch.empty(64, 768, dtype=torch.bfloat16, device="meta")
+    index = torch.empty(461, dtype=torch.int64, device="meta")
+    weight = torch.empty(768, 464, dtype=torch.bfloat16, device="meta")[:, :461]
+    kept = layer_norm_gather(x, None, None, index, 1e-6)
+    compact_linear(kept, weight, None, activation="gelu")
+
+
+@pytest.fixture(scope="module")
+def names():
+    """Of what `call` launches, in the list of what a run needs."""
+    with launching.recording("", cache.TARGET) as found, TritonSides(), torch.inference_mode():
+        call()
+    keys = {variant.key() for variant in found.values()}
+    chosen = [name for name, variant in cache.needed(cache.TARGET).items() if variant.key() in keys]
+    assert len(chosen) == len(keys) == 2
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def filled(names, tmp_path_factory):
+    """A cache with these two, as it was filled."""
+    folder = tmp_path_factory.mktemp("cache") / "here"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", "")  # and as before after the test
+        patch.setenv("TRITON_STORE_BINARY_ONLY", "")
+        record = cache.fill(folder, 1, names)
+    assert (record["compiled"], record["found"], record["failed"]) == (2, 0, {})
+    return folder
+
+
+def launches(monkeypatch) -> list[bool]:
+    """Of every kernel that `call` loads on its real way to a GPU, whether Triton's cache had it."""
+    for module in ("compact_linear", "layer_norm_gather"):
+        for name, kernel in vars(importlib.import_module(f"vtp_kernels.{module}")).items():
+            if name.endswith("_kernel"):  # nothing that this process has loaded already
+                monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
+    with (
+        gpu(cache.TARGET),
+        launching.recording("", cache.TARGET, launch),
+        TritonSides(),
+        torch.inference_mode(),
+        cache.compilations_noted() as noted,
+    ):
+        call()
+    return noted
+
+
+def test_a_cache_that_was_moved_is_hit_by_every_launch(filled, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "as before")
+    moved = tmp_path / "there"
+    shutil.copytree(filled, moved)
+    shutil.rmtree(filled / ".." / "here")  # its paths are noted in what was copied
+    made = cache.take_over(moved)
+    assert made["target"] == "sm_90" and made["kernels"] == 2 and {"commit", "versions"} <= made.keys()
+    assert made["bytes"] >= sum(file.stat().st_size for file in moved.rglob("*.cubin")) > 1000
+    assert launches(monkeypatch) == [True, True]
+    shutil.copytree(moved, filled)  # for other tests
+
+
+def test_without_its_kernels_a_launch_compiles_and_is_counted(filled, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "as before")
+    moved = tmp_path / "there"
+    shutil.copytree(filled, moved)
+    for group in moved.glob("*/__grp___layer_norm*"):
+        group.unlink()
+    cache.take_over(moved)
+    assert sorted(launches(monkeypatch)) == [False, True]
+
+
+def test_what_is_missing_is_compiled_and_counted_and_what_does_not_compile_named(
+    names, filled, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "as before")
+    moved = tmp_path / "there"
+    shutil.copytree(filled, moved)
+    (group,) = moved.glob("*/__grp___layer_norm*")
+    shutil.rmtree(group.parent)
+    cache.take_over(moved)
+    record = cache.complete(1, None, [*names, "no such kernel"])
+    failed = record.pop("failed")
+    assert record == {"kernels": 3, "found": 1, "compiled": 1, "left": 0}
+    assert failed == {"no such kernel": "KeyError: 'no such kernel'"}
+
+
+def test_a_folder_without_kernels_is_taken_as_empty(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "as before")
+    assert cache.take_over(tmp_path) is None

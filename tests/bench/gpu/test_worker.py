@@ -1,0 +1,81 @@
+"""The process that cases run in: what a case does to it is not done to the run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bench.gpu.cases import Part
+from bench.gpu.worker import ROOT, Worker
+
+PART = Part("toys", "tests.support.gpu_part", 1.0)
+
+
+@pytest.fixture
+def worker(tmp_path):
+    with open(tmp_path / "log.txt", "w") as log:
+        worker = Worker(PART, True, log)
+        yield worker
+        worker.close()
+
+
+def test_cases_after_one_that_breaks_its_process_run_in_a_fresh_one(worker, tmp_path):
+    noted = {}
+    found = {
+        name: worker.run(name, 60, noted.update) for name in ("first", "raises", "second", "exits", "third")
+    }
+    assert {name: record["status"] for name, record in found.items()} == {
+        "first": "measured",
+        "raises": "failed: RuntimeError: no such kernel",
+        "second": "measured",
+        "exits": "failed: exit status 3",
+        "third": "measured",
+    }
+    assert found["first"]["pid"] == found["second"]["pid"] != found["third"]["pid"]
+    assert noted == {"before": "noted"}, "what a case has noted is lost with its process"
+    log = (tmp_path / "log.txt").read_text()
+    assert "--- exits" in log and "no such kernel" in log
+
+
+def test_a_case_that_hangs_is_ended_and_one_that_is_killed_named(worker):
+    noted = {}
+    assert worker.run("hangs", 1.0, noted.update)["status"] == "failed: not done after 1 s"
+    with pytest.raises(ProcessLookupError):
+        os.kill(noted["pid"], 0)
+    assert worker.run("is killed", 60, noted.update)["status"] == "failed: the process died of SIGSEGV"
+
+
+COMMAND = f"""
+from bench.gpu.__main__ import main
+from bench.gpu.cases import Part
+raise SystemExit(main({{arguments}}, [Part("ops", {PART.module!r}, 1.0)]))
+"""
+
+
+def test_a_run_that_is_ended_keeps_what_it_measured_and_leaves_no_process(tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--rehearse", "--out", str(out), "--cache", str(tmp_path / "none")]
+    code = COMMAND.format(arguments=arguments)
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    until, cases = time.monotonic() + 120, {}
+    while cases.get("exits", {}).get("status") != "failed: exit status 3" and time.monotonic() < until:
+        assert run.poll() is None, "the run is over already"
+        time.sleep(0.1)
+        if (out / "results.json").exists():
+            cases = json.loads((out / "results.json").read_text())["parts"]["ops"]["cases"]
+    run.send_signal(signal.SIGTERM)
+    printed, _ = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM
+    results = json.loads((out / "results.json").read_text())
+    cases = results["parts"]["ops"]["cases"]
+    assert cases["first"]["status"] == cases["second"]["status"] == "measured"
+    assert cases["last"]["status"] == "not measured"
+    with pytest.raises(ProcessLookupError):
+        os.kill(cases["first"]["pid"], 0)
+    assert "raises: failed: RuntimeError: no such kernel" in printed
+    assert (out / "table.txt").read_text() == printed
+    assert sorted(path.name for path in out.iterdir()) == ["log.txt", "results.json", "table.txt"]
