@@ -1,4 +1,4 @@
-# make demo: prune a small DeiT on real images and write a report.   make test: the test suite.
+# make demo: prune a small DeiT on real images and write a report.   make test: the tests, their quick lane.
 # Both set up a virtual environment in .venv first; a second call skips what is done.
 
 PYTHON ?= python3
@@ -12,14 +12,20 @@ INSTALL := $(BIN)/python tools/install.py  # pip install, which says what it is 
 # that made training 17 times slower. Sleeping at once would slow small models on an idle machine; this is between.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: demo test lint bench accuracy gpu baseline clean
+.PHONY: demo test test-all lint bench accuracy gpu baseline clean
 
 demo: $(VENV)/built
 	rm -rf $(DEMO)
 	$(BIN)/vtp run --out $(DEMO)
 
+# Two workers where there is memory for two. The quick lane has every op, proof, module and promise, and of products
+# of shapes, dtypes and paths a covering array (tests/support/covering.py).
 test: $(VENV)/installed-dev $(VENV)/built
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not thorough" $(ARGS)
+
+# Everything; for changes to kernels, to the CPU engine, or to what the tests share.
+test-all: $(VENV)/installed-dev $(VENV)/built
+	$(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

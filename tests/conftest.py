@@ -1,9 +1,26 @@
+"""Two lanes: `pytest -m "not thorough"` is the quick one, `pytest` everything; see `support/covering.py`."""
+
+import os
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+from tests.support.covering import pytest_collection_modifyitems, pytest_configure  # noqa: F401
+
+# Side by side, one worker of pytest-xdist takes a core; alone, a run takes two.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+GIB = 2**30
+# The process itself, its interpreter of Triton kernels, and one that a test starts, 1 GiB each and some room.
+MEMORY_OF_A_WORKER = 4 * GIB
+
+
+def pytest_xdist_auto_num_workers():
+    """For `-n auto`: two where cores and memory allow, else none. More would not share caches so well."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    workers = min(2, os.cpu_count() or 1, memory // MEMORY_OF_A_WORKER)
+    return workers if workers > 1 else 0
 
 
 @pytest.fixture(scope="session")

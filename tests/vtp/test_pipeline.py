@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import vtp
-from vtp import pipeline
+from vtp import cli, pipeline
 from vtp.pipeline import RECIPES, RunConfig, run
 from vtp.timing import interleaved_latency
 from vtp.training.data import DataError
@@ -52,11 +52,15 @@ def small_config(folder, **changes) -> RunConfig:
     )
 
 
+def measure_no_longer_than_it_must(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pipeline, "interleaved_latency", lambda m, x: interleaved_latency(m, x, seconds=0.0))
+
+
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "interleaved_latency", lambda m, x: interleaved_latency(m, x, seconds=0.0))
+        measure_no_longer_than_it_must(patch)
         run(small_config(folder), out, progress=False)
     return out
 
@@ -155,21 +159,32 @@ def test_shipped_baseline_loads_and_is_better_than_chance():
     assert vtp.count(model).params < 5_000_000 / 4
 
 
-def command(folder, out, *more: str) -> list[str]:
+def arguments(folder, out, *more: str) -> list[str]:
     settings = [
         f"--set={stage}.{field}" for stage in pipeline.STAGES for field in ("epochs=2", "warmup_epochs=0.5")
     ]
     return [
-        sys.executable, "-m", "vtp.cli", "run", "--data", str(folder), "--from-scratch", "--new-head",
+        "run", "--data", str(folder), "--from-scratch", "--new-head",
         "--batch-size", "8", "--latency-batch", "1", "--out", str(out), *settings, *more,
     ]  # fmt: skip
 
 
-def test_run_killed_in_the_middle_of_sparse_training_resumes_to_the_same_bits(folder, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command(folder, tmp_path / "killed"), env=environment, stdout=subprocess.DEVNULL
-    )
+@pytest.fixture
+def one_thread():
+    """As many as the process that is killed has: another number would give other bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_run_killed_in_the_middle_of_sparse_training_resumes_to_the_same_bits(
+    folder, tmp_path, monkeypatch, one_thread
+):
+    measure_no_longer_than_it_must(monkeypatch)
+    command = [sys.executable, "-m", "vtp.cli", *arguments(folder, tmp_path / "killed")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.time() + 240
     while time.time() < deadline and process.poll() is None:
         if metrics.exists() and '"sparse"' in metrics.read_text():
@@ -179,9 +194,7 @@ def test_run_killed_in_the_middle_of_sparse_training_resumes_to_the_same_bits(fo
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     assert not (tmp_path / "killed" / "compact.safetensors").exists()
     for out, more in (("killed", ["--resume"]), ("whole", [])):
-        subprocess.run(
-            command(folder, tmp_path / out, *more), env=environment, check=True, stdout=subprocess.DEVNULL
-        )
+        assert cli.main(arguments(folder, tmp_path / out, *more)) == 0
     for name in ("dense", "sparse", "pruned", "compact"):
         resumed, whole = (vtp.load(tmp_path / out / f"{name}.safetensors") for out in ("killed", "whole"))
         for key, tensor in whole.state_dict().items():

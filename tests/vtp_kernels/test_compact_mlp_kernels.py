@@ -408,6 +408,7 @@ DEFECTS = [planted(*row) for row in (
 CHECKS = {"fwd": check_fwd, "gelu_bwd": check_gelu_bwd}
 
 
+@pytest.mark.covering(by=lambda defect: (defect.kernel, defect.kind))
 @pytest.mark.parametrize("defect", DEFECTS, ids=str)
 def test_planted_defect(interpreter, defect):
     assert_defect_is_caught(interpreter, prove, CHECKS[defect.kernel], defect)

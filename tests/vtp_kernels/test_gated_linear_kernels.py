@@ -299,6 +299,7 @@ def test_the_odd_widths_are_on_every_axis():
     assert all(sorted(axis) == widths for axis in zip(*ODD, strict=True))
 
 
+@pytest.mark.covering(by=lambda kernel, case: (kernel, case.dtypes, case.side, (case.M, case.K, case.N)))
 @pytest.mark.parametrize("case", ODD_CASES, ids=str)
 @pytest.mark.parametrize("kernel", CHECKS)
 def test_product_at_odd_widths(interpreter, kernel, case):
@@ -315,6 +316,9 @@ def table_entries():
                 yield pytest.param(*entry, id=name + "-descriptors" * descriptors)
 
 
+@pytest.mark.covering(
+    by=lambda kernel, operands, aligned, descriptors: (kernel, operands, (aligned, descriptors))
+)
 @pytest.mark.parametrize(("kernel", "operands", "aligned", "descriptors"), list(table_entries()))
 def test_every_entry_of_the_tile_tables(interpreter, kernel, operands, aligned, descriptors):
     """More than eight rows of tiles, two columns and a tail of the reduction; no size fills its tiles."""

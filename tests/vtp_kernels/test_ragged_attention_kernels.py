@@ -233,6 +233,12 @@ FORWARD = [
 ]
 
 
+# What the kernels distinguish of a case: the dtype, its side of memory, and whether it has many keys.
+def traits(case):
+    return case.dtype, case.side, case.N > 256
+
+
+@pytest.mark.covering(by=traits)
 @pytest.mark.parametrize("case", FORWARD, ids=str)
 def test_forward(interpreter, case):
     interpreter.run(prove, check_forward, case)
@@ -260,6 +266,7 @@ BACKWARD = [
 ]
 
 
+@pytest.mark.covering(by=traits)
 @pytest.mark.parametrize("case", BACKWARD, ids=str)
 def test_backward(interpreter, case):
     interpreter.run(prove, check_backward, case)
@@ -452,6 +459,7 @@ PLANTED_IN = {
 }
 
 
+@pytest.mark.covering(by=lambda defect: (defect.kernel, defect.kind))
 @pytest.mark.parametrize("defect", DEFECTS, ids=str)
 def test_planted_defect(interpreter, defect):
     assert_defect_is_caught(interpreter, prove, PLANTED_IN[defect.kernel], defect)

@@ -52,6 +52,14 @@ TIMM_MODELS = {
     "vit_tiny_patch16_384": {"img_size": 32, "dynamic_img_size": True},
     "flexivit_small": {"img_size": 32, "class_token": False, "global_pool": "avg"},
 }
+# But for their widths, smaller models have each of the traits that these have.
+ALIKE = {
+    "deit_small_patch16_224", "deit_base_patch16_224", "deit_base_distilled_patch16_384",
+    "deit3_medium_patch16_224", "deit3_large_patch16_384", "vit_small_patch8_224", "vit_small_patch32_224",
+    "vit_base_patch14_dinov2", "vit_base_patch16_siglip_gap_224",
+    "vit_medium_patch32_clip_224", "vit_mediumd_patch16_reg4_gap_256", "vit_betwixt_patch16_reg4_gap_256",
+    "vit_so400m_patch14_siglip_224",
+}  # fmt: skip
 
 
 def random_plan(model, seed, *, removed=0.5, dead_sites=0.0):
@@ -71,7 +79,10 @@ def random_plan(model, seed, *, removed=0.5, dead_sites=0.0):
     return vtp.make_plan(model, rate=rate, score=scores, min_keep=0)
 
 
-@pytest.mark.parametrize("name", TIMM_MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.thorough] if name in ALIKE else []) for name in TIMM_MODELS],
+)
 def test_compact_equals_gated_with_zeros_for_timm_model(name):
     model = timm.create_model(name, **TIMM_MODELS[name]).double().eval()
     randomize(model)

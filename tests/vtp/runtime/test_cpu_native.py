@@ -107,10 +107,12 @@ def test_a_model_agrees_with_plain_loops_and_stays_in_its_memory(memory_checked)
     check(memory_checked, "models")
 
 
+@pytest.mark.thorough  # the same bits are asked for in test_cpu.py, the same memory by the models above
 def test_an_image_has_the_same_logits_alone_and_in_a_batch(memory_checked):
     check(memory_checked, "batches")
 
 
+@pytest.mark.thorough  # likewise
 def test_threads_that_are_few_or_late_change_no_bit(memory_checked):
     check(memory_checked, "threads")
 

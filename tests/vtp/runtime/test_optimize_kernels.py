@@ -92,6 +92,7 @@ INFERENCE = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("dtype", "side"), [("f32", "end"), ("bf16", "begin")])
 @pytest.mark.parametrize("case", INFERENCE)
 def test_packed_model_on_its_kernels_is_as_close_to_float64_as_pytorch(interpreter, case, dtype, side):
@@ -124,6 +125,7 @@ def check_fine_tuning(name, changes, batch, side, autocast):
     assert_gradients_close_to_float64(got, exact, same_dtype)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("autocast", "side"), [(False, "end"), (True, "begin")], ids=["f32", "autocast-bf16"]
 )

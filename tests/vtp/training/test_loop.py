@@ -320,7 +320,7 @@ def _stopped_with_its_group(folder: Path, config: TrainConfig) -> None:
 
 
 def test_a_signal_to_the_whole_group_does_not_break_the_step_by_killing_its_data_workers(tmp_path):
-    config = replace(CONFIG, workers=1)
+    config = replace(CONFIG, epochs=1, workers=1)
     process = spawn(_stopped_with_its_group, tmp_path, config)
     process.join(timeout=120)
     assert process.exitcode == 128 + signal.SIGTERM

@@ -1,0 +1,406 @@
+"""Plant defects, one at a time, in a copy of the tree, and see which test of `make test` catches each.
+
+    python -m tools.planted_defects             all of them, about ten minutes
+    python -m tools.planted_defects loop.py     those of files whose path has this text in it
+
+Each row is a mistake that somebody might make: the file, the text that is there, what stands there instead,
+what is then wrong, and the tests that are run, of the quick lane alone. Kernels have defects of their own, in
+`tests/vtp_kernels`, planted whenever the tests run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Defect:
+    """`old`, which is in `file` once, becomes `new`; `wrong` says what of it; `tests` may see it.
+
+    build: whether the C++ operators have to be built for it.
+    """
+
+    file: str
+    old: str
+    new: str
+    wrong: str
+    tests: str
+    build: bool = False
+
+
+DEFECTS = [
+    # -- vtp/model, vtp/pruning
+    Defect(
+        "vtp/model/cost.py",
+        "macs += tokens * tokens * (heads * head_dim + values)",
+        "macs += 2 * tokens * tokens * heads * head_dim",
+        "attention counts dense value widths",
+        "tests/vtp/model",
+    ),
+    Defect(
+        "vtp/pruning/gates.py",
+        "(self.gate * self.gate.grad * scale).square()",
+        "(self.gate.grad * scale).square()",
+        "the Taylor score leaves the gate out",
+        "tests/vtp/pruning/test_gates.py",
+    ),
+    Defect(
+        "vtp/pruning/plan.py",
+        "np.bincount(heads, minlength=self.architecture.num_heads)",
+        "np.bincount(heads)",
+        "a last head that is gone is forgotten",
+        "tests/vtp/pruning",
+    ),
+    Defect(
+        "vtp/pruning/scores.py",
+        "(np.cumsum(counts) - counts / 2)",
+        "np.cumsum(counts)",
+        "ties get the highest rank of theirs instead of the mean",
+        "tests/vtp/pruning",
+    ),
+    Defect(
+        "vtp/pruning/selection.py",
+        "math.ceil(min_keep * width)",
+        "math.floor(min_keep * width)",
+        "min_keep protects one dimension too few",
+        "tests/vtp/pruning/test_plan.py",
+    ),
+    Defect(
+        "vtp/pruning/selection.py",
+        "            exhausted.add(slot)\n",
+        "",
+        "a vector gives back worse groups before better ones",
+        "tests/vtp/pruning/test_plan.py",
+    ),
+    Defect(
+        "vtp/pruning/compact.py",
+        '{"attn.bias": _scaled(constant, block.ls1)}',
+        '{"attn.bias": constant}',
+        "a dead attention branch loses its LayerScale",
+        "tests/vtp/pruning/test_compact.py",
+    ),
+    Defect(
+        "vtp/pruning/latency_table.py",
+        "/ (axis[i] - axis[i - 1])",
+        "/ axis[i]",
+        "times between grid points are not interpolated linearly",
+        "tests/vtp/pruning/test_latency_table.py",
+    ),
+    # -- vtp/training
+    Defect(
+        "vtp/training/sparsity.py",
+        '"weight_decay": 0.0, "lr_scale"',
+        '"weight_decay": config.weight_decay, "lr_scale"',
+        "gates decay like weights",
+        "tests/vtp/training/test_loop.py",
+    ),
+    Defect(
+        "vtp/training/loop.py",
+        "soft_threshold(self.gates, config.l1 * self._lr() * config.gate_lr)",
+        "soft_threshold(self.gates, config.l1 * self._lr())",
+        "the proximal step forgets the gates' own learning rate",
+        "tests/vtp/training/test_loop.py",
+    ),
+    Defect(
+        "vtp/training/loop.py",
+        "self.ema.update(self.raw, step=self.updates + 1)",
+        "self.ema.update(self.raw)",
+        "the moving average does not warm up by the updates so far",
+        "tests/vtp/training/test_loop.py",
+    ),
+    Defect(
+        "vtp/training/data.py",
+        "if len(raw) != expected:",
+        "if len(raw) < expected:",
+        "an idx file with bytes behind its end is read",
+        "tests/vtp/training/test_data.py",
+    ),
+    Defect(
+        "vtp/training/loaders.py",
+        "skip=start * processes * batches.batch_size",
+        "skip=start * batches.batch_size",
+        "several processes resume an epoch too early",
+        "tests/vtp/training",
+    ),
+    Defect(
+        "vtp/training/state.py",
+        '            ema.load_state_dict(parts["ema"])\n',
+        "            pass\n",
+        "a resumed run starts a new moving average",
+        "tests/vtp/training/test_loop.py",
+    ),
+    Defect(
+        "vtp/training/signals.py",
+        "        os.setpgid(0, 0)\n",
+        "        pass\n",
+        "Ctrl-C kills the workers that the last step waits for",
+        "tests/vtp/training/test_loop.py",
+    ),
+    Defect(
+        "vtp/training/signals.py",
+        "        signals.received = number\n        restore()\n",
+        "        signals.received = number\n",
+        "a second Ctrl-C is swallowed",
+        "tests/vtp/training",
+    ),
+    # -- vtp/runtime
+    Defect(
+        "vtp/runtime/packed.py",
+        "bias * scale.gamma.double()",
+        "bias",
+        "LayerScale is not folded into the bias",
+        "tests/vtp/runtime/test_optimize.py",
+    ),
+    Defect(
+        "vtp/runtime/cpu.py",
+        "self.linear(weight / len(heads), bias / len(heads))",
+        "self.linear(weight / len(heads), bias)",
+        "the two heads of a distilled model add their biases",
+        "tests/vtp/runtime/test_cpu.py",
+    ),
+    Defect(
+        "vtp/runtime/optimize.py",
+        "(size[0] % step[0] or size[1] % step[1])",
+        "size[0] % step[0]",
+        "images of a width that is no multiple of the patch are taken",
+        "tests/vtp/runtime/test_optimize.py",
+    ),
+    Defect(
+        "vtp/runtime/export/onnx.py",
+        'dynamic_shapes=({0: torch.export.Dim("batch")},)',
+        "dynamic_shapes=None",
+        "the exported model takes two images and no other number",
+        "tests/vtp/runtime/test_export.py",
+    ),
+    # -- the rest of vtp
+    Defect(
+        "vtp/timing.py",
+        "for this, other in zip(own, reference, strict=True)",
+        "for this, other in zip(sorted(own), sorted(reference), strict=True)",
+        "ratios are not of times of the same round",
+        "tests/vtp tests/bench --ignore=tests/vtp/training",
+    ),
+    Defect(
+        "vtp/comparison/comparison.py",
+        "    if error <= bound:  # nor NaN",
+        "    if error <= 100 * bound:  # nor NaN",
+        "a runtime with wrong logits gets a figure",
+        "tests/vtp/comparison tests/bench/test_compare.py",
+    ),
+    Defect(
+        "vtp/report/markup.py",
+        '<td class="number">{escape(cell)}</td>',
+        '<td class="number">{cell}</td>',
+        "text of a file becomes HTML of the report",
+        "tests/vtp/report",
+    ),
+    Defect(
+        "vtp/files.py",
+        "        temporary.unlink(missing_ok=True)\n",
+        "        pass\n",
+        "a write that fails leaves its temporary file",
+        "tests/vtp/test_files.py",
+    ),
+    Defect(
+        "vtp/checkpoint.py",
+        "    if found != FORMAT_VERSION:",
+        "    if found < FORMAT_VERSION:",
+        "a file of a newer format is read",
+        "tests/vtp/test_checkpoint.py",
+    ),
+    Defect(
+        "vtp/cli.py",
+        "return 128 + error.signum",
+        "return 1",
+        "the exit status does not name the signal",
+        "tests/vtp/test_cli.py",
+    ),
+    Defect(
+        "vtp/pipeline.py",
+        'stage("sparse", insert_gates(dense), teacher=dense)',
+        'stage("sparse", insert_gates(dense))',
+        "sparse training has no teacher",
+        "tests/vtp/test_pipeline.py",
+    ),
+    # -- bench
+    Defect(
+        "bench/tables.py",
+        "return min(times, key=lambda label",
+        "return max(times, key=lambda label",
+        "we are compared with the slowest runtime",
+        "tests/bench/test_compare.py",
+    ),
+    Defect(
+        "bench/compare.py",
+        'if k != "date"}',
+        'if k not in ("date", "threads")}',
+        "figures of other numbers of threads share a table",
+        "tests/bench/test_compare.py",
+    ),
+    # -- vtp_kernels
+    Defect(
+        "vtp_kernels/gated_linear.py",
+        "total.add_(gate.sign(), alpha=l1)",
+        "total.add_(gate, alpha=l1)",
+        "the penalty's gradient is that of a square",
+        "tests/vtp_kernels/test_gated_linear.py",
+    ),
+    Defect(
+        "vtp_kernels/layer_norm_gather.py",
+        "        gradients = [g.index_select(0, index) for g in gradients]\n",
+        "        gradients = [g[: len(index)] for g in gradients]\n",
+        "gradients of a norm are those of other columns",
+        "tests/vtp_kernels/test_layer_norm_gather.py",
+    ),
+    Defect(
+        "vtp_kernels/compact_linear.py",
+        "out = F.gelu(z) if gelu else z",
+        'out = F.gelu(z, approximate="tanh") if gelu else z',
+        "GELU is the approximate one",
+        "tests/vtp_kernels/test_compact_linear.py",
+    ),
+    Defect(
+        "vtp_kernels/ragged_attention.py",
+        "out=lse).mul_(math.log2(math.e))",
+        "out=lse)",
+        "the log-sum-exp is saved in another base than kernels read it in",
+        "tests/vtp_kernels/test_ragged_attention.py",
+    ),
+    Defect(
+        "vtp_kernels/proofs/disassembly.py",
+        '"64": 8, "128": 16',
+        '"64": 8, "128": 8',
+        "wide loads are taken for narrow ones",
+        "tests/vtp_kernels/proofs",
+    ),
+    Defect(
+        "vtp_kernels/proofs/roofline.py",
+        "return 2 * a.M * a.N * a.K, 2 *",
+        "return a.M * a.N * a.K, 2 *",
+        "products have half their FLOPs",
+        "tests/vtp_kernels/proofs tests/bench/test_compact_accounting.py",
+    ),
+    # -- csrc
+    Defect(
+        "csrc/cpu/engine.cpp",
+        "t.padding = head + 1 == heads ? a.total_width % 2 : 0;",
+        "t.padding = 0;",
+        "the column behind an odd width is not written",
+        "tests/vtp/runtime/test_cpu_native.py",
+    ),
+    Defect(
+        "csrc/cpu/kernels_impl.h",
+        "const int64_t size = inputs - k < chunk ? inputs - k : chunk;",
+        "const int64_t size = chunk;",
+        "a product reads past the last inputs",
+        "tests/vtp/runtime/test_cpu_native.py",
+    ),
+    Defect(
+        "csrc/cpu/gate_library.cpp",
+        "for (int64_t block = 0; block < blocks; ++block)\n    for",
+        "for (int64_t block = 0; block < 1; ++block)\n    for",
+        "the gate's gradient is that of the first 32 rows",
+        "tests/vtp_kernels/test_gated_linear.py",
+        build=True,
+    ),
+    # -- the tests' own support
+    Defect(
+        "tests/support/numerics.py",
+        "FACTOR = 2.0",
+        "FACTOR = 200.0",
+        "the error rule allows a hundred times the error",
+        "tests/support/test_triton_harness.py",
+    ),
+    Defect(
+        "tests/support/covering.py",
+        "        missing -= combinations[best]\n",
+        "        missing.clear()\n",
+        "the quick lane runs one row of each product",
+        "tests/support/test_covering.py",
+    ),
+]
+
+
+def planted(text: str, defect: Defect) -> str:
+    """The text of the file with the defect in it."""
+    count = text.count(defect.old)
+    assert count == 1, f"{defect.file}: {defect.old!r} occurs {count} times, expected 1"
+    return text.replace(defect.old, defect.new)
+
+
+def copy_of_the_tree(folder: Path) -> None:
+    """What git tracks, and the built operators."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    built = [str(path.relative_to(ROOT)) for path in ROOT.glob("vtp_kernels/_cpu*.so")]
+    for name in filter(None, [*tracked.split("\0"), *built]):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def caught_by(defect: Defect, folder: Path) -> str | None:
+    """The first test of the quick lane that fails with the defect; None where all pass."""
+    build = ("setup.py", "--quiet", "build_ext", "--inplace")
+    file = folder / defect.file
+    before = file.read_text(encoding="utf-8")
+    libraries = (
+        {path: path.read_bytes() for path in folder.glob("vtp_kernels/_cpu*.so")} if defect.build else {}
+    )
+    file.write_text(planted(before, defect), encoding="utf-8")
+    try:
+        if defect.build:
+            run(folder, *build)
+        options = ("-m", "not thorough", "-x", "-q", "-p", "no:cacheprovider")
+        done = run(folder, "-m", "pytest", *options, *defect.tests.split())
+    finally:
+        file.write_text(before, encoding="utf-8")
+        for path, content in libraries.items():
+            path.write_bytes(content)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if failed is None and done.returncode != 0:
+        raise RuntimeError(
+            f"{defect.file}: the tests did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return failed and failed[1]
+
+
+def main() -> int:
+    text = sys.argv[1] if sys.argv[1:] else ""
+    console, missed = Console(), 0
+    table = Table("file", "what is wrong", "caught by")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_of_the_tree(folder)
+        for defect in (defect for defect in DEFECTS if text in defect.file):
+            test = caught_by(defect, folder)
+            missed += test is None
+            console.print(
+                f"{defect.file}: {defect.wrong}: {test or 'NOT CAUGHT'}", soft_wrap=True, markup=False
+            )
+            table.add_row(defect.file, defect.wrong, test or "NOT CAUGHT")
+    console.print(table)
+    return min(missed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
