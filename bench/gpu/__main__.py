@@ -117,6 +117,7 @@ def run(options: argparse.Namespace, parts: Sequence[Part], log: Any, started: f
         **place,
         "triton": package_version("triton"),
         **version,
+        "rehearsal": options.rehearse,
         "method": METHOD,
         "arguments": {"parts": [part.name for part in parts], "seconds": options.seconds},
         "cache": {"filled": made, **_no_kernels()},
