@@ -7,8 +7,8 @@
 
 It needs this folder and a Python with PyTorch, Triton and timm: nothing installed, nothing built, no network.
 Kernels that were compiled ahead with the same Triton are taken from .triton-cache.tar.gz; what is missing
-there is compiled first, on all cores, and counted. The parts come in order of value and have shares of the time, what
-one leaves goes to those behind it:
+there is compiled first, on all cores, and counted. The parts come in order of value and have shares of the
+time, what one leaves goes to those behind it:
 
 - numerics, 30%: is it right? Tests, whole models, fine-tuning, compute-sanitizer. Meanwhile other processes
   compile what the models' cases ask of torch.compile, which would take longer than all else.
@@ -70,7 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--cache",
         type=Path,
         default=cache.FOLDER,
-        help="folder that --compile fills, packed beside it: .triton-cache",
+        help="folder of --compile, packed beside it: .triton-cache",
     )
     parser.add_argument("--jobs", type=positive(int), default=os.cpu_count(), help="compilers: all cores")
     parser.add_argument("--rehearse", action="store_true", help="at toy size, on the CPU")
@@ -120,8 +120,8 @@ def run(options: argparse.Namespace, parts: Sequence[Part], log: Any, started: f
 def run_in(
     folder: Path, options: argparse.Namespace, parts: Sequence[Part], log: Any, started: float
 ) -> Record:
-    """`run`, with a folder for what Triton and inductor compile. It is the run's own: what an earlier one left
-    would make compilers look fast."""
+    """`run`, with a folder for what Triton and inductor compile. It is the run's own: what an earlier one
+    left would make compilers look fast."""
     device = torch.device("cpu" if options.rehearse else "cuda")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     made = cache.take_over(cache.packed(options.cache), folder / "triton")

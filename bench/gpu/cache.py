@@ -58,9 +58,9 @@ def needed(target: str) -> dict[str, Variant]:
 
 
 def fill(folder: Path, jobs: int, names: Iterable[str] | None = None) -> Record:
-    """Compile everything, or what is named, for `TARGET` into `folder`, and pack it beside that; needs no GPU.
+    """Compile everything, or what is named, for `TARGET` into `folder`, and pack it beside that.
 
-    What is in the folder from before is not compiled again, and stays there for the next time.
+    It needs no GPU. What is in the folder already is not compiled again, and stays for the next time.
     """
     # The intermediate languages are for people, and several times the size of what is run.
     os.environ |= {"TRITON_CACHE_DIR": str(folder.absolute()), "TRITON_STORE_BINARY_ONLY": "1"}
