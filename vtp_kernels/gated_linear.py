@@ -341,7 +341,7 @@ def _on_activation_side(M: int, N: int, need_x: bool, need_weight: bool, need_ga
 
 
 def _is_fused(M: int, element_size: int) -> bool:
-    """Whether products of M rows of such numbers run in the fused kernels."""
+    """Whether products of M rows, of numbers of `element_size` bytes, run in the fused kernels."""
     return _PRODUCTS.takes("fused", FUSED_ROWS[element_size] >= M)
 
 

@@ -232,7 +232,7 @@ def _position(index: Tensor, D: int) -> Tensor:
 
 
 def _float32(vector: Tensor) -> Tensor:
-    """As the kernels take it: a vector is not worth a compilation for each of its dtypes."""
+    """The vector as the kernels take it: it is not worth a compilation for each of its dtypes."""
     return vector.to(torch.float32).contiguous()
 
 

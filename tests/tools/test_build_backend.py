@@ -1,25 +1,21 @@
 """What an installation asks for and says; building itself is what installing for these tests has done."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import vtp
+from tools import build_backend
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def backend(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.delenv("VTP_BUILD_CPP", raising=False)
-    import build_backend
-
-    yield build_backend
-    del sys.modules["build_backend"]
+    return build_backend
 
 
 def test_a_build_beside_an_installed_pytorch_downloads_none(backend):

@@ -87,9 +87,8 @@ def breaks(runtime, model, images, toy):
 )
 def test_a_runtime_that_is_wrong_or_breaks_has_no_figure_and_the_others_have(monkeypatch, prepare, says):
     real = models.prepare
-    bad, right = (
-        next(r for r in models.RUNTIMES if r.name == n) for n in ("compact, eager", "dense, compiled")
-    )
+    by_name = {runtime.name: runtime for runtime in models.RUNTIMES}
+    bad, right = by_name["compact, eager"], by_name["dense, compiled"]
 
     def prepared(runtime, *arguments):
         return (prepare if runtime is bad else real)(runtime, *arguments)
@@ -168,7 +167,7 @@ def full_results():
     return {
         "hardware": {"gpu": "a GPU", "cuda": "13.0", "driver": "580"},
         "environment": {"torch": "2", "date": "today", "cpu": "a CPU"},
-        "triton": "3", "commit": "0" * 40, "modified": False,
+        "triton": "3", "rehearsal": False, "commit": "0" * 40, "modified": False,
         "cache": {"kernels": 9, "found": 8, "compiled": 1, "failed": {}, "left": 0, "seconds": 1.0},
         "parts": parts,
     }  # fmt: skip
