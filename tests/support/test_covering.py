@@ -1,6 +1,7 @@
 """Which tests of a product of parameters the quick lane runs."""
 
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,8 @@ def collected(folder: Path, *arguments: str) -> list[str]:
     (folder / "test_lanes.py").write_text(LANES)
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "tests.support.covering"]
     command += ["-p", "no:cacheprovider", f"--rootdir={folder}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
 
