@@ -63,8 +63,12 @@ def _phase(lines: list[str]) -> str:
 
 def _unpacking() -> str:
     """The package that is being unpacked, and how much of it lies there."""
-    folders = [path for path in SITE_PACKAGES.iterdir() if path.is_dir() and path.suffix != ".dist-info"]
     try:
+        folders = [
+            path
+            for path in SITE_PACKAGES.iterdir()
+            if path.is_dir() and path.suffix != ".dist-info" and path.name != "__pycache__"
+        ]
         newest = max(folders, key=lambda path: path.stat().st_mtime)
         size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     except (OSError, ValueError):  # pip also moves and removes, or has not begun
