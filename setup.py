@@ -17,8 +17,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-sys.path.insert(0, str(Path(__file__).parent / "tools"))
-from build_backend import find_compiler, find_torch, why_pure_python
+from tools.build_backend import find_compiler, find_torch, why_pure_python
 
 CPU = Path("csrc/cpu")
 

@@ -129,15 +129,15 @@ def compilers_table(results: Record) -> Rows:
 
 def in_its_place_table(results: Record) -> Rows:
     """A row for each other model, by model: its MACs, and times of runtimes over ours on the compact one."""
-    runtimes = ("ours", "PyTorch eager", "OpenVINO")
-    header = ["model", "in place of the compact one", "MACs", *(f"{name} / ours" for name in runtimes)]
+    columns = ("ours", "PyTorch eager", "OpenVINO")
+    header = ["model", "in place of the compact one", "MACs", *(f"{name} / ours" for name in columns)]
     rows = [[*header, "rounds", "noise"]]
     for record in of_case(results, "place"):
         dtype, runtimes = main_dtype(record), record["runtimes"]
         ours = in_rounds(record, f"ours, {dtype}")
         names = dict.fromkeys(label.partition(": ")[0] for label in runtimes if ": " in label)
         for name in names:
-            labels = {runtime: f"{name}: {runtime}, {dtype}" for runtime in runtimes}
+            labels = {runtime: f"{name}: {runtime}, {dtype}" for runtime in columns}
             macs = next((runtimes[label].get("macs") for label in labels.values() if label in runtimes), None)
             cells = (ratio(in_rounds(record, label), ours) for label in labels.values())
             size = "-" if macs is None else f"{macs / 1e9:.2f} G"

@@ -16,6 +16,7 @@ GIB = 2**30
 MEMORY_OF_A_WORKER = 4 * GIB
 
 
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist nobody asks
 def pytest_xdist_auto_num_workers():
     """For `-n auto`: two where cores and memory allow, else none. More would not share caches so well."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

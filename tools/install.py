@@ -54,10 +54,10 @@ def _phase(lines: list[str]) -> str:
         if line.startswith("Installing collected packages"):
             return _unpacking()
         if line.startswith(("Downloading", "Collecting", "Using cached", "Processing")):
-            what = line.removeprefix("Using ").split()
-            return f"{what[0].lower()} {what[1].rpartition('/')[2]} {' '.join(what[2:4])}".rstrip()
+            verb, what = line.removeprefix("Using ").split()[:2]
+            return f"{verb.lower()} {what.rpartition('/')[2]}"
         if line.startswith(("Building", "Created", "Installing build", "Getting", "Preparing")):
-            return line
+            return line.partition(": ")[0]
     return "starting"
 
 

@@ -299,7 +299,7 @@ def _compact_linear_db_kernel(partial, db, rows, N, BLOCK_R: tl.constexpr, BLOCK
 _BORDERS = dict(TAIL_K=16, BORDER_N=32, BOTTOM_M=8, BOTTOM_N=64)
 # Warps, stages and tiles of the interior, by operands: 16-bit, float32 on tensor cores (TF32), float32
 # without (IEEE).
-_TILES = {
+TILES = {
     "16": Config.of(4, 3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, **_BORDERS),
     "tf32": Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, **_BORDERS),
     "ieee": Config.of(4, 2, BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, **_BORDERS),
@@ -402,7 +402,7 @@ def _empty_rows(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _tiles(x: Tensor) -> Config:
-    config = _TILES[launching.operands(x.dtype)]
+    config = TILES[launching.operands(x.dtype)]
     if is_amd(x.device):
         return dataclasses.replace(config, blocks={**config.blocks, "BOTTOM_M": 16})
     return config

@@ -218,7 +218,7 @@ def _gelu_bwd_kernel(
 # without them (IEEE) the products take five times as long as reading and writing the hidden activation,
 # nothing is won by keeping it on chip, and it is two launches. Two accumulators of it spill on sm_80 and
 # sm_100, so there 192 columns do cost those of 256.
-_FWD = {
+FWD_TILES = {
     2: {
         128: Config.of(8, 2, BLOCK_M=64, BLOCK_N=128, BLOCK_MORE=0, BLOCK_H=64, BLOCK_K=64),
         192: Config.of(8, 2, BLOCK_M=64, BLOCK_N=128, BLOCK_MORE=64, BLOCK_H=32, BLOCK_K=64),
@@ -257,7 +257,7 @@ def _launch_fwd(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """out [M, N] and z [M, hidden] or None; all matrices with padded rows."""
     (M, K), (N, hidden) = x.shape, fc2_weight.shape
-    table = _FWD[x.element_size()]
+    table = FWD_TILES[x.element_size()]
     config = table[next(width for width in table if width >= N)]
     block_m, block_n, block_more, block_h, block_k = config.blocks.values()
     dtype = x.dtype if residual is None else residual.dtype
@@ -397,7 +397,7 @@ def _record(dtype: torch.dtype) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     M, K, hidden = _FUSED_ROWS, 64, 128
-    for N in _FWD[dtype.itemsize]:
+    for N in FWD_TILES[dtype.itemsize]:
         weights = empty(hidden, K), empty(hidden), empty(N, hidden), empty(N)
         for residual in (None, empty(M, N), empty(M, N, dtype=torch.float32)):
             for keep_z in (False, True):

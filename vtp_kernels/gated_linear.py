@@ -279,7 +279,7 @@ def _gate_gradient_kernel(partial, gate, dg, rows, K, l1, BLOCK_R: tl.constexpr,
 
 # Warps, stages and tiles, by kernel and by its operands: 16-bit, 16-bit with a float32 weight, float32 on
 # tensor cores (TF32), float32 without (IEEE). The batch size does not enter.
-_TILES = {
+TILES = {
     ("fwd", "16"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=64),
     ("fwd", "16/32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=128, BLOCK_K=32),
     ("fwd", "tf32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
@@ -294,7 +294,7 @@ _TILES = {
     ("dw", "ieee"): Config.of(4, 3, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64),
 }
 # Rows that do not start at 16 bytes are loaded element by element; smaller tiles keep addresses in registers.
-_UNALIGNED_TILES = {
+UNALIGNED_TILES = {
     ("fwd", "16"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
     ("fwd", "16/32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
     ("fwd", "tf32"): Config.of(4, 3, BLOCK_M=64, BLOCK_N=64, BLOCK_K=32),
@@ -341,7 +341,7 @@ def _on_activation_side(M: int, N: int, need_x: bool, need_weight: bool, need_ga
 
 
 def _is_fused(M: int, element_size: int) -> bool:
-    """Whether products of M rows of such numbers run in the fused kernels."""
+    """Whether products of M rows, of numbers of `element_size` bytes, run in the fused kernels."""
     return _PRODUCTS.takes("fused", FUSED_ROWS[element_size] >= M)
 
 
@@ -370,7 +370,7 @@ def _tiles(kernel: str, activation: Tensor, weight: Tensor, layout: dict) -> Con
         operands = "16" if weight.element_size() == 2 else "16/32"
     else:
         operands = layout["PRECISION"]
-    return (_TILES if layout["ALIGNED"] else _UNALIGNED_TILES)[kernel, operands]
+    return (TILES if layout["ALIGNED"] else UNALIGNED_TILES)[kernel, operands]
 
 
 def _tile(source: Tensor, rows: int, columns: int, layout: dict):

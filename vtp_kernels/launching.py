@@ -1,4 +1,4 @@
-"""What every kernel file needs from Triton: the import, how a kernel is launched, and what can be compiled.
+"""What every op's file needs to launch: Triton, the path that is forced, a launch, what can be compiled.
 
 Where Triton is missing (CPU-only builds of PyTorch, macOS) the files still import: `triton.jit` then leaves
 the Python function as it is, nothing launches it, and the ops run on plain PyTorch.
@@ -95,7 +95,8 @@ def forced_path(op: str, *forced: str) -> Iterator[None]:
         chosen = [name for name in forced if name in decision.paths]
         if len(chosen) > 1:
             raise ValueError(f"paths of {op}: got {' and '.join(chosen)}, which exclude one another")
-        overruled |= dict.fromkeys([decision] if chosen else [], *chosen)
+        if chosen:
+            overruled[decision] = chosen[0]
     with _forcing:
         before = {decision: decision.forced for decision in overruled}
         try:

@@ -149,14 +149,14 @@ def _layer_norm_gather_bwd_kernel(
 
 # By the largest D of a bucket. Rows in registers, 8 to 32 numbers of each a thread: small ones share a
 # program, for which then one load of the index does.
-_FWD = {
+FWD_TILES = {
     256: Config.of(4, 1, ROWS=8, BLOCK_D=256, BLOCK_J=128),
     512: Config.of(4, 1, ROWS=4, BLOCK_D=512, BLOCK_J=128),
     1024: Config.of(4, 1, ROWS=4, BLOCK_D=1024, BLOCK_J=256),
     2048: Config.of(4, 1, ROWS=2, BLOCK_D=2048, BLOCK_J=512),
     4096: Config.of(8, 1, ROWS=1, BLOCK_D=4096, BLOCK_J=1024),
 }
-_BWD = {
+BWD_TILES = {
     256: Config.of(4, 1, ROWS=4, BLOCK_D=256),
     512: Config.of(4, 1, ROWS=4, BLOCK_D=512),
     1024: Config.of(8, 1, ROWS=2, BLOCK_D=1024),
@@ -164,8 +164,8 @@ _BWD = {
     4096: Config.of(8, 1, ROWS=1, BLOCK_D=4096),
 }
 # With an index, 8 warps of so wide a row spill where Triton 3.6 compiles for sm_90.
-_BWD_GATHER = _BWD | {2048: Config.of(16, 1, ROWS=1, BLOCK_D=2048)}
-_WIDEST = max(_FWD)
+BWD_GATHER_TILES = BWD_TILES | {2048: Config.of(16, 1, ROWS=1, BLOCK_D=2048)}
+_WIDEST = max(FWD_TILES)
 # Programs of the backward pass: four for each multiprocessor of a large GPU (132 of an H100). Each writes one
 # pair of partial sums a column: 3 MB for 768 columns.
 _BWD_PROGRAMS = 528
@@ -185,7 +185,7 @@ def _launch_fwd(
     """x [M, D] with padded rows; weight and bias float32."""
     (M, D), kept = x.shape, x.shape[1] if index is None else len(index)
     out = empty_rows(M, kept, dtype=dtype, device=x.device)
-    config = _bucket(_FWD, D)
+    config = _bucket(FWD_TILES, D)
     launch(
         _layer_norm_gather_fwd_kernel,
         (triton.cdiv(M, config.blocks["ROWS"]),),
@@ -205,7 +205,7 @@ def _launch_bwd(
 ) -> tuple[Tensor, Tensor]:
     """dx [M, D] and partial [programs, 2, kept]; dy and x with padded rows, weight float32."""
     (M, D), kept = x.shape, dy.shape[1]
-    config = _bucket(_BWD if index is None else _BWD_GATHER, D)
+    config = _bucket(BWD_TILES if index is None else BWD_GATHER_TILES, D)
     rows = config.blocks["ROWS"]
     rows_per_program = triton.cdiv(M, _BWD_PROGRAMS * rows) * rows
     programs = triton.cdiv(M, rows_per_program)
@@ -232,7 +232,7 @@ def _position(index: Tensor, D: int) -> Tensor:
 
 
 def _float32(vector: Tensor) -> Tensor:
-    """As the kernels take it: a vector is not worth a compilation for each of its dtypes."""
+    """The vector as the kernels take it: it is not worth a compilation for each of its dtypes."""
     return vector.to(torch.float32).contiguous()
 
 
@@ -281,7 +281,7 @@ def variants(target: str) -> Iterator[Variant]:
     dtypes += [(torch.float32, dtype) for dtype in (torch.bfloat16, torch.float16)]  # under autocast
     with launching.recording("layer_norm_gather", target) as found:
         for x_dtype, dtype in dtypes:
-            for D in _FWD:
+            for D in FWD_TILES:
                 x = torch.empty((64, D), dtype=x_dtype, device="meta")
                 weight = torch.empty(D, device="meta")
                 for index in (None, torch.empty(D, dtype=torch.int64, device="meta")):

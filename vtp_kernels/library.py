@@ -67,7 +67,8 @@ def cpp_unsupported_reason() -> str | None:
     else:
         warnings.warn(
             f"vtp_kernels: {_NO_CPP_REASON}; vtp.optimize runs on plain PyTorch operators on a CPU. Results "
-            "are the same; compact models are slower. `python setup.py build_ext --inplace` builds it.",
+            "are the same; compact models are slower. With a C++ compiler `pip install .` builds it, in a "
+            "checkout also `python setup.py build_ext --inplace`.",
             stacklevel=2,
         )
     return _NO_CPP_REASON

@@ -608,18 +608,18 @@ def _ragged_attention_dkdv_kernel(
 
 # Tiles by what a product multiplies: 16-bit numbers, float32 on tensor cores (TF32), float32 without (IEEE).
 # BLOCK_M: rows that a program writes. BLOCK_N: rows that it takes at a time, where not all are on chip.
-_ONE_PASS = Config.of(4, 2, BLOCK_M=64)
-_ONLINE = {
+ONE_PASS_TILES = Config.of(4, 2, BLOCK_M=64)
+ONLINE_TILES = {
     "16": Config.of(4, 2, BLOCK_M=64, BLOCK_N=64),
     "tf32": Config.of(8, 2, BLOCK_M=64, BLOCK_N=32),
     "ieee": Config.of(4, 2, BLOCK_M=32, BLOCK_N=32),
 }
 # Not without tensor cores: their operands would be spilled. That backward pass is PyTorch's, head by head.
-_DQ = {
+DQ_TILES = {
     "16": Config.of(4, 2, BLOCK_M=32, BLOCK_N=32),
     "tf32": Config.of(8, 2, BLOCK_M=64, BLOCK_N=16),
 }
-_DKDV = {
+DKDV_TILES = {
     "16": Config.of(8, 1, BLOCK_M=32, BLOCK_N=16),
     "tf32": Config.of(8, 2, BLOCK_M=32, BLOCK_N=16),
 }
@@ -683,8 +683,8 @@ def _choice(N: int, head_dim: int, dtype: torch.dtype) -> tuple[object, Config, 
     """
     has_room = N <= _MOST_KEYS and head_dim <= 64 and dtype.itemsize == 2
     if has_room and _KEYS.takes("one_pass", True):
-        return _ragged_attention_fwd_kernel, _ONE_PASS, True
-    return _ragged_attention_online_kernel, _ONLINE[launching.operands(dtype)], False
+        return _ragged_attention_fwd_kernel, ONE_PASS_TILES, True
+    return _ragged_attention_online_kernel, ONLINE_TILES[launching.operands(dtype)], False
 
 
 def _forward_triton(
@@ -718,7 +718,7 @@ def _backward_triton(
     scale: float,
 ) -> Tensor:  # fmt: skip
     products = launching.operands(qkv.dtype)
-    if not qkv.numel() or qkv.dtype == torch.float64 or products not in _DQ:
+    if not qkv.numel() or qkv.dtype == torch.float64 or products not in DQ_TILES:
         return _backward_plain(dout, qkv, out, lse, head_dim, value_widths, scale)
     (B, N, width), H, V = qkv.shape, len(value_widths), sum(value_widths)
     padded = _round_up(width, 8) - 2 * H * head_dim
@@ -731,8 +731,8 @@ def _backward_triton(
         factor=scale * math.log2(math.e),
     )  # fmt: skip
     for kernel, configs, grouped, own in (
-        (_ragged_attention_dq_kernel, _DQ, False, dict(out=out_rows, stride_out=out_rows.stride(0))),
-        (_ragged_attention_dkdv_kernel, _DKDV, True, {}),
+        (_ragged_attention_dq_kernel, DQ_TILES, False, dict(out=out_rows, stride_out=out_rows.stride(0))),
+        (_ragged_attention_dkdv_kernel, DKDV_TILES, True, {}),
     ):
         config, table = configs[products], _table(tuple(value_widths), grouped, padded, qkv.device)
         launch(

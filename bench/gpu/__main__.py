@@ -3,12 +3,12 @@
     python -m bench.gpu                  # all parts in nine minutes; writes runs/gpu
     python -m bench.gpu --parts models training --seconds 300
     python -m bench.gpu --rehearse       # everything at toy size on the CPU: does it run?
-    python -m bench.gpu --compile        # ahead, for sm_90 and without a GPU: into .triton-cache
+    python -m bench.gpu --compile        # ahead, for sm_90 and without a GPU: .triton-cache.tar.gz
 
 It needs this folder and a Python with PyTorch, Triton and timm: nothing installed, nothing built, no network.
-Kernels that were compiled ahead with the same Triton are taken from .triton-cache; what is missing there is
-compiled first, on all cores, and counted. The parts come in order of value and have shares of the time, what
-one leaves goes to those behind it:
+Kernels that were compiled ahead with the same Triton are taken from .triton-cache.tar.gz; what is missing
+there is compiled first, on all cores, and counted. The parts come in order of value and have shares of the
+time, what one leaves goes to those behind it:
 
 - numerics, 30%: is it right? Tests, whole models, fine-tuning, compute-sanitizer. Meanwhile other processes
   compile what the models' cases ask of torch.compile, which would take longer than all else.
@@ -66,10 +66,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", choices=names, nargs="+", default=names, help="all, in this order")
     parser.add_argument("--seconds", type=positive(float), default=540.0, help="of the whole run: 540")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder: runs/gpu")
-    parser.add_argument("--cache", type=Path, default=cache.FOLDER, help="compiled kernels: .triton-cache")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=cache.FOLDER,
+        help="folder of --compile, packed beside it: .triton-cache",
+    )
     parser.add_argument("--jobs", type=positive(int), default=os.cpu_count(), help="compilers: all cores")
     parser.add_argument("--rehearse", action="store_true", help="at toy size, on the CPU")
-    parser.add_argument("--compile", action="store_true", help="fill the folder --cache, and stop")
+    parser.add_argument("--compile", action="store_true", help="fill --cache, pack it, and stop")
     return parser.parse_args(argv)
 
 
@@ -99,15 +104,27 @@ def compile_ahead(options: argparse.Namespace) -> int:
     for name, reason in record["failed"].items():
         print(f"{name}: {reason}", file=sys.stderr)
     size = f"{record['bytes'] / 2**20:.1f} MiB"
-    print(f"{record['kernels']} kernels for {cache.TARGET} in {options.cache}, {size}: ", end="")
+    print(
+        f"{record['kernels']} kernels for {cache.TARGET} in {cache.packed(options.cache)}, {size}: ", end=""
+    )
     print(f"{record['compiled']} compiled, {record['found']} were there, {len(record['failed'])} failed")
     return int(bool(record["failed"]))
 
 
 def run(options: argparse.Namespace, parts: Sequence[Part], log: Any, started: float) -> Record:
     """Measure, print and return everything."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        return run_in(Path(folder), options, parts, log, started)
+
+
+def run_in(
+    folder: Path, options: argparse.Namespace, parts: Sequence[Part], log: Any, started: float
+) -> Record:
+    """`run`, with a folder for what Triton and inductor compile. It is the run's own: what an earlier one
+    left would make compilers look fast."""
     device = torch.device("cpu" if options.rehearse else "cuda")
-    made = cache.take_over(options.cache)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    made = cache.take_over(cache.packed(options.cache), folder / "triton")
     version = commit()
     if version["commit"] is None and made is not None:  # a copy without its history
         version = {name: made[name] for name in version}
@@ -117,6 +134,7 @@ def run(options: argparse.Namespace, parts: Sequence[Part], log: Any, started: f
         **place,
         "triton": package_version("triton"),
         **version,
+        "rehearsal": options.rehearse,
         "method": METHOD,
         "arguments": {"parts": [part.name for part in parts], "seconds": options.seconds},
         "cache": {"filled": made, **_no_kernels()},
@@ -130,9 +148,6 @@ def run(options: argparse.Namespace, parts: Sequence[Part], log: Any, started: f
         stack.callback(_print_table, results, options.out)
         if not options.rehearse and torch.cuda.get_device_capability() == cache.CAPABILITY:
             results["cache"] |= _complete(options.jobs)
-        # Of this run alone: what an earlier one left would make compilers look fast.
-        inductor = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = inductor
         schedule = Schedule(
             parts,
             cases,

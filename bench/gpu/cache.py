@@ -1,6 +1,6 @@
 """Triton's cache for a run: filled ahead without a GPU, taken along, completed where something is missing.
 
-    python -m bench.gpu --compile        # into .triton-cache, with the Python and Triton that will run
+    python -m bench.gpu --compile        # makes .triton-cache.tar.gz, with the Python and Triton of the run
 
 A compilation is found again by Triton's own files, ptxas, the kernel's source, its line and its constants: so
 a cache is good for one commit and one build of Triton. What is not found is compiled before anything is
@@ -14,6 +14,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
@@ -27,7 +28,7 @@ from vtp_kernels.proofs import compilations
 
 FOLDER = Path(__file__).resolve().parents[2] / ".triton-cache"  # which git ignores
 TARGET, CAPABILITY = "sm_90", (9, 0)
-MADE = "made.json"  # of what, and with what, a cache was filled
+MADE = "made.json"  # of what, and with what, it was filled
 
 
 # --------------------------------------------------------------------------------
@@ -57,31 +58,42 @@ def needed(target: str) -> dict[str, Variant]:
 
 
 def fill(folder: Path, jobs: int, names: Iterable[str] | None = None) -> Record:
-    """Compile everything, or what is named, into `folder` for `TARGET`; needs no GPU."""
+    """Compile everything, or what is named, for `TARGET` into `folder`, and pack it beside that.
+
+    It needs no GPU. What is in the folder already is not compiled again, and stays for the next time.
+    """
     # The intermediate languages are for people, and several times the size of what is run.
     os.environ |= {"TRITON_CACHE_DIR": str(folder.absolute()), "TRITON_STORE_BINARY_ONLY": "1"}
     record = complete(jobs, None, names)
-    for source in folder.glob("*/*.source"):
-        source.unlink()
-    record["bytes"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     made = {"target": TARGET, "versions": compilations.versions(), **commit(), **record}
     (folder / MADE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    return record
+    with tarfile.open(packed(folder), "w:gz") as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.suffix in (".cubin", ".json"):
+                archive.add(file, file.relative_to(folder))
+    return record | {"bytes": packed(folder).stat().st_size}
 
 
-def take_over(folder: Path) -> Record | None:
-    """Use a cache that was filled elsewhere; what `fill` noted of it, None where there is none.
+def packed(folder: Path) -> Path:
+    """The file that travels: `.triton-cache.tar.gz` of `.triton-cache`."""
+    return folder.with_name(f"{folder.name}.tar.gz")
 
-    Triton notes whole paths of what belongs together, and finds nothing where these are not there.
+
+def take_over(file: Path, into: Path) -> Record | None:
+    """Use what `fill` packed, unpacked into an empty folder; what is noted in it, None where it is missing.
+
+    Triton notes whole paths of what belongs together, and would find nothing where these are not there.
     """
-    os.environ["TRITON_CACHE_DIR"] = str(folder.absolute())
-    if not (folder / MADE).is_file():
+    os.environ["TRITON_CACHE_DIR"] = str(into.absolute())
+    if not file.is_file():
         return None
-    for group in folder.absolute().glob("*/__grp__*.json"):
+    with tarfile.open(file) as archive:
+        archive.extractall(into, filter="data")
+    for group in into.absolute().glob("*/__grp__*.json"):
         names = json.loads(group.read_text())["child_paths"]
         here = {name: str(group.parent / name) for name in names if (group.parent / name).is_file()}
         group.write_text(json.dumps({"child_paths": here}))
-    return json.loads((folder / MADE).read_text(encoding="utf-8"))
+    return json.loads((into / MADE).read_text(encoding="utf-8"))
 
 
 def complete(jobs: int, seconds: float | None, names: Iterable[str] | None = None) -> Record:

@@ -8,6 +8,7 @@ import torch
 
 NOT_MEASURED = "not measured"
 MEASURED = "measured"
+NOT_DONE = "failed: not done"  # begins the status of a case that was ended
 
 # Changes to timm's models that make toys of them, for a rehearsal.
 TOY = {"img_size": 32, "depth": 1, "num_classes": 16, "embed_dim": 48, "num_heads": 3}

@@ -45,29 +45,29 @@ def _tiles(*sizes: tuple[int, int, int, int, int]) -> tuple:
 
 ENTRIES = (
     Entry(
-        "compact_linear", "_TILES", ("16",), "base", ("fc1", "fc2"),
+        "compact_linear", "TILES", ("16",), "base", ("fc1", "fc2"),
         _tiles(
             (64, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4),
             (64, 256, 64, 8, 3), (128, 256, 64, 8, 3), (64, 64, 64, 4, 4), (64, 128, 128, 4, 3),
         ),
     ),
     Entry(
-        "ragged_attention", "_ONE_PASS", (), "base", ("attn",),
+        "ragged_attention", "ONE_PASS_TILES", (), "base", ("attn",),
         (
             (dict(BLOCK_M=64), 4, 1), (dict(BLOCK_M=64), 4, 3), (dict(BLOCK_M=64), 8, 2),
             (dict(BLOCK_M=128), 8, 2), (dict(BLOCK_M=32), 4, 2),
         ),
     ),
     Entry(
-        "layer_norm_gather", "_FWD", (1024,), "base", ("qkv",),
+        "layer_norm_gather", "FWD_TILES", (1024,), "base", ("qkv",),
         ((dict(ROWS=2), 4, 1), (dict(ROWS=8), 8, 1), (dict(ROWS=4), 8, 1), (dict(ROWS=1), 4, 1)),
     ),
     Entry(
-        "gated_linear", "_TILES", (("fwd", "16"),), "base", ("qkv", "fc2"),
+        "gated_linear", "TILES", (("fwd", "16"),), "base", ("qkv", "fc2"),
         _tiles((64, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 256, 64, 8, 3)),
     ),
     Entry(
-        "compact_mlp", "_FWD", (2, 192), "tiny", ("mlp",),
+        "compact_mlp", "FWD_TILES", (2, 192), "tiny", ("mlp",),
         ((dict(BLOCK_H=32), 8, 3), (dict(BLOCK_H=64), 8, 2), (dict(BLOCK_H=32), 4, 2)),
     ),
 )  # fmt: skip
@@ -125,7 +125,7 @@ def configs(entry: Entry) -> dict[str, Config]:
 
 
 def _name(entry: Entry) -> str:
-    """As in `_FWD[2][192]`."""
+    """As in `FWD_TILES[2][192]`."""
     return entry.table + "".join(f"[{key!r}]" for key in entry.keys)
 
 

@@ -34,6 +34,8 @@ from vtp_kernels.library import TritonSides
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests" / "gpu"
 PROCESSES = 8  # that run tests at a time: the CPU computes what is right, and the GPU has room for all
+QUICK, THOROUGH = "not thorough", "thorough"  # see tests/support/covering.py
+NO_TESTS = 5  # pytest's exit status where nothing was chosen
 MOST_FAILURES = 20  # that are named
 
 RATE = 0.4
@@ -67,17 +69,18 @@ def launches() -> dict[str, Callable[[], None]]:
 
 
 def cases(toy: bool) -> list[Case]:
-    """In order of value: the ops, whole models, training, and what only a sanitizer sees."""
-    found = [Case("tests of the compact ops", functools.partial(test, "test_compact_ops_gpu.py"), 60)]
+    """In order of value: the ops, whole models, training, what only a sanitizer sees, and all other tests."""
+    found = [Case("tests of the compact ops", functools.partial(test, "test_compact_ops_gpu.py", QUICK), 60)]
     for name in MODELS:
         found.append(Case(f"optimized {name}", functools.partial(check_model, name), 30))
     found += [
         Case("torch.compile(fullgraph=True)", check_compiled, 40),
         Case(f"fine-tuning, {STEPS} steps", check_fine_tuning, 30),
-        Case("tests of gated_linear", functools.partial(test, "test_gated_linear_gpu.py"), 60),
-        Case("tests of compilations", functools.partial(test, "test_compilations_gpu.py"), 40),
+        Case("tests of gated_linear", functools.partial(test, "test_gated_linear_gpu.py", QUICK), 60),
+        Case("tests of compilations", functools.partial(test, "test_compilations_gpu.py", QUICK), 40),
         Case("memcheck", functools.partial(sanitize, "memcheck"), 90),
         Case("racecheck", functools.partial(sanitize, "racecheck"), 90),
+        Case("tests that the quick lane leaves out", functools.partial(test, "", THOROUGH), 90),
     ]
     return found
 
@@ -147,12 +150,13 @@ def require(condition: bool, otherwise: str) -> None:
 @torch.inference_mode()
 def check_compiled(context: Context) -> Record:
     """The optimized model under torch.compile, whole, at two batch sizes."""
-    fast = vtp.optimize(small_model("DeiT-T", context), torch.bfloat16)
+    small = small_model("DeiT-T", context)
+    fast = vtp.optimize(small, torch.bfloat16)
     backend = "eager" if context.toy else "inductor"
     compiled = torch.compile(fast, fullgraph=True, dynamic=True, backend=backend)
     errors = []
     for batch in (2, 5):
-        images = random_images(fast.vit, batch, context).bfloat16()
+        images = random_images(small, batch, context).bfloat16()
         errors.append(relative_error(compiled(images), fast(images)))
         require(errors[-1] <= TINY["bfloat16"], f"batch {batch}: differs from the call by {errors[-1]:.2g}")
     return {"errors": errors}
@@ -198,12 +202,12 @@ def check_fine_tuning(context: Context) -> Record:
 # Tests
 
 
-def test(file: str, context: Context) -> Record:
+def test(file: str, lane: str, context: Context) -> Record:
     """A file of tests/gpu, several tests at a time; those that failed by name, with what they say."""
     at_a_time = []
     if not context.toy and importlib.util.find_spec("xdist"):
         at_a_time = ["-n", str(PROCESSES)]
-    return run_tests(*at_a_time, tests=TESTS / file, seconds=context.seconds)
+    return run_tests(*at_a_time, "-m", lane, tests=TESTS / file, seconds=context.seconds)
 
 
 def run_tests(
@@ -216,8 +220,8 @@ def run_tests(
     """Run pytest, whose output goes to the log; counts, and the tests that failed with what they say."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        command = [*prefix, *pytest, str(tests), *options]
+        run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command = [*prefix, *run, str(tests), *options]
         started = time.perf_counter()
         status = subprocess.run(
             command, cwd=ROOT, env={**os.environ, **(variables or {})}, timeout=seconds
@@ -231,7 +235,9 @@ def run_tests(
     skipped = [case for case in found if case.find("skipped") is not None]
     passed = len(found) - len(failed) - len(skipped)
     outcome = MEASURED
-    if status or failed:
+    if status == NO_TESTS:
+        outcome = f"{NOT_MEASURED}: there are no such tests"
+    elif status or failed:
         outcome = f"failed: {len(failed)} of {len(found)} tests, exit status {status}"
     elif not passed:
         outcome = f"{NOT_MEASURED}: all tests were skipped"

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from bench.gpu.cases import NOT_MEASURED, Case, Part, Record
+from bench.gpu.cases import NOT_DONE, NOT_MEASURED, Case, Part, Record
 from vtp.files import write_atomic
 
+MOST_OVER = 20.0  # seconds
 TIME_IS_UP = f"{NOT_MEASURED}: time is up"
 
 
@@ -24,9 +25,9 @@ class Schedule:
     """A run of some parts within `seconds`, whose results are in `results` and, at any time, in `file`.
 
     A part has its share of what time there is when it begins, so that what the parts before it left is shared
-    out again. A case is begun while its part has time, and ended after its own limit, or when the run ends;
-    it may outlast its part, never the run. What was not begun gets another chance when all parts are done, in
-    the same order, as long as there is time.
+    out again. A case is begun while its part has time, and ended after its own limit; it may outlast its part
+    by `MOST_OVER`, the run never. What had no time, or less than its limit and was not done, gets another
+    chance when all parts are done, in the same order.
 
     Args:
         cases: of each part, by its name.
@@ -79,7 +80,7 @@ class Schedule:
                 if self.clock() >= min(until, self.end):
                     records[case.name]["status"] = TIME_IS_UP
                     continue
-                self._run_case(worker, case, records)
+                self._run_case(worker, case, records, min(until + MOST_OVER, self.end))
                 self.results["parts"][part.name]["seconds"] += round(self.clock() - began, 3)
                 began = self.clock()
                 self.write()
@@ -87,7 +88,7 @@ class Schedule:
             worker.close()
         self.write()
 
-    def _run_case(self, worker: Runs, case: Case, records: dict[str, Record]) -> None:
+    def _run_case(self, worker: Runs, case: Case, records: dict[str, Record], until: float) -> None:
         began = self.clock()
 
         def note(content: Mapping[str, Any]) -> None:
@@ -96,5 +97,8 @@ class Schedule:
 
         records[case.name]["status"] = f"{NOT_MEASURED}: under way when the run ended"
         self.write()
-        record = worker.run(case.name, max(0.0, min(case.seconds, self.end - began)), note)
+        limit = max(0.0, min(case.seconds, until - began))
+        record = worker.run(case.name, limit, note)
+        if record["status"].startswith(NOT_DONE) and limit < case.seconds:
+            record = {**record, "status": TIME_IS_UP}
         records[case.name] |= {**record, "seconds": round(self.clock() - began, 3)}

@@ -30,9 +30,12 @@ def table(results: Mapping[str, Any]) -> list[str]:
 
 def _lines(results: Mapping[str, Any]) -> Iterator[str]:
     hardware, environment = results["hardware"], results["environment"]
-    versions = f"driver {hardware['driver']}, CUDA {hardware['cuda']}, torch {environment['torch']}, triton {results['triton']}"
+    versions = f"driver {hardware['driver']}, CUDA {hardware['cuda']}, torch {environment['torch']}"
+    versions += f", triton {results['triton']}"
     commit = (results["commit"] or "unknown")[:12] + " and changes" * bool(results["modified"])
     yield f"{hardware['gpu'] or environment['cpu']}, {versions}, {environment['date']}, commit {commit}"
+    if results["rehearsal"]:
+        yield "A REHEARSAL at toy size on the CPU: no figure here means anything"
     yield _cache_line(results["cache"])
     peak = _ceilings(results)
     for part in PARTS:
@@ -127,16 +130,21 @@ def _ops(name: str, case: Record, peak: Record) -> str:
     ours, predicted = others.pop("ours")["median_seconds"], case["predicted"]
     line = f"{ours * 1e6:.1f} us"
     if predicted["status"] == "predicted":
-        line += f" (predicted for an H100, at least {predicted['seconds_on_h100'] * 1e6:.1f})"
+        line += f" (predicted for an H100: at least {predicted['seconds_on_h100'] * 1e6:.1f})"
         if peak:
             floor = max(
                 predicted["bytes"] / peak["bytes_per_second"], case["flops"] / peak["flops_per_second"]
             )
             line += f", {floor / ours:.0%} of the ceiling"
-    for label, other in others.items():
-        ratio = other["over_reference"]["median"]
-        bar = _op_bar(name, label)
-        line += f", {label} {_beside(ratio, bar) if bar else f'{ratio:.2f}'}"
+    ratios = {label: other["over_reference"]["median"] for label, other in others.items()}
+    paths = {label: ratios.pop(label) for label in list(ratios) if label.startswith("ours, ")}
+    for label, ratio in ratios.items():
+        if bar := _op_bar(name, label):
+            line += f", {label} {_beside(ratio, bar)}"
+    for kind, found in (("fastest other", ratios), ("fastest path", paths)):
+        if found:
+            best = min(found, key=lambda label, found=found: found[label])
+            line += f", {kind} {best.removeprefix('ours, ')} {found[best]:.2f}"
     return line
 
 

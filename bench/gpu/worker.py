@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, TextIO
 
-from bench.gpu.cases import MEASURED, NOT_MEASURED, Context, Part, Record, first_line
+from bench.gpu.cases import MEASURED, NOT_DONE, NOT_MEASURED, Context, Part, Record, first_line
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 90.0  # in which a process has imported all that it needs
@@ -57,7 +57,7 @@ class Worker:
         except (EOFError, ConnectionError):
             return {"status": f"failed: {self._cause_of_death()}"}
         self.close()
-        return {"status": f"failed: not done after {seconds:.0f} s"}
+        return {"status": f"{NOT_DONE} after {seconds:.0f} s"}
 
     def close(self) -> None:
         """End the process and all that it has started."""

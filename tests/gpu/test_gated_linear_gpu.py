@@ -206,7 +206,7 @@ def launches(monkeypatch):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("widths", [(251, 197), (256, 192)], ids=["odd", "aligned"])
-@pytest.mark.parametrize(("kernel", "operands"), list(module._TILES), ids=lambda v: v.replace("/", "-"))
+@pytest.mark.parametrize(("kernel", "operands"), list(module.TILES), ids=lambda v: v.replace("/", "-"))
 def test_each_entry_of_the_tables_computes_within_the_error_rule(device, launches, kernel, operands, widths):
     torch.set_float32_matmul_precision("high" if operands == "tf32" else "highest")
     for M in (70, 700):
@@ -222,7 +222,7 @@ def test_each_entry_of_the_tables_computes_within_the_error_rule(device, launche
                 dw, partial = module._launch_dw(dy, x, weight, gate, True, True)
             dg = module._launch_gate_gradient(partial, gate, L1)
         assert_right([y, dx, dw, dg, None], given, f"M = {M}", tf32=operands == "tf32")
-    table = module._TILES if widths[0] % 8 == 0 else module._UNALIGNED_TILES
+    table = module.TILES if widths[0] % 8 == 0 else module.UNALIGNED_TILES
     used = [config for name, config in launches if name == f"_gated_linear_{kernel}_kernel"]
     assert used == [table[kernel, operands]] * 2
 

@@ -413,7 +413,7 @@ def waste(M, N, K):
 @pytest.mark.parametrize(("M", "most"), [(4032, 1.035), (197, 1.05)])
 def test_widths_cost_what_they_keep(M, most):
     widths = range(64, 3073)
-    config = op_module._TILES["16"]
+    config = op_module.TILES["16"]
     exact = 2 * M * 64 * 64
     by_K = [op_module.tiled_flops(M, 64, K, config) * 64 / K for K in widths]
     by_N = [op_module.tiled_flops(M, N, 64, config) * 64 / N for N in widths]
@@ -425,7 +425,7 @@ def test_widths_cost_what_they_keep(M, most):
 
 
 def test_no_tile_is_counted_that_is_not_needed():
-    config = op_module._TILES["16"]
+    config = op_module.TILES["16"]
     assert op_module.tiled_flops(64, 128, 64, config) == 2 * 64 * 128 * 64
     assert op_module.tiled_flops(64, 1411, 461, config) == 2 * 64 * 1440 * 464
     assert op_module.tiled_flops(197, 128, 64, config) == 2 * 200 * 128 * 64

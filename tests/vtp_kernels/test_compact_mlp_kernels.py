@@ -201,11 +201,11 @@ def test_fused_kernel_at_odd_widths(interpreter, case, descriptors):
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize(
     ("dtypes", "width"),
-    [(name, w) for size, name in ((2, "bf16"), (4, "tf32")) for w in op_module._FWD[size]],
+    [(name, w) for size, name in ((2, "bf16"), (4, "tf32")) for w in op_module.FWD_TILES[size]],
 )
 def test_every_entry_of_the_table(interpreter, dtypes, width, descriptors):
     """Two programs, and a tail of every loop."""
-    blocks = op_module._FWD[2 if dtypes == "bf16" else 4][width].blocks
+    blocks = op_module.FWD_TILES[2 if dtypes == "bf16" else 4][width].blocks
     case = Case(65, blocks["BLOCK_K"] + 5, 2 * blocks["BLOCK_H"] + 5, width - 3, dtypes)
     (launched,) = run(interpreter, check_fwd, case, descriptors, keep=(True,))
     assert dict(launched[2]).items() >= {**blocks, "DESCRIPTORS": descriptors}.items()

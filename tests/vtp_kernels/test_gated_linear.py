@@ -56,7 +56,7 @@ def test_values_and_all_gradients_are_within_the_error_rule(M, K, N, dtypes):
 @pytest.mark.parametrize("dtypes", ["f32", "bf16", "bf16-f32"])
 @pytest.mark.parametrize("N", [1, 31, 33, 461])
 def test_without_the_cpp_operators_they_are_within_it_too(N, dtypes, monkeypatch):
-    monkeypatch.setattr(library, "_CPP_UNSUPPORTED_REASON", "switched off")
+    monkeypatch.setattr(library, "_NO_CPP_REASON", "switched off")
     check(lambda *t: gated_linear(*t, l1=L1), *inputs(512, 115, N, *DTYPES[dtypes]))
 
 
@@ -64,7 +64,7 @@ def test_without_the_cpp_operators_they_are_within_it_too(N, dtypes, monkeypatch
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (31, 17), (33, 61), (100, 461)])
 def test_the_cpp_fold_and_unfold_are_those_of_pytorch(N, K, product_dtype):
     if not library.cpp_supports(torch.empty(1)):
-        pytest.skip(f"no C++ operators: {library._CPP_UNSUPPORTED_REASON}")
+        pytest.skip(f"no C++ operators: {library._NO_CPP_REASON}")
     product, weight, gate = torch.randn(N, K).to(product_dtype), torch.randn(N, K), torch.randn(K)
     dw = torch.full((N, K), float("nan"))
     total = torch.ops.vtp.cpu_unfold_gate(product, weight, gate, dw)
@@ -84,7 +84,7 @@ def test_the_cpp_fold_and_unfold_are_those_of_pytorch(N, K, product_dtype):
 @pytest.mark.parametrize("argument", ["product", "weight", "gate", "out"])
 def test_the_cpp_unfold_refuses_what_does_not_fit(argument):
     if not library.cpp_supports(torch.empty(1)):
-        pytest.skip(f"no C++ operators: {library._CPP_UNSUPPORTED_REASON}")
+        pytest.skip(f"no C++ operators: {library._NO_CPP_REASON}")
     good = {
         "product": torch.ones(3, 5),
         "weight": torch.ones(3, 5),

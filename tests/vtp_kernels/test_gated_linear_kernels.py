@@ -308,7 +308,7 @@ def test_product_at_odd_widths(interpreter, kernel, case):
 
 def table_entries():
     """(kernel, operands, aligned, descriptors) of all entries of the tile tables; aligned ones both ways."""
-    for aligned, table in ((True, gated_linear._TILES), (False, gated_linear._UNALIGNED_TILES)):
+    for aligned, table in ((True, gated_linear.TILES), (False, gated_linear.UNALIGNED_TILES)):
         for kernel, operands in table:
             for descriptors in (False, True) if aligned else (False,):
                 name = f"{kernel}-{operands.replace('/', '.')}-{'aligned' if aligned else 'unaligned'}"
@@ -322,7 +322,7 @@ def table_entries():
 @pytest.mark.parametrize(("kernel", "operands", "aligned", "descriptors"), list(table_entries()))
 def test_every_entry_of_the_tile_tables(interpreter, kernel, operands, aligned, descriptors):
     """More than eight rows of tiles, two columns and a tail of the reduction; no size fills its tiles."""
-    config = (gated_linear._TILES if aligned else gated_linear._UNALIGNED_TILES)[kernel, operands]
+    config = (gated_linear.TILES if aligned else gated_linear.UNALIGNED_TILES)[kernel, operands]
     rows, columns, reduction = {"fwd": "MNK", "dx": "MKN", "dw": "NKM"}[kernel]
     sizes = {
         rows: 8 * config.blocks[f"BLOCK_{rows}"] + 8,

@@ -167,11 +167,11 @@ def test_kernel_at_odd_widths(interpreter, kernel, case):
 
 
 @pytest.mark.parametrize("kept", ["all", "some"])
-@pytest.mark.parametrize("D", op_module._FWD)
+@pytest.mark.parametrize("D", op_module.FWD_TILES)
 @pytest.mark.parametrize("kernel", CHECKS)
 def test_every_entry_of_the_tables(interpreter, kernel, D, kept):
     """No power of two of columns or rows, and more than one block of kept columns where they are gathered."""
-    table = {"fwd": op_module._FWD, "bwd": op_module._BWD}[kernel]
+    table = {"fwd": op_module.FWD_TILES, "bwd": op_module.BWD_TILES}[kernel]
     case = Case(2 * table[D].blocks["ROWS"] + 1, D - 3, D - 3 if kept == "all" else D - 11, "bf16-f32")
     launched = run(interpreter, CHECKS[kernel], case)
     assert {dict(key[2])["BLOCK_D"] for key in launched} == {D}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,25 +68,31 @@ def launches(monkeypatch) -> list[bool]:
     return noted
 
 
+def repacked(filled, tmp_path, without: str):
+    """The packed cache again, without the files that match a pattern."""
+    folder = tmp_path / "less"
+    shutil.unpack_archive(cache.packed(filled), folder)
+    for file in folder.glob(without):
+        file.unlink()
+    return shutil.make_archive(str(tmp_path / "less"), "gztar", folder)
+
+
 def test_a_cache_that_was_moved_is_hit_by_every_launch(filled, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "as before")
-    moved = tmp_path / "there"
-    shutil.copytree(filled, moved)
-    shutil.rmtree(filled / ".." / "here")  # its paths are noted in what was copied
-    made = cache.take_over(moved)
-    assert made["target"] == "sm_90" and made["kernels"] == 2 and {"commit", "versions"} <= made.keys()
-    assert made["bytes"] >= sum(file.stat().st_size for file in moved.rglob("*.cubin")) > 1000
-    assert launches(monkeypatch) == [True, True]
-    shutil.copytree(moved, filled)  # for other tests
+    elsewhere = filled.rename(filled.with_name("elsewhere"))  # whose paths are noted in what was packed
+    try:
+        made = cache.take_over(cache.packed(filled), tmp_path / "there")
+        assert made["target"] == "sm_90" and made["kernels"] == 2 and {"commit", "versions"} <= made.keys()
+        assert launches(monkeypatch) == [True, True]
+        assert sorted({file.suffix for file in (tmp_path / "there").rglob("*.*")}) == [".cubin", ".json"]
+    finally:
+        elsewhere.rename(filled)
 
 
 def test_without_its_kernels_a_launch_compiles_and_is_counted(filled, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "as before")
-    moved = tmp_path / "there"
-    shutil.copytree(filled, moved)
-    for group in moved.glob("*/__grp___layer_norm*"):
-        group.unlink()
-    cache.take_over(moved)
+    archive = repacked(filled, tmp_path, "*/__grp___layer_norm*")
+    cache.take_over(Path(archive), tmp_path / "there")
     assert sorted(launches(monkeypatch)) == [False, True]
 
 
@@ -93,17 +100,14 @@ def test_what_is_missing_is_compiled_and_counted_and_what_does_not_compile_named
     names, filled, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TRITON_CACHE_DIR", "as before")
-    moved = tmp_path / "there"
-    shutil.copytree(filled, moved)
-    (group,) = moved.glob("*/__grp___layer_norm*")
-    shutil.rmtree(group.parent)
-    cache.take_over(moved)
+    archive = repacked(filled, tmp_path, "*/__grp___layer_norm*")
+    cache.take_over(Path(archive), tmp_path / "there")
     record = cache.complete(1, None, [*names, "no such kernel"])
     failed = record.pop("failed")
     assert record == {"kernels": 3, "found": 1, "compiled": 1, "left": 0}
     assert failed == {"no such kernel": "KeyError: 'no such kernel'"}
 
 
-def test_a_folder_without_kernels_is_taken_as_empty(tmp_path, monkeypatch):
+def test_a_missing_file_is_taken_as_empty(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "as before")
-    assert cache.take_over(tmp_path) is None
+    assert cache.take_over(tmp_path / "none.tar.gz", tmp_path / "there") is None

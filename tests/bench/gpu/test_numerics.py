@@ -49,6 +49,11 @@ def test_tests_that_were_all_skipped_have_measured_nothing(tests):
     assert record["skipped_because"] == ["no second GPU"]
 
 
+def test_a_run_without_any_test_has_measured_nothing(tests):
+    record = numerics.run_tests("-k", "nothing", tests=tests, seconds=100)
+    assert record["status"] == "not measured: there are no such tests"
+
+
 def test_a_test_run_that_dies_is_a_failure(tests):
     tests.write_text("import os\nos._exit(3)\n")
     record = numerics.run_tests(tests=tests, seconds=100)

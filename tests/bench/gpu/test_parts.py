@@ -86,13 +86,15 @@ def breaks(runtime, model, images, toy):
     ],
 )
 def test_a_runtime_that_is_wrong_or_breaks_has_no_figure_and_the_others_have(monkeypatch, prepare, says):
-    real, bad = models.prepare, models.RUNTIMES[1]
+    real = models.prepare
+    by_name = {runtime.name: runtime for runtime in models.RUNTIMES}
+    bad, right = by_name["compact, eager"], by_name["dense, compiled"]
 
     def prepared(runtime, *arguments):
         return (prepare if runtime is bad else real)(runtime, *arguments)
 
     monkeypatch.setattr(models, "prepare", prepared)
-    record = models.measure("DeiT-S", 2, (models.OURS, bad, models.RUNTIMES[4]), context())
+    record = models.measure("DeiT-S", 2, (models.OURS, bad, right), context())
     statuses = {name: own["status"] for name, own in record["timed"].items()}
     assert statuses[bad.name].startswith(says) and "median_seconds" not in record["timed"][bad.name]
     assert statuses["ours"] == statuses["dense, compiled"] == MEASURED
@@ -165,7 +167,7 @@ def full_results():
     return {
         "hardware": {"gpu": "a GPU", "cuda": "13.0", "driver": "580"},
         "environment": {"torch": "2", "date": "today", "cpu": "a CPU"},
-        "triton": "3", "commit": "0" * 40, "modified": False,
+        "triton": "3", "rehearsal": False, "commit": "0" * 40, "modified": False,
         "cache": {"kernels": 9, "found": 8, "compiled": 1, "failed": {}, "left": 0, "seconds": 1.0},
         "parts": parts,
     }  # fmt: skip

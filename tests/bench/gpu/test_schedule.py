@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from bench.gpu.cases import MEASURED, Case, Part
+from bench.gpu.cases import MEASURED, NOT_DONE, Case, Part
 from bench.gpu.schedule import TIME_IS_UP, Schedule
 
 PARTS = (Part("a", "no module", 0.5), Part("b", "no module", 0.3), Part("c", "no module", 0.2))
 DONE = MEASURED
 FAILED = "failed: RuntimeError: broken"
-LATE = "failed: not done in time"
+LATE = f"{NOT_DONE} in time"
 
 
 class Clock:
@@ -86,9 +86,23 @@ def test_when_the_time_is_up_the_rest_is_named_and_nothing_runs_past_the_end(reh
     assert spent == 100
     assert statuses == {
         "a1": DONE, "a2": DONE, "a3": DONE, "b1": DONE, "b2": DONE, "b3": TIME_IS_UP,
-        "c1": LATE, "c2": TIME_IS_UP,
+        "c1": TIME_IS_UP, "c2": TIME_IS_UP,
     }  # fmt: skip
     assert all(at + limit <= 100 for _, at, limit in began)
+
+
+def test_what_outlasts_its_part_by_much_is_ended_and_gets_another_chance(rehearse):
+    statuses, began, spent = rehearse({"a1": 40, "a2": 45, "b1": 5, "c1": 5}, seconds=120, limit=50)
+    # a's 60 seconds and 20 more are over at 80; b and c leave 30, which are not enough either.
+    assert [(name, at) for name, at, _ in began] == [
+        ("a1", 0),
+        ("a2", 40),
+        ("b1", 80),
+        ("c1", 85),
+        ("a2", 90),
+    ]
+    assert [limit for name, _, limit in began if name == "a2"] == [40, 30]
+    assert statuses == {"a1": DONE, "a2": TIME_IS_UP, "b1": DONE, "c1": DONE} and spent == 120
 
 
 def test_a_case_that_takes_too_long_is_ended_by_its_own_limit(rehearse):

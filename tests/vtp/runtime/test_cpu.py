@@ -212,7 +212,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Run `code` in a process of its own, where tests can be imported."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        cwd=ROOT,
+        cwd=Path(__file__).parent,  # which holds no package that would be imported first
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,
