@@ -647,7 +647,7 @@ def test_gates_of_another_dtype_are_refused(tmp_path):
 
 
 def test_without_a_terminal_progress_is_plain_lines_and_can_be_silenced(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(vtp.progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(vtp.training.progress, "LINE_SECONDS", 0.0)
     run(tmp_path, replace(SPARSE, epochs=1), stage="sparse", progress=True)
     output = capsys.readouterr().out
     assert "sparse 1/1 step 1/6  loss" in output
@@ -662,7 +662,7 @@ def test_without_a_terminal_progress_is_plain_lines_and_can_be_silenced(tmp_path
 def test_on_a_terminal_progress_is_a_bar_if_there_is_room_and_shows_all_figures(tmp_path, monkeypatch, width):
     screen = io.StringIO()
     console = Console(force_terminal=True, file=screen, width=width, color_system=None)
-    monkeypatch.setattr(vtp.progress, "get_console", lambda: console)
+    monkeypatch.setattr(vtp.training.progress, "get_console", lambda: console)
     run(tmp_path, replace(SPARSE, epochs=2), stage="sparse", progress=True)
     last = screen.getvalue().replace("\r", "\n").split("sparse 2/2")[-1].splitlines()[0]
     assert all(part in last for part in ("loss", "top-1", "zero", "0:00 left", "img/s"))
