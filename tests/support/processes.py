@@ -7,8 +7,8 @@ process from scratch imports PyTorch again.
 import multiprocessing
 from multiprocessing.context import ForkServerContext
 
-# Nothing of the project. With timm comes Triton: the interpreter of kernels, which has to set TRITON_INTERPRET
-# before, starts from scratch.
+# Nothing of the project. With timm comes Triton: the interpreter of kernels starts from scratch, as it has to
+# set TRITON_INTERPRET before.
 PRELOADED = ["torch", "torchvision", "timm"]
 
 
