@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_shipped_baseline_loads_and_is_better_than_chance():
     from vtp.checkpoint import read_metadata
 
     model = open_model("fashion-deit")
-    file = pipeline.resources.files("vtp") / "baselines" / "fashion_deit.safetensors"
+    file = resources.files("vtp") / "baselines" / "fashion_deit.safetensors"
     assert read_metadata(file)["user"]["top1"] > 85
     assert vtp.count(model).params < 5_000_000 / 4
 

@@ -281,6 +281,7 @@ ODD_CASES = [
 ]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("case", ODD_CASES, ids=str)
 def test_forward_at_odd_widths(interpreter, case, descriptors):

@@ -191,6 +191,7 @@ ODD_CASES = [
 ]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("case", ODD_CASES, ids=str)
 def test_fused_kernel_at_odd_widths(interpreter, case, descriptors):

@@ -13,6 +13,7 @@ import vtp
 from tests.support.gated_linear_cases import DTYPES, L1, NAMES, inputs, reference, references
 from tests.support.numerics import assert_close_to_float64
 from tests.support.op_checks import check_compilation, check_export, leaves, saved_by, with_layout
+from tests.support.processes import forks
 from vtp_kernels import gated_linear, library
 from vtp_kernels.gated_linear import gated_linear_ref
 
@@ -311,7 +312,8 @@ class TestTransforms:
         assert torch.equal(gradient, other.gate.grad)
 
     def test_data_parallel_ranks_agree_on_the_gradients_bit_for_bit(self, tmp_path):
-        torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)
+        forks()  # of which these are two
+        torch.multiprocessing.start_processes(_rank, (tmp_path,), nprocs=2, start_method="forkserver")
         first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
         alone = [_gradients(_gated_model(), rank) for rank in range(2)]
         for name, gradient in first.items():

@@ -147,6 +147,15 @@ def test_one_sparse_model_is_cut_at_any_rate_without_being_changed(tiny):
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_value_widths_have_every_head_also_those_that_are_gone(tiny, gone):
+    plan = vtp.make_plan(tiny, rate=0.0)
+    width = plan.head_dim
+    kept = {"blocks.0.attn.proj": tuple(i for i in range(3 * width) if i // width != gone)}
+    plan = dataclasses.replace(plan, kept={**plan.kept, **kept})
+    assert plan.value_widths(0) == tuple(0 if head == gone else width for head in range(3))
+
+
 def test_same_gates_in_another_model_object_give_the_same_plan(tiny):
     assert vtp.make_plan(copy.deepcopy(tiny), macs=12_000) == vtp.make_plan(tiny, macs=12_000)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import time
 from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vtp.training.progress
+from tests.support.processes import forks
 from vtp.model.architecture import describe
 from vtp.pruning.compact import compact
 from vtp.pruning.gates import insert_gates, sites
@@ -126,14 +127,9 @@ def assert_same_run(result, expected) -> None:
     assert untimed(result.history) == untimed(expected.history)
 
 
-def spawn(function, *arguments) -> multiprocessing.Process:
-    """Start function in a new process, with one thread as in this one.
-
-    A forked one would be quicker to start, but hangs where its parent has used threads before.
-    """
-    process = multiprocessing.get_context("spawn").Process(
-        target=_with_one_thread, args=(function, *arguments)
-    )
+def start(function, *arguments) -> ForkServerProcess:
+    """Start function in a new process, with one thread as in this one."""
+    process = forks().Process(target=_with_one_thread, args=(function, *arguments))
     process.start()
     return process
 
@@ -286,7 +282,7 @@ def _killed(folder: Path) -> None:
 
 def test_a_run_killed_in_mid_epoch_resumes_to_the_same_end(tmp_path, whole):
     expected, _ = whole("everything")
-    process = spawn(_killed, tmp_path)
+    process = start(_killed, tmp_path)
     process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL
     with open(tmp_path / "metrics.jsonl", "a") as file:  # as if it had died while it wrote the third line
@@ -321,7 +317,7 @@ def _stopped_with_its_group(folder: Path, config: TrainConfig) -> None:
 
 def test_a_signal_to_the_whole_group_does_not_break_the_step_by_killing_its_data_workers(tmp_path):
     config = replace(CONFIG, epochs=1, workers=1)
-    process = spawn(_stopped_with_its_group, tmp_path, config)
+    process = start(_stopped_with_its_group, tmp_path, config)
     process.join(timeout=120)
     assert process.exitcode == 128 + signal.SIGTERM
     assert_same_run(run(tmp_path, config, resume=True), run(tmp_path / "whole", config))
@@ -445,7 +441,7 @@ def test_two_processes_stay_equal_bit_for_bit_and_one_of_them_writes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [spawn(_rank, rank, port, tmp_path) for rank in (0, 1)]
+    ranks = [start(_rank, rank, port, tmp_path) for rank in (0, 1)]
     for process in ranks:
         process.join(timeout=120)
     assert [process.exitcode for process in ranks] == [0, 0]
@@ -647,7 +643,7 @@ def test_gates_of_another_dtype_are_refused(tmp_path):
 
 
 def test_without_a_terminal_progress_is_plain_lines_and_can_be_silenced(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(vtp.progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(vtp.training.progress, "LINE_SECONDS", 0.0)
     run(tmp_path, replace(SPARSE, epochs=1), stage="sparse", progress=True)
     output = capsys.readouterr().out
     assert "sparse 1/1 step 1/6  loss" in output
@@ -662,7 +658,7 @@ def test_without_a_terminal_progress_is_plain_lines_and_can_be_silenced(tmp_path
 def test_on_a_terminal_progress_is_a_bar_if_there_is_room_and_shows_all_figures(tmp_path, monkeypatch, width):
     screen = io.StringIO()
     console = Console(force_terminal=True, file=screen, width=width, color_system=None)
-    monkeypatch.setattr(vtp.progress, "get_console", lambda: console)
+    monkeypatch.setattr(vtp.training.progress, "get_console", lambda: console)
     run(tmp_path, replace(SPARSE, epochs=2), stage="sparse", progress=True)
     last = screen.getvalue().replace("\r", "\n").split("sparse 2/2")[-1].splitlines()[0]
     assert all(part in last for part in ("loss", "top-1", "zero", "0:00 left", "img/s"))
