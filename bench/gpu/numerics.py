@@ -89,8 +89,17 @@ def cases(toy: bool) -> list[Case]:
 # Whole models
 
 
+def strict() -> None:
+    """PyTorch's operators at their most exact: what they get wrong is the yardstick. By default their
+    convolutions round float32 to TF32, and products in 16 bits may be summed in 16 bits."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def small_model(name: str, context: Context) -> CompactViT:
     """The model with random weights, cut to widths that are unequal in every layer and head."""
+    strict()  # for the life of the process, whose cases all want it
     timm_name, changes = MODELS[name]
     if context.toy:
         changes = TOY | ({"img_size": 28} if "patch14" in timm_name else {})
