@@ -55,7 +55,7 @@ def _phase(lines: list[str]) -> str:
             return _unpacking()
         if line.startswith(("Downloading", "Collecting", "Using cached", "Processing")):
             verb, what = line.removeprefix("Using ").split()[:2]
-            return f"{verb.lower()} {what.rpartition('/')[2]}"
+            return f"{verb.lower()} {'-'.join(what.rpartition('/')[2].split('-')[:2])}"
         if line.startswith(("Building", "Created", "Installing build", "Getting", "Preparing")):
             return line.partition(": ")[0]
     return "starting"
@@ -63,9 +63,16 @@ def _phase(lines: list[str]) -> str:
 
 def _unpacking() -> str:
     """The package that is being unpacked, and how much of it lies there."""
-    folders = [path for path in SITE_PACKAGES.iterdir() if path.is_dir() and path.suffix != ".dist-info"]
-    newest = max(folders, key=lambda path: path.stat().st_mtime)
-    size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+    try:
+        folders = [
+            path
+            for path in SITE_PACKAGES.iterdir()
+            if path.is_dir() and path.suffix != ".dist-info" and path.name != "__pycache__"
+        ]
+        newest = max(folders, key=lambda path: path.stat().st_mtime)
+        size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+    except (OSError, ValueError):  # pip also moves and removes, or has not begun
+        return "unpacking"
     return f"unpacking {newest.name}: {size / 1e6:,.0f} MB"
 
 

@@ -14,9 +14,10 @@ class _Utils:
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 232448, "multiprocessor_count": 132}
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
         assert binary, f"{name}: no machine code"
-        return 0, 0, 32, 0, 1024  # module, function, registers, spills, most threads
+        # No module, as it would be unloaded; function, registers, spills and most threads.
+        return None, 0, 32, 0, 1024
 
 
 class _Launcher:

@@ -98,7 +98,7 @@ def prove(check, case, replacements=(), **kwargs):
 
 def check_fwd(op, data):
     x, weight, bias, index = data.placed("x", "weight", "bias", "index")
-    weight, bias = op._float32(weight), op._float32(bias)
+    weight, bias = (None if t is None else op._float32(t) for t in (weight, bias))
     out = op._launch_fwd(x, weight, bias, index, EPS, data.out_dtype)
     assert out.dtype == data.out_dtype
     data.compare("out", out)
