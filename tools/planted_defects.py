@@ -390,7 +390,7 @@ def caught_by(defect: Defect, folder: Path) -> str | None:
     finally:
         file.write_text(before, encoding="utf-8")
         library.write_bytes(built)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
     if failed is None and status != 0:
         raise RuntimeError(f"{defect.file}: the tests did not run:\n{output[-4000:]}")
     return failed and failed[1]
