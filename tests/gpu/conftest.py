@@ -62,8 +62,10 @@ def device():
 
 @pytest.fixture(autouse=True)
 def strict_yardstick():
-    """PyTorch's error in the same dtype is the yardstick: sums in 16 bits would make it a lenient one."""
+    """PyTorch's error in the same dtype is the yardstick: sums in 16 bits would make it a lenient one. And
+    convolutions, which are the same on both sides, would round float32 to TF32."""
     matmul = torch.backends.cuda.matmul  # computes its attributes: monkeypatch could not put them back
+    before_tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
     before = [getattr(matmul, name) for name in names], torch.get_float32_matmul_precision()
     for name in names:
@@ -73,6 +75,7 @@ def strict_yardstick():
     for name, value in zip(names, before[0], strict=True):
         setattr(matmul, name, value)
     torch.set_float32_matmul_precision(before[1])
+    torch.backends.cudnn.allow_tf32 = before_tf32
 
 
 @pytest.fixture

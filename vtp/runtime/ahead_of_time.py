@@ -2,8 +2,10 @@
 
     python -m vtp.runtime.ahead_of_time FILE.safetensors --target sm_90 [--dtype bfloat16] [--cache FOLDER]
 
-Served with TRITON_CACHE_DIR=FOLDER, the model finds every kernel compiled, at any batch size. Exit status: 0;
-1 where a kernel does not compile; 2 where there is nothing to compile or nothing to compile it with.
+Served with TRITON_CACHE_DIR=FOLDER, the model finds every kernel compiled, at any batch size; with the same
+version of Triton, and with the folder at the same path, as Triton notes absolute paths in it.
+
+Exit status: 0; 1 where a kernel does not compile; 2 where there is nothing to compile or to compile it with.
 """
 
 import argparse
