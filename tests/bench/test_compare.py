@@ -374,7 +374,7 @@ def test_a_planted_slow_down_that_is_not_seen_is_a_failure():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda logits: logits * 1.001,
+        lambda logits: logits * 1.0001,
         lambda logits: logits.flip(0),
         lambda logits: logits[:1],
         lambda logits: torch.full_like(logits, torch.nan),
@@ -507,6 +507,9 @@ def test_results_of_another_machine_are_not_mixed_in(measured, tmp_path, capsys)
     content = results(measured)
     content["environment"]["date"] = "2020-01-01"
     assert bench.same_machine(content, results(measured))
+    content["environment"]["threads"] += 1
+    assert not bench.same_machine(content, results(measured))
+    content["environment"]["threads"] -= 1
     content["hardware"]["isa"] = ["avx"]
     out.write_text(json.dumps(content))
     assert run(out) == 2

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from safetensors.torch import save_file
 
 import vtp
 from tests.support.models import TINY, build, gated
+from vtp import cli
 from vtp.cli import main
 from vtp.comparison import own_model
+from vtp.files import FileError
+from vtp.training.loop import NonFiniteLossError, TrainingInterrupted
 
 COMMANDS = ("run", "train", "prune", "finetune", "eval", "bench", "inspect")
 
@@ -497,3 +501,23 @@ def test_bench_names_the_branches_where_time_is_lost(files, monkeypatch, capsys)
     printed = capsys.readouterr().out
     assert "Where our engine loses most of what MACs promise" in printed
     assert re.search(r"blocks\.\d+\.(attn|mlp) .* (into fc1|into qkv)", printed)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (TrainingInterrupted("stopped after step 3", signal.SIGTERM), 143, "vtp: stopped after step 3"),
+        (TrainingInterrupted("stopped after step 3", signal.SIGINT), 130, "vtp: stopped after step 3"),
+        (KeyboardInterrupt(), 130, "vtp: interrupted; a run continues with --resume"),
+        (NonFiniteLossError("the loss is nan"), 1, "vtp: error: the loss is nan"),
+        (FileError("no such file"), 2, "vtp: error: no such file"),
+    ],
+    ids=["sigterm", "sigint", "ctrl-c", "not-finite", "bad-input"],
+)
+def test_exit_status_and_last_line_say_why_a_run_ended(monkeypatch, tmp_path, capsys, error, status, says):
+    def end(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli, "run", end)
+    assert cli.main(["run", "--out", str(tmp_path / "run")]) == status
+    assert capsys.readouterr().err.strip() == says

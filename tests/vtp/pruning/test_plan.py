@@ -147,6 +147,20 @@ def test_one_sparse_model_is_cut_at_any_rate_without_being_changed(tiny):
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_what_a_budget_gives_back_to_a_vector_is_its_best_group_never_a_small_one_that_fits(tiny, kind):
+    scores = scores_of(tiny)
+    dense = getattr(vtp.make_plan(tiny, rate=0.0).cost, kind)
+    for share in np.linspace(0.5, 0.99, 50):
+        plan = vtp.make_plan(tiny, **{kind: share * dense}, round_to=6, min_keep=0)  # of 20: 6, 6, 6 and 2
+        for name in ("attn.qkv", "mlp.fc1", "mlp.fc2"):
+            for block in range(2):
+                site = f"blocks.{block}.{name}"
+                best_first = np.argsort(-scores[site])
+                kept = plan.kept[site]
+                assert set(kept) == set(best_first[: len(kept)].tolist()), (share, site)
+
+
 @pytest.mark.parametrize("gone", [0, 1, 2])
 def test_value_widths_have_every_head_also_those_that_are_gone(tiny, gone):
     plan = vtp.make_plan(tiny, rate=0.0)

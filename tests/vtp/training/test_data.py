@@ -460,11 +460,25 @@ def test_file_that_is_no_image_is_named(image_folder: Path) -> None:
             lambda raw: gzip.compress(gzip.decompress(raw)[:-1], compresslevel=1),
             "got 7840015 bytes, expected 7840016",
         ),
+        (
+            lambda raw: gzip.compress(gzip.decompress(raw) + b"\0", compresslevel=1),
+            "got 7840017 bytes, expected 7840016",
+        ),
         (lambda raw: gzip.compress(b"\x00\x00\x0d\x03" + bytes(12)), "not an idx file of unsigned bytes"),
         (lambda raw: gzip.compress(b"\x00\x00\x08\x03\x00"), "truncated or corrupt"),
         (lambda raw: gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x02ab"), "do not belong together"),
     ],
-    ids=["cut", "bad end", "empty", "no gzip", "one byte short", "floats", "cut header", "labels for images"],
+    ids=[
+        "cut",
+        "bad end",
+        "empty",
+        "no gzip",
+        "one byte short",
+        "one too many",
+        "floats",
+        "cut header",
+        "labels for images",
+    ],
 )
 def test_damaged_idx_file_is_refused_by_name(idx_folder: Path, damage, message: str) -> None:
     path = idx_folder / "train-images-idx3-ubyte.gz"

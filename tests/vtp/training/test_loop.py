@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
@@ -305,10 +307,12 @@ def assert_one_event_a_step(folder: Path, steps: int) -> None:
 
 def _stopped_with_its_group(folder: Path, config: TrainConfig) -> None:
     def signal_group(_: torch.nn.Module, updates: int) -> None:
-        if updates == 3:
-            os.killpg(0, signal.SIGTERM)
+        if updates == 3:  # from another process, as a shell: a worker takes that of its parent for its end
+            subprocess.run(["kill", "-s", "TERM", "--", f"-{os.getpgrp()}"])
+            time.sleep(0.5)  # in which a worker that was hit would die
 
     os.setpgid(0, 0)
+    multiprocessing.set_start_method("fork", force=True)  # for workers that begin in this group
     try:
         run(folder, config, after_step=signal_group)
     except TrainingInterrupted as stopped:
