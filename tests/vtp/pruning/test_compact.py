@@ -126,9 +126,16 @@ def architectures(draw) -> Architecture:
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(architectures(), st.integers(0, 10**6), st.floats(0, 0.99), st.sampled_from([0.0, 0.2, 0.7, 1.0]))
-def test_compact_is_exact_for_any_architecture_and_plan(architecture, seed, removed, dead_sites):
+@pytest.mark.parametrize("examples", [20, pytest.param(60, marks=pytest.mark.thorough)])
+def test_compact_is_exact_for_any_architecture_and_plan(examples):
+    limits = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+    drawn = given(
+        architectures(), st.integers(0, 10**6), st.floats(0, 0.99), st.sampled_from([0.0, 0.2, 0.7, 1.0])
+    )
+    settings(max_examples=examples, **limits)(drawn(check_any_cut))()
+
+
+def check_any_cut(architecture, seed, removed, dead_sites):
     model = gated(build(architecture, seed=seed), seed=seed)
     plan = random_plan(model, seed, removed=removed, dead_sites=dead_sites)
     small, x = vtp.compact(model, plan), image(model)

@@ -316,6 +316,7 @@ def test_exports_with_a_dynamic_batch(dtype, tmp_path):
         torch.testing.assert_close(again(images), fast(images))
 
 
+@pytest.mark.thorough  # compiles for a minute; the exported program that it starts from has quick tests
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
 @pytest.mark.skipif(sys.platform != "linux", reason="packages are tested on Linux")
 def test_packages_with_aotinductor(tmp_path):

@@ -90,11 +90,14 @@ INFERENCE = {
     "dead-heads-and-branches": ("dead-parts", {"depth": 3}, 3),
     "deit-tiny-block-197-tokens": ("deit-tiny", {"img_size": 224, "depth": 1}, 1),
 }
+WIDE = ("deit-tiny", "deit-base-block")  # more of the same blocks, and wider ones
 
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize(("dtype", "side"), [("f32", "end"), ("bf16", "begin")])
-@pytest.mark.parametrize("case", INFERENCE)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.thorough if case in WIDE else ()) for case in INFERENCE]
+)
 def test_packed_model_on_its_kernels_is_as_close_to_float64_as_pytorch(interpreter, case, dtype, side):
     name, changes, batch = INFERENCE[case]
     interpreter.run(check_inference, name, changes, DTYPES[dtype], batch, side)

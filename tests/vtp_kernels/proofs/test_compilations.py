@@ -297,6 +297,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(good, tmp_path, monk
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.thorough  # that other processes compile, the next test shows too
 def test_report_then_check_compile_in_other_processes_and_agree(toy, tmp_path, capsys):
     path = tmp_path / "report.json"
     chosen = ["--targets", "sm_80", "--jobs", "1"]
