@@ -430,6 +430,7 @@ def test_a_missing_library_is_shown_with_its_reason(tmp_path, monkeypatch, capsy
     assert "openvino" in written["OpenVINO, float32"]["reason"]
 
 
+@pytest.mark.thorough  # what is exported computes the same in test_export.py
 @pytest.mark.parametrize("package, name", [("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")])
 def test_an_installed_library_computes_the_compact_model(package, name):
     pytest.importorskip(package)
@@ -461,6 +462,7 @@ def test_compiled_models_of_one_class_do_not_recompile_for_each_other():
                 assert relative_error(call(subject.images), subject.exact) < 1e-5
 
 
+@pytest.mark.thorough
 def test_what_is_measured_is_taken_up_and_fresh_measures_again(measured, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.json"
     out.write_text(measured.read_text())

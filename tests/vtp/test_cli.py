@@ -474,6 +474,7 @@ def test_bench_refuses_bad_input_before_it_measures(files, tmp_path, refused, mo
     assert "argument --threads: got 100000, expected at most" in capsys.readouterr().err
 
 
+@pytest.mark.thorough  # each step of it has a test of its own
 def test_profiled_widths_give_a_plan_for_a_latency(files, tmp_path, monkeypatch, refused, capsys):
     monkeypatch.setenv("VTP_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "small.safetensors"

@@ -179,6 +179,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.thorough  # a killed stage resumes in test_loop.py, and takes a quarter of the time
 def test_run_killed_in_the_middle_of_sparse_training_resumes_to_the_same_bits(
     folder, tmp_path, monkeypatch, one_thread
 ):

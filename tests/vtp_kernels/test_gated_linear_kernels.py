@@ -299,7 +299,7 @@ def test_the_odd_widths_are_on_every_axis():
     assert all(sorted(axis) == widths for axis in zip(*ODD, strict=True))
 
 
-@pytest.mark.covering(by=lambda kernel, case: (kernel, case.dtypes, case.side, (case.M, case.K, case.N)))
+@pytest.mark.covering(1, by=lambda kernel, case: ((kernel, case.dtypes), case.side, (case.M, case.K, case.N)))
 @pytest.mark.parametrize("case", ODD_CASES, ids=str)
 @pytest.mark.parametrize("kernel", CHECKS)
 def test_product_at_odd_widths(interpreter, kernel, case):

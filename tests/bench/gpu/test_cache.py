@@ -96,6 +96,7 @@ def test_without_its_kernels_a_launch_compiles_and_is_counted(filled, tmp_path, 
     assert sorted(launches(monkeypatch)) == [False, True]
 
 
+@pytest.mark.thorough
 def test_what_is_missing_is_compiled_and_counted_and_what_does_not_compile_named(
     names, filled, tmp_path, monkeypatch
 ):

@@ -56,6 +56,7 @@ raise SystemExit(main({{arguments}}, [Part("ops", {PART.module!r}, 1.0)]))
 """
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_ended_keeps_what_it_measured_and_leaves_no_process(tmp_path):
     out = tmp_path / "out"
     arguments = ["--rehearse", "--out", str(out), "--cache", str(tmp_path / "none")]

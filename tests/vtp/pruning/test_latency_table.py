@@ -456,6 +456,7 @@ def _dense(architecture):
 # --------------------------------------------------------------------------------- bench/latency_budget.py
 
 
+@pytest.mark.thorough
 def test_script_compares_prediction_and_measurement(table, model, tmp_path, capsys, one_thread):
     store_table(made_up())  # of one thread
     out = tmp_path / "results.json"

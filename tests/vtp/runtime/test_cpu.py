@@ -253,13 +253,16 @@ def check_models(names: Sequence[str], shapes: Sequence[str], random_models: int
 # Kernels differ by instruction set and the engine does not: a few models meet all of them.
 FEW = (["tiny", "deit-tiny"], ["odd-head-width", "one-head", "qk-norm-of-odd-width"], 8)
 EVERY = (["tiny", *MODELS], list(SHAPES), 30)
+NATIVE = ("avx2", "avx512")  # whose every kernel test_cpu_native.py compares with plain loops
 
 
 @built
 @pytest.mark.parametrize(
     "models", [pytest.param(FEW, id="few"), pytest.param(EVERY, id="every", marks=pytest.mark.thorough)]
 )
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough if name in NATIVE else ()) for name in SETS]
+)
 def test_every_instruction_set_of_this_machine_is_as_close_to_float64_as_pytorch(name, models):
     if name not in sets_here():
         pytest.skip(f"this machine has no {name}")
@@ -687,7 +690,9 @@ print(*[w.message for w in caught if "vtp_kernels" in str(w.message)], sep="\\n"
 """
 
 
-@pytest.mark.parametrize("broken", [False, True], ids=["missing", "broken"])
+@pytest.mark.parametrize(
+    "broken", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["missing", "broken"]
+)
 def test_an_extension_that_is_missing_or_broken_is_said_once(tmp_path, broken):
     shutil.copytree(ROOT / "vtp_kernels", tmp_path / "vtp_kernels", ignore=shutil.ignore_patterns("*.so"))
     if broken:

@@ -133,6 +133,7 @@ def test_a_list_that_claims_to_be_long_takes_no_memory_to_refuse(memory_checked)
     check(memory_checked, "claims")
 
 
-@pytest.mark.parametrize("group", [pytest.param("threads", marks=pytest.mark.thorough), "callers"])
+@pytest.mark.thorough  # a build of its own
+@pytest.mark.parametrize("group", ["threads", "callers"])
 def test_threads_and_callers_do_not_race(thread_checked, group):
     check(thread_checked, group)

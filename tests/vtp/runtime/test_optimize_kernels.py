@@ -90,7 +90,7 @@ INFERENCE = {
     "dead-heads-and-branches": ("dead-parts", {"depth": 3}, 3),
     "deit-tiny-block-197-tokens": ("deit-tiny", {"img_size": 224, "depth": 1}, 1),
 }
-WIDE = ("deit-tiny", "deit-base-block")  # more of the same blocks, and wider ones
+WIDE = ("deit-tiny", "deit-base-block", "deit-tiny-block-197-tokens")  # more of the same, wider, longer
 
 
 @pytest.mark.covering(1)

@@ -297,7 +297,7 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(good, tmp_path, monk
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.thorough  # that other processes compile, the next test shows too
+@pytest.mark.thorough  # so it does, and for longer
 def test_report_then_check_compile_in_other_processes_and_agree(toy, tmp_path, capsys):
     path = tmp_path / "report.json"
     chosen = ["--targets", "sm_80", "--jobs", "1"]
@@ -308,6 +308,7 @@ def test_report_then_check_compile_in_other_processes_and_agree(toy, tmp_path, c
     assert "4 of 4 variants compiled, 0 failures" in capsys.readouterr().out
 
 
+@pytest.mark.thorough  # starts processes that import PyTorch, five times
 def test_a_crash_of_the_compiler_is_one_failure_among_results(toy, monkeypatch):
     monkeypatch.setenv("AOT_TROUBLE", "1")
     records = compilations.compile_all(compilations.tasks(["sm_80"], ["toy"]), jobs=2)
