@@ -98,6 +98,17 @@ def get_requires_for_build_editable(config_settings: dict | None = None) -> list
     return build_meta.get_requires_for_build_editable(config_settings) + build_requirements()
 
 
+def build_wheel(
+    wheel_directory: str, config_settings: dict | None = None, metadata_directory: str | None = None
+) -> str:
+    """setuptools' wheel, without what an earlier build of another version has left in `build`."""
+    from setuptools import build_meta
+
+    for left in Path("build").glob("lib*"):
+        shutil.rmtree(left)
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
 def _say() -> None:
     reason = why_pure_python()
     if reason is not None:

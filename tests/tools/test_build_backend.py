@@ -31,6 +31,17 @@ def test_a_build_without_pytorch_asks_for_one_whose_stable_abi_the_operators_use
     assert "torch>=2.10" in backend.get_requires_for_build_editable()
 
 
+def test_a_wheel_has_no_module_of_an_earlier_build(backend, tmp_path, monkeypatch):
+    from setuptools import build_meta
+
+    stale = tmp_path / "build" / "lib" / "vtp" / "engine.py"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build_meta, "build_wheel", lambda *arguments: str(stale.exists()))
+    assert backend.build_wheel("out") == "False"
+
+
 @pytest.mark.parametrize(
     "prepare, says",
     [

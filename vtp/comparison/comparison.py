@@ -6,13 +6,6 @@ ours is called once or twice and then stays out, unless its calls are short.
 """
 
 import contextlib
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 import copy
 import gc
 import math
@@ -26,7 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vtp.comparison.runtimes import REPEAT, Run, Runtime, Unsupported, prepare_eager
 from vtp.machine import memory_bytes, peak_bytes

@@ -163,6 +163,8 @@ def verdict(record: Record, runtime: str) -> str:
     if removed <= 0:
         return f"{runtime}: nothing was pruned: {speedup:.2f}x the speed of the dense model"
     figures = f"{removed:.0%} fewer MACs, {speedup:.2f}x the speed of the dense model"
+    if speedup < 1:
+        return f"{runtime}: pruning did not pay: {figures}; it is slower than the dense model"
     if share >= PAID:
         return f"{runtime}: pruning paid: {figures}"
     if share >= IN_PART:

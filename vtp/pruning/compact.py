@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vtp.model.architecture import Architecture, describe
+from vtp.model.widths import SITES
 from vtp.pruning.gates import sites
 from vtp.pruning.plan import PlanError, PruningPlan
 from vtp_kernels.compact_linear import compact_linear
@@ -236,7 +237,7 @@ def _activation(architecture: Architecture) -> nn.Module:
 
 
 def _site_names(block: int) -> list[str]:
-    return [f"blocks.{block}.{site}" for site in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    return [f"blocks.{block}.{site}" for site in SITES]
 
 
 class CompactViT(VisionTransformer):

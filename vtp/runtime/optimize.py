@@ -40,7 +40,6 @@ from vtp_kernels.library import autocast_is_on
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@torch.no_grad()
 def optimize(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedViT":
     """Pack a CompactViT for inference on its device. The result shares no memory with it.
 

@@ -39,6 +39,17 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path, mon
         export_onnx(compact_model().train(), file)
     with pytest.raises(ValueError, match="model: on meta, expected cpu"):
         export_onnx(compact_model().to("meta"), file)
+    with pytest.raises(TypeError, match="model: got one with gates"):
+        export_onnx(gated(build(TINY, torch.float32)).eval(), file)
+    for shape in ((3, 8), (1, 0, 8), [1, 8, 8]):
+        with pytest.raises(ValueError, match="image_shape: got"):
+            export_onnx(small, file, shape)
+    with pytest.raises(vtp.FileError):
+        export_onnx(small, tmp_path / "missing" / "model.onnx")
+    monkeypatch.setattr("vtp.runtime.export.onnx.MOST_BYTES", 100)
+    with pytest.raises(ValueError, match="GiB of weights, expected less than the 2 GiB"):
+        export_onnx(small, file)
+    monkeypatch.undo()
     monkeypatch.setattr("vtp.runtime.export.onnx.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"onnx and onnxscript: pip install 'vtp\[onnx\]'"):
         export_onnx(small, file)

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vtp.files import write_atomic
+from vtp.files import refuse_unwritable, write_atomic
+from vtp.pruning.gates import GatedLinear
 from vtp.runtime.optimize import OptimizedViT
 
 PACKAGES = ("onnx", "onnxscript")  # that PyTorch's exporter needs
+MOST_BYTES = 2**31  # of a protocol buffer, which an ONNX file is
 
 
 def export_onnx(model: nn.Module, path: str | Path, image_shape: tuple[int, int, int] | None = None) -> None:
@@ -25,13 +27,15 @@ def export_onnx(model: nn.Module, path: str | Path, image_shape: tuple[int, int,
         image_shape: (channels, height, width) of an image; None takes the model's own.
 
     Raises:
-        TypeError: the model is packed (`vtp.optimize`): export the compact model that it was made from.
-        ValueError: the model is in training mode or not on the CPU.
+        TypeError: the model is packed (`vtp.optimize`) or gated: export a compact or dense model.
+        ValueError: the model is in training mode, not on the CPU, or over 2 GiB, which no ONNX file holds; or
+            `image_shape` is not three positive integers.
         ModuleNotFoundError: a package of `PACKAGES` is not installed; the message says how to get it.
         FileError: the file cannot be written.
     """
     if image_shape is None and hasattr(model, "patch_embed"):
         image_shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    refuse_unwritable(path)
     exported = onnx_bytes(model, image_shape)
     write_atomic(path, lambda temporary: temporary.write_bytes(exported))
 
@@ -46,15 +50,25 @@ def onnx_bytes(model: nn.Module, image_shape: tuple[int, ...]) -> bytes:
             "model: got OptimizedViT, whose kernels no other runtime has; export the compact model that it "
             "was made from"
         )
+    if any(isinstance(module, GatedLinear) for module in model.modules()):
+        raise TypeError("model: got one with gates, expected what vtp.compact(gated, plan) makes of it")
     if model.training:
         raise ValueError("model: got one in training mode, expected model.eval()")
-    parameter = next(model.parameters())
+    tensors = [*model.parameters(), *model.buffers()]
+    parameter = tensors[0]
     if parameter.device.type != "cpu":
         raise ValueError(f"model: on {parameter.device}, expected cpu")
+    size = sum(tensor.nbytes for tensor in tensors)
+    if size >= MOST_BYTES:
+        raise ValueError(
+            f"model: {size / 2**30:.1f} GiB of weights, expected less than the 2 GiB of an ONNX file"
+        )
+    if not (isinstance(image_shape, tuple) and len(image_shape) == 3 and all(n > 0 for n in image_shape)):
+        raise ValueError(f"image_shape: got {image_shape}, expected (channels, height, width)")
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ModuleNotFoundError(f"ONNX export needs {' and '.join(missing)}: pip install 'vtp[onnx]'")
     images = torch.zeros(2, *image_shape, dtype=parameter.dtype)  # a size of 1 would become a constant
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.autocast("cpu", enabled=False):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             model,
