@@ -124,7 +124,8 @@ def run_in(
     left would make compilers look fast."""
     device = torch.device("cpu" if options.rehearse else "cuda")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
-    made = cache.take_over(cache.packed(options.cache), folder / "triton")
+    damages: list[str] = []
+    made = cache.take_over(cache.packed(options.cache), folder / "triton", damages.append)
     version = commit()
     if version["commit"] is None and made is not None:  # a copy without its history
         version = {name: made[name] for name in version}
@@ -137,7 +138,7 @@ def run_in(
         "rehearsal": options.rehearse,
         "method": METHOD,
         "arguments": {"parts": [part.name for part in parts], "seconds": options.seconds},
-        "cache": {"filled": made, **_no_kernels()},
+        "cache": {"filled": made, "damaged": damages[0] if damages else None, **_no_kernels()},
         "parts": {},
     }
     cases = {part.name: importlib.import_module(part.module).cases(options.rehearse) for part in parts}
