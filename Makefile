@@ -32,12 +32,12 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The accuracy tables of the README: three seeds, about half an hour on two cores; continues where it stopped.
+# The tables of docs/accuracy.md: three seeds, about half an hour on two cores; continues where it stopped.
 accuracy: $(VENV)/installed
 	$(BIN)/python -m bench.accuracy --out runs/accuracy
 
 # The comparisons that the README's claims about speed rest on, beside every runtime that can be installed; half an
-# hour on two cores; continues where it stopped. Writes $(BENCH); what the README shows of it is in bench/results.
+# hour on two cores; continues where it stopped. Writes $(BENCH); what docs/ shows of it is in bench/results.
 bench: $(VENV)/installed-bench $(VENV)/built
 	mkdir -p $(BENCH)
 	$(BIN)/python -m bench.compare --out $(BENCH)/compare.json

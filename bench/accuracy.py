@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import vtp
 from vtp.files import write_atomic
-from vtp.pipeline import RECIPES, environment
+from vtp.machine import environment
+from vtp.pipeline import RECIPES
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data, open_data
 from vtp.training.loaders import Augment

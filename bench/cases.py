@@ -279,7 +279,7 @@ def measure_widths(widths: Sequence[int], dtype: str, budget: Budget, _: Record)
     """A feed-forward branch on our engine at many widths, of fc1's inputs and outputs and fc2's inputs."""
     models = {str(w): FeedForward(WIDTHS_EMBED_DIM, min(w, WIDTHS_EMBED_DIM), w) for w in widths}
     return {"macs": {w: TOKENS * model.macs_per_token for w, model in models.items()}} | compare_runtimes(
-        {w: (_feed_forward_peer(dtype), Subject(model, _tokens(model))) for w, model in models.items()},
+        {w: (_feed_forward_runtime(dtype), Subject(model, _tokens(model))) for w, model in models.items()},
         budget,
     )
 
@@ -288,7 +288,7 @@ def measure_layers(
     embed_dim: int, widths: Sequence[int], runtimes: Sequence[Runtime], budget: Budget, _: Record
 ) -> Record:
     """A feed-forward branch of `embed_dim` inputs at many numbers of hidden units, the last of them dense."""
-    runs = [_feed_forward_peer("float32"), *of(runtimes, ("float32",), "PyTorch eager")]
+    runs = [_feed_forward_runtime("float32"), *of(runtimes, ("float32",), "PyTorch eager")]
     models = {w: FeedForward(embed_dim, embed_dim, w) for w in widths}
     subjects = {w: Subject(model, _tokens(model)) for w, model in models.items()}
     entries = {f"{w}: {runtime.label}": (runtime, subjects[w]) for w in widths for runtime in runs}
@@ -297,7 +297,7 @@ def measure_layers(
     )
 
 
-def _feed_forward_peer(dtype: str, name: str = "ours") -> Runtime:
+def _feed_forward_runtime(dtype: str, name: str = "ours") -> Runtime:
     return Runtime(name, dtype, functools.partial(prepare_blocks, dtype=dtype), ours=True)
 
 
@@ -326,7 +326,7 @@ def measure_rate(size: int, runtimes: Iterable[Runtime], budget: Budget, _: Reco
     model = FeedForward(embed_dim, inputs, hidden, depth=12)
     runtimes, dtypes = [runtime for runtime in runtimes if not runtime.ours], {}
     for runtime in runtimes:
-        dtypes[runtime.dtype] = _feed_forward_peer(runtime.dtype, "ours, feed-forward of DeiT-B")
+        dtypes[runtime.dtype] = _feed_forward_runtime(runtime.dtype, "ours, feed-forward of DeiT-B")
     branches = Subject(model, _tokens(model))
     entries = {p.label: (p, branches) for p in dtypes.values()} | {p.label: (p, square) for p in runtimes}
     record = {"flops": 2 * size**3} | compare_runtimes(entries, budget)

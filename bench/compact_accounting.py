@@ -1,7 +1,7 @@
 """What a compact model moves and multiplies on a GPU, and what else one could run. Predicted.
 
     python -m bench.compact_accounting               # DeiT-B, 40% of dimensions removed: tables and JSON
-    python -m bench.compact_accounting --markdown    # the README's tables, from the file that a run wrote
+    python -m bench.compact_accounting --markdown    # those of docs/gpu-proofs.md, from a run's file
 
 A DeiT gets random gates, so that every layer and every head keeps a width of its own, and is cut by
 `vtp.make_plan`. `vtp.optimize` of the result, and the same compact model in eager PyTorch, run on meta
@@ -33,12 +33,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench.irregular import irregular_models
+from bench.results_file import add_results_file, check_results_file, print_results
 from vtp.files import FileError, write_atomic
+from vtp.machine import environment
 from vtp.model.widths import BlockWidths
-from vtp.pipeline import environment
+from vtp.options import positive
 from vtp.pruning.compact import CompactViT
 from vtp.runtime.optimize import pack_for_ops
-from vtp_kernels import compact_linear  # noqa: F401 (so that its module is loaded)
+from vtp_kernels import compact_linear, launching  # noqa: F401 (the op, so that its module is loaded)
 from vtp_kernels.proofs.roofline import GPUS, Record, Recorder, cdiv, floors, total
 
 RESULTS = Path(__file__).parent / "results" / "compact_accounting.json"
@@ -233,22 +235,42 @@ def tables(content: dict[str, Any]) -> dict[str, Rows]:
     return shown
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def markdown(content: dict[str, Any]) -> str:
+    """All tables, each below its title."""
+    lines = []
+    for title, rows in tables(content).items():
+        first, *others = ["| " + " | ".join(row) + " |" for row in rows]
+        lines += [f"{title}\n", first, "| " + " | ".join(["---"] * len(rows[0])) + " |", *others, ""]
+    return "\n".join(lines)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line and check its options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="deit_base_patch16_224", help="of timm: deit_base_patch16_224")
     parser.add_argument("--rate", type=float, default=0.4, help="share of dimensions to remove: 0.4")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 128], help="images: 1 8 128")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
-    parser.add_argument("--markdown", action="store_true", help="print the file --out; account for nothing")
+    parser.add_argument("--batch", type=positive(int), nargs="+", default=[1, 8, 128], help="images: 1 8 128")
+    add_results_file(parser, RESULTS)
     options = parser.parse_args(argv)
+    if not 0 <= options.rate < 1:
+        parser.error(f"argument --rate: got {options.rate:g}, expected a share of at least 0 and below 1")
+    check_results_file(parser, options)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 2 where nothing can be counted, read or written."""
+    options = parse_arguments(argv)
     if options.markdown:
-        content = json.loads(options.out.read_text(encoding="utf-8"))
-        for title, (first, *rows) in tables(content).items():
-            print(f"{title}\n")
-            print(*("| " + " | ".join(row) + " |" for row in (first, ["---"] * len(first), *rows)), sep="\n")
-            print()
-        return 0
-    small = random_model(options.model, options.rate)
+        return print_results(options.out, markdown)
+    if not launching.HAS_TRITON:
+        print("error: Triton is not installed: nothing can be launched", file=sys.stderr)
+        return 2
+    try:
+        small = random_model(options.model, options.rate)
+    except (RuntimeError, ValueError, TypeError) as error:  # of timm, or of what vtp does not support
+        print(f"argument --model: got {options.model!r}: {error}", file=sys.stderr)
+        return 2
     content = {
         "label": "predicted, not measured; assumptions in vtp_kernels/proofs/roofline.py",
         "model": options.model,

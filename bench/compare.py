@@ -1,4 +1,4 @@
-"""What the README's claims rest on: is a pruned model faster than what a user would pick instead?
+"""Is a pruned model faster than what a user would pick instead? The README's claims of speed rest on this.
 
 - models: one compact DeiT (40% of dimensions removed, every layer and head another width) by every runtime.
 - compilers: one block of it by torch.compile, which needs minutes for all of them.
@@ -29,7 +29,7 @@ for each case; compilers keep on disk what they have built, so that a second run
 ready in the first.
 
     python -m bench.compare
-    python -m bench.compare --markdown      # the README's tables, from the file that a run wrote
+    python -m bench.compare --markdown      # the tables of docs/speed-cpu.md, from a run's file
     python -m bench.compare --device cuda   # whole models and steps on a GPU; never run by the authors
 """
 

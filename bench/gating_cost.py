@@ -11,7 +11,7 @@ round; ratios are of times in the same round. Peak memory is counted from every 
 table and writes it with all times as JSON; takes a quarter of an hour on two cores without bf16 instructions.
 
     python -m bench.gating_cost
-    python -m bench.gating_cost --markdown      # the README's table, from the file that a run wrote
+    python -m bench.gating_cost --markdown      # the table of docs/training-cost.md, from a run's file
 """
 
 import argparse
@@ -43,18 +43,17 @@ from torch import Tensor, nn
 import vtp
 from bench.results_file import add_results_file, check_results_file, print_results
 from vtp.comparison.comparison import relative_error
+from vtp.comparison.runtimes import DTYPES
 from vtp.files import FileError, write_atomic
-from vtp.machine import commit, hardware, in_one_line
+from vtp.machine import commit, environment, hardware, in_one_line
 from vtp.model.architecture import replace_sites
 from vtp.model.widths import SITES
 from vtp.options import positive, thread_count
-from vtp.pipeline import environment
 from vtp.timing import LEAST_ROUNDS, pairwise_ratio, standard_error, synchronize, take_turns, timed
 from vtp.training.config import TrainConfig
 from vtp.training.sparsity import gate_param_groups, gated_linears, settle_gates
 
 RESULTS = Path(__file__).parent / "results" / "gating_cost.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Largest relative error (norm of the difference over norm) of the loss and of each gradient. In bfloat16 the
 # plain model itself is 0.008 away from its float32 gradients in one block, and more in twelve.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -398,7 +397,7 @@ def table(case: Mapping[str, Any]) -> Table:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The README's table: one row for each case, and a line on what it was measured on."""
+    """The table of docs/training-cost.md: one row for each case, and a line on what it was measured on."""
     lines = [
         "| precision | batch | blocks | rounds | step without gates | gated | by hand | noise "
         "| peak memory without gates | gated | by hand |",

@@ -11,7 +11,7 @@ in between, on a shared machine up to 10%. Prints a table and writes it with all
 minutes.
 
     python -m bench.latency_budget
-    python -m bench.latency_budget --markdown   # the README's table, from the file that a run wrote
+    python -m bench.latency_budget --markdown   # that of docs/latency-budgets.md, from a run's file
 """
 
 import argparse
@@ -130,7 +130,7 @@ def rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The table, which is the README's, and a line on what it was measured on."""
+    """The table of docs/latency-budgets.md, and a line on what it was measured on."""
     lines = ["| " + " | ".join(_HEADINGS) + " |", "|---" * len(_HEADINGS) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows(results)]
     return "\n".join([*lines, "", f"{title(results)}. Measured on {in_one_line(results)}."])

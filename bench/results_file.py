@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vtp.files import FileError, refuse_unwritable
+
 
 def add_results_file(parser: argparse.ArgumentParser, default: Path) -> None:
     """The options of a comparison that writes its results: --out, and --markdown, which prints them."""
@@ -22,6 +24,11 @@ def check_results_file(parser: argparse.ArgumentParser, options: argparse.Namesp
         parser.error(f"argument --out: {options.out} is not there; run without --markdown first")
     if options.out.is_dir() or not options.out.parent.is_dir():
         parser.error(f"argument --out: got {options.out}, expected a file name in a folder that exists")
+    if not options.markdown:  # before anything is measured
+        try:
+            refuse_unwritable(options.out)
+        except FileError as error:
+            parser.error(f"argument --out: {error}")
 
 
 def print_results(path: Path, markdown: Callable[[Any], str]) -> int:

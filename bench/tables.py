@@ -41,7 +41,7 @@ def _dtypes(record: Record) -> list[str]:
 # Whole models
 
 
-def competitors(record: Record, dtype: str) -> dict[str, list[float]]:
+def other_runtimes(record: Record, dtype: str) -> dict[str, list[float]]:
     """Runtimes of the compact model in `dtype` that were in the rounds, without ours: for bfloat16 of any
     dtype, else of the same."""
     found = {}
@@ -53,8 +53,8 @@ def competitors(record: Record, dtype: str) -> dict[str, list[float]]:
 
 
 def fastest(record: Record, dtype: str) -> str | None:
-    """The competitor of the least time over ours in the same rounds."""
-    ours, times = in_rounds(record, f"ours, {dtype}"), competitors(record, dtype)
+    """The other runtime of the least time over ours in the same rounds."""
+    ours, times = in_rounds(record, f"ours, {dtype}"), other_runtimes(record, dtype)
     if ours is None:
         return None
     return min(times, key=lambda label: pairwise_ratio(times[label], ours)["median"], default=None)
@@ -92,7 +92,7 @@ def fastest_table(results: Record) -> Rows:
     return rows
 
 
-def peers_table(results: Record) -> Rows:
+def runtimes_table(results: Record) -> Rows:
     """A row for each runtime, a column for each model and batch: milliseconds, and how many times ours."""
     records = of_case(results, "models")
     labels = dict.fromkeys(label for record in records for label in record["runtimes"])
@@ -310,7 +310,7 @@ def gemm_table(results: Record) -> Rows:
 TABLES = {
     "models": {
         "Fastest runtime over ours": fastest_table,
-        "All runtimes, and how many times ours of the same dtype": peers_table,
+        "All runtimes, and how many times ours of the same dtype": runtimes_table,
         "Export, load (with the first call) and memory": costs_table,
     },
     "compilers": {"torch.compile, in a model of few blocks": compilers_table},
@@ -354,7 +354,7 @@ def place(results: Record) -> str:
 
 
 def markdown(results: Record) -> str:
-    """The README's tables, the reasons of those without figures, and the machine."""
+    """The tables of docs/speed-cpu.md, the reasons of those without figures, and the machine."""
     lines = [line for title, rows in tables(results).items() for line in markdown_table(title, rows)]
     return "\n".join(
         [*lines, *(f"- {note}" for note in notes(results)), "", f"Measured on {place(results)}."]

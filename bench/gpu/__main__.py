@@ -22,7 +22,7 @@ stays; log.txt; and table.txt, which is printed at the end, at most 100 lines, w
 Cases run in a process of their own, and in a fresh one after a case that broke it or took too long.
 
 Exit status: 0; 1 where something failed, but not for being slow; 2 where nothing was measured as there is no
-GPU, or no file can be written.
+GPU, nothing can be compiled, or no file can be written.
 """
 
 import argparse
@@ -47,9 +47,10 @@ from bench.gpu.schedule import Schedule
 from bench.gpu.stopwatch import METHOD
 from bench.gpu.table import failures, table
 from bench.gpu.worker import Worker
-from vtp.files import FileError
+from vtp.files import FileError, refuse_unwritable
 from vtp.machine import commit, description, package_version
 from vtp.options import positive
+from vtp_kernels.proofs.compilations import CompilationError, check_compiler
 
 COMPILING_SECONDS = 60  # for what is not in the cache; what is left then is compiled where it is launched
 CORES_PER_COMPILER = 4  # of those that compile models ahead
@@ -82,16 +83,16 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
     """Run the command line with some of `parts`. Returns the exit status; see the top."""
     started = time.monotonic()
     options = parse_arguments(argv)
-    if options.compile:
-        return compile_ahead(options)
-    if not (options.rehearse or torch.cuda.is_available()):
+    if not (options.compile or options.rehearse or torch.cuda.is_available()):
         print("There is no GPU that PyTorch can use: nothing was measured or written.", file=sys.stderr)
         return 2
     try:
+        if options.compile:
+            return compile_ahead(options)
         options.out.mkdir(parents=True, exist_ok=True)
         with open(options.out / "log.txt", "w", encoding="utf-8") as log:
             results = run(options, [part for part in parts if part.name in options.parts], log, started)
-    except (FileError, OSError) as error:
+    except (CompilationError, FileError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return int(bool(failures(results)))
@@ -99,7 +100,10 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
 
 def compile_ahead(options: argparse.Namespace) -> int:
     """What --compile does."""
+    check_compiler()
     options.cache.mkdir(parents=True, exist_ok=True)
+    for file in (options.cache / cache.MADE, cache.packed(options.cache)):  # before minutes of compiling
+        refuse_unwritable(file)
     record = cache.fill(options.cache, options.jobs)
     for name, reason in record["failed"].items():
         print(f"{name}: {reason}", file=sys.stderr)
@@ -124,7 +128,8 @@ def run_in(
     left would make compilers look fast."""
     device = torch.device("cpu" if options.rehearse else "cuda")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
-    made = cache.take_over(cache.packed(options.cache), folder / "triton")
+    damages: list[str] = []
+    made = cache.take_over(cache.packed(options.cache), folder / "triton", damages.append)
     version = commit()
     if version["commit"] is None and made is not None:  # a copy without its history
         version = {name: made[name] for name in version}
@@ -137,7 +142,7 @@ def run_in(
         "rehearsal": options.rehearse,
         "method": METHOD,
         "arguments": {"parts": [part.name for part in parts], "seconds": options.seconds},
-        "cache": {"filled": made, **_no_kernels()},
+        "cache": {"filled": made, "damaged": damages[0] if damages else None, **_no_kernels()},
         "parts": {},
     }
     cases = {part.name: importlib.import_module(part.module).cases(options.rehearse) for part in parts}

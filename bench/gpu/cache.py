@@ -14,13 +14,16 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from bench.gpu.cases import Record, first_line
+from vtp.files import write_atomic
 from vtp.machine import commit
 from vtp_kernels import launching
 from vtp_kernels.launching import Variant
@@ -61,16 +64,23 @@ def fill(folder: Path, jobs: int, names: Iterable[str] | None = None) -> Record:
     """Compile everything, or what is named, for `TARGET` into `folder`, and pack it beside that.
 
     It needs no GPU. What is in the folder already is not compiled again, and stays for the next time.
+
+    Raises:
+        FileError: the packed file cannot be written.
     """
     # The intermediate languages are for people, and several times the size of what is run.
     os.environ |= {"TRITON_CACHE_DIR": str(folder.absolute()), "TRITON_STORE_BINARY_ONLY": "1"}
     record = complete(jobs, None, names)
     made = {"target": TARGET, "versions": compilations.versions(), **commit(), **record}
     (folder / MADE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    with tarfile.open(packed(folder), "w:gz") as archive:
-        for file in sorted(folder.rglob("*")):
-            if file.suffix in (".cubin", ".json"):
-                archive.add(file, file.relative_to(folder))
+
+    def pack(path: Path) -> None:
+        with tarfile.open(path, "w:gz") as archive:
+            for file in sorted(folder.rglob("*")):
+                if file.suffix in (".cubin", ".json"):
+                    archive.add(file, file.relative_to(folder))
+
+    write_atomic(packed(folder), pack)
     return record | {"bytes": packed(folder).stat().st_size}
 
 
@@ -79,21 +89,49 @@ def packed(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.tar.gz")
 
 
-def take_over(file: Path, into: Path) -> Record | None:
+def take_over(
+    file: Path, into: Path, note_damage: Callable[[str], object] = lambda reason: None
+) -> Record | None:
     """Use what `fill` packed, unpacked into an empty folder; what is noted in it, None where it is missing.
 
-    Triton notes whole paths of what belongs together, and would find nothing where these are not there.
+    A file that `fill` did not make, or of which a part is lost, is taken as missing, and `note_damage` is
+    given the reason.
     """
     os.environ["TRITON_CACHE_DIR"] = str(into.absolute())
     if not file.is_file():
         return None
+    try:
+        return _unpack(file, into)
+    except (
+        tarfile.TarError,
+        zlib.error,
+        EOFError,
+        OSError,
+        ValueError,  # of JSON, or of bytes that are no text
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        # What was unpacked before the damage might be half a kernel.
+        shutil.rmtree(into, ignore_errors=True)
+        into.mkdir(parents=True, exist_ok=True)
+        note_damage(first_line(error))
+        return None
+
+
+def _unpack(file: Path, into: Path) -> Record:
+    """What `take_over` does with a file that is there.
+
+    Triton notes whole paths of what belongs together, and would find nothing where these are not there.
+    """
     with tarfile.open(file) as archive:
         archive.extractall(into, filter="data")
     for group in into.absolute().glob("*/__grp__*.json"):
         names = json.loads(group.read_text())["child_paths"]
         here = {name: str(group.parent / name) for name in names if (group.parent / name).is_file()}
         group.write_text(json.dumps({"child_paths": here}))
-    return json.loads((into / MADE).read_text(encoding="utf-8"))
+    made = json.loads((into / MADE).read_text(encoding="utf-8"))
+    return made | {name: made[name] for name in ("target", "versions", "commit", "modified")}  # all there
 
 
 def complete(jobs: int, seconds: float | None, names: Iterable[str] | None = None) -> Record:

@@ -8,6 +8,7 @@ import torch
 
 NOT_MEASURED = "not measured"
 MEASURED = "measured"
+TIME_IS_UP = f"{NOT_MEASURED}: time is up"
 NOT_DONE = "failed: not done"  # begins the status of a case that was ended
 
 # Changes to timm's models that make toys of them, for a rehearsal.

@@ -154,7 +154,6 @@ def predicted(op: str, shape: Shape) -> Record:
 
 def on_meta(module: ModuleType, shape: Shape) -> dict[str, Any]:
     """The operands of a case in bfloat16, without numbers."""
-
     with torch.device("meta"):
         operands = module.operands(shape)
     return {

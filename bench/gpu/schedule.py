@@ -1,16 +1,16 @@
 """Who runs when: the time of a run shared out among parts, and results written after every case."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from bench.gpu.cases import NOT_DONE, NOT_MEASURED, Case, Part, Record
+from bench.gpu.cases import NOT_DONE, NOT_MEASURED, TIME_IS_UP, Case, Part, Record
 from vtp.files import write_atomic
 
 MOST_OVER = 20.0  # seconds
-TIME_IS_UP = f"{NOT_MEASURED}: time is up"
 
 
 class Runs(Protocol):
@@ -64,8 +64,8 @@ class Schedule:
                 self._run_part(part, self.end)
 
     def write(self) -> None:
-        """The results so far, as JSON."""
-        text = json.dumps(self.results, indent=1) + "\n"
+        """The results so far, as JSON; a number that is not finite, which JSON has no word for, as null."""
+        text = json.dumps(_finite(self.results), indent=1, allow_nan=False) + "\n"
         write_atomic(self.file, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _records(self, part: Part) -> dict[str, Record]:
@@ -102,3 +102,12 @@ class Schedule:
         if record["status"].startswith(NOT_DONE) and limit < case.seconds:
             record = {**record, "status": TIME_IS_UP}
         records[case.name] |= {**record, "seconds": round(self.clock() - began, 3)}
+
+
+def _finite(value: Any) -> Any:
+    """The same content with None for NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {key: _finite(content) for key, content in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(content) for content in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

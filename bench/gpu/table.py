@@ -52,7 +52,9 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
 
 def _cache_line(cache: Record) -> str:
     line = "{found} of {kernels} kernels found compiled, {compiled} compiled".format(**cache)
-    return line + f", {len(cache['failed'])} failed" * bool(cache["failed"]) + f", {cache['seconds']:.0f} s"
+    line += f", {len(cache['failed'])} failed" * bool(cache["failed"]) + f", {cache['seconds']:.0f} s"
+    damaged = cache.get("damaged")
+    return line + f"; the file compiled ahead is damaged ({damaged}): ignored" * (damaged is not None)
 
 
 def _ceilings(results: Mapping[str, Any]) -> Record:

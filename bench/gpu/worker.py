@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, TextIO
 
-from bench.gpu.cases import MEASURED, NOT_DONE, NOT_MEASURED, Context, Part, Record, first_line
+from bench.gpu.cases import MEASURED, NOT_DONE, NOT_MEASURED, TIME_IS_UP, Context, Part, Record, first_line
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 90.0  # in which a process has imported all that it needs
@@ -33,19 +33,31 @@ class Worker:
         self.part, self.toy, self.log = part, toy, log
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
+        self._ready, self._ready_by = False, 0.0  # whether it can be given a case; when it has to be
 
     def run(self, name: str, seconds: float, note: Callable[[Mapping[str, Any]], None]) -> Record:
-        """The record of a case; `note` is given what the case notes on its way."""
+        """The record of a case; `note` is given what the case notes on its way.
+
+        What its process takes to start is of the same `seconds`. A process that has not started by then is
+        kept for the next case.
+        """
+        began = time.monotonic()
+        until = began + seconds
         try:
             if self._process is None:
                 self._start()
-                # Imports are not the case's fault, and would be repeated if they were to end it.
-                if not self._connection.poll(START_SECONDS):
+            if not self._ready:
+                ready_by = min(until, self._ready_by)
+                if not self._connection.poll(max(0.0, ready_by - time.monotonic())):
+                    # Imports are not the case's fault, and would be repeated if they were to end the process.
+                    if until < self._ready_by:
+                        return {"status": TIME_IS_UP}
                     self.close()
                     return {"status": f"failed: no process for it in {START_SECONDS:.0f} s"}
                 self._connection.recv()
-            self._connection.send((name, seconds))
-            until = time.monotonic() + seconds
+                self._ready = True
+            starting = time.monotonic() - began
+            self._connection.send((name, max(0.0, seconds - starting)))
             while self._connection.poll(max(0.0, until - time.monotonic())):
                 kind, content, broken = self._connection.recv()
                 if kind == "note":
@@ -57,7 +69,8 @@ class Worker:
         except (EOFError, ConnectionError):
             return {"status": f"failed: {self._cause_of_death()}"}
         self.close()
-        return {"status": f"{NOT_DONE} after {seconds:.0f} s"}
+        imports = f", {starting:.0f} of them until its process was there" * (starting >= 1)
+        return {"status": f"{NOT_DONE} after {seconds:.0f} s{imports}"}
 
     def close(self) -> None:
         """End the process and all that it has started."""
@@ -68,9 +81,11 @@ class Worker:
         self._process.wait()
         self._connection.close()
         self._process = self._connection = None
+        self._ready = False
 
     def _start(self) -> None:
         self._connection, other_end = Pipe()
+        self._ready_by = time.monotonic() + START_SECONDS
         command = [sys.executable, "-m", "bench.gpu.worker", self.part.module, str(other_end.fileno())]
         self._process = subprocess.Popen(
             [*command, "--toy"] if self.toy else command,

@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed: there are no kern
 import vtp
 from bench import compact_accounting as bench
 from tests.support.models import TINY, build, gated
+from vtp.files import FileError
 from vtp.runtime.optimize import pack_for_ops
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
@@ -132,5 +133,34 @@ def test_a_file_that_cannot_be_written_is_said_and_leaves_nothing(tmp_path, caps
     monkeypatch.setattr(bench, "random_model", lambda *_: SimpleNamespace(blocks=[], patch_embed=None))
     monkeypatch.setattr(bench, "account", lambda *_: {})
     monkeypatch.setattr(bench, "widths", lambda _: [])
-    assert bench.main(["--out", str(tmp_path / "missing" / "a")]) == 2
-    assert "error: path: cannot write" in capsys.readouterr().err
+
+    def is_full(path, write):
+        raise FileError(f"path: cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(bench, "write_atomic", is_full)
+    assert bench.main(["--out", str(tmp_path / "a")]) == 2
+    assert "error: path: cannot write" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option, value, says",
+    [
+        ("--batch", "0", "expected an integer of at least 1"),
+        ("--rate", "1.2", "argument --rate: got 1.2, expected a share"),
+        ("--rate", "nan", "argument --rate: got nan, expected a share"),
+        ("--out", "missing/a", "argument --out: got missing/a, expected a file name"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_by_name(option, value, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main([option, value])
+    assert says in capsys.readouterr().err
+
+
+def test_a_model_that_is_unknown_and_a_missing_compiler_are_said(tmp_path, capsys, monkeypatch):
+    options = ["--out", str(tmp_path / "a")]
+    assert bench.main([*options, "--model", "no_such_model"]) == 2
+    assert "argument --model: got 'no_such_model'" in capsys.readouterr().err
+    monkeypatch.setattr(bench.launching, "HAS_TRITON", False)
+    assert bench.main(options) == 2
+    assert "Triton is not installed" in capsys.readouterr().err

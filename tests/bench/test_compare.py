@@ -232,7 +232,7 @@ def test_the_realised_share_compares_rates_with_the_widest_layer():
     assert tables.realised(record, "ours") == {10: 0.5, 40: 1.0}, "a quarter of the MACs in half of the time"
 
 
-def test_the_fastest_peer_of_bfloat16_may_be_of_any_dtype_and_of_float32_not():
+def test_the_fastest_runtime_of_bfloat16_may_be_of_any_dtype_and_of_float32_not():
     record = record_of(
         ours=("float32", [1.0, 2.0, 1.0, 4.0]),
         eager=("float32", [2.0, 3.0, 2.0, 4.0]),
@@ -256,7 +256,7 @@ def test_the_fastest_peer_of_bfloat16_may_be_of_any_dtype_and_of_float32_not():
     ] == ("eager, float32")
 
 
-def test_a_peer_that_goes_wrong_or_breaks_in_the_rounds_has_no_figure_and_harms_nobody():
+def test_a_runtime_that_goes_wrong_or_breaks_in_the_rounds_has_no_figure_and_harms_nobody():
     def later(name: str, change) -> Runtime:
         def prepare(model: nn.Module, images: Tensor) -> Run:
             right, calls = prepare_eager(model, images, dtype="float32"), []
@@ -381,7 +381,7 @@ def test_a_planted_slow_down_that_is_not_seen_is_a_failure():
     ],
     ids=["scaled", "images exchanged", "an image short", "not a number"],
 )
-def test_a_peer_that_gives_wrong_logits_gets_no_figure(change):
+def test_a_runtime_that_gives_wrong_logits_gets_no_figure(change):
     subject, wrong = toy(), changed(change)
     entries = {runtime.label: (runtime, subject) for runtime in [*named("ours"), wrong]}
     record = comparison.compare_runtimes(entries, comparison.Budget(rounds=2))
@@ -391,7 +391,7 @@ def test_a_peer_that_gives_wrong_logits_gets_no_figure(change):
     assert "seconds" not in found and "warm_up_seconds" not in found
 
 
-def test_a_failed_peer_is_shown_with_its_reason_and_never_the_fastest(tmp_path, capsys):
+def test_a_failed_runtime_is_shown_with_its_reason_and_never_the_fastest(tmp_path, capsys):
     def broken(model: nn.Module, images: Tensor) -> Run:
         raise RuntimeError("no such operator\nand a long trace")
 
@@ -529,7 +529,7 @@ def test_cases_before_one_that_breaks_are_in_the_file(tmp_path, monkeypatch):
     assert list(results(tmp_path / "out.json")["cases"]) == [TOY]
 
 
-def test_a_slow_peer_leaves_the_rounds_and_larger_cases(monkeypatch):
+def test_a_slow_runtime_leaves_the_rounds_and_larger_cases(monkeypatch):
     monkeypatch.setattr(comparison, "SLOW_CALL", 0.3)
 
     def slow(logits: Tensor) -> Tensor:
@@ -545,7 +545,9 @@ def test_a_slow_peer_leaves_the_rounds_and_larger_cases(monkeypatch):
     record |= {"case": "models", "model": "toy", "batch": 2, "macs": 100}
     content = {"cases": {"models, toy, batch 2": record}}
     assert tables.fastest(record, "float32") is None
-    assert any(f"about {found['times_ours']:.0f}x, 2 call(s)" in row for row in tables.peers_table(content))
+    assert any(
+        f"about {found['times_ours']:.0f}x, 2 call(s)" in row for row in tables.runtimes_table(content)
+    )
     assert cases.too_slow(content, 200) == {}, "it was not measured on less than that"
     skip = cases.too_slow(content, 201)
     assert skip == {"snail, float32": f"{found['times_ours']:.0f} times ours in models, toy, batch 2"}
@@ -556,7 +558,7 @@ def test_a_slow_peer_leaves_the_rounds_and_larger_cases(monkeypatch):
     )
 
 
-def test_a_peer_that_is_not_ready_in_time_is_given_up():
+def test_a_runtime_that_is_not_ready_in_time_is_given_up():
     def prepare(model: nn.Module, images: Tensor) -> Run:
         try:
             time.sleep(30)

@@ -7,8 +7,8 @@
 
 `report` prints what each variant uses; a report of everything is also the baseline, kept beside this file.
 `check` compiles again and fails on what no variant may do (`violations`) and on what got worse
-(`regressions`). Exit codes: 0 fine, 1
-something is wrong with a kernel, 2 it could not be checked.
+(`regressions`).
+Exit codes: 0 fine, 1 something is wrong with a kernel, 2 it could not be checked.
 
 A second run is quick where Triton's cache is kept; it is keyed on all that the machine code depends on.
 """

@@ -1,7 +1,9 @@
 """Triton's cache for a run: what was compiled ahead is found by launches, also after the folder was moved."""
 
 import importlib.util
+import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: there is nothing to compile kernels with", allow_module_level=True)
 
 from bench.gpu import cache
+from bench.gpu.table import _cache_line
 from tests.support.stand_in_driver import gpu, launch
 from vtp_kernels import launching
 from vtp_kernels.compact_linear import compact_linear
@@ -112,3 +115,62 @@ def test_what_is_missing_is_compiled_and_counted_and_what_does_not_compile_named
 def test_a_missing_file_is_taken_as_empty(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "as before")
     assert cache.take_over(tmp_path / "none.tar.gz", tmp_path / "there") is None
+
+
+def whole(path, **files):
+    """An archive with a kernel and a note of what it was made of, or with other contents of these."""
+    folder = path.with_name("contents")
+    (folder / "kernel").mkdir(parents=True)
+    (folder / "kernel" / "one.cubin").write_bytes(bytes(range(256)) * 400)
+    made = {"target": cache.TARGET, "versions": {}, "commit": None, "modified": None}
+    for name, text in {
+        "kernel/__grp__one.json": '{"child_paths": {}}',
+        cache.MADE: json.dumps(made),
+        **files,
+    }.items():
+        if text is not None:
+            (folder / name).write_text(text)
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(folder, ".")
+    shutil.rmtree(folder)
+
+
+def flip(path):
+    """Bytes in the middle that are others."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 16] = b"\xff" * 16
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "junk": lambda path: path.write_bytes(b"no archive at all" * 99),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut off": lambda path: (whole(path), path.write_bytes(path.read_bytes()[:-300])),
+    "flipped": lambda path: (whole(path), flip(path)),
+    "without its note": lambda path: whole(path, **{cache.MADE: None}),
+    "a note that is no JSON": lambda path: whole(path, **{cache.MADE: "{"}),
+    "the note of another program": lambda path: whole(path, **{cache.MADE: "{}"}),
+    "a note that is a list": lambda path: whole(path, **{cache.MADE: "[1]"}),
+    "a group of another program": lambda path: whole(path, **{"kernel/__grp__one.json": "{}"}),
+}
+
+
+def test_a_whole_archive_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "as before")
+    whole(tmp_path / "file.tar.gz")
+    reasons = []
+    assert cache.take_over(tmp_path / "file.tar.gz", tmp_path / "there", reasons.append)["target"] == "sm_90"
+    assert not reasons and (tmp_path / "there" / "kernel" / "one.cubin").is_file()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_taken_as_empty_and_the_table_says_why(damage, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "as before")
+    DAMAGES[damage](tmp_path / "file.tar.gz")
+    reasons = []
+    assert cache.take_over(tmp_path / "file.tar.gz", tmp_path / "there", reasons.append) is None
+    assert not list((tmp_path / "there").iterdir()), "half a kernel would be launched"
+    (reason,) = reasons
+    record = {"found": 0, "kernels": 1, "compiled": 1, "failed": {}, "seconds": 1.0, "damaged": reason}
+    assert f"damaged ({reason}): ignored" in _cache_line(record)

@@ -13,6 +13,7 @@ from bench.gpu.__main__ import main
 from bench.gpu.cases import MEASURED, NOT_MEASURED, PARTS, Case, Context
 from bench.gpu.table import FORMATS, MOST_LINES, failures, table
 from vtp_kernels import launching
+from vtp_kernels.proofs import compilations
 
 QUICK = {
     "numerics": [
@@ -199,3 +200,21 @@ def test_a_folder_that_cannot_be_made_is_found_before_anything_is_measured(tmp_p
     (tmp_path / "file").write_text("")
     assert main(["--rehearse", "--out", str(tmp_path / "file")]) == 2
     assert "file" in capsys.readouterr().err
+
+
+def test_compiling_ahead_without_a_compiler_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compilations, "HAS_TRITON", False)
+    assert main(["--compile", "--cache", str(tmp_path / "cache")]) == 2
+    said = capsys.readouterr().err
+    assert "Triton is not installed" in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not compilations.HAS_TRITON, reason="Triton is not installed")
+def test_a_cache_that_cannot_be_written_is_found_before_anything_is_compiled(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "cache.tar.gz").mkdir()
+    for unwritable in ("file", "file/in", "cache"):
+        assert main(["--compile", "--cache", str(tmp_path / unwritable)]) == 2
+        said = capsys.readouterr().err
+        assert unwritable.partition("/")[0] in said and said.count("\n") == 1

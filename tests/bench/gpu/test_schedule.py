@@ -1,6 +1,7 @@
 """How a run shares out its time, with a clock that only cases advance."""
 
 import json
+import math
 
 import pytest
 
@@ -133,3 +134,11 @@ def test_results_are_on_disk_after_every_case_and_every_note(tmp_path):
     under_way = "not measured: under way when the run ended"
     assert seen == [{"a1": under_way, "a2": "not measured"}, {"a1": MEASURED, "a2": under_way}]
     assert [path.name for path in tmp_path.iterdir()] == [file.name], "a temporary file is left"
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_file(tmp_path):
+    results = {"parts": {}, "errors": {"float16": math.nan, "others": [1.0, math.inf]}}
+    schedule = Schedule([], {}, 1.0, results, tmp_path / "results.json", None)
+    schedule.write()
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert written["errors"] == {"float16": None, "others": [1.0, None]}

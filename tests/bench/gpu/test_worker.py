@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe
 
 import pytest
 
-from bench.gpu.cases import Part
+from bench.gpu import worker as module
+from bench.gpu.cases import TIME_IS_UP, Part
 from bench.gpu.worker import ROOT, Worker
 
 PART = Part("toys", "tests.support.gpu_part", 1.0)
@@ -43,10 +46,55 @@ def test_cases_after_one_that_breaks_its_process_run_in_a_fresh_one(worker, tmp_
 
 def test_a_case_that_hangs_is_ended_and_one_that_is_killed_named(worker):
     noted = {}
+    assert worker.run("first", 60, noted.update)["status"] == "measured"  # its process is there
     assert worker.run("hangs", 1.0, noted.update)["status"] == "failed: not done after 1 s"
     with pytest.raises(ProcessLookupError):
         os.kill(noted["pid"], 0)
     assert worker.run("is killed", 60, noted.update)["status"] == "failed: the process died of SIGSEGV"
+
+
+def slow_start(monkeypatch, seconds):
+    """Have processes that take longer to be ready for a case."""
+
+    def start(self):
+        self._connection, other_end = Pipe()
+        self._ready_by = time.monotonic() + module.START_SECONDS
+        code = f"""
+import sys, time
+from multiprocessing.connection import Connection
+connection = Connection({other_end.fileno()})
+time.sleep({seconds})
+connection.send("ready")
+while True:
+    name, seconds = connection.recv()
+    if name != "hangs":
+        connection.send(("record", {{"status": "measured", "seconds": seconds}}, False))
+"""
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code], pass_fds=[other_end.fileno()], start_new_session=True
+        )
+        other_end.close()
+
+    monkeypatch.setattr(Worker, "_start", start)
+
+
+def test_the_start_of_a_process_is_of_the_time_of_its_case(worker, monkeypatch):
+    slow_start(monkeypatch, 1.2)
+    began = time.monotonic()
+    assert worker.run("first", 0.2, print)["status"] == TIME_IS_UP, "the case is not at fault"
+    assert time.monotonic() - began < 1.0
+    found = worker.run("second", 60, print)  # in the process that had begun to start
+    assert found["status"] == "measured" and found["seconds"] < 59.9
+    worker.close()
+    found = worker.run("hangs", 2.5, print)["status"]
+    assert re.fullmatch(r"failed: not done after 2 s, [12] of them until its process was there", found)
+
+
+def test_a_process_that_never_is_ready_is_a_failure(worker, monkeypatch):
+    slow_start(monkeypatch, 600)
+    monkeypatch.setattr(module, "START_SECONDS", 0.3)
+    assert worker.run("first", 60, print)["status"].startswith("failed: no process for it")
+    assert worker._process is None
 
 
 COMMAND = f"""

@@ -41,7 +41,7 @@ missing = cpp_unsupported_reason()
 built = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 
-def why_not_built() -> str | None:
+def unbuilt_reason() -> str | None:
     """Why the extension need not be there."""
     if os.environ.get("VTP_BUILD_CPP") == "0":
         return "VTP_BUILD_CPP is 0"
@@ -53,8 +53,8 @@ def why_not_built() -> str | None:
 
 
 def test_the_extension_is_there_where_it_can_be_built():
-    if why_not_built():
-        pytest.skip(why_not_built())
+    if unbuilt_reason():
+        pytest.skip(unbuilt_reason())
     assert missing is None, f"{missing}; `python setup.py build_ext --inplace` builds it"
 
 
