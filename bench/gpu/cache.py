@@ -115,7 +115,7 @@ def take_over(
         # What was unpacked before the damage might be half a kernel.
         shutil.rmtree(into, ignore_errors=True)
         into.mkdir(parents=True, exist_ok=True)
-        note_damage(first_line(error))
+        note_damage(first_line(error).rstrip(":"))  # of which tarfile lists more below
         return None
 
 
