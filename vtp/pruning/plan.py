@@ -17,11 +17,7 @@ import numpy as np
 
 from vtp.files import FileError, write_atomic
 from vtp.model.architecture import Architecture
-from vtp.model.cost import (
-    Cost,
-    abbreviated,
-    model_cost,
-)
+from vtp.model.cost import Cost, abbreviated, model_cost
 from vtp.model.widths import SITES, BlockWidths
 
 PLAN_VERSION = 1

@@ -25,15 +25,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vtp.machine import return_freed_memory
-from vtp.pruning.compact import (
-    CompactBlock,
-    CompactViT,
-)
+from vtp.pruning.compact import CompactBlock, CompactViT
 from vtp.runtime import cpu
-from vtp.runtime.packed import (
-    PackedBlock,
-    absorb_constants,
-)
+from vtp.runtime.packed import PackedBlock, absorb_constants
 from vtp_kernels.library import autocast_is_on
 
 # Of packed models; float64 is for comparisons. Images may be of the first three whatever the model is.

@@ -23,12 +23,7 @@ from typing import Any
 import numpy as np
 import torchvision
 from PIL import Image
-from timm.data import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    create_dataset,
-    resolve_data_config,
-)
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, resolve_data_config
 from timm.data.constants import DEFAULT_CROP_PCT
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key

@@ -54,14 +54,7 @@ from vtp.training.sparsity import (
     settle_gates,
     soft_threshold,
 )
-from vtp.training.state import (
-    all_finite,
-    first_not_finite,
-    read_state,
-    restore,
-    state_tensors,
-    write_state,
-)
+from vtp.training.state import all_finite, first_not_finite, read_state, restore, state_tensors, write_state
 
 CHECK_EVERY = {"cpu": 1}  # steps between looks at the losses; elsewhere a look waits for the device, hence:
 CHECK_EVERY_ELSEWHERE = 16
