@@ -1,7 +1,8 @@
-"""Self-attention whose heads have value widths of their own, straight from the packed buffer of qkv.
+"""Self-attention whose heads have key and value widths of their own, straight from the packed buffer of qkv.
 
-qkv [B, N, 2 H d + V]: the queries of all H heads, d wide each, their keys, then the values of each head,
-value_widths[h] wide, V in sum. out [B, N, V]. For each head, with the scale of the dense model for all:
+qkv [B, N, 2 K + V]: the queries of all H heads side by side, key_widths[h] wide, K in sum, their keys, as wide,
+then their values, value_widths[h] wide, V in sum. out [B, N, V]. For each head, with the scale of the dense
+model for all:
 
     S = scale Q K^T    P = softmax(S)    out = P V
 
@@ -50,11 +51,13 @@ from vtp_kernels.rows import empty_rows_like, with_padded_rows
 # ------------------------------------------------------------------------------------------------ reference
 
 
-def ragged_attention_ref(qkv: Tensor, head_dim: int, value_widths: Sequence[int], scale: float) -> Tensor:
+def ragged_attention_ref(
+    qkv: Tensor, key_widths: int | Sequence[int], value_widths: Sequence[int], scale: float
+) -> Tensor:
     """The definition of `ragged_attention` in plain PyTorch, for autograd to differentiate."""
-    query, key, values = _split(qkv, head_dim, value_widths)
-    weights = ((query @ key.transpose(-2, -1)) * scale).softmax(dim=-1)
-    return torch.cat([weights[:, head] @ value for head, value in enumerate(values)], dim=-1)
+    heads = zip(*_split(qkv, _each(key_widths, value_widths), value_widths), strict=True)
+    weights = (((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1) @ v for q, k, v in heads)
+    return torch.cat(list(weights), dim=-1)
 
 
 # -------------------------------------------------------------------------------------------------- kernels
@@ -676,26 +679,26 @@ def _constants(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _choice(N: int, head_dim: int, dtype: torch.dtype) -> tuple[object, Config, bool]:
+def _choice(N: int, key_widths: Sequence[int], dtype: torch.dtype) -> tuple[object, Config, bool]:
     """The forward kernel for N tokens, its configuration, and whether it takes them in one pass.
 
     Rows of scores have no room beside float32 weights, nor beside queries and keys wider than 64.
     """
-    has_room = N <= _MOST_KEYS and head_dim <= 64 and dtype.itemsize == 2
+    has_room = N <= _MOST_KEYS and max(key_widths) <= 64 and dtype.itemsize == 2
     if has_room and _KEYS.takes("one_pass", True):
         return _ragged_attention_fwd_kernel, ONE_PASS_TILES, True
     return _ragged_attention_online_kernel, ONLINE_TILES[launching.operands(dtype)], False
 
 
 def _forward_triton(
-    qkv: Tensor, head_dim: int, value_widths: Sequence[int], scale: float, need_lse: bool
+    qkv: Tensor, key_widths: Sequence[int], value_widths: Sequence[int], scale: float, need_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    if not qkv.numel() or qkv.dtype == torch.float64:
-        return _forward_plain(qkv, head_dim, value_widths, scale, need_lse)
+    if not qkv.numel() or qkv.dtype == torch.float64 or len(set(key_widths)) > 1:
+        return _forward_plain(qkv, key_widths, value_widths, scale, need_lse)
     (B, N, _), V, rows = qkv.shape, sum(value_widths), with_padded_rows(qkv)
     out, lse = _results(qkv, value_widths, need_lse)
-    constants = _constants(head_dim, qkv.dtype)
-    kernel, config, one_pass = _choice(N, head_dim, qkv.dtype)
+    constants = _constants(key_widths[0], qkv.dtype)
+    kernel, config, one_pass = _choice(N, key_widths, qkv.dtype)
     if one_pass:
         constants["KEYS"] = _round_up(N, 16)
     table = _table(tuple(value_widths), not one_pass, _round_up(V, 8), qkv.device)
@@ -714,14 +717,14 @@ def _forward_triton(
 
 
 def _backward_triton(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, head_dim: int, value_widths: Sequence[int],
-    scale: float,
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, key_widths: Sequence[int],
+    value_widths: Sequence[int], scale: float,
 ) -> Tensor:  # fmt: skip
     products = launching.operands(qkv.dtype)
-    if not qkv.numel() or qkv.dtype == torch.float64 or products not in DQ_TILES:
-        return _backward_plain(dout, qkv, out, lse, head_dim, value_widths, scale)
+    if not qkv.numel() or qkv.dtype == torch.float64 or products not in DQ_TILES or len(set(key_widths)) > 1:
+        return _backward_plain(dout, qkv, out, lse, key_widths, value_widths, scale)
     (B, N, width), H, V = qkv.shape, len(value_widths), sum(value_widths)
-    padded = _round_up(width, 8) - 2 * H * head_dim
+    padded = _round_up(width, 8) - 2 * sum(key_widths)
     dqkv = empty_rows_like(qkv, *qkv.shape)
     delta = torch.empty_like(lse)
     dout_rows, qkv_rows, out_rows = map(with_padded_rows, (dout, qkv, out))
@@ -740,16 +743,20 @@ def _backward_triton(
             (len(table) * B * len(row_tiles(N, config.blocks["BLOCK_M"])),),
             dict(dout=dout_rows, qkv=qkv_rows, table=table, **own, **common),
             config,
-            **_constants(head_dim, qkv.dtype),
+            **_constants(key_widths[0], qkv.dtype),
         )
     return dqkv
 
 
 def tiled_flops(
-    B: int, N: int, head_dim: int, value_widths: Sequence[int], dtype: torch.dtype = torch.bfloat16
+    B: int,
+    N: int,
+    key_widths: Sequence[int],
+    value_widths: Sequence[int],
+    dtype: torch.dtype = torch.bfloat16,
 ) -> int:
-    """FLOPs of a forward launch, those on the padding of its rows, keys, head_dim and columns included."""
-    _, config, one_pass = _choice(N, head_dim, dtype)
+    """FLOPs of a forward launch, those on the padding of its rows, keys and columns included."""
+    _, config, one_pass = _choice(N, key_widths, dtype)
     keys, V = _round_up(N, 16), sum(value_widths)
     flops = 0
     for _, begin, end, _, _ in _units(value_widths, not one_pass, _round_up(V, 8)):
@@ -759,7 +766,7 @@ def tiled_flops(
             # The small tiles of the online kernel have accumulators for a whole group.
             kept = columns if one_pass else max(columns, 32)
             kept = kept if one_pass or rows == config.blocks["BLOCK_M"] else _GROUP
-            flops += 2 * B * rows * keys * (_constants(head_dim, dtype)["BLOCK_D"] + kept)
+            flops += 2 * B * rows * keys * (_constants(key_widths[0], dtype)["BLOCK_D"] + kept)
     return flops
 
 
@@ -791,7 +798,7 @@ _COMPILED = [
 def _record(dtype: torch.dtype, head_dim: int, N: int) -> None:
     """Ask for what qkv of this dtype, head_dim and N can lead to."""
     qkv = torch.empty((2, N, 4 * head_dim + 240), dtype=dtype, device="meta")[..., : 4 * head_dim + 237]
-    arguments = head_dim, (37, 200), head_dim**-0.5
+    arguments = (head_dim, head_dim), (37, 200), head_dim**-0.5
     for need_lse in (False, True):
         out, lse = _forward_triton(qkv, *arguments, need_lse)
     _backward_triton(out, qkv, out, lse, *arguments)
@@ -800,23 +807,41 @@ def _record(dtype: torch.dtype, head_dim: int, N: int) -> None:
 # ---------------------------------------------------------------------------------- plain PyTorch, any device
 
 
+def _each(key_widths: int | Sequence[int], value_widths: Sequence[int]) -> Sequence[int]:
+    """The key width of each head: one integer stands for all."""
+    return (key_widths,) * len(value_widths) if isinstance(key_widths, int) else key_widths
+
+
 def _split(
-    qkv: Tensor, head_dim: int, value_widths: Sequence[int]
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Views of qkv: queries and keys [B, H, N, head_dim], and the values [B, N, width] of each head."""
-    H = len(value_widths)
-    query, key, value = qkv.split([H * head_dim, H * head_dim, sum(value_widths)], dim=-1)
-    query, key = (t.unflatten(-1, (H, head_dim)).transpose(1, 2) for t in (query, key))
-    return query, key, value.split(tuple(value_widths), dim=-1)
+    qkv: Tensor, key_widths: Sequence[int], value_widths: Sequence[int]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Views of qkv: the queries, the keys and the values [B, N, own width] of each head."""
+    H, parts = len(value_widths), qkv.split((*key_widths, *key_widths, *value_widths), dim=-1)
+    return parts[:H], parts[H : 2 * H], parts[2 * H :]
+
+
+def _stacked(qkv: Tensor, H: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Views of qkv whose heads have equal key widths: queries and keys [B, H, N, head_dim]."""
+    query, key = qkv[..., : 2 * H * head_dim].unflatten(-1, (2, H, head_dim)).permute(2, 0, 3, 1, 4)
+    return query, key
 
 
 def _forward_plain(
-    qkv: Tensor, head_dim: int, value_widths: Sequence[int], scale: float, need_lse: bool
+    qkv: Tensor, key_widths: Sequence[int], value_widths: Sequence[int], scale: float, need_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    query, key, values = _split(qkv, head_dim, value_widths)
     out, lse = _results(qkv, value_widths, need_lse)
     if not out.numel():
         return out, lse
+    queries, keys, values = _split(qkv, key_widths, value_widths)
+    if len(set(key_widths)) > 1:
+        parts = zip(queries, keys, values, out.split(tuple(value_widths), dim=-1), strict=True)
+        for head, (query, key, value, columns) in enumerate(parts):
+            scores = (query @ key.transpose(-2, -1)).mul_(scale)
+            if need_lse:
+                lse[:, head] = scores.to(lse.dtype).logsumexp(dim=-1).mul_(math.log2(math.e))
+            columns.copy_(scores.softmax(dim=-1) @ value)
+        return out, lse
+    query, key = _stacked(qkv, len(value_widths), key_widths[0])
     if len(set(value_widths)) == 1 and not need_lse:
         value = torch.stack(values, dim=1)
         heads = F.scaled_dot_product_attention(query, key, value, scale=scale)
@@ -832,24 +857,24 @@ def _forward_plain(
 
 
 def _backward_plain(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, head_dim: int, value_widths: Sequence[int],
-    scale: float,
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, key_widths: Sequence[int],
+    value_widths: Sequence[int], scale: float,
 ) -> Tensor:  # fmt: skip
     dqkv = empty_rows_like(qkv, *qkv.shape)
     if not dqkv.numel():
         return dqkv
-    query, key, values = _split(qkv, head_dim, value_widths)
-    dquery, dkey, dvalues = _split(dqkv, head_dim, value_widths)
-    for head, do in enumerate(dout.split(tuple(value_widths), dim=-1)):
-        q, k = query[:, head], key[:, head]
+    heads = zip(*_split(qkv, key_widths, value_widths), strict=True)
+    gradients = zip(*_split(dqkv, key_widths, value_widths), strict=True)
+    douts = dout.split(tuple(value_widths), dim=-1)
+    for (q, k, v), (dq, dk, dv), do in zip(heads, gradients, douts, strict=True):
         scores = (q @ k.transpose(-2, -1)).mul_(scale)
         weights = scores.softmax(dim=-1)
-        dvalues[head].copy_(weights.transpose(-2, -1) @ do)
-        weights, dweights = (t.to(lse.dtype) for t in (weights, do @ values[head].transpose(-2, -1)))
+        dv.copy_(weights.transpose(-2, -1) @ do)
+        weights, dweights = (t.to(lse.dtype) for t in (weights, do @ v.transpose(-2, -1)))
         delta = (weights * dweights).sum(-1, keepdim=True)
         dscores = (weights * (dweights - delta)).to(qkv.dtype)
-        dquery[:, head] = (dscores @ k).mul_(scale)
-        dkey[:, head] = (dscores.transpose(-2, -1) @ q).mul_(scale)
+        dq.copy_((dscores @ k).mul_(scale))
+        dk.copy_((dscores.transpose(-2, -1) @ q).mul_(scale))
     return dqkv
 
 
@@ -864,16 +889,16 @@ def _results(qkv: Tensor, value_widths: Sequence[int], need_lse: bool) -> tuple[
     return empty_rows_like(qkv, B, N, sum(value_widths)), lse
 
 
-def _forward_fake(qkv, head_dim, value_widths, scale, need_lse):
+def _forward_fake(qkv, key_widths, value_widths, scale, need_lse):
     return _results(qkv, value_widths, need_lse)
 
 
-def _backward_fake(dout, qkv, out, lse, head_dim, value_widths, scale):
+def _backward_fake(dout, qkv, out, lse, key_widths, value_widths, scale):
     return empty_rows_like(qkv, *qkv.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, ctx.head_dim, ctx.value_widths, ctx.scale, need_lse = inputs
+    qkv, ctx.key_widths, ctx.value_widths, ctx.scale, need_lse = inputs
     if need_lse:
         ctx.save_for_backward(qkv, *output)
     ctx.need_lse = need_lse
@@ -883,19 +908,19 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dout, _):
     if not ctx.need_lse:
         raise RuntimeError("need_lse: got False, expected True where a gradient is needed")
-    arguments = *ctx.saved_tensors, ctx.head_dim, ctx.value_widths, ctx.scale
+    arguments = *ctx.saved_tensors, ctx.key_widths, ctx.value_widths, ctx.scale
     return torch.ops.vtp.ragged_attention_backward(dout, *arguments), None, None, None, None
 
 
 define(
-    "ragged_attention(Tensor qkv, int head_dim, int[] value_widths, float scale, bool need_lse)"
+    "ragged_attention(Tensor qkv, int[] key_widths, int[] value_widths, float scale, bool need_lse)"
     " -> (Tensor, Tensor)",
     plain=_forward_plain,
     triton=_forward_triton,
     fake=_forward_fake,
 )
 define(
-    "ragged_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int head_dim,"
+    "ragged_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int[] key_widths,"
     " int[] value_widths, float scale) -> Tensor",
     plain=_backward_plain,
     triton=_backward_triton,
@@ -907,68 +932,81 @@ define_gradient(
 
 
 @register_flop_formula(torch.ops.vtp.ragged_attention)
-def _forward_flops(qkv_shape, head_dim, value_widths, *_, out_shape=None, **__) -> int:
+def _forward_flops(qkv_shape, key_widths, value_widths, *_, out_shape=None, **__) -> int:
     B, N, _ = qkv_shape
-    return 2 * B * N * N * (len(value_widths) * head_dim + sum(value_widths))
+    return 2 * B * N * N * (sum(key_widths) + sum(value_widths))
 
 
 @register_flop_formula(torch.ops.vtp.ragged_attention_backward)
 def _backward_flops(
-    dout_shape, qkv_shape, out_shape_, lse_shape, head_dim, value_widths, scale, out_shape=None, **_
+    dout_shape, qkv_shape, out_shape_, lse_shape, key_widths, value_widths, scale, out_shape=None, **_
 ) -> int:
     """Five products: scores again, gradients of the weights, of values, of queries and of keys."""
     B, N, _ = qkv_shape
-    return 2 * B * N * N * (3 * len(value_widths) * head_dim + 2 * sum(value_widths))
+    return 2 * B * N * N * (3 * sum(key_widths) + 2 * sum(value_widths))
 
 
 # ------------------------------------------------------------------------------------------- public function
 
 
-def ragged_attention(qkv: Tensor, head_dim: int, value_widths: Sequence[int], scale: float) -> Tensor:
-    """`softmax(scale * q k^T) v` for each head, with a value width of its own, straight from packed qkv.
+def ragged_attention(
+    qkv: Tensor, key_widths: int | Sequence[int], value_widths: Sequence[int], scale: float
+) -> Tensor:
+    """`softmax(scale * q k^T) v` for each head, with key and value widths of its own, from packed qkv.
 
     Args:
-        qkv: [B, N, 2 * H * head_dim + sum(value_widths)]: the queries of all heads, their keys, then the
-            values of each head. float32, bfloat16, float16 or float64; any strides. Rows that start at 16
+        qkv: [B, N, 2 * sum(key_widths) + sum(value_widths)]: the queries of all heads side by side, their
+            keys, then their values. float32, bfloat16, float16 or float64; any strides. Rows that start at 16
             bytes, with room up to a multiple of 8 elements, are read where they are, others are copied first.
             Under autocast it is cast to the dtype of autocast, as the attention of PyTorch casts its inputs.
-        head_dim: width of each head's query and key.
+        key_widths: width of each head's query and of its key, H positive integers; one integer stands for H
+            equal ones.
         value_widths: width of each head's values, H integers from 1 to 256.
-        scale: factor of the scores; that of the dense model, whatever is left of the values.
+        scale: factor of the scores; that of the dense model, whatever is left of keys and values.
 
     Returns:
         [B, N, sum(value_widths)] in the dtype of qkv; its rows are padded to a multiple of 8 elements. There
         is no second derivative.
 
     Raises:
-        TypeError: qkv is not a tensor, or not of a dtype above; head_dim or a width is not an integer.
-        ValueError: the shape of qkv is not that of head_dim and value_widths, a width is not from 1 to 256,
-            head_dim is not positive, or scale is not finite.
+        TypeError: qkv is not a tensor, or not of a dtype above; a width is not an integer.
+        ValueError: the shape of qkv is not that of the widths, there are not as many key widths as value
+            widths, one is not positive or a value width above 256, or scale is not finite.
     """
     (qkv,) = _arguments.as_autocast_casts(qkv)
-    _validate(qkv, head_dim, value_widths, scale)
+    key_widths = _validated(qkv, key_widths, value_widths, scale)
     need_lse = torch.is_grad_enabled() and qkv.requires_grad
-    out, _ = torch.ops.vtp.ragged_attention(qkv, head_dim, value_widths, float(scale), need_lse)
+    out, _ = torch.ops.vtp.ragged_attention(qkv, key_widths, value_widths, float(scale), need_lse)
     return out
 
 
-def _validate(qkv: Tensor, head_dim: int, value_widths: Sequence[int], scale: float) -> None:
+def _validated(
+    qkv: Tensor, key_widths: int | Sequence[int], value_widths: Sequence[int], scale: float
+) -> Sequence[int]:
+    """The key width of each head, once all arguments are found to be good."""
     _arguments.check_tensors({"qkv": qkv})
-    if not isinstance(head_dim, int):
-        raise TypeError(f"head_dim: got {type(head_dim).__name__}, expected an integer")
-    if head_dim < 1:
-        raise ValueError(f"head_dim: got {head_dim}, expected a positive integer")
-    if not isinstance(value_widths, (tuple, list)) or not all(isinstance(w, int) for w in value_widths):
-        raise TypeError(f"value_widths: got {value_widths!r}, expected a tuple of integers")
+    _check_integers("value_widths", value_widths, "a tuple of integers")
     if not value_widths or not all(1 <= w <= _MOST_VALUES for w in value_widths):
         raise ValueError(
             f"value_widths: got {tuple(value_widths)}, expected a number from 1 to {_MOST_VALUES} a head"
         )
-    width = 2 * len(value_widths) * head_dim + sum(value_widths)
+    given, key_widths = key_widths, _each(key_widths, value_widths)
+    _check_integers("key_widths", key_widths, "an integer or a tuple of integers")
+    if len(key_widths) != len(value_widths) or min(key_widths) < 1:
+        raise ValueError(
+            f"key_widths: got {given}, expected a positive number for each of {len(value_widths)} heads"
+        )
+    width = 2 * sum(key_widths) + sum(value_widths)
     if qkv.ndim != 3 or qkv.shape[-1] != width:
         raise ValueError(
-            f"qkv: got shape {tuple(qkv.shape)}, expected [B, N, {width}] for {len(value_widths)} heads of "
-            f"{head_dim} and {sum(value_widths)} values"
+            f"qkv: got shape {tuple(qkv.shape)}, expected [B, N, {width}] for {len(value_widths)} heads with "
+            f"{sum(key_widths)} columns of queries, as many of keys and {sum(value_widths)} of values"
         )
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: got {scale}, expected a finite number")
+    return key_widths
+
+
+def _check_integers(name: str, widths: Sequence[int], expected: str) -> None:
+    if not isinstance(widths, (tuple, list)) or not all(isinstance(w, int) for w in widths):
+        raise TypeError(f"{name}: got {widths!r}, expected {expected}")

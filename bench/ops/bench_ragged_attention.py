@@ -26,7 +26,7 @@ def operands(case: Case) -> dict[str, Any]:
     _, width = case.block.linear("qkv")
     return {
         "qkv": case.activations(width),
-        "head_dim": case.block.head_dim,
+        "key_widths": (case.block.head_dim,) * len(case.block.values),
         "value_widths": case.block.values,
         "scale": case.block.scale,
     }
@@ -38,13 +38,10 @@ def ours(qkv: Tensor, **shape: Any) -> Run:
     return lambda: ragged_attention(qkv, **shape)
 
 
-def per_head(qkv: Tensor, head_dim: int, value_widths: tuple[int, ...], scale: float) -> Tensor:
+def per_head(qkv: Tensor, key_widths: tuple[int, ...], value_widths: tuple[int, ...], scale: float) -> Tensor:
     """SDPA once for each head: [B, N, V]."""
-    H = len(value_widths)
-    query, key, values = qkv.split([H * head_dim, H * head_dim, sum(value_widths)], dim=-1)
-    heads = zip(
-        query.split(head_dim, -1), key.split(head_dim, -1), values.split(value_widths, -1), strict=True
-    )
+    H, parts = len(value_widths), qkv.split((*key_widths, *key_widths, *value_widths), dim=-1)
+    heads = zip(parts[:H], parts[H : 2 * H], parts[2 * H :], strict=True)
     return torch.cat(
         [
             F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=scale)[:, 0]
@@ -55,16 +52,16 @@ def per_head(qkv: Tensor, head_dim: int, value_widths: tuple[int, ...], scale: f
 
 
 def equal_heads(
-    qkv: Tensor, head_dim: int, value_widths: tuple[int, ...], scale: float, *, width: int
+    qkv: Tensor, key_widths: tuple[int, ...], value_widths: tuple[int, ...], scale: float, *, width: int
 ) -> Run:
-    """SDPA of all heads at once, their values padded to `width`: [B, N, H * width]."""
-    H = len(value_widths)
-    query_key, values = qkv.split([2 * H * head_dim, sum(value_widths)], dim=-1)
+    """SDPA of all heads at once, their keys equal, their values padded to `width`: [B, N, H * width]."""
+    H, keys = len(value_widths), sum(key_widths)
+    query_key, values = qkv.split([2 * keys, sum(value_widths)], dim=-1)
     values = [F.pad(v, (0, width - v.shape[-1])) for v in values.split(value_widths, -1)]
     qkv = torch.cat([query_key, *values], dim=-1)
 
     def run() -> Tensor:
-        parts = qkv.split([H * head_dim, H * head_dim, H * width], dim=-1)
+        parts = qkv.split([keys, keys, H * width], dim=-1)
         query, key, value = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in parts)
         return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2).flatten(2)
 

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import importlib
+import random as random_module
 from collections.abc import Iterator
 
 import timm
@@ -16,6 +17,8 @@ import vtp
 from tests.support.guarded_memory import replaced
 from tests.support.models import TINY, build, gated, randomize
 from tests.support.numerics import assert_close_to_float64
+from vtp.model.architecture import Architecture
+from vtp.pruning.compact import CompactAttention
 from vtp_kernels import launching
 
 OPS = ("layer_norm_gather", "compact_linear", "ragged_attention", "compact_mlp")
@@ -92,6 +95,32 @@ def with_dead_parts(
         width = model.blocks[0].attn.head_dim
         kept[name] = tuple(i for i in kept[name] if head and i // width != int(head[0]))
     return vtp.compact(model, dataclasses.replace(plan, kept=kept)).to(dtype)
+
+
+@torch.no_grad()
+def with_narrow_keys(small: vtp.CompactViT, seed: int = 0) -> vtp.CompactViT:
+    """A copy of the model whose heads have lost the last columns of their queries and keys, each so many."""
+    random, small = random_module.Random(seed), copy.deepcopy(small)
+    for block in small.blocks:
+        if isinstance(block.attn, CompactAttention):
+            block.attn = narrowed(block.attn, small.plan.architecture, random)
+    return small
+
+
+def narrowed(
+    attn: CompactAttention, architecture: Architecture, random: random_module.Random
+) -> CompactAttention:
+    """An attention whose heads keep the first columns of the queries and keys of `attn`: most not all."""
+    widths = [random.randint(1, width) for width in attn.key_widths]
+    widths[0] = attn.key_widths[0]
+    columns = torch.arange(sum(attn.key_widths)).split(attn.key_widths)
+    keys = torch.cat([c[:width] for c, width in zip(columns, widths, strict=True)])
+    values = torch.arange(2 * sum(attn.key_widths), attn.qkv.out_features)
+    rows = torch.cat([keys, sum(attn.key_widths) + keys, values])
+    new = CompactAttention(architecture, attn.qkv.in_features, tuple(widths), attn.value_widths)
+    state = attn.state_dict()
+    new.load_state_dict(state | {name: t[rows] for name, t in state.items() if name.startswith("qkv.")})
+    return new.to(attn.qkv.weight.dtype).train(attn.training)
 
 
 def references(small: vtp.CompactViT, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,11 @@ WIDTHS = [(37, 1, 64, 15), (16, 48), (61, 3, 17), (200, 7), (16, 16, 16), (1,)]
 SCALE = 0.17
 
 
-def inputs(B, N, head_dim, widths, dtype=torch.float32, seed=0):
+def inputs(B, N, key_widths, widths, dtype=torch.float32, seed=0):
     """qkv, and a gradient of out."""
     generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(B, N, 2 * len(widths) * head_dim + sum(widths), generator=generator)
+    keys = key_widths * len(widths) if isinstance(key_widths, int) else sum(key_widths)
+    qkv = torch.randn(B, N, 2 * keys + sum(widths), generator=generator)
     dout = torch.randn(B, N, sum(widths), generator=generator)
     return qkv.to(dtype), dout.to(dtype)
 
@@ -40,8 +41,8 @@ def run(function, qkv, dout, *arguments):
     return out.detach(), qkv.grad
 
 
-def check(qkv, dout, head_dim, widths):
-    arguments = head_dim, widths, SCALE
+def check(qkv, dout, key_widths, widths):
+    arguments = key_widths, widths, SCALE
     exact = run(ragged_attention_ref, qkv.double(), dout.double(), *arguments)
     same_dtype = run(ragged_attention_ref, qkv, dout, *arguments)
     found = run(ragged_attention, qkv, dout, *arguments)
@@ -59,40 +60,76 @@ def test_values_and_gradients_are_within_the_error_rule(B, N, head_dim, widths, 
     check(*inputs(B, N, head_dim, widths, DTYPES[dtype]), head_dim, widths)
 
 
-@pytest.mark.parametrize("widths", [(3, 1, 5), (2, 2)], ids=str)
-def test_gradients_are_those_of_finite_differences(widths):
-    qkv, _ = inputs(2, 5, 4, widths, torch.float64)
+# Key widths as a cut to a low rank leaves them: odd, unequal, around 16, and no more than one.
+KEY_WIDTHS = [(16, 1, 7, 64), (15, 17, 37, 16), (8, 24, 16, 40)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", [(37, 1, 64, 15), (16, 16, 16, 16)], ids=str)
+@pytest.mark.parametrize("key_widths", KEY_WIDTHS, ids=str)
+@pytest.mark.parametrize(("B", "N"), [(1, 1), (2, 17), (3, 77)])
+def test_heads_with_key_widths_of_their_own_are_within_the_error_rule(B, N, key_widths, widths, dtype):
+    check(*inputs(B, N, key_widths, widths, DTYPES[dtype]), key_widths, widths)
+
+
+def test_one_key_width_stands_for_equal_ones():
+    qkv, dout = inputs(2, 9, 16, (5, 12))
+    one, each = (run(ragged_attention, qkv, dout, keys, (5, 12), SCALE) for keys in (16, (16, 16)))
+    assert all(map(torch.equal, one, each))
+
+
+def test_each_head_reads_its_own_queries_and_keys():
+    keys, widths, N = (16, 3, 9), (5, 12, 2), 9
+    qkv, _ = inputs(2, N, keys, widths)
+    out = ragged_attention(qkv, keys, widths, SCALE).split(widths, dim=-1)
+    parts = qkv.split((*keys, *keys, *widths), dim=-1)
+    for head, (q, k, v) in enumerate(zip(parts[:3], parts[3:6], parts[6:], strict=True)):
+        alone = ragged_attention(torch.cat([q, k, v], dim=-1), keys[head], (widths[head],), SCALE)
+        torch.testing.assert_close(out[head], alone)
+
+
+@pytest.mark.parametrize("keys", [4, (1, 4, 6)], ids=str)
+@pytest.mark.parametrize("widths", [(3, 1, 5), (2, 2, 2)], ids=str)
+def test_gradients_are_those_of_finite_differences(keys, widths):
+    qkv, _ = inputs(2, 5, keys, widths, torch.float64)
     qkv.requires_grad_()
-    assert torch.autograd.gradcheck(lambda qkv: ragged_attention(qkv, 4, widths, SCALE), (qkv,))
+    assert torch.autograd.gradcheck(lambda qkv: ragged_attention(qkv, keys, widths, SCALE), (qkv,))
 
 
 @pytest.mark.parametrize(
     "kind",
     [pytest.param("strided-rows", id="padded"), "transposed", "misaligned", "every-other-column"],
 )
-@pytest.mark.parametrize("widths", [(37, 1, 15), (16, 16)], ids=str)
-def test_layouts_of_qkv_and_of_the_gradient_change_nothing(kind, widths):
-    qkv, dout = inputs(2, 9, 16, widths)
-    expected = run(ragged_attention, qkv, dout, 16, widths, SCALE)
-    got = run(ragged_attention, with_layout(kind, qkv), with_layout(kind, dout), 16, widths, SCALE)
+@pytest.mark.parametrize(
+    ("keys", "widths"), [(16, (37, 1, 15)), (16, (16, 16)), ((17, 3, 12), (37, 1, 15))], ids=str
+)
+def test_layouts_of_qkv_and_of_the_gradient_change_nothing(kind, keys, widths):
+    qkv, dout = inputs(2, 9, keys, widths)
+    expected = run(ragged_attention, qkv, dout, keys, widths, SCALE)
+    got = run(ragged_attention, with_layout(kind, qkv), with_layout(kind, dout), keys, widths, SCALE)
     for name, a, b in zip(("out", "dqkv"), got, expected, strict=True):
         torch.testing.assert_close(a, b, msg=name)
 
 
 @pytest.mark.parametrize(("B", "N"), [(0, 5), (2, 0), (0, 0)])
-@pytest.mark.parametrize("widths", [(3, 1, 5), (4, 4)], ids=str)
-def test_no_images_or_no_tokens(B, N, widths):
-    qkv, dout = inputs(B, N, 16, widths)
-    out, dqkv = run(ragged_attention, qkv, dout, 16, widths, SCALE)
+@pytest.mark.parametrize(("keys", "widths"), [(16, (3, 1, 5)), (16, (4, 4)), ((2, 16), (4, 4))], ids=str)
+def test_no_images_or_no_tokens(B, N, keys, widths):
+    qkv, dout = inputs(B, N, keys, widths)
+    out, dqkv = run(ragged_attention, qkv, dout, keys, widths, SCALE)
     assert out.shape == dout.shape and dqkv.shape == qkv.shape
 
 
 def test_rows_of_the_results_start_at_16_bytes():
-    for widths in ((37, 1, 15), (16, 16), (13,)):
-        qkv, dout = inputs(2, 9, 16, widths)
-        saved = torch.ops.vtp.ragged_attention(qkv, 16, widths, SCALE, True)
-        dqkv = torch.ops.vtp.ragged_attention_backward(dout, qkv, *saved, 16, widths, SCALE)
-        for t in (ragged_attention(qkv, 16, widths, SCALE), saved[0], dqkv):
+    for keys, widths in (
+        ((16,) * 3, (37, 1, 15)),
+        ((16, 16), (16, 16)),
+        ((16,), (13,)),
+        ((5, 16), (3, 4)),
+    ):
+        qkv, dout = inputs(2, 9, keys, widths)
+        saved = torch.ops.vtp.ragged_attention(qkv, keys, widths, SCALE, True)
+        dqkv = torch.ops.vtp.ragged_attention_backward(dout, qkv, *saved, keys, widths, SCALE)
+        for t in (ragged_attention(qkv, keys, widths, SCALE), saved[0], dqkv):
             row = _round_up(t.shape[-1], 8)
             assert t.stride() == (9 * row, row, 1)
 
@@ -108,17 +145,21 @@ def test_infinities_and_nan_go_through_as_in_pytorch(column, special, needs_grad
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
-def test_the_log_sum_exp_is_that_of_the_scores_in_base_2():
-    qkv, _ = inputs(2, 9, 16, (5, 12))
-    _, lse = torch.ops.vtp.ragged_attention(qkv, 16, (5, 12), SCALE, True)
-    query, key = (t.unflatten(-1, (2, 16)).transpose(1, 2) for t in qkv[..., :64].split(32, dim=-1))
-    torch.testing.assert_close(lse, (query @ key.transpose(-2, -1) * SCALE).logsumexp(-1) / math.log(2))
+@pytest.mark.parametrize("keys", [(16, 16), (21, 11)], ids=str)
+def test_the_log_sum_exp_is_that_of_the_scores_in_base_2(keys):
+    qkv, _ = inputs(2, 9, keys, (5, 12))
+    _, lse = torch.ops.vtp.ragged_attention(qkv, keys, (5, 12), SCALE, True)
+    queries, keys = (t.split(keys, dim=-1) for t in qkv[..., :64].split(32, dim=-1))
+    for head, (q, k) in enumerate(zip(queries, keys, strict=True)):
+        expected = (q @ k.transpose(-2, -1) * SCALE).logsumexp(-1) / math.log(2)
+        torch.testing.assert_close(lse[:, head], expected)
 
 
-def test_the_scale_is_the_one_given():
-    qkv, _ = inputs(1, 9, 16, (5, 12))
+@pytest.mark.parametrize("keys", [(16, 16), (21, 11)], ids=str)
+def test_the_scale_is_the_one_given(keys):
+    qkv, _ = inputs(1, 9, keys, (5, 12))
     torch.testing.assert_close(
-        ragged_attention(qkv, 16, (5, 12), 0.0)[0], qkv[0, :, 64:].mean(0).expand(9, -1)
+        ragged_attention(qkv, keys, (5, 12), 0.0)[0], qkv[0, :, 64:].mean(0).expand(9, -1)
     )
 
 
@@ -130,14 +171,15 @@ def test_there_is_no_second_derivative_and_it_says_so():
         gradient.sum().backward()
 
 
-def test_flops_are_those_of_the_products_that_are_kept():
-    qkv, dout = inputs(2, 9, 16, (5, 12))
+@pytest.mark.parametrize(("keys", "columns"), [(16, 32), ((16, 7), 23)], ids=str)
+def test_flops_are_those_of_the_products_that_are_kept(keys, columns):
+    qkv, dout = inputs(2, 9, keys, (5, 12))
     with FlopCounterMode(display=False) as forward:
-        out = ragged_attention(qkv.requires_grad_(), 16, (5, 12), SCALE)
+        out = ragged_attention(qkv.requires_grad_(), keys, (5, 12), SCALE)
     with FlopCounterMode(display=False) as backward:
         out.backward(dout)
-    assert forward.get_total_flops() == 2 * 2 * 9 * 9 * (2 * 16 + 17)
-    assert backward.get_total_flops() == 2 * 2 * 9 * 9 * (3 * 2 * 16 + 2 * 17)
+    assert forward.get_total_flops() == 2 * 2 * 9 * 9 * (columns + 17)
+    assert backward.get_total_flops() == 2 * 2 * 9 * 9 * (3 * columns + 2 * 17)
 
 
 class TestTiling:
@@ -174,21 +216,23 @@ class TestTiling:
     def test_work_at_197_tokens_is_that_of_208(self):
         widths = (64,) * 12
         kept = 2 * 8 * 197 * 197 * (64 + 64) * 12
-        assert tiled_flops(8, 197, 64, widths) / kept == pytest.approx((208 / 197) ** 2)
+        assert tiled_flops(8, 197, (64,) * 12, widths) / kept == pytest.approx((208 / 197) ** 2)
 
 
 class TestTransforms:
     """Autocast, compilation and export."""
 
+    @pytest.mark.parametrize("keys", [(16, 16), (16, 7)], ids=str)
     @pytest.mark.parametrize("widths", [(5, 12), (8, 8)], ids=str)
-    def test_opcheck(self, widths):
-        qkv, dout = inputs(2, 9, 16, widths)
+    def test_opcheck(self, keys, widths):
+        qkv, dout = inputs(2, 9, keys, widths)
         for need_lse in (False, True):
-            torch.library.opcheck(torch.ops.vtp.ragged_attention, (qkv, 16, widths, SCALE, need_lse))
+            torch.library.opcheck(torch.ops.vtp.ragged_attention, (qkv, keys, widths, SCALE, need_lse))
         leaf = qkv.clone().requires_grad_()
-        torch.library.opcheck(torch.ops.vtp.ragged_attention, (leaf, 16, widths, SCALE, True))
-        saved = torch.ops.vtp.ragged_attention(qkv, 16, widths, SCALE, True)
-        torch.library.opcheck(torch.ops.vtp.ragged_attention_backward, (dout, qkv, *saved, 16, widths, SCALE))
+        torch.library.opcheck(torch.ops.vtp.ragged_attention, (leaf, keys, widths, SCALE, True))
+        saved = torch.ops.vtp.ragged_attention(qkv, keys, widths, SCALE, True)
+        backward = (dout, qkv, *saved, keys, widths, SCALE)
+        torch.library.opcheck(torch.ops.vtp.ragged_attention_backward, backward)
 
     def test_autocast_computes_in_its_dtype(self):
         qkv, dout = inputs(2, 9, 16, (5, 12))
@@ -201,23 +245,25 @@ class TestTransforms:
         expected = run(ragged_attention, qkv.bfloat16(), dout.bfloat16(), 16, (5, 12), SCALE)
         assert torch.equal(out, expected[0]) and torch.equal(leaf.grad, expected[1].float())
 
-    def test_compiles_without_breaks_and_without_recompiling_for_the_batch(self):
+    @pytest.mark.parametrize("keys", [16, (16, 7)], ids=str)
+    def test_compiles_without_breaks_and_without_recompiling_for_the_batch(self, keys):
         def results(f, batch):
-            return run(f, *inputs(batch, 9, 16, (5, 12)))
+            return run(f, *inputs(batch, 9, keys, (5, 12)))
 
-        check_compilation(lambda qkv: ragged_attention(qkv, 16, (5, 12), SCALE), results)
+        check_compilation(lambda qkv: ragged_attention(qkv, keys, (5, 12), SCALE), results)
 
-    def test_export_with_any_batch(self):
+    @pytest.mark.parametrize("keys", [16, (16, 7)], ids=str)
+    def test_export_with_any_batch(self, keys):
         class Attention(torch.nn.Module):
             def forward(self, qkv):
-                return ragged_attention(qkv, 16, (5, 12), SCALE)
+                return ragged_attention(qkv, keys, (5, 12), SCALE)
 
-        qkv, _ = inputs(3, 9, 16, (5, 12))
+        qkv, _ = inputs(3, 9, keys, (5, 12))
         batch = torch.export.Dim("batch")
         with torch.no_grad():
             program = torch.export.export(Attention(), (qkv,), dynamic_shapes=({0: batch},))
-        other, _ = inputs(7, 9, 16, (5, 12), seed=1)
-        assert torch.equal(program.module()(other), ragged_attention(other, 16, (5, 12), SCALE))
+        other, _ = inputs(7, 9, keys, (5, 12), seed=1)
+        assert torch.equal(program.module()(other), ragged_attention(other, keys, (5, 12), SCALE))
 
 
 BAD = {
@@ -225,8 +271,14 @@ BAD = {
     "qkv-integers": (dict(qkv=torch.ones(2, 5, 49).int()), TypeError, r"qkv: got torch.int32"),
     "qkv-rank": (dict(qkv=torch.ones(5, 49)), ValueError, r"qkv: got shape \(5, 49\), expected \[B, N, 49\]"),
     "qkv-width": (dict(qkv=torch.ones(2, 5, 50)), ValueError, r"qkv: got shape \(2, 5, 50\)"),
-    "head_dim-zero": (dict(head_dim=0), ValueError, r"head_dim: got 0"),
-    "head_dim-float": (dict(head_dim=8.0), TypeError, r"head_dim: got float"),
+    "keys-zero": (dict(key_widths=0), ValueError, r"key_widths: got 0, expected a positive number"),
+    "keys-none": (dict(key_widths=()), ValueError, r"key_widths: got \(\), expected .* each of 2 heads"),
+    "keys-too-few": (dict(key_widths=(16,)), ValueError, r"key_widths: got \(16,\), .* each of 2 heads"),
+    "keys-one-zero": (dict(key_widths=(16, 0)), ValueError, r"key_widths: got \(16, 0\)"),
+    "keys-one-negative": (dict(key_widths=(17, -1)), ValueError, r"key_widths: got \(17, -1\)"),
+    "keys-float": (dict(key_widths=8.0), TypeError, r"key_widths: got 8.0, expected an integer or a tuple"),
+    "keys-floats": (dict(key_widths=(8.0, 8)), TypeError, r"key_widths: got \(8.0, 8\)"),
+    "keys-of-another-sum": (dict(key_widths=(8, 9)), ValueError, r"expected \[B, N, 51\] .* 17 columns"),
     "widths-none": (dict(value_widths=()), ValueError, r"value_widths: got \(\)"),
     "widths-zero": (dict(value_widths=(17, 0)), ValueError, r"value_widths: got \(17, 0\)"),
     "widths-257": (dict(value_widths=(257,)), ValueError, r"value_widths: got \(257,\)"),
@@ -239,6 +291,6 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused_by_name(case):
     change, error, message = BAD[case]
-    arguments = dict(qkv=torch.ones(2, 5, 49), head_dim=8, value_widths=(5, 12), scale=SCALE) | change
+    arguments = dict(qkv=torch.ones(2, 5, 49), key_widths=8, value_widths=(5, 12), scale=SCALE) | change
     with pytest.raises(error, match=message):
         ragged_attention(**arguments)

@@ -42,24 +42,32 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """N tokens of B images, the widths of the heads, and how the inputs lie in memory."""
+    """N tokens of B images, the widths of the heads, and how the inputs lie in memory.
+
+    widths: of values; head_dim: of the keys of all heads, or of each.
+    """
 
     N: int
     widths: tuple[int, ...]
     dtype: str
-    head_dim: int = 16
+    head_dim: int | tuple[int, ...] = 16
     B: int = 1
     layout: str = "padded"
     side: str = "end"
 
     def __str__(self):
+        keys = self.head_dim if isinstance(self.head_dim, int) else ".".join(map(str, self.head_dim))
         widths = ".".join(map(str, self.widths))
-        return f"B{self.B}-N{self.N}-d{self.head_dim}-v{widths}-{self.dtype}-{self.layout}-{self.side}"
+        return f"B{self.B}-N{self.N}-d{keys}-v{widths}-{self.dtype}-{self.layout}-{self.side}"
+
+    @property
+    def keys(self):
+        return ragged_attention._each(self.head_dim, self.widths)
 
     @property
     def scale(self):
         """Not the one that any width of the head would give."""
-        return 1.3 * self.head_dim**-0.5
+        return 1.3 * max(self.keys) ** -0.5
 
 
 # -- In the worker ------------------------------------------------------------------------------------------
@@ -70,8 +78,8 @@ class Data:
 
     def __init__(self, case):
         self.case = case
-        H, V = len(case.widths), sum(case.widths)
-        self.parts = [H * case.head_dim, H * case.head_dim, V]
+        K, V = sum(case.keys), sum(case.widths)
+        self.parts = [K, K, V]
         generator = torch.Generator().manual_seed(0)
         dtype = DTYPES[case.dtype]
         self.qkv = torch.randn(case.B, case.N, sum(self.parts), generator=generator).to(dtype)
@@ -87,9 +95,8 @@ class Data:
     def heads(self, dtype):
         """q, k, v and dout of each head as products read them."""
         qkv, dout = self.operand(self.qkv.to(dtype)), self.operand(self.dout.to(dtype))
-        query, key, values = ragged_attention._split(qkv, self.case.head_dim, self.case.widths)
-        douts = dout.split(self.case.widths, dim=-1)
-        return zip(query.unbind(1), key.unbind(1), values, douts, strict=True)
+        parts = ragged_attention._split(qkv, self.case.keys, self.case.widths)
+        return zip(*parts, dout.split(self.case.widths, dim=-1), strict=True)
 
     def by_autograd(self, dtype):
         """out, lse, dq, dk and dv of the definition."""
@@ -167,8 +174,8 @@ def check_forward(op, data, needs=(True, False)):
     case = data.case
     for need_lse in needs:
         qkv = place(data.qkv, case.layout, case.side)
-        out, lse = op._forward_triton(qkv, case.head_dim, case.widths, case.scale, need_lse)
-        assert_like((out, lse), op._forward_fake(qkv, case.head_dim, case.widths, case.scale, need_lse))
+        out, lse = op._forward_triton(qkv, case.keys, case.widths, case.scale, need_lse)
+        assert_like((out, lse), op._forward_fake(qkv, case.keys, case.widths, case.scale, need_lse))
         data.compare(out=out, **({"lse": lse} if need_lse else {}))
         assert_padded_rows("out", out)
 
@@ -179,7 +186,7 @@ def check_backward(op, data):
     tensors = data.dout, data.qkv, data.as_flash["out"]
     dout, qkv, out = (place(t, case.layout, case.side) for t in tensors)
     lse = guarded(data.as_flash["lse"], case.side)
-    arguments = dout, qkv, out, lse, case.head_dim, case.widths, case.scale
+    arguments = dout, qkv, out, lse, case.keys, case.widths, case.scale
     dqkv = op._backward_triton(*arguments)
     assert_like([dqkv], [op._backward_fake(*arguments)])
     data.compare(**dict(zip(("dq", "dk", "dv"), dqkv.split(data.parts, dim=-1), strict=True)))
@@ -192,15 +199,15 @@ def check_specials(op, data, column, special):
     case = data.case
     data.qkv[0, case.N - 1, column] = special
     leaf = data.qkv.clone().requires_grad_()
-    expected = op.ragged_attention_ref(leaf, case.head_dim, case.widths, case.scale)
+    expected = op.ragged_attention_ref(leaf, case.keys, case.widths, case.scale)
     expected.backward(data.dout)
     qkv, dout = (place(t, case.layout, case.side) for t in (data.qkv, data.dout))
-    out, lse = op._forward_triton(qkv, case.head_dim, case.widths, case.scale, True)
+    out, lse = op._forward_triton(qkv, case.keys, case.widths, case.scale, True)
     for test in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(test(out), test(expected))
     finite = out.isfinite()
     torch.testing.assert_close(out[finite], expected.detach()[finite], rtol=1e-3, atol=1e-3)
-    dqkv = op._backward_triton(dout, qkv, out, lse, case.head_dim, case.widths, case.scale)
+    dqkv = op._backward_triton(dout, qkv, out, lse, case.keys, case.widths, case.scale)
     assert torch.equal(dqkv.isfinite(), leaf.grad.isfinite())
 
 

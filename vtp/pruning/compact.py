@@ -94,20 +94,38 @@ class LayerNormGather(nn.Module):
 
 
 class CompactAttention(nn.Module):
-    """Self-attention whose heads have value widths of their own; queries and keys keep `head_dim`.
+    """Self-attention whose heads have key widths, which are those of their queries too, and value widths.
 
-    qkv puts out all queries, all keys, then the values of each head: [..., 2 * H * head_dim + sum(widths)].
-    The softmax scale is that of the dense model, `head_dim ** -0.5`.
+    qkv puts out the queries of all heads, their keys, then their values: [..., 2 * sum(key_widths) +
+    sum(value_widths)]. The softmax scale is that of the dense model, `head_dim ** -0.5`, whatever is left of
+    a key. Norms of queries and keys are over all `head_dim`: with them no key is narrower.
+
+    Attributes:
+        key_widths, value_widths: one entry for each head that is left.
+        head_dim: the width of a head of the dense model.
     """
 
-    def __init__(self, architecture: Architecture, qkv_inputs: int, value_widths: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        qkv_inputs: int,
+        key_widths: tuple[int, ...],
+        value_widths: tuple[int, ...],
+    ) -> None:
         super().__init__()
         self.num_heads = len(value_widths)
         self.head_dim = architecture.head_dim
+        self.key_widths = key_widths
         self.value_widths = value_widths
         self.scale = self.head_dim**-0.5
-        query_width = self.num_heads * self.head_dim
-        outputs = 2 * query_width + sum(value_widths)
+        if len(key_widths) != self.num_heads:
+            raise ValueError(f"key_widths: got {key_widths}, expected one for each of {self.num_heads} heads")
+        if architecture.qk_norm and set(key_widths) != {self.head_dim}:
+            raise ValueError(
+                f"key_widths: got {key_widths}, expected {self.head_dim} each, the width of the norms of "
+                "queries and keys"
+            )
+        outputs = 2 * sum(key_widths) + sum(value_widths)
         self.qkv = nn.Linear(qkv_inputs, outputs, bias=architecture.qkv_bias)
         norm = architecture.qk_norm
         self.q_norm = LayerNorm(self.head_dim, eps=architecture.norm_eps) if norm else nn.Identity()
@@ -128,17 +146,19 @@ class CompactAttention(nn.Module):
         and for norms of queries and keys, which are applied before it.
         """
         dropout = self.attn_drop.p if self.training else 0.0
-        widest = max(self.head_dim, *self.value_widths)
+        widest = max(*self.key_widths, *self.value_widths)
         fused = on_kernels and attn_mask is None and not is_causal and not dropout and widest <= _WIDEST_HEAD
         if fused and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
-            return ragged_attention(qkv, self.head_dim, self.value_widths, self.scale)
-        query_width = self.num_heads * self.head_dim
+            return ragged_attention(qkv, self.key_widths, self.value_widths, self.scale)
+        if len(set(self.key_widths)) > 1:
+            return self._attend_head_by_head(qkv, attn_mask, is_causal)
+        query_width, key_width = sum(self.key_widths), self.key_widths[0]
         query, key, value = qkv.split([query_width, query_width, sum(self.value_widths)], dim=-1)
-        query = self.q_norm(query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
-        key = self.k_norm(key.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2))
+        query = self.q_norm(query.unflatten(-1, (self.num_heads, key_width)).transpose(1, 2))
+        key = self.k_norm(key.unflatten(-1, (self.num_heads, key_width)).transpose(1, 2))
         if fused:
             qkv = torch.cat([*(t.transpose(1, 2).flatten(2) for t in (query, key)), value], dim=-1)
-            return ragged_attention(qkv, self.head_dim, self.value_widths, self.scale)
+            return ragged_attention(qkv, self.key_widths, self.value_widths, self.scale)
         if len(set(self.value_widths)) == 1:
             value = value.unflatten(-1, (self.num_heads, self.value_widths[0])).transpose(1, 2)
             out = F.scaled_dot_product_attention(
@@ -150,8 +170,19 @@ class CompactAttention(nn.Module):
         values = value.split(self.value_widths, dim=-1)
         return torch.cat([scores[:, head] @ values[head] for head in range(self.num_heads)], dim=-1)
 
+    def _attend_head_by_head(self, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """The same for heads of unequal key widths, whose scores are no one product."""
+        queries, keys, values = qkv.split(
+            [sum(self.key_widths), sum(self.key_widths), sum(self.value_widths)], dim=-1
+        )
+        pairs = zip(queries.split(self.key_widths, -1), keys.split(self.key_widths, -1), strict=True)
+        scores = torch.stack([(query * self.scale) @ key.transpose(-2, -1) for query, key in pairs], dim=1)
+        scores = self.attn_drop(_mask(scores, attn_mask, is_causal).softmax(dim=-1))
+        heads = enumerate(values.split(self.value_widths, -1))
+        return torch.cat([scores[:, head] @ value for head, value in heads], dim=-1)
+
     def extra_repr(self) -> str:
-        return f"head_dim={self.head_dim}, value_widths={self.value_widths}"
+        return f"head_dim={self.head_dim}, key_widths={self.key_widths}, value_widths={self.value_widths}"
 
 
 def _mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -209,7 +240,10 @@ class CompactBlock(nn.Module):
 
         alive = bool(qkv and value_widths)
         self.norm1 = LayerNormGather(width, qkv, eps) if alive else nn.Identity()
-        self.attn = CompactAttention(architecture, qkv, value_widths) if alive else ConstantBranch(width)
+        key_widths = (architecture.head_dim,) * len(value_widths)
+        self.attn = (
+            CompactAttention(architecture, qkv, key_widths, value_widths) if alive else ConstantBranch(width)
+        )
         self.ls1 = _layer_scale(architecture) if alive else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
 

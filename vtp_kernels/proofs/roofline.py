@@ -177,13 +177,13 @@ def _compact_linear_parts(a: SimpleNamespace) -> Work:
 
 def _ragged_attention(a: SimpleNamespace) -> Work:
     op = importlib.import_module("vtp_kernels.ragged_attention")
-    _, head_dim, value_widths, *_ = a.op_args
+    _, key_widths, value_widths, *_ = a.op_args
     tiles = op.row_tiles(a.N, a.BLOCK_M)
     keys = cdiv(a.N, 16) * 16
     columns = sum(cdiv(width + 8, 16) * 16 for width in value_widths)  # about: a head starts anywhere
     loaded = a.H * sum(tiles) * a.BLOCK_D + len(tiles) * keys * (a.H * a.BLOCK_D + columns)
-    flops = 2 * a.B * a.N * a.N * (a.H * head_dim + sum(value_widths))
-    tiled = op.tiled_flops(a.B, a.N, head_dim, value_widths, a.qkv.dtype)
+    flops = 2 * a.B * a.N * a.N * (sum(key_widths) + sum(value_widths))
+    tiled = op.tiled_flops(a.B, a.N, key_widths, value_widths, a.qkv.dtype)
     programs = len(a.table) * a.B * len(tiles)
     return Work(programs, {"qkv": (a.B, loaded), "table": (programs, 5)}, "out lse", flops, tiled)
 

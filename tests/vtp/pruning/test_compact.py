@@ -16,7 +16,7 @@ from tests.support.engine_cases import NotedOperators, assert_gradients_close_to
 from tests.support.guarded_memory import replaced
 from tests.support.models import TINY, build, gated, image, randomize, relative_error, with_zeros
 from vtp.model.architecture import Architecture
-from vtp.pruning.compact import ConstantBranch
+from vtp.pruning.compact import CompactAttention, ConstantBranch
 
 # Names from timm, each with the arguments that keep the test small; weights are random, blocks 3 unless said.
 TIMM_MODELS = {
@@ -414,6 +414,82 @@ def test_masked_attention_stays_on_pytorchs_operators(mask):
         got = output_and_gradients(small, x, **mask)
     assert "ragged_attention" not in calls_of_ops(names)
     assert_equal_to_1e_12(got, expected)
+
+
+NARROW = dataclasses.replace(TINY, embed_dim=48)
+
+
+def narrow_and_zeroed(key_widths=(16, 3, 7), value_widths=(5, 1, 9)):
+    """An attention of heads with these key widths, and one of full keys that are 0 beyond them."""
+    torch.manual_seed(0)
+    wide = CompactAttention(NARROW, 11, (16,) * 3, value_widths).double()
+    narrow = CompactAttention(NARROW, 11, key_widths, value_widths).double()
+    randomize(wide)
+    kept = torch.cat([16 * head + torch.arange(width) for head, width in enumerate(key_widths)])
+    lost = torch.tensor(sorted(set(range(48)) - set(kept.tolist())), dtype=torch.int64)
+    rows = torch.cat([kept, 48 + kept, torch.arange(96, wide.qkv.out_features)])
+    with torch.no_grad():
+        for parameter in (wide.qkv.weight, wide.qkv.bias):
+            parameter[torch.cat([lost, 48 + lost])] = 0
+    state = wide.state_dict()
+    state |= {name: t[rows] for name, t in state.items() if name.startswith("qkv.")}
+    narrow.load_state_dict(state)
+    return narrow, wide
+
+
+@pytest.mark.parametrize("key_widths", [(16, 3, 7), (1, 16, 15), (5, 5, 5)], ids=str)
+@pytest.mark.parametrize("value_widths", [(5, 1, 9), (4, 4, 4)], ids=str)
+@pytest.mark.parametrize("mask", ["none", "causal", "boolean", "additive"])
+def test_narrow_keys_are_those_of_the_dense_head_with_zeros(key_widths, value_widths, mask):
+    narrow, wide = narrow_and_zeroed(key_widths, value_widths)
+    masks = {
+        "none": {},
+        "causal": {"is_causal": True},
+        "boolean": {"attn_mask": torch.ones(5, 5, dtype=torch.bool).tril(1)},
+        "additive": {"attn_mask": torch.randn(5, 5, dtype=torch.float64)},
+    }
+    x = torch.randn(2, 5, 11, dtype=torch.float64)
+    expected = wide(x, **masks[mask])
+    assert relative_error(narrow(x, **masks[mask]), expected) <= 1e-12
+    with as_on_a_gpu() as names:
+        got = narrow(x, **masks[mask])
+    assert relative_error(got, expected) <= 1e-12
+    assert calls_of_ops(names)["ragged_attention"] == (mask == "none")
+
+
+def test_attention_dropout_of_narrow_keys_drops_weights():
+    narrow, _ = narrow_and_zeroed()
+    narrow.attn_drop.p = 0.5
+    x = torch.randn(2, 5, 11, dtype=torch.float64)
+    assert torch.equal(narrow.eval()(x), narrow(x))
+    narrow.train()
+    assert not torch.equal(narrow(x), narrow(x))
+
+
+def test_equal_keys_take_the_fused_attention_of_pytorch(monkeypatch):
+    calls = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: calls.append(args[0].shape) or attend(*args, **kwargs),
+    )
+    for keys in ((5, 5, 5), (5, 5, 6)):
+        narrow_and_zeroed(keys, (4, 4, 4))[0](torch.randn(2, 7, 11, dtype=torch.float64))
+    assert calls == [(2, 3, 7, 5)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key_widths", "says"),
+    [
+        ({}, (16, 16), "expected one for each of 3 heads"),
+        ({"qk_norm": True}, (16, 16, 8), "expected 16 each, the width of the norms"),
+    ],
+    ids=["too-few", "with-norms"],
+)
+def test_key_widths_that_cannot_be_are_refused(changes, key_widths, says):
+    with pytest.raises(ValueError, match=f"key_widths: got .*{says}"):
+        CompactAttention(dataclasses.replace(NARROW, **changes), 11, key_widths, (5, 1, 9))
 
 
 class Doubled(torch.nn.Linear):
