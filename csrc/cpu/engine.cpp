@@ -126,8 +126,9 @@ class Engine {
     int64_t scratch = scratch_stride_;
     for (const Block& b : m_.blocks)
       if (b.has_attention)
-        for (int64_t width : b.attention.value_widths)
-          scratch = std::max(scratch, k_.attention_scratch(tokens_, m_.head_dim, width));
+        for (size_t h = 0; h < b.attention.key_widths.size(); ++h)
+          scratch = std::max(scratch, k_.attention_scratch(tokens_, b.attention.key_widths[h],
+                                                           b.attention.value_widths[h]));
     scratch_stride_ = round_up(scratch, 2 * kCacheLine / 4);
 
     const int64_t sizes[] = {rows * x_stride_ * 4, rows * input_stride_ * act, rows * hidden_stride_ * act,
@@ -368,18 +369,21 @@ class Engine {
 
   void do_attention(const Stage& s, int64_t task, float* scratch) {
     const Attention& a = s.block->attention;
-    const int64_t heads = static_cast<int64_t>(a.value_widths.size()), d = m_.head_dim;
+    const int64_t heads = static_cast<int64_t>(a.value_widths.size());
     const int64_t part = task % s.parts, head = task / s.parts % heads, image = task / s.parts / heads;
-    int64_t before = 0;  // value columns of the heads before this one
-    for (int64_t h = 0; h < head; ++h) before += a.value_widths[static_cast<size_t>(h)];
-    const int64_t row = image * tokens_ * hidden_stride_;
+    int64_t keys_before = 0, before = 0;  // columns of the heads before this one: of keys, and of values
+    for (size_t h = 0; h < static_cast<size_t>(head); ++h) {
+      keys_before += a.key_widths[h];
+      before += a.value_widths[h];
+    }
+    const int64_t row = image * tokens_ * hidden_stride_, d = a.key_widths[static_cast<size_t>(head)];
     AttentionRows t{};
-    t.q = activation(hidden_, row + head * d);
-    t.k = activation(hidden_, row + (heads + head) * d);
-    t.v = activation(hidden_, row + 2 * heads * d + before);
+    t.q = activation(hidden_, row + keys_before);
+    t.k = activation(hidden_, row + a.total_keys + keys_before);
+    t.v = activation(hidden_, row + 2 * a.total_keys + before);
     t.stride = hidden_stride_;
     t.tokens = tokens_;
-    t.head_dim = d;
+    t.key_width = d;
     t.value_width = a.value_widths[static_cast<size_t>(head)];
     t.scale = m_.scale;
     const int64_t block = round_up(divide_up(tokens_, s.parts), k_.row_step);

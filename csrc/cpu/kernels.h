@@ -65,14 +65,14 @@ struct NormRows {
 struct AttentionRows {
   const void *q, *k, *v;  // activations of token 0
   int64_t stride;         // elements between tokens
-  int64_t tokens, head_dim, value_width;
+  int64_t tokens, key_width, value_width;  // key_width: of the query too
   float scale;
   int64_t first_row, last_row;
   void* out;  // activations of token 0
   int64_t out_stride;
   int64_t padding;  // columns behind the head's that are written as zeros
-  float* scratch;   // attention_scratch(tokens, head_dim, value_width) floats
-  // LayerNorm of queries and keys (qk_norm) or null: weight and bias [head_dim] each
+  float* scratch;   // attention_scratch(tokens, key_width, value_width) floats
+  // LayerNorm of queries and keys (qk_norm) or null: weight and bias [key_width] each
   const float *q_weight, *q_bias, *k_weight, *k_bias;
   float eps;
 };
@@ -114,7 +114,7 @@ struct Kernels {
   void (*norm)(const NormRows&, int64_t first, int64_t last);
   void (*attention)(const AttentionRows&);
   void (*patches)(const PatchRow&);
-  int64_t (*attention_scratch)(int64_t tokens, int64_t head_dim, int64_t value_width);
+  int64_t (*attention_scratch)(int64_t tokens, int64_t key_width, int64_t value_width);
   void (*fold)(const FoldRows&);
   void (*unfold)(const UnfoldRows&);
 };

@@ -285,16 +285,16 @@ struct AttentionLayout {  // of the scratch memory, in bytes
 };
 
 template <class Dot>
-inline AttentionLayout attention_layout(int64_t tokens, int64_t head_dim, int64_t value_width) {
+inline AttentionLayout attention_layout(int64_t tokens, int64_t key_width, int64_t value_width) {
   const int64_t columns = round_up(tokens, kPanel), value_columns = round_up(value_width, kPanel);
   AttentionLayout at;
   at.keys = 0;
-  at.values = at.keys + columns * round_up(head_dim, 2) * 4;
+  at.values = at.keys + columns * round_up(key_width, 2) * 4;
   at.scores = at.values + value_columns * round_up(tokens, 2) * 4;
   at.results = at.scores + kQueryRows * columns * 4;
   at.queries = at.results + kQueryRows * value_columns * 4;
-  at.row = at.queries + kQueryRows * round_up(head_dim, kPanel) * 4;
-  at.end = at.row + round_up(head_dim, kPanel) * 4;
+  at.row = at.queries + kQueryRows * round_up(key_width, kPanel) * 4;
+  at.end = at.row + round_up(key_width, kPanel) * 4;
   return at;
 }
 
@@ -341,7 +341,7 @@ inline void pack_keys(const AttentionRows& t, typename Dot::Activation* keys, fl
                       typename Dot::Activation* room) {
   using Activation = typename Dot::Activation;
   constexpr int64_t kStep = Dot::kStep;
-  const int64_t N = t.tokens, d = t.head_dim, units = divide_up(d, kStep);
+  const int64_t N = t.tokens, d = t.key_width, units = divide_up(d, kStep);
   const auto* k = static_cast<const Activation*>(t.k);
   const Activation zero = from_float<Activation>(0.0f);
   int64_t token = 0;
@@ -438,7 +438,7 @@ template <class Dot>
 void attention(const AttentionRows& t) {
   using Activation = typename Dot::Activation;
   constexpr int64_t kStep = Dot::kStep;
-  const int64_t N = t.tokens, d = t.head_dim, w = t.value_width;
+  const int64_t N = t.tokens, d = t.key_width, w = t.value_width;
   const AttentionLayout at = attention_layout<Dot>(N, d, w);
   char* memory = reinterpret_cast<char*>(t.scratch);
   auto* keys = reinterpret_cast<Activation*>(memory + at.keys);
@@ -487,8 +487,8 @@ void attention(const AttentionRows& t) {
 }
 
 template <class Dot>
-int64_t attention_scratch(int64_t tokens, int64_t head_dim, int64_t value_width) {
-  return attention_layout<Dot>(tokens, head_dim, value_width).end / 4;
+int64_t attention_scratch(int64_t tokens, int64_t key_width, int64_t value_width) {
+  return attention_layout<Dot>(tokens, key_width, value_width).end / 4;
 }
 
 // --------------------------------------------------------------------------------------- patch embedding

@@ -8,7 +8,7 @@
 namespace vtp_cpu {
 namespace {
 
-constexpr int64_t kFormat = 1;      // of the list; vtp/runtime/cpu.py has the same
+constexpr int64_t kFormat = 2;      // of the list; vtp/runtime/cpu.py has the same
 constexpr int64_t kMost = 1 << 24;  // of any width or count: products of two stay far from overflow
 
 [[noreturn]] void refuse(const std::string& why) {
@@ -36,6 +36,17 @@ class Reader {
     const int64_t n = count(what, least);
     if (n > end_ - at_) refuse("it ends too early");
     return n;
+  }
+
+  // The widths of so many heads; returns their sum.
+  int64_t widths(std::vector<int64_t>& out, int64_t heads, const char* what) {
+    out.resize(static_cast<size_t>(heads));
+    int64_t total = 0;
+    for (int64_t& w : out) {
+      total += w = count(what, 1);
+      if (total > kMost) refuse("heads are too wide");
+    }
+    return total;
   }
 
   template <class T>
@@ -127,13 +138,16 @@ void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64
     if (block.has_attention) {
       Attention& a = block.attention;
       a.norm = in.norm(embed_dim);
-      a.value_widths.resize(in.count_listed("the number of heads", 1));
-      a.total_width = 0;
-      for (int64_t& w : a.value_widths) a.total_width += w = in.count("a value width", 1);
-      const int64_t heads = static_cast<int64_t>(a.value_widths.size());
-      if (head_dim < 1 || heads > kMost / head_dim || a.total_width > kMost) refuse("heads are too wide");
-      a.qkv = in.linear(dtype, a.norm.kept, 2 * heads * head_dim + a.total_width);
+      const int64_t heads = in.count_listed("the number of heads", 1);
+      a.total_keys = in.widths(a.key_widths, heads, "a key width");
+      a.total_width = in.widths(a.value_widths, heads, "a value width");
+      a.qkv = in.linear(dtype, a.norm.kept, 2 * a.total_keys + a.total_width);
       a.head_norms = in.next() ? in.memory<float>(4 * head_dim, "the norms of heads") : nullptr;
+      if (a.head_norms)
+        for (int64_t d : a.key_widths)
+          if (d != head_dim)
+            refuse("a key width is " + std::to_string(d) + " where norms are over " +
+                   std::to_string(head_dim));
       a.proj = in.linear(dtype, a.total_width, embed_dim);
     }
     block.has_mlp = in.next() != 0;

@@ -25,9 +25,10 @@ struct Norm {
 struct Attention {
   Norm norm;
   Linear qkv, proj;
-  std::vector<int64_t> value_widths;
-  int64_t total_width;      // their sum
-  const float* head_norms;  // [4][head_dim]: weight and bias for q, then for k; or null
+  // Of each head: its query and its key, as wide as one another, and its values.
+  std::vector<int64_t> key_widths, value_widths;
+  int64_t total_keys, total_width;  // their sums
+  const float* head_norms;          // [4][head_dim]: weight and bias for q, then for k; or null
 };
 
 struct Mlp {
@@ -44,7 +45,7 @@ struct Block {
 
 struct Model {
   Dtype dtype;
-  int64_t embed_dim, head_dim;
+  int64_t embed_dim, head_dim;  // head_dim: of the dense model, over which norms of heads are
   float eps, scale;
   std::vector<Block> blocks;
 

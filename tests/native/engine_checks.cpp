@@ -33,7 +33,7 @@ std::vector<Shape> shapes() {
                    dtype,
                    37,
                    5,
-                   {{17, {1, 7, 15}, false, 21, 61, false}, {37, {37}, false, 37, 1, false}},
+                   {{17, {5, 5, 5}, {1, 7, 15}, false, 21, 61, false}, {37, {5}, {37}, false, 37, 1, false}},
                    3,
                    6,
                    10,
@@ -46,7 +46,7 @@ std::vector<Shape> shapes() {
                    dtype,
                    15,
                    7,
-                   {{0, {}, false, 0, 0, true}, {9, {3}, false, 0, 0, false}, {0, {}, false, 1, 17, false}},
+                   {{0, {}, {}, false, 0, 0, true}, {9, {7}, {3}, false, 0, 0, false}, {0, {}, {}, false, 1, 17, false}},
                    1,
                    4,
                    4,
@@ -56,11 +56,27 @@ std::vector<Shape> shapes() {
                    2,
                    3});
     out.push_back(
-        {"head-norms", dtype, 33, 15, {{33, {15, 2}, true, 30, 115, false}}, 2, 12, 12, 3, 3, 1, 1, 17});
+        {"head-norms", dtype, 33, 15, {{33, {15, 15}, {15, 2}, true, 30, 115, false}}, 2, 12, 12, 3, 3, 1, 1, 17});
     out.push_back({"no-blocks", dtype, 16, 0, {}, 1, 8, 8, 4, 4, 0, 1, 1});
-    out.push_back({"long", dtype, 48, 16, {{40, {16, 11}, false, 48, 770, false}}, 1, 12, 23, 2, 1, 1, 1, 5});
-    out.push_back({"tokens", dtype, 61, 6, {{50, {5, 4, 6}, false, 61, 37, true}}, 0, 0, 0, 0, 0, 0, 0, 0});
-    out.push_back({"width-one", dtype, 1, 1, {{1, {1}, false, 1, 1, true}}, 1, 1, 1, 1, 1, 0, 1, 1});
+    out.push_back({"long", dtype, 48, 16, {{40, {16, 16}, {16, 11}, false, 48, 770, false}}, 1, 12, 23, 2, 1, 1, 1, 5});
+    out.push_back({"tokens", dtype, 61, 6, {{50, {6, 6, 6}, {5, 4, 6}, false, 61, 37, true}}, 0, 0, 0, 0, 0, 0, 0, 0});
+    out.push_back({"width-one", dtype, 1, 1, {{1, {1}, {1}, false, 1, 1, true}}, 1, 1, 1, 1, 1, 0, 1, 1});
+    // The widest key is not of the head with the widest values, and one is wider than a dense head.
+    out.push_back({"key-widths",
+                   dtype,
+                   61,
+                   37,
+                   {{50, {1, 37, 16, 7}, {20, 5, 4, 6}, false, 61, 37, false},
+                    {61, {15, 64}, {64, 1}, false, 0, 0, false},
+                    {7, {17}, {3}, false, 5, 5, true}},
+                   1,
+                   12,
+                   12,
+                   3,
+                   3,
+                   1,
+                   1,
+                   5});
   }
   return out;
 }
@@ -372,6 +388,11 @@ void check_wrong() {
   expect(runs(PlainModel(good, 1)), "wrong: the good model is refused");
   expect(!runs(PlainModel(pooled, 1)), "wrong: pools more tokens than there are");
   expect(!runs(PlainModel(patches, 1)), "wrong: patches do not fill the image");
+  Shape norms = good;
+  norms.blocks[0].head_norms = true;
+  expect(runs(PlainModel(norms, 1)), "wrong: norms of heads are refused");
+  norms.blocks[0].key_widths[1] = norms.head_dim - 1;
+  expect(!runs(PlainModel(norms, 1)), "wrong: a key is narrower than its norm");
   for (int64_t index : {int64_t{-1}, good.embed_dim, int64_t{INT32_MAX}, int64_t{INT32_MIN}}) {
     PlainModel model(good, 1);
     model.spoil_index(static_cast<int32_t>(index));
@@ -381,8 +402,8 @@ void check_wrong() {
 
 // A short list that claims to hold a lot does not make the reader take memory for it.
 void check_claims() {
-  const std::vector<int64_t> blocks = {1, 0, 8, 4, 0, 0, 0, 1 << 24};
-  const std::vector<int64_t> heads = {1, 0, 8, 4, 0, 0, 0, 1, 0, 1, 8, 0, 1 << 24};
+  const std::vector<int64_t> blocks = {2, 0, 8, 4, 0, 0, 0, 1 << 24};
+  const std::vector<int64_t> heads = {2, 0, 8, 4, 0, 0, 0, 1, 0, 1, 8, 0, 1 << 24};
   for (const std::vector<int64_t>& layout : {heads, blocks}) {
     rusage before{}, after{};
     getrusage(RUSAGE_SELF, &before);

@@ -177,15 +177,17 @@ void check_norm(const Kernels& k, int64_t width, int64_t kept, double offset, Ra
 
 // ----------------------------------------------------------------------------------------------- attention
 
-// The first of two heads; the second has one value, so that other numbers lie on either side of everything.
+// The first of two heads; the second has keys of another width and one value, so that other numbers lie on
+// either side of everything.
 struct AttentionData {
-  AttentionData(const Kernels& k, int64_t n, int64_t head_dim, int64_t value_width, bool norms,
+  AttentionData(const Kernels& k, int64_t n, int64_t key_width, int64_t value_width, bool norms,
                 Random& random)
       : tokens(n),
-        d(head_dim),
+        d(key_width),
         w(value_width),
         head_norms(norms),
-        total(4 * d + w + 1),
+        keys(d + 3),
+        total(2 * keys + w + 1),
         stride(round_up(total, kPanel) + kPanel),
         padding(w % 2),
         out_stride(w + padding + 3),
@@ -201,11 +203,11 @@ struct AttentionData {
   vtp_cpu::AttentionRows rows(int64_t first, int64_t last) {
     vtp_cpu::AttentionRows t{};
     t.q = qkv.data();
-    t.k = qkv.data(2 * d);
-    t.v = qkv.data(4 * d);
+    t.k = qkv.data(keys);
+    t.v = qkv.data(2 * keys);
     t.stride = stride;
     t.tokens = tokens;
-    t.head_dim = d;
+    t.key_width = d;
     t.value_width = w;
     t.scale = 0.25f;
     t.first_row = first;
@@ -229,7 +231,7 @@ struct AttentionData {
     std::vector<double> out;
     for (int64_t i = 0; i < tokens; ++i) {
       std::vector<double> row;
-      for (int64_t j = 0; j < d; ++j) row.push_back(qkv.get(i * stride + 2 * part * d + j));
+      for (int64_t j = 0; j < d; ++j) row.push_back(qkv.get(i * stride + part * keys + j));
       if (head_norms) normalize(row.data(), d, static_cast<double>(1e-5f));
       for (int64_t j = 0; j < d; ++j)
         out.push_back(head_norms ? row[static_cast<size_t>(j)] * norm.get(2 * part * d + j) +
@@ -241,7 +243,7 @@ struct AttentionData {
 
   int64_t tokens, d, w;
   bool head_norms;
-  int64_t total, stride, padding, out_stride;
+  int64_t keys, total, stride, padding, out_stride;  // keys: columns of both heads
   Numbers qkv, out, norm, scratch;
 };
 
@@ -275,7 +277,7 @@ void check_attention(const Kernels& k, int64_t tokens, int64_t d, int64_t w, boo
     for (int64_t j = 0; j < w + data.padding; ++j) {
       double expected = 0, size = 0;
       for (int64_t other = 0; other < tokens && j < w; ++other) {
-        const double x = p[static_cast<size_t>(other)] * data.qkv.get(other * data.stride + 4 * d + j);
+        const double x = p[static_cast<size_t>(other)] * data.qkv.get(other * data.stride + 2 * data.keys + j);
         expected += x;
         size += std::fabs(x);
       }

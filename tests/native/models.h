@@ -21,7 +21,7 @@ namespace test {
 
 struct BlockShape {
   int64_t attention_kept;  // columns of the norm before qkv; 0: no attention
-  std::vector<int64_t> value_widths;
+  std::vector<int64_t> key_widths, value_widths;
   bool head_norms;
   int64_t mlp_kept, hidden;  // 0: no MLP
   bool offset;
@@ -30,7 +30,7 @@ struct BlockShape {
 struct Shape {
   const char* name;
   Dtype dtype;
-  int64_t embed_dim, head_dim;
+  int64_t embed_dim, head_dim;  // head_dim: of norms of heads
   std::vector<BlockShape> blocks;
   // of whole models; tokens in, tokens out if `channels` is 0
   int64_t channels, height, width, patch_height, patch_width, prefix, pooled, classes;
@@ -38,6 +38,10 @@ struct Shape {
   bool whole() const { return channels > 0; }
   int64_t patches() const { return whole() ? (height / patch_height) * (width / patch_width) : 0; }
 };
+
+inline int64_t sum(const std::vector<int64_t>& widths) {
+  return std::accumulate(widths.begin(), widths.end(), int64_t{0});
+}
 
 struct PlainLinear {
   int64_t inputs, outputs;
@@ -140,12 +144,10 @@ class PlainModel {
     out.shape = s;
     if (s.offset) out.offset = random_.numbers(shape_.embed_dim, Dtype::kFloat32);
     if (s.attention_kept) {
-      const int64_t total = std::accumulate(s.value_widths.begin(), s.value_widths.end(), int64_t{0});
       out.norm1 = norm(s.attention_kept);
-      out.qkv =
-          linear(s.attention_kept, 2 * static_cast<int64_t>(s.value_widths.size()) * shape_.head_dim + total);
+      out.qkv = linear(s.attention_kept, 2 * sum(s.key_widths) + sum(s.value_widths));
       if (s.head_norms) out.head_norms = random_.numbers(4 * shape_.head_dim, Dtype::kFloat32);
-      out.proj = linear(total, shape_.embed_dim);
+      out.proj = linear(sum(s.value_widths), shape_.embed_dim);
     }
     if (s.mlp_kept) {
       out.norm2 = norm(s.mlp_kept);
@@ -175,7 +177,7 @@ class PlainModel {
   }
 
   void attention(const PlainBlock& b, Tokens& x) const {
-    const int64_t d = shape_.head_dim, heads = static_cast<int64_t>(b.shape.value_widths.size());
+    const int64_t keys = sum(b.shape.key_widths);
     const int64_t tokens = static_cast<int64_t>(x.size()), width = b.qkv.outputs;
     std::vector<double> qkv;
     for (const std::vector<double>& row : x) {
@@ -185,17 +187,19 @@ class PlainModel {
     }
     for (int64_t t = 0; t < tokens; ++t) {
       std::vector<double> out;
-      int64_t at = 2 * heads * d;
-      for (int64_t h = 0; h < heads; at += b.shape.value_widths[static_cast<size_t>(h++)]) {
+      int64_t key = 0, value = 2 * keys;
+      for (size_t h = 0; h < b.shape.key_widths.size(); ++h) {
         const std::vector<double> weights =
-            softmax_weights(&qkv[static_cast<size_t>(t * width + h * d)],
-                            &qkv[static_cast<size_t>((heads + h) * d)], width, tokens, d, scale());
-        for (int64_t j = 0; j < b.shape.value_widths[static_cast<size_t>(h)]; ++j) {
-          double sum = 0;
+            softmax_weights(&qkv[static_cast<size_t>(t * width + key)], &qkv[static_cast<size_t>(keys + key)],
+                            width, tokens, b.shape.key_widths[h], scale());
+        for (int64_t j = 0; j < b.shape.value_widths[h]; ++j) {
+          double total = 0;
           for (int64_t other = 0; other < tokens; ++other)
-            sum += weights[static_cast<size_t>(other)] * qkv[static_cast<size_t>(other * width + at + j)];
-          out.push_back(sum);
+            total += weights[static_cast<size_t>(other)] * qkv[static_cast<size_t>(other * width + value + j)];
+          out.push_back(total);
         }
+        key += b.shape.key_widths[h];
+        value += b.shape.value_widths[h];
       }
       add(x[static_cast<size_t>(t)], b.proj(out.data()));
     }
@@ -228,7 +232,7 @@ class Packed {
   explicit Packed(const PlainModel& model) : dtype_(model.shape_.dtype) {
     const Shape& s = model.shape_;
     layout = {
-        1, static_cast<int64_t>(dtype_), s.embed_dim, s.head_dim, bits(model.eps()), bits(model.scale())};
+        2, static_cast<int64_t>(dtype_), s.embed_dim, s.head_dim, bits(model.eps()), bits(model.scale())};
     layout.push_back(s.whole());
     if (s.whole()) {
       for (int64_t n : {s.channels, s.height, s.width, s.patch_height, s.patch_width, s.prefix})
@@ -306,7 +310,8 @@ class Packed {
     layout.push_back(b.shape.attention_kept > 0);
     if (b.shape.attention_kept) {
       norm(b.norm1, width);
-      layout.push_back(static_cast<int64_t>(b.shape.value_widths.size()));
+      layout.push_back(static_cast<int64_t>(b.shape.key_widths.size()));
+      for (int64_t d : b.shape.key_widths) layout.push_back(d);
       for (int64_t w : b.shape.value_widths) layout.push_back(w);
       linear(b.qkv);
       maybe(b.head_norms);

@@ -17,7 +17,7 @@ from vtp.pruning.compact import CompactDistilledViT, is_erf_gelu
 from vtp.runtime.packed import PackedBlock, PackedLinear, PackedNorm
 from vtp_kernels.library import cpp_unsupported_reason
 
-_FORMAT = 1  # of the list of integers; csrc/cpu/model.cpp has the same
+_FORMAT = 2  # of the list of integers; csrc/cpu/model.cpp has the same
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PANEL = 16  # outputs whose weights lie side by side
 _ALIGNMENT = 64  # bytes: a cache line
@@ -158,7 +158,7 @@ class _Writer:
     def _attention(self, branch: nn.Module) -> None:
         self.norm(branch.norm, branch.qkv.in_features)
         heads = branch.heads
-        self.list += [heads.num_heads, *heads.value_widths]
+        self.list += [heads.num_heads, *heads.key_widths, *heads.value_widths]
         self.packed(branch.qkv)
         norms = [p for norm in (heads.q_norm, heads.k_norm) for p in norm.parameters()]
         self.maybe(torch.stack(norms).float() if norms else None)

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import include_paths
 
 import vtp
-from tests.support.engine_cases import MODELS, compact_model, irregular_plan, references, with_dead_parts
+from tests.support.engine_cases import (
+    MODELS,
+    compact_model,
+    irregular_plan,
+    references,
+    with_dead_parts,
+    with_narrow_keys,
+)
 from tests.support.models import TINY, build, gated, image
 from tests.support.numerics import assert_close_to_float64
 from vtp.runtime.cpu import CpuBlocks, CpuViT, panels
@@ -119,6 +126,26 @@ def test_a_model_of_197_tokens_is_as_close_to_float64_as_pytorch(dtype):
     check(compact_model("deit-tiny", depth=2, img_size=224), DTYPES[dtype], (1, 2))
 
 
+NARROW = {
+    "odd": ("tiny", {"embed_dim": 111, "mlp_hidden": 61}),
+    "no-biases": ("tiny", {"embed_dim": 45, "qkv_bias": False, "proj_bias": False}),
+    "577-tokens": ("tiny", {"embed_dim": 96, "img_size": (96, 96), "depth": 1}),
+    "heads-of-64": ("deit-small", {}),
+    "blocks-alone": ("map-pool-no-class-token", {}),
+}
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", NARROW)
+def test_heads_with_key_widths_of_their_own_are_computed(case, dtype):
+    name, changes = NARROW[case]
+    small = with_narrow_keys(compact_model(name, **changes))
+    widths = [block.attn.key_widths for block in small.blocks]
+    assert all(len(set(each)) > 1 for each in widths)
+    assert check(small, DTYPES[dtype]).engine.startswith("C++, ")
+
+
 DEAD = {
     "first-block": ("0.attn.proj", "0.mlp.fc1"),
     "middle-attention": ("1.attn.proj",),
@@ -187,7 +214,8 @@ def random_model(seed: int) -> vtp.CompactViT:
         distilled=choose.random() < 0.2,
     )
     model = gated(build(architecture, seed=seed), seed)
-    return vtp.compact(model, irregular_plan(model, seed, choose.uniform(0.05, 0.8))).float()
+    small = vtp.compact(model, irregular_plan(model, seed, choose.uniform(0.05, 0.8))).float()
+    return with_narrow_keys(small, seed) if seed % 2 and not architecture.qk_norm else small
 
 
 def check_random_models(count: int = 30) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import vtp
-from tests.support.engine_cases import MODELS, compact_model, references, with_dead_parts
+from tests.support.engine_cases import MODELS, compact_model, references, with_dead_parts, with_narrow_keys
 from tests.support.models import build, gated, image, relative_error
 from tests.support.numerics import assert_close_to_float64
 from vtp.pruning.compact import ConstantBranch
@@ -39,6 +39,12 @@ def tiny():
 @pytest.mark.parametrize("name", ["tiny", *MODELS])
 def test_packing_changes_nothing_in_float64(name):
     small = compact_model(name, torch.float64)
+    images = image(small)
+    assert relative_error(vtp.optimize(small)(images), small(images)) <= 1e-12
+
+
+def test_packing_narrow_keys_changes_nothing_in_float64():
+    small = with_narrow_keys(compact_model("deit-tiny", torch.float64))
     images = image(small)
     assert relative_error(vtp.optimize(small)(images), small(images)) <= 1e-12
 
