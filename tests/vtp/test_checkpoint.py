@@ -579,7 +579,7 @@ def type_of(field):
         lambda d: d.update(kind="gated"),
         lambda d: d.update(kind="larger"),
         lambda d: d.update(plan=None),
-        lambda d: d["plan"].update(plan_version=2),
+        lambda d: d["plan"].update(plan_version=3),
         lambda d: d["plan"]["kept"].update({"blocks.0.mlp.fc1": [0, 99]}),
         lambda d: d["plan"]["kept"].update({"blocks.0.mlp.fc1": [1, 0]}),
         lambda d: d["plan"]["kept"].update({"blocks.0.mlp.fc2": [0]}),

@@ -116,7 +116,9 @@ def branches(model: CompactViT) -> dict[str, tuple[Blocks, int]]:
 def _macs(model: CompactViT, block: CompactBlock, branch: str) -> int:
     architecture = model.plan.architecture
     if branch == "attn":
-        return attention_cost(architecture, block.attn.qkv.in_features, block.attn.value_widths).macs
+        return attention_cost(
+            architecture, block.attn.qkv.in_features, block.attn.value_widths, block.attn.key_widths
+        ).macs
     return mlp_cost(architecture, block.mlp.fc1.in_features, block.mlp.fc1.out_features).macs
 
 

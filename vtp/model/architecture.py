@@ -110,7 +110,7 @@ class Architecture:
     def dense_widths(self) -> BlockWidths:
         """Widths of each block before pruning."""
         values = (self.head_dim,) * self.num_heads
-        return BlockWidths(self.embed_dim, values, self.embed_dim, self.mlp_hidden)
+        return BlockWidths(self.embed_dim, values, self.embed_dim, self.mlp_hidden, keys=values)
 
     def timm_kwargs(self) -> dict:
         """Arguments for the timm constructor that makes this model."""

@@ -71,7 +71,7 @@ def model_cost(architecture: Architecture, blocks: Iterable[BlockWidths]) -> Cos
 
 def block_cost(architecture: Architecture, widths: BlockWidths) -> Cost:
     """Cost of one block with its norms."""
-    attention = attention_cost(architecture, widths.qkv, widths.values)
+    attention = attention_cost(architecture, widths.qkv, widths.values, widths.keys)
     return attention + mlp_cost(architecture, widths.fc1, widths.fc2)
 
 
@@ -82,25 +82,29 @@ def surroundings_cost(architecture: Architecture) -> Cost:
     return count(without_blocks.build("meta", weight_init="skip"))
 
 
-def attention_cost(architecture: Architecture, qkv_inputs: int, value_widths: Sequence[int]) -> Cost:
+def attention_cost(
+    architecture: Architecture, qkv_inputs: int, value_widths: Sequence[int], key_widths: Sequence[int] = ()
+) -> Cost:
     """Cost of one attention branch with its norm.
 
     Args:
         architecture: the dense model.
         qkv_inputs: kept inputs of qkv.
         value_widths: kept value dimensions per head; a head with 0 is gone with its query and key.
+        key_widths: width of the query and key of each of those heads; () for that of the dense model.
     """
     width, tokens, head_dim = architecture.embed_dim, architecture.num_tokens, architecture.head_dim
     values = sum(value_widths)
     if qkv_inputs == 0 or values == 0:
         return Cost(width, 0)  # what is left is a constant vector
-    heads = sum(1 for value_width in value_widths if value_width)
-    outputs = 2 * heads * head_dim + values
+    key_widths = key_widths or [head_dim] * len(value_widths)
+    keys = sum(width for width, alive in zip(key_widths, value_widths, strict=True) if alive)
+    outputs = 2 * keys + values
     params = 2 * qkv_inputs + qkv_inputs * outputs + values * width
     params += outputs * architecture.qkv_bias + width * architecture.proj_bias
     params += 4 * head_dim * architecture.qk_norm + width * (architecture.init_values is not None)
     macs = tokens * (qkv_inputs * outputs + values * width)
-    macs += tokens * tokens * (heads * head_dim + values)
+    macs += tokens * tokens * (keys + values)
     return Cost(params, macs)
 
 

@@ -14,9 +14,12 @@ class BlockWidths:
         qkv, fc1, fc2: kept inputs of these layers.
         values: kept value dimensions of each head, 0 where the head is removed; their sum is the kept inputs
             of proj.
+        keys: width of the queries and keys of each head, 0 where the head is removed; () where each head that
+            has values has those of the dense model.
     """
 
     qkv: int = 0
     values: tuple[int, ...] = ()
     fc1: int = 0
     fc2: int = 0
+    keys: tuple[int, ...] = ()

@@ -11,7 +11,7 @@ speed; anywhere else, and in an exported program, on PyTorch's own operators.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from vtp.model.architecture import Architecture, describe
 from vtp.model.widths import SITES
-from vtp.pruning.gates import sites
+from vtp.pruning.gates import sites, with_gates
 from vtp.pruning.plan import PlanError, PruningPlan
+from vtp.pruning.refit import refit
+from vtp.pruning.streams import Progress, plain_copy
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
@@ -236,11 +238,11 @@ class CompactBlock(nn.Module):
         architecture = plan.architecture
         width, eps = architecture.embed_dim, architecture.norm_eps
         qkv, _, fc1, fc2 = (len(plan.kept[name]) for name in _site_names(block))
+        key_widths = tuple(filter(None, plan.key_widths(block)))
         value_widths = tuple(filter(None, plan.value_widths(block)))
 
         alive = bool(qkv and value_widths)
         self.norm1 = LayerNormGather(width, qkv, eps) if alive else nn.Identity()
-        key_widths = (architecture.head_dim,) * len(value_widths)
         self.attn = (
             CompactAttention(architecture, qkv, key_widths, value_widths) if alive else ConstantBranch(width)
         )
@@ -302,22 +304,45 @@ def empty_compact(plan: PruningPlan) -> CompactViT:
 
 
 @torch.no_grad()
-def compact(gated: nn.Module, plan: PruningPlan) -> CompactViT:
-    """Cut a gated model to a plan. The result shares no memory with the gated model.
+def compact(
+    model: nn.Module,
+    plan: PruningPlan,
+    *,
+    images: Tensor | Iterable | None = None,
+    memory_gb: float | None = None,
+    progress: Progress | None = None,
+) -> CompactViT:
+    """Cut a gated or dense model to a plan. The result shares no memory with it.
+
+    Args:
+        model: the model that the plan was made for. It is not changed.
+        plan: what is kept.
+        images: what is left learns from these, in closed form, to do what the dense model did (see
+            `pruning/refit.py`); unlabelled, as `vtp.calibrate` takes them, some two thousand. None leaves the
+            weights as they are: the result then computes what `model` does with the removed gates at 0.
+        memory_gb: what the tokens of the images may take, for both models, in units of 1e9 bytes; the rest
+            goes to a temporary file.
+        progress: called with what is going on and the share that is done.
 
     Returns:
-        CompactViT with the dtype, device and train/eval mode of `gated`, all parameters trainable.
+        CompactViT with the dtype, device and train/eval mode of `model`, all parameters trainable.
 
     Raises:
-        PlanError: the plan was made for a model of other widths.
-        ValueError: the model has no gates.
+        PlanError: the plan was made for a model of other widths, or has cuts that take images.
+        ImagesError: images of another shape or kind than the model's, or none, or not finite.
+        ValueError: with images: activations are not finite.
     """
+    gated = with_gates(model)
     layers = sites(gated)
     architecture = describe(gated)
     if architecture.site_widths() != plan.widths or architecture.num_heads != plan.architecture.num_heads:
         raise PlanError(
             f"plan: made for {plan.architecture.depth} blocks of width {plan.architecture.embed_dim}, got a "
             f"model with {architecture.depth} blocks of width {architecture.embed_dim}"
+        )
+    if plan.needs_images and images is None:
+        raise PlanError(
+            "plan: it narrows queries and keys, or turns values, which takes images; give some to vtp.compact"
         )
     plan = dataclasses.replace(plan, architecture=architecture)
     small = empty_compact(plan)
@@ -328,9 +353,15 @@ def compact(gated: nn.Module, plan: PruningPlan) -> CompactViT:
             torch.tensor(plan.kept[name], dtype=torch.int64, device=device) for name in _site_names(i)
         )
         new = small.blocks[i]
-        state |= _prefixed(f"blocks.{i}.", _cut_attention(block, new, qkv, proj, plan.value_widths(i)))
+        state |= _prefixed(f"blocks.{i}.", _cut_attention(block, new, qkv, proj, plan.key_widths(i)))
         state |= _prefixed(f"blocks.{i}.", _cut_mlp(block, new, fc1, fc2))
     small.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    if images is not None:
+        plain = plain_copy(gated)
+        dtype = small.patch_embed.proj.weight.dtype
+        small.to(plain.patch_embed.proj.weight.dtype).eval()
+        refit(plain, small, plan, images, memory_gb=memory_gb, progress=progress)
+        small.to(dtype)
     for name in ("pretrained_cfg", "default_cfg"):
         if hasattr(gated, name):
             setattr(small, name, getattr(gated, name))
@@ -349,7 +380,7 @@ def _cut_norm(name: str, norm: nn.LayerNorm, new: LayerNormGather, keep: Tensor)
 
 
 def _cut_attention(
-    block: nn.Module, new: CompactBlock, keep_qkv: Tensor, keep_proj: Tensor, value_widths: tuple[int, ...]
+    block: nn.Module, new: CompactBlock, keep_qkv: Tensor, keep_proj: Tensor, key_widths: tuple[int, ...]
 ) -> dict[str, Tensor | None]:
     """Tensors of the compact attention branch, by name within the block."""
     attn = block.attn
@@ -361,8 +392,9 @@ def _cut_attention(
         # Without inputs every token has the value `bias`, which any attention weights average to itself.
         constant = _apply(proj_weight, None if qkv_bias is None else qkv_bias[value_rows], proj_bias)
         return {"attn.bias": _scaled(constant, block.ls1)}
-    alive = torch.tensor([w > 0 for w in value_widths], device=keep_proj.device)
-    query_rows = alive.repeat_interleave(attn.head_dim).nonzero().squeeze(1)
+    starts = range(0, width, attn.head_dim)
+    query_rows = torch.cat([start + torch.arange(w) for start, w in zip(starts, key_widths, strict=True)])
+    query_rows = query_rows.to(keep_proj.device)
     rows = torch.cat([query_rows, width + query_rows, value_rows])
     return {
         **_cut_norm("norm1", block.norm1, new.norm1, keep_qkv),

@@ -88,6 +88,12 @@ def insert_gates(model: nn.Module) -> nn.Module:
     return gated
 
 
+def with_gates(model: nn.Module) -> nn.Module:
+    """The model itself if it has gates, else a gated copy, whose gates are 1."""
+    gated = any(isinstance(module, GatedLinear) for module in model.modules())
+    return model if gated else insert_gates(model)
+
+
 def sites(model: nn.Module) -> dict[str, GatedLinear]:
     """The gated layers by name (`blocks.<i>.<site>`), in the order of the forward pass.
 

@@ -20,7 +20,8 @@ from vtp.model.architecture import Architecture
 from vtp.model.cost import Cost, abbreviated, model_cost
 from vtp.model.widths import SITES, BlockWidths
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2  # 1 had neither keys, value_basis nor predicted_change; it is read as what it meant
+VALUE_BASES = ("dimensions", "principal")
 
 
 class PlanError(ValueError):
@@ -48,11 +49,12 @@ class FrozenDict(Mapping):
 
 @dataclasses.dataclass(frozen=True)
 class PruningPlan:
-    """What is kept of a gated model. Immutable; prints as a table; saves as JSON.
+    """What is kept of a dense or gated model. Immutable; prints as a table; saves as JSON.
 
     Attributes:
         architecture: the dense model the indices refer to.
-        kept: site name (`blocks.<i>.<site>`) to kept gate indices, ascending.
+        kept: site name (`blocks.<i>.<site>`) to kept gate indices, ascending. With value_basis "principal"
+            those of `attn.proj` count the principal directions of each head's values, the largest first.
         scores: site name to the score of every gate, rounded to 6 significant digits.
         score, scope, per_mac, round_to, min_keep: how the ranking was made (see `make_plan`).
         budget: the one budget asked for, e.g. {"rate": 0.4}.
@@ -61,6 +63,12 @@ class PruningPlan:
             protected by `min_keep`, or was given back to use a budget up. None otherwise or if nothing was
             removed.
         parent: fingerprint of the gated weights that were scored (SHA-256, hex), "" if there are none.
+        keys: attention name (`blocks.<i>.attn`) to the width of each head's queries and keys, from 1 on; a
+            head without values is removed whatever it says. Missing names have the width of the dense model.
+        value_basis: "dimensions", values are cut to some of their own dimensions; "principal", first turned,
+            head by head, to the directions that matter most to the output (see `pruning/refit.py`).
+        predicted_change: with scope "optimal", the sum of the changes of the output that were measured for
+            each cut alone, in the unit of `Statistics.change`; else None.
     """
 
     architecture: Architecture
@@ -74,6 +82,9 @@ class PruningPlan:
     budget: Mapping[str, float]
     threshold: float | None
     parent: str
+    keys: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    value_basis: str = "dimensions"
+    predicted_change: float | None = None
 
     def __post_init__(self) -> None:
         self._own_values()
@@ -87,18 +98,42 @@ class PruningPlan:
                 raise PlanError(f"kept[{name!r}]: expected ascending indices in [0, {width})")
             if name in self.scores and len(self.scores[name]) != width:
                 raise PlanError(f"scores[{name!r}]: got {len(self.scores[name])} scores, expected {width}")
+        if self.value_basis not in VALUE_BASES:
+            raise PlanError(f"value_basis: got {self.value_basis!r}, expected one of {VALUE_BASES}")
+        object.__setattr__(self, "keys", FrozenDict(self._checked_keys()))
+
+    def _checked_keys(self) -> dict[str, tuple[int, ...]]:
+        """An entry for every attention. Raises PlanError."""
+        names = [f"blocks.{i}.attn" for i in range(self.architecture.depth)]
+        if unknown := sorted(set(self.keys) - set(names)):
+            raise PlanError(f"keys: got {unknown[:3]}, expected names like {names[0]!r}")
+        full, keys = (self.head_dim,) * self.architecture.num_heads, {}
+        for name in names:
+            keys[name] = widths = self.keys.get(name, full)
+            if len(widths) != len(full) or not all(1 <= width <= self.head_dim for width in widths):
+                raise PlanError(
+                    f"keys[{name!r}]: got {widths}, expected {len(full)} widths from 1 to {self.head_dim}"
+                )
+            if self.architecture.qk_norm and widths != full:
+                raise PlanError(
+                    f"keys[{name!r}]: got {widths}, expected {self.head_dim} a head: a norm of queries and "
+                    "keys is over all of it"
+                )
+        return keys
 
     def _own_values(self) -> None:
         """Make every field an immutable value of its own type. Raises TypeError or ValueError."""
         values: dict[str, Mapping[str, Any]] = {
             "kept": {name: tuple(map(operator.index, kept)) for name, kept in self.kept.items()},
+            "keys": {name: tuple(map(operator.index, widths)) for name, widths in self.keys.items()},
             "scores": {name: tuple(map(float, scores)) for name, scores in self.scores.items()},
             "budget": {name: float(value) for name, value in self.budget.items()},
         }
         for field, value in values.items():
             object.__setattr__(self, field, FrozenDict(value))
-        if self.threshold is not None:
-            object.__setattr__(self, "threshold", float(self.threshold))
+        for field in ("threshold", "predicted_change"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, float(getattr(self, field)))
 
     @property
     def widths(self) -> dict[str, int]:
@@ -114,6 +149,26 @@ class PruningPlan:
         """Kept value dimensions of each original head of a block; 0 where the head is removed."""
         heads = np.asarray(self.kept[f"blocks.{block}.attn.proj"], dtype=np.int64) // self.head_dim
         return tuple(np.bincount(heads, minlength=self.architecture.num_heads).tolist())
+
+    def key_widths(self, block: int) -> tuple[int, ...]:
+        """Width of the queries and keys of each original head of a block; 0 where the head is removed."""
+        pairs = zip(self.keys[f"blocks.{block}.attn"], self.value_widths(block), strict=True)
+        return tuple(key if value else 0 for key, value in pairs)
+
+    @property
+    def narrows_keys(self) -> bool:
+        """Whether a head that is left has narrower queries and keys than the dense model."""
+        blocks = range(self.architecture.depth)
+        return any(0 < width < self.head_dim for i in blocks for width in self.key_widths(i))
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the cut turns values, or narrows queries and keys, which takes images (`vtp.compact`)."""
+        narrow = self.narrows_keys
+        if self.value_basis == "dimensions":
+            return narrow
+        blocks = range(self.architecture.depth)
+        return narrow or any(0 < w < self.head_dim for i in blocks for w in self.value_widths(i))
 
     @property
     def rate(self) -> float:
@@ -133,7 +188,7 @@ class PruningPlan:
     def block_widths(self, block: int) -> BlockWidths:
         """Kept widths of a block."""
         qkv, _, fc1, fc2 = (len(self.kept[f"blocks.{block}.{site}"]) for site in SITES)
-        return BlockWidths(qkv, self.value_widths(block), fc1, fc2)
+        return BlockWidths(qkv, self.value_widths(block), fc1, fc2, self.key_widths(block))
 
     def __str__(self) -> str:
         cost, dense = self.cost, self.dense_cost
@@ -142,10 +197,13 @@ class PruningPlan:
         lines = [f"PruningPlan: {budget}; score {ranking}; {self.rate:.1%} of dimensions removed"]
         if self.threshold is not None:
             lines.append(f"threshold {self.threshold:.4g}")
-        lines.append(f"{'block':>5} {'qkv':>6} {'proj':>6} {'fc1':>6} {'fc2':>6}   value width of each head")
+        narrow = self.narrows_keys
+        heads = "key and value width of each head" if narrow else "value width of each head"
+        lines.append(f"{'block':>5} {'qkv':>6} {'proj':>6} {'fc1':>6} {'fc2':>6}   {heads}")
         for i in range(self.architecture.depth):
             row = self.block_widths(i)
-            heads = " ".join(str(width) for width in row.values)
+            pairs = zip(row.keys, row.values, strict=True)
+            heads = " ".join(f"{key}/{value}" if narrow else str(value) for key, value in pairs)
             lines.append(f"{i:>5} {row.qkv:>6} {sum(row.values):>6} {row.fc1:>6} {row.fc2:>6}   {heads}")
         full = self.architecture.dense_widths
         lines.append(f"dense {full.qkv:>6} {sum(full.values):>6} {full.fc1:>6} {full.fc2:>6}")
@@ -157,7 +215,7 @@ class PruningPlan:
         """The plan as JSON-able data; the inverse is `from_dict`."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["architecture"] = dataclasses.asdict(self.architecture)
-        for name in ("kept", "scores", "budget"):
+        for name in ("kept", "scores", "budget", "keys"):
             fields[name] = dict(fields[name])
         return {"plan_version": PLAN_VERSION, **fields}
 
@@ -166,7 +224,7 @@ class PruningPlan:
         """Raises PlanError if `data` is not a plan of this version, naming what is wrong."""
         if not isinstance(data, dict) or "plan_version" not in data:
             raise PlanError("plan: not a pruning plan (no plan_version)")
-        if data["plan_version"] != PLAN_VERSION:
+        if data["plan_version"] not in (1, PLAN_VERSION):
             raise PlanError(
                 f"plan: version {data['plan_version']}, expected {PLAN_VERSION}; update vtp to read it"
             )

@@ -558,7 +558,7 @@ def test_file_is_plain_json_without_nan(plan, tmp_path):
         raise AssertionError(constant)
 
     data = json.loads((tmp_path / "plan.json").read_text(), parse_constant=refuse)
-    assert data["plan_version"] == 1
+    assert data["plan_version"] == 2
     assert data["kept"]["blocks.0.attn.qkv"] == list(plan.kept["blocks.0.attn.qkv"])
 
 
@@ -593,7 +593,7 @@ def test_missing_file_and_folder_are_refused(tmp_path):
 
 def test_newer_plan_is_refused_with_both_versions(plan):
     with pytest.raises(vtp.PlanError, match="version 2, expected 1; update vtp"):
-        vtp.PruningPlan.from_dict({**plan.to_dict(), "plan_version": 2})
+        vtp.PruningPlan.from_dict({**plan.to_dict(), "plan_version": 3})
 
 
 SITE = "blocks.0.mlp.fc1"

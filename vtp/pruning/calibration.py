@@ -1,0 +1,380 @@
+"""What a minute of images says about a model that needs no training for it: which dimensions, and what they
+are worth.
+
+`calibrate` runs the dense model over unlabelled images, a block at a time, and keeps of each linear layer's
+inputs how much they vary, how much of the layer's output they carry, and the error curve of removing them one
+by one (`moments.obs_curve`); of each head, how much of its scores and of its output is left at each rank. It
+then cuts each of these units alone, mends it by its closed form, and measures what becomes of the output of
+the whole model: the factor from a layer's error to what it does. With these curves `make_plan(scope="optimal")`
+finds the best widths for a budget.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.layers import LayerScale
+from torch import Tensor, nn
+
+from vtp.files import FileError, fingerprint, write_atomic
+from vtp.model.architecture import Architecture, describe
+from vtp.model.widths import SITES
+from vtp.pruning.moments import Moments, narrowed_scores, obs_curve, oas_damping, turned_values
+from vtp.pruning.streams import Progress, Store, Stream, embedded, plain_copy
+
+STATISTICS_VERSION = 1
+# The share of a unit's width to which it is cut alone, to measure what that does to the output; queries and keys
+# have most of their scores in few directions. What is removed whole is measured too.
+PROBED_SHARE, PROBED_KEY_SHARE = 0.25, 0.125
+# Rows that second moments are taken from: 10 for each of DeiT-B's 3072 hidden dimensions.
+MOST_ROWS = 32_768
+LEAST_PROBED, MOST_PROBED = 16, 256  # images on which changes are measured
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What `calibrate` found out about one model. Saves as safetensors.
+
+    Attributes:
+        architecture: of the dense model.
+        parent: fingerprint of its weights, gates folded in (SHA-256, hex).
+        images: how many images it was calibrated on; change_images: on how many of them changes were measured.
+        change: what `changes` are: "KL" from the dense model's class probabilities, in nats, mean over images;
+            or "relative error" of its features, where it has no classes.
+        tensors: float64, by `<site>.<what>`:
+
+            blocks.<i>.<site>.variance    [p]     variance of each input
+            blocks.<i>.<site>.activation  [p]     |W_j|^2 times that: its share of the output's variance
+            blocks.<i>.<site>.order       [p]     inputs as greedy OBS removes them
+            blocks.<i>.<site>.errors      [p+1]   mean square error of the output after so many removals
+            blocks.<i>.attn.keys          [H, d]  what each rank of a head carries of the scores' mean square
+            blocks.<i>.attn.values        [H, d]  what each direction of a head carries of the output's variance
+            blocks.<i>.<unit>.changes     [k, 2]  width, and the measured change with this unit alone cut to it,
+                                                  for the units attn.qkv, attn.keys, attn.values, mlp.fc1, mlp.fc2
+
+            LayerScale counts as a part of the weights of proj and fc2.
+    """
+
+    architecture: Architecture
+    parent: str
+    images: int
+    change_images: int
+    change: str
+    tensors: Mapping[str, Tensor]
+
+    def of(self, name: str) -> Tensor:
+        """One tensor of the list above."""
+        return self.tensors[name]
+
+    def save(self, path: str | Path) -> None:
+        """Write the statistics as one safetensors file, atomically. Raises FileError."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del fields["tensors"]
+        fields["architecture"] = dataclasses.asdict(self.architecture)
+        text = json.dumps({"statistics_version": STATISTICS_VERSION, **fields})
+        header = {"vtp_statistics": text, "vtp_sha256": fingerprint(self.tensors, text)}
+
+        def write(temporary: Path) -> None:
+            try:
+                save_file(dict(self.tensors), temporary, metadata=header)
+            except SafetensorError as error:
+                raise FileError(f"path: cannot write {path}: {error}") from error
+
+        write_atomic(path, write)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Statistics":
+        """Read what `save` wrote. Raises FileError with the reason."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise FileError(f"path: cannot read {path}, or it is damaged or cut off ({error})") from error
+        text = header.get("vtp_statistics")
+        if text is None:
+            raise FileError(f"path: {path} has no statistics of vtp.calibrate")
+        if header.get("vtp_sha256") != fingerprint(tensors, text):
+            raise FileError(f"path: {path} was changed after it was written (its SHA-256 does not match)")
+        fields: dict[str, Any] = json.loads(text)
+        if fields.pop("statistics_version") != STATISTICS_VERSION:
+            raise FileError(f"path: {path} is of another version of vtp; calibrate again")
+        fields["architecture"] = Architecture.from_dict(fields["architecture"])
+        return cls(**fields, tensors=tensors)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ValueError if these are not the statistics of this dense or gated model."""
+        if fingerprint(plain_copy(model).state_dict()) != self.parent:
+            raise ValueError(
+                "statistics: they are of other weights than the model has; call vtp.calibrate(model, images) again"
+            )
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    images: Tensor | Iterable,
+    *,
+    memory_gb: float | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Run a dense or gated model over images, without labels, and keep what a cut must know.
+
+    Args:
+        model: a supported timm VisionTransformer, or one from `insert_gates`, whose gates count as a part of
+            its weights. It is not changed.
+        images: normalised, [M, C, H, W]; or an iterable of such batches or of (batch, labels), as a loader
+            is, which is read once. Of the training set, and as they are evaluated: not augmented. A thousand
+            or two; some ten rows (images times tokens) for each hidden dimension are looked at, and images
+            beyond that are not.
+        memory_gb: what the images' tokens may take, in units of 1e9 bytes; the rest goes to a temporary file.
+            Beside them there are the second moments of one block, 0.1 GB for a DeiT-B.
+        progress: called with what is going on and the share that is done.
+
+    Returns:
+        Statistics, for `make_plan` and `pareto`.
+
+    Raises:
+        UnsupportedModelError: as `insert_gates` does.
+        ImagesError: images of another shape or kind than the model's, or none, or not finite.
+        ValueError: the model's own activations are not finite.
+    """
+    plain = plain_copy(model)
+    architecture = describe(plain)
+    parent = fingerprint(plain.state_dict())
+    say = progress or (lambda text, share: None)
+    device = plain.patch_embed.proj.weight.device
+    store = Store(memory_gb, device)
+    try:
+        stream = embedded(plain, _enough(images, architecture), store, progress)
+        probe = _Probe(plain, stream)
+        tensors: dict[str, Tensor] = {}
+        for i, block in enumerate(plain.blocks):
+            say(f"block {i + 1} of {architecture.depth}", i / architecture.depth)
+            before = stream.first(probe.images).to(device)
+            sums = _gather(block, stream, device)
+            for key, value in _block_tensors(block, sums, before, partial(probe.change, i)):
+                tensors[f"blocks.{i}.{key}"] = value.cpu().contiguous()
+        return Statistics(architecture, parent, stream.images, probe.images, probe.unit, tensors)
+    finally:
+        store.close()
+
+
+def _enough(images: Tensor | Iterable, architecture: Architecture) -> Iterator[Any]:
+    """As many of the images as have `MOST_ROWS` tokens."""
+    left = -(-MOST_ROWS // architecture.num_tokens)
+    for batch in [images] if isinstance(images, Tensor) else images:
+        batch = batch[0] if isinstance(batch, (tuple, list)) else batch
+        yield batch[:left] if isinstance(batch, Tensor) else batch
+        left -= len(batch)
+        if left <= 0:
+            return
+
+
+def scaled_weight(linear: nn.Linear, layer_scale: nn.Module) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of a layer with its LayerScale, float64; a missing bias is 0."""
+    weight = linear.weight.double()
+    bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.double()
+    if isinstance(layer_scale, LayerScale):
+        gamma = layer_scale.gamma.double()
+        return weight * gamma[:, None], bias * gamma
+    return weight, bias
+
+
+@dataclasses.dataclass
+class _Block:
+    """One block of the dense model as weights and products, of which one at a time is replaced.
+
+    mixes: [H, d, d], which queries meet on their way to the keys; None for none.
+    """
+
+    block: nn.Module
+    qkv: tuple[Tensor, Tensor]
+    proj: tuple[Tensor, Tensor]
+    fc1: tuple[Tensor, Tensor]
+    fc2: tuple[Tensor, Tensor]
+    mixes: Tensor | None = None
+
+    @classmethod
+    def of(cls, block: nn.Module) -> "_Block":
+        """As it is."""
+        none = nn.Identity()
+        return cls(
+            block,
+            scaled_weight(block.attn.qkv, none),
+            scaled_weight(block.attn.proj, block.ls1),
+            scaled_weight(block.mlp.fc1, none),
+            scaled_weight(block.mlp.fc2, block.ls2),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [images, tokens, embed_dim] to the same shape."""
+        attn, mlp = self.block.attn, self.block.mlp
+        query, key, value = split_heads(attn, self._linear(self.block.norm1(x), self.qkv))
+        if self.mixes is not None:
+            query = query @ self.mixes.to(query)
+        x = x + self._linear(attend(attn, query, key, value), self.proj)
+        return x + self._linear(mlp.act(self._linear(self.block.norm2(x), self.fc1)), self.fc2)
+
+    @staticmethod
+    def _linear(x: Tensor, layer: tuple[Tensor, Tensor]) -> Tensor:
+        weight, bias = layer
+        return F.linear(x, weight.to(x), bias.to(x))
+
+
+def split_heads(attn: nn.Module, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a dense attention, [images, heads, tokens, head_dim] each, norms applied."""
+    query, key, value = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
+    return attn.q_norm(query), attn.k_norm(key), value
+
+
+def attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What goes into proj, [images, tokens, embed_dim]."""
+    return F.scaled_dot_product_attention(query, key, value, scale=attn.scale).transpose(1, 2).flatten(2)
+
+
+@dataclasses.dataclass
+class _Sums:
+    """Second moments of what goes through one block: inputs of its sites; queries and keys of each head."""
+
+    sites: dict[str, Moments]
+    queries: list[Moments]
+    keys: list[Moments]
+
+
+def _gather(block: nn.Module, stream: Stream, device: torch.device) -> _Sums:
+    """The sums of a block over the stream, which goes on to what the block puts out."""
+    attn, mlp = block.attn, block.mlp
+    sums = _Sums(
+        {site: Moments(block.get_submodule(site).in_features, device=device) for site in SITES},
+        *([Moments(attn.head_dim, device=device) for _ in range(attn.num_heads)] for _ in range(2)),
+    )
+    for piece in stream.pieces:
+        x = piece.to(device)
+        normed = block.norm1(x)
+        sums.sites["attn.qkv"].add(normed.flatten(0, 1))
+        query, key, value = split_heads(attn, attn.qkv(normed))
+        centred = key - key.mean(-2, keepdim=True)
+        for head in range(attn.num_heads):
+            sums.queries[head].add(query[:, head].flatten(0, 1))
+            sums.keys[head].add(centred[:, head].flatten(0, 1))
+        out = attend(attn, query, key, value)
+        sums.sites["attn.proj"].add(out.flatten(0, 1))
+        x = x + block.ls1(attn.proj(out))
+        normed = block.norm2(x)
+        sums.sites["mlp.fc1"].add(normed.flatten(0, 1))
+        hidden = mlp.act(mlp.fc1(normed))
+        sums.sites["mlp.fc2"].add(hidden.flatten(0, 1))
+        piece.copy_(x + block.ls2(mlp.fc2(hidden)))
+    return sums
+
+
+class _Probe:
+    """What becomes of the output of the whole model when one block puts out something else."""
+
+    def __init__(self, plain: nn.Module, stream: Stream) -> None:
+        depth = len(plain.blocks)
+        # Each block is cut alone seven times and half of the model runs after it: as much as four passes
+        # over the images that moments are taken from.
+        images = min(max(LEAST_PROBED, int(4 * stream.images / (3.5 * depth))), MOST_PROBED)
+        self.images = min(images, stream.images)
+        self._model = plain
+        self.unit = "KL" if plain.num_classes else "relative error"
+        device = plain.patch_embed.proj.weight.device
+        self._dense = self._output(0, stream.first(self.images).to(device))
+
+    def change(self, block: int, x: Tensor) -> float:
+        """How far the output is from the dense model's with x behind this block."""
+        got, dense = self._output(block + 1, x).double(), self._dense.double()
+        if self.unit == "KL":
+            dense, got = dense.log_softmax(-1), got.log_softmax(-1)
+            return max((dense.exp() * (dense - got)).sum(-1).mean().item(), 0.0)
+        return ((got - dense).square().mean() / (dense - dense.mean(0)).square().mean()).item()
+
+    def _output(self, block: int, x: Tensor) -> Tensor:
+        for later in self._model.blocks[block:]:
+            x = later(x)
+        return self._model.forward_head(self._model.norm(x))
+
+
+def _block_tensors(
+    block: nn.Module, sums: _Sums, before: Tensor, change: Callable[[Tensor], float]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `Statistics` for one block, by their names in it.
+
+    Args:
+        block: of the dense model; sums: its moments.
+        before: what goes into the block, for the images on which changes are measured.
+        change: the change of the model's output for what the block puts out instead.
+    """
+    dense = _Block.of(block)
+
+    def measured(**cut: Any) -> float:
+        return change(dataclasses.replace(dense, **cut)(before))
+
+    constants = {}
+    for branch, last in (("attn", "proj"), ("mlp", "fc2")):
+        weight, bias = getattr(dense, last)
+        mean = weight @ sums.sites[f"{branch}.{last}"].mean + bias
+        constants[branch] = measured(**{last: (torch.zeros_like(weight), mean)})
+
+    for site, moments in sums.sites.items():
+        branch, layer = site.split(".")
+        weight, bias = getattr(dense, layer)
+        covariance = moments.covariance
+        variance = covariance.diagonal()
+        order, errors = obs_curve(covariance, weight, moments.count)
+        yield f"{site}.variance", variance
+        yield f"{site}.activation", weight.square().sum(0) * variance
+        yield f"{site}.order", order.double()
+        yield f"{site}.errors", errors
+        if layer != "proj":
+            kept = max(1, round(PROBED_SHARE * len(order)))
+            mended = _without(moments, weight, bias, order[len(order) - kept :].to(weight.device))
+            yield f"{site}.changes", _points((0, constants[branch]), (kept, measured(**{layer: mended})))
+
+    attn = block.attn
+    H, d = attn.num_heads, attn.head_dim
+    proj, bias = dense.proj
+    out = sums.sites["attn.proj"]
+    kept = max(1, round(PROBED_SHARE * d))
+    energies, projection = [], torch.zeros(H * d, H * d, dtype=torch.float64, device=proj.device)
+    for own in (slice(head * d, (head + 1) * d) for head in range(H)):
+        turn, back, energy = turned_values(out.covariance[own, own], proj[:, own])
+        energies.append(energy)
+        projection[own, own] = back[:, :kept] @ turn[:, :kept].T
+    yield "attn.values", torch.stack(energies)
+    cut = proj @ projection
+    change_of_values = measured(proj=(cut, bias + (proj - cut) @ out.mean))
+    yield "attn.values.changes", _points((0, constants["attn"]), (H * kept, change_of_values))
+
+    if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
+        kept = max(1, round(PROBED_KEY_SHARE * d))
+        energies, mixes = [], []
+        for queries, keys in zip(sums.queries, sums.keys, strict=True):
+            to_query, to_key, energy = narrowed_scores(queries.raw, keys.raw)
+            energies.append(energy)
+            mixes.append(to_query[:, :kept] @ to_key[:, :kept].T)
+        yield "attn.keys", torch.stack(energies)
+        yield "attn.keys.changes", _points((H * kept, measured(mixes=torch.stack(mixes))))
+
+
+def _points(*points: tuple[int, float]) -> Tensor:
+    return torch.tensor(points, dtype=torch.float64)
+
+
+def _without(moments: Moments, weight: Tensor, bias: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer that reads `kept` inputs only and makes up for the others by what it knows of them."""
+    covariance = moments.covariance
+    own = covariance[kept][:, kept]
+    damping = oas_damping(own, moments.count)
+    own = own + max(damping, torch.finfo(torch.float32).tiny) * torch.eye(len(own)).to(own)
+    cut = torch.zeros_like(weight)
+    cut[:, kept] = torch.linalg.solve(own, covariance[kept] @ weight.T).T
+    return cut, bias + (weight - cut) @ moments.mean

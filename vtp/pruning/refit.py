@@ -1,0 +1,276 @@
+"""What is left of a cut model learns in closed form to do what the dense model did: no labels, no training.
+
+Block by block, each linear layer is fitted by damped least squares on images: from what the *cut* model puts
+into it, as cut and fitted so far, to what the *dense* model has there. Second moments of the dense model alone
+could not do this, as the inputs of a layer change once what is before it is cut. Targets are
+
+    qkv, fc1    the dense layer's outputs
+    proj, fc2   what the residual stream of the cut model lacks: x_dense - x_cut behind the branch. So each
+                branch also mends what those before it left
+
+Where a plan narrows queries and keys or turns values, the fitted rows of qkv are projected to the directions
+of `moments.narrowed_scores` and `moments.turned_values`, both from the dense model's own queries, keys and
+outputs. In the last block of a model that reads nothing but its first tokens, only those are fitted.
+
+Cf. Frantar and Alistarh, "Optimal Brain Compression", NeurIPS 2022, and "Vision transformer pruning by one-shot
+closed-form compensation", arXiv 2608.17657.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerScale
+from torch import Tensor, nn
+
+from vtp.model.architecture import Architecture
+from vtp.model.widths import SITES
+from vtp.pruning.calibration import attend, scaled_weight, split_heads
+from vtp.pruning.moments import Moments, narrowed_scores, ridge, turned_values
+from vtp.pruning.plan import PruningPlan
+from vtp.pruning.streams import Progress, Store, embedded
+
+
+@torch.no_grad()
+def refit(
+    plain: nn.Module,
+    small: nn.Module,
+    plan: PruningPlan,
+    images: Tensor | Iterable,
+    *,
+    memory_gb: float | None = None,
+    progress: Progress | None = None,
+    damping: float | None = None,
+    feedback: bool = True,
+) -> None:
+    """Set the weights of a cut model's blocks, in place. A LayerScale becomes a part of them, and 1.
+
+    Args:
+        plain: the dense model, from `streams.plain_copy`.
+        small: the model cut to the plan, of the same dtype, in eval mode.
+        plan: what it was cut to.
+        images: as `vtp.calibrate` takes them.
+        memory_gb: for both models' streams, in units of 1e9 bytes; the rest lies in a temporary file.
+        progress: called with what is going on and the share that is done.
+        damping: as `moments.ridge` takes it.
+        feedback: False takes the dense branch's own outputs as the targets of proj and fc2.
+
+    Raises:
+        ImagesError: as `vtp.calibrate` does.
+        ValueError: activations are not finite.
+    """
+    store = Store(memory_gb, plain.patch_embed.proj.weight.device)
+    try:
+        dense = embedded(plain, images, store, progress).pieces
+        cut = [store.keep(piece.clone()) for piece in dense]
+        for i, (block, own) in enumerate(zip(plain.blocks, small.blocks, strict=True)):
+            if progress is not None:
+                progress(f"block {i + 1} of {len(plain.blocks)}", i / len(plain.blocks))
+            rows = _read_rows(plan.architecture) if i == len(plain.blocks) - 1 else _all_rows
+            fit = _BlockFit(plan, i, block, own, dense, cut, rows, damping, feedback)
+            fit.attention(store)
+            fit.mlp()
+    finally:
+        store.close()
+
+
+def _all_rows(x: Tensor) -> Tensor:
+    """[images, tokens, width] to [n, width]."""
+    return x.flatten(0, 1)
+
+
+def _read_rows(architecture: Architecture) -> Callable[[Tensor], Tensor]:
+    """The tokens behind the last block that the model's output depends on.
+
+    Without a head, all: who takes features may want those of patches.
+    """
+    if architecture.global_pool != "token" or not architecture.num_classes:
+        return _all_rows
+    return lambda x: x[:, : 1 + int(architecture.distilled)].flatten(0, 1)
+
+
+class _BlockFit:
+    """The fit of one block, over both residual streams, whose pieces go on to what the block puts out.
+
+    Args:
+        plan, index: what is kept, and of which block.
+        block, own: it in the dense and in the cut model.
+        dense, cut: the streams.
+        rows: of the tokens, those that what the block puts out is fitted on.
+        damping, feedback: as `refit` takes them.
+    """
+
+    def __init__(
+        self,
+        plan: PruningPlan,
+        index: int,
+        block: nn.Module,
+        own: nn.Module,
+        dense: list[Tensor],
+        cut: list[Tensor],
+        rows: Callable[[Tensor], Tensor],
+        damping: float | None,
+        feedback: bool,
+    ) -> None:
+        self.block, self.own, self.dense, self.cut, self.rows = block, own, dense, cut, rows
+        self.damping, self.feedback = damping, feedback
+        self.device = block.attn.qkv.weight.device
+        self.kept = {
+            site: torch.tensor(plan.kept[f"blocks.{index}.{site}"], dtype=torch.int64, device=self.device)
+            for site in SITES
+        }
+        self.keys, self.values = plan.key_widths(index), plan.value_widths(index)
+        self.turned = plan.value_basis == "principal"
+        self.before: list[Tensor] = []  # without feedback: what the cut stream lacked before the branch
+
+    def attention(self, store: Store) -> None:
+        """Fit qkv and proj."""
+        attn, own = self.block.attn, self.own.attn
+        alive = hasattr(own, "qkv")
+        d, heads = attn.head_dim, range(attn.num_heads)
+        inputs = self.kept["attn.qkv"]
+        weight, bias = scaled_weight(attn.qkv, nn.Identity())
+        weight = weight[:, inputs]
+        sums = Moments(len(inputs), len(weight), self.device)
+        out = Moments(attn.proj.in_features, device=self.device)
+        queries, keys = ([Moments(d, device=self.device) for _ in heads] for _ in range(2))
+        self._begin_branch()
+        for x, rest in self._pieces():
+            qkv = attn.qkv(self.block.norm1(x))
+            query, key, value = split_heads(attn, qkv)
+            heads_out = attend(attn, query, key, value)
+            if alive:
+                normed = self.own.norm1(rest)
+                sums.add(_all_rows(normed), _all_rows(qkv - _linear(normed, weight, bias)))
+                out.add(_all_rows(heads_out))
+                centred = key - key.mean(-2, keepdim=True)
+                for head in heads:
+                    queries[head].add(_all_rows(query[:, head]))
+                    keys[head].add(_all_rows(centred[:, head]))
+            x += self.block.ls1(attn.proj(heads_out))
+        proj, proj_bias = scaled_weight(attn.proj, self.block.ls1)
+        if not alive:
+            own.bias.copy_(self._mean_lack())
+            for _, rest in self._pieces():
+                rest += own.bias
+            return
+        change, shift = ridge(sums, self.damping, attn.qkv.bias is not None)
+        weight, bias = weight + change, bias + shift
+        rows, columns = [], []
+        for head in heads:
+            part = slice(head * d, (head + 1) * d)
+            if self.values[head]:
+                to_query, to_key = _scores_kept(queries[head], keys[head], self.keys[head], d)
+                turn, back = self._values_kept(out.covariance[part, part], proj[:, part], head)
+                rows.append((to_query, to_key, turn))
+                columns.append(proj[:, part] @ back)
+        parts = [t.unflatten(0, (3, attn.num_heads, d)) for t in (weight, bias)]
+        alive_heads = [head for head in heads if self.values[head]]
+        for target, of in zip((own.qkv.weight, own.qkv.bias), parts, strict=True):
+            if target is not None:
+                turned = [
+                    turns[kind].T @ of[kind, head]
+                    for kind in range(3)
+                    for head, turns in zip(alive_heads, rows, strict=True)
+                ]
+                target.copy_(torch.cat(turned))
+        prior = torch.cat(columns, dim=1)
+        sums = Moments(prior.shape[1], len(prior), self.device)
+        entered = []
+        for piece, (x, rest) in enumerate(self._pieces()):
+            given = own.attend(own.qkv(self.own.norm1(rest)), None, False, on_kernels=False)
+            entered.append(store.keep(given))
+            lack = self._lack(piece, x, rest) - _linear(given, prior, proj_bias)
+            sums.add(self.rows(given), self.rows(lack))
+        self._set(own.proj, self.own.ls1, prior, proj_bias, sums)
+        for given, (_, rest) in zip(entered, self._pieces(), strict=True):
+            rest += self.own.ls1(own.proj(given.to(rest)))
+
+    def mlp(self) -> None:
+        """Fit fc1 and fc2."""
+        mlp, own = self.block.mlp, self.own.mlp
+        alive = hasattr(own, "fc1")
+        inputs, hidden = self.kept["mlp.fc1"], self.kept["mlp.fc2"]
+        weight, bias = scaled_weight(mlp.fc1, nn.Identity())
+        weight, bias = weight[hidden][:, inputs], bias[hidden]
+        sums = Moments(len(inputs), len(hidden), self.device)
+        self._begin_branch()
+        for x, rest in self._pieces():
+            given = mlp.fc1(self.block.norm2(x))
+            if alive:
+                normed = self.own.norm2(rest)
+                sums.add(self.rows(normed), self.rows(given[..., hidden] - _linear(normed, weight, bias)))
+            x += self.block.ls2(mlp.fc2(mlp.act(given)))
+        if not alive:
+            own.bias.copy_(self._mean_lack())
+            for _, rest in self._pieces():
+                rest += own.bias
+            return
+        self._set(own.fc1, nn.Identity(), weight, bias, sums)
+        weight, bias = scaled_weight(mlp.fc2, self.block.ls2)
+        weight = weight[:, hidden]
+        sums = Moments(len(hidden), len(weight), self.device)
+        for piece, (x, rest) in enumerate(self._pieces()):
+            given = own.act(own.fc1(self.own.norm2(rest)))
+            lack = self._lack(piece, x, rest) - _linear(given, weight, bias)
+            sums.add(self.rows(given), self.rows(lack))
+        self._set(own.fc2, self.own.ls2, weight, bias, sums)
+        for _, rest in self._pieces():
+            rest += self.own.ls2(own.fc2(own.act(own.fc1(self.own.norm2(rest)))))
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of both streams on the model's device; what is written to them is kept."""
+        for pair in zip(self.dense, self.cut, strict=True):
+            moved = tuple(piece.to(self.device) for piece in pair)
+            yield moved
+            for piece, new in zip(pair, moved, strict=True):
+                if new is not piece:
+                    piece.copy_(new)
+
+    def _begin_branch(self) -> None:
+        if not self.feedback:
+            self.before = [x - rest for x, rest in self._pieces()]
+
+    def _lack(self, piece: int, x: Tensor, rest: Tensor) -> Tensor:
+        """What a branch of the cut model should put out, from the streams behind and before it."""
+        return x - rest if self.feedback else x - rest - self.before[piece]
+
+    def _mean_lack(self) -> Tensor:
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for piece, (x, rest) in enumerate(self._pieces()):
+            lack = self.rows(self._lack(piece, x, rest)).double()
+            total, count = total + lack.sum(0), count + len(lack)
+        return total / count
+
+    def _values_kept(self, covariance: Tensor, proj: Tensor, head: int) -> tuple[Tensor, Tensor]:
+        """(turn, back) [d, kept] of one head: what values meet, and what the columns of proj meet."""
+        d, width = len(covariance), self.values[head]
+        eye = torch.eye(d, dtype=torch.float64, device=self.device)
+        if self.turned and width < d:
+            turn, back, _ = turned_values(covariance, proj)
+            return turn[:, :width], back[:, :width]
+        kept = self.kept["attn.proj"]
+        own = kept[(kept >= head * d) & (kept < (head + 1) * d)] - head * d
+        return eye[:, own], eye[:, own]
+
+    def _set(self, layer: nn.Linear, scale: nn.Module, weight: Tensor, bias: Tensor, sums: Moments) -> None:
+        """The layer that has been missing `sums` of its targets; its LayerScale becomes 1."""
+        change, shift = ridge(sums, self.damping, layer.bias is not None)
+        layer.weight.copy_(weight + change)
+        if layer.bias is not None:
+            layer.bias.copy_(bias + shift)
+        if isinstance(scale, LayerScale):
+            scale.gamma.fill_(1)
+
+
+def _scores_kept(queries: Moments, keys: Moments, width: int, d: int) -> tuple[Tensor, Tensor]:
+    """What queries and keys of one head meet, [d, width] each."""
+    if width == d:
+        eye = torch.eye(d, dtype=torch.float64, device=queries.mean.device)
+        return eye, eye
+    to_query, to_key, _ = narrowed_scores(queries.raw, keys.raw)
+    return to_query[:, :width], to_key[:, :width]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x), bias.to(x))

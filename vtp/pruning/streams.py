@@ -1,0 +1,162 @@
+"""The residual stream of calibration images, block by block: what calibration and refit run over.
+
+Images are embedded once. From then on only the stream is kept, [images, tokens, embed_dim] in pieces, and a
+block is run over all pieces before the next: so no more than one block's sums are in memory at a time,
+however deep the model is. Pieces that the memory has no room for lie in an unnamed temporary file.
+"""
+
+import copy
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from vtp.model.architecture import Architecture, describe, replace_sites
+from vtp.pruning.gates import GatedLinear
+
+Progress = Callable[[str, float], None]
+_PIECE = 16_384  # tokens of one piece: enough for products at full speed, little beside the weights
+
+
+class ImagesError(ValueError):
+    """Calibration images that cannot be used; the message says what came and what was expected."""
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode with the gates folded into its weights, in float32, or float64 if it is that."""
+    plain = copy.deepcopy(model).eval().requires_grad_(False)
+    if any(isinstance(module, GatedLinear) for module in plain.modules()):
+        replace_sites(plain, lambda _, layer: _folded(layer))
+    return plain if plain.patch_embed.proj.weight.dtype == torch.float64 else plain.float()
+
+
+def _folded(layer: GatedLinear) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(layer.folded_weight(), requires_grad=False)
+    linear.bias = layer.bias
+    return linear.eval()
+
+
+@dataclasses.dataclass
+class Stream:
+    """Tokens of all images, in pieces [images, tokens, embed_dim]; whoever runs a block writes in place."""
+
+    pieces: list[Tensor]
+
+    @property
+    def images(self) -> int:
+        """How many images it is of."""
+        return sum(len(piece) for piece in self.pieces)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image."""
+        return self.pieces[0].shape[1]
+
+    def first(self, images: int) -> Tensor:
+        """A copy of the tokens of the first images."""
+        taken, rest = [], images
+        for piece in self.pieces:
+            taken.append(piece[:rest].clone())
+            rest -= len(taken[-1])
+            if rest <= 0:
+                break
+        return torch.cat(taken)
+
+
+class Store:
+    """Where pieces lie: in memory as long as `memory_gb` allows, then in a temporary file.
+
+    Args:
+        memory_gb: for all that is stored, in units of 1e9 bytes; None for no limit.
+        device: of the pieces that are in memory.
+    """
+
+    def __init__(self, memory_gb: float | None, device: torch.device) -> None:
+        if memory_gb is not None and not memory_gb >= 0:
+            raise ValueError(f"memory_gb: got {memory_gb!r}, expected a number of at least 0, or None")
+        self._left = math.inf if memory_gb is None else 1e9 * memory_gb
+        self._device = device
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self._files = 0
+
+    def keep(self, piece: Tensor) -> Tensor:
+        """The piece, where it may stay."""
+        size = piece.nbytes
+        if size <= self._left:
+            self._left -= size
+            return piece
+        self._left = 0
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="vtp-")
+        self._files += 1
+        name = f"{self._folder.name}/{self._files}"
+        kept = torch.from_file(name, shared=True, size=piece.numel(), dtype=piece.dtype).view(piece.shape)
+        return kept.copy_(piece)
+
+    def close(self) -> None:
+        """Remove the temporary files."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def embedded(
+    model: nn.Module, images: Tensor | Iterable, store: Store, progress: Progress | None = None
+) -> Stream:
+    """What goes into the first block, for all images.
+
+    Args:
+        model: from `plain_copy`.
+        images: [M, C, H, W], or an iterable of such batches, or of (batch, whatever else).
+        store: where the stream lies.
+        progress: told how much that is.
+
+    Raises:
+        ImagesError: no image, another shape than the model's, another kind of numbers, NaN or infinity.
+    """
+    weight = model.patch_embed.proj.weight
+    pieces: list[Tensor] = []
+    for batch in _pieces(images, model):
+        x = model.norm_pre(model._pos_embed(model.patch_embed(batch.to(weight))))
+        pieces.append(store.keep(x))
+    if not pieces:
+        raise ImagesError("images: got none, expected at least one")
+    stream = Stream(pieces)
+    if progress is not None:
+        size = sum(piece.nbytes for piece in pieces) / 1e9
+        progress(f"{stream.images:,} images of {stream.tokens} tokens, {size:.2f} GB", 0.0)
+    return stream
+
+
+def _pieces(images: Tensor | Iterable, model: nn.Module) -> Iterator[Tensor]:
+    """The images in batches of about `_PIECE` tokens, checked."""
+    architecture = describe(model)
+    size = max(1, _PIECE // architecture.num_tokens)
+    waiting: list[Tensor] = []
+    for batch in [images] if isinstance(images, Tensor) else images:
+        batch = batch[0] if isinstance(batch, (tuple, list)) else batch
+        _check(batch, architecture)
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= size:
+            *full, rest = torch.cat(waiting).split(size)
+            if len(rest) == size:
+                full, rest = [*full, rest], rest[:0]
+            yield from full
+            waiting = [rest]
+    if any(len(batch) for batch in waiting):
+        yield torch.cat(waiting)
+
+
+def _check(batch: object, architecture: Architecture) -> None:
+    expected = f"[M, {architecture.in_chans}, {architecture.img_size[0]}, {architecture.img_size[1]}]"
+    if not isinstance(batch, Tensor):
+        raise ImagesError(f"images: got {type(batch).__name__}, expected tensors {expected}")
+    if batch.ndim != 4 or tuple(batch.shape[1:]) != (architecture.in_chans, *architecture.img_size):
+        raise ImagesError(f"images: got shape {tuple(batch.shape)}, expected {expected}")
+    if not batch.is_floating_point():
+        raise ImagesError(f"images: got {batch.dtype}, expected normalised images in floating point")
+    if not batch.isfinite().all():
+        raise ImagesError("images: they contain NaN or infinity")
