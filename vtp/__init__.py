@@ -12,11 +12,13 @@ from vtp.checkpoint import load, read_metadata, save
 from vtp.files import FileError
 from vtp.model.architecture import Architecture, UnsupportedModelError, describe
 from vtp.model.cost import Cost, count
+from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactViT, compact
 from vtp.pruning.gates import GatedLinear, insert_gates, l1_penalty, sites
 from vtp.pruning.latency_table import LatencyTable
 from vtp.pruning.plan import PlanError, PruningPlan
-from vtp.pruning.selection import make_plan
+from vtp.pruning.selection import ParetoPoint, make_plan, pareto
+from vtp.pruning.streams import ImagesError
 from vtp.runtime.latency_profile import profile_widths
 from vtp.runtime.optimize import OptimizedViT, optimize
 
@@ -28,12 +30,16 @@ __all__ = [
     "Cost",
     "FileError",
     "GatedLinear",
+    "ImagesError",
     "LatencyTable",
     "OptimizedViT",
+    "ParetoPoint",
     "PlanError",
     "PruningPlan",
+    "Statistics",
     "UnsupportedModelError",
     "__version__",
+    "calibrate",
     "compact",
     "count",
     "describe",
@@ -42,6 +48,7 @@ __all__ = [
     "load",
     "make_plan",
     "optimize",
+    "pareto",
     "profile_widths",
     "read_metadata",
     "save",

@@ -5,8 +5,8 @@ are worth.
 inputs how much they vary, how much of the layer's output they carry, and the error curve of removing them one
 by one (`moments.obs_curve`); of each head, how much of its scores and of its output is left at each rank. It
 then cuts each of these units alone, mends it by its closed form, and measures what becomes of the output of
-the whole model: the factor from a layer's error to what it does. With these curves `make_plan(scope="optimal")`
-finds the best widths for a budget.
+the whole model: the factor from a layer's error to what it does. With these curves
+`make_plan(scope="optimal")` finds the best widths for a budget.
 """
 
 import dataclasses
@@ -26,16 +26,17 @@ from torch import Tensor, nn
 from vtp.files import FileError, fingerprint, write_atomic
 from vtp.model.architecture import Architecture, describe
 from vtp.model.widths import SITES
-from vtp.pruning.moments import Moments, narrowed_scores, obs_curve, oas_damping, turned_values
+from vtp.pruning.moments import Moments, narrowed_scores, oas_damping, obs_curve, turned_values
 from vtp.pruning.streams import Progress, Store, Stream, embedded, plain_copy
 
 STATISTICS_VERSION = 1
-# The share of a unit's width to which it is cut alone, to measure what that does to the output; queries and keys
-# have most of their scores in few directions. What is removed whole is measured too.
+# The share of a unit's width to which it is cut alone, to measure what that does to the output; queries and
+# keys have most of their scores in few directions. What is removed whole is measured too.
 PROBED_SHARE, PROBED_KEY_SHARE = 0.25, 0.125
 # Rows that second moments are taken from: 10 for each of DeiT-B's 3072 hidden dimensions.
 MOST_ROWS = 32_768
 LEAST_PROBED, MOST_PROBED = 16, 256  # images on which changes are measured
+
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
@@ -44,8 +45,10 @@ class Statistics:
     Attributes:
         architecture: of the dense model.
         parent: fingerprint of its weights, gates folded in (SHA-256, hex).
-        images: how many images it was calibrated on; change_images: on how many of them changes were measured.
-        change: what `changes` are: "KL" from the dense model's class probabilities, in nats, mean over images;
+        images: how many images it was calibrated on; change_images: on how many of them changes were
+        measured.
+        change: what `changes` are: "KL" from the dense model's class probabilities, in nats, mean over
+        images;
             or "relative error" of its features, where it has no classes.
         tensors: float64, by `<site>.<what>`:
 
@@ -54,9 +57,11 @@ class Statistics:
             blocks.<i>.<site>.order       [p]     inputs as greedy OBS removes them
             blocks.<i>.<site>.errors      [p+1]   mean square error of the output after so many removals
             blocks.<i>.attn.keys          [H, d]  what each rank of a head carries of the scores' mean square
-            blocks.<i>.attn.values        [H, d]  what each direction of a head carries of the output's variance
-            blocks.<i>.<unit>.changes     [k, 2]  width, and the measured change with this unit alone cut to it,
-                                                  for the units attn.qkv, attn.keys, attn.values, mlp.fc1, mlp.fc2
+            blocks.<i>.attn.values        [H, d]  what each direction of a head carries of the output's
+            variance blocks.<i>.<unit>.changes     [k, 2]  width, and the measured change with this unit alone
+            cut to it,
+                                                  for the units attn.qkv, attn.keys, attn.values, mlp.fc1,
+                                                  mlp.fc2
 
             LayerScale counts as a part of the weights of proj and fc2.
     """
@@ -112,7 +117,8 @@ class Statistics:
         """Raise ValueError if these are not the statistics of this dense or gated model."""
         if fingerprint(plain_copy(model).state_dict()) != self.parent:
             raise ValueError(
-                "statistics: they are of other weights than the model has; call vtp.calibrate(model, images) again"
+                "statistics: they are of other weights than the model has; "
+                "call vtp.calibrate(model, images) again"
             )
 
 
@@ -229,7 +235,7 @@ class _Block:
 
 
 def split_heads(attn: nn.Module, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a dense attention, [images, heads, tokens, head_dim] each, norms applied."""
+    """Queries, keys and values of a dense attention, [images, heads, tokens, head_dim] each, behind norms."""
     query, key, value = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
     return attn.q_norm(query), attn.k_norm(key), value
 

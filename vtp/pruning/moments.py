@@ -76,8 +76,8 @@ def oas_damping(covariance: Tensor, samples: int) -> float:
     """What is added to the diagonal of a covariance estimated from so many samples, before it is inverted.
 
     The shrinkage rho towards a multiple of the identity is that of Chen, Wiesel, Eldar and Hero, "Shrinkage
-    algorithms for MMSE covariance estimation" (OAS), IEEE TSP 58(10), 2010, equation 23; `(1 - rho) C + rho m`
-    is, but for a factor, `C + rho / (1 - rho) m`, where m is the mean variance.
+    algorithms for MMSE covariance estimation" (OAS), IEEE TSP 58(10), 2010, equation 23; `(1 - rho) C + rho
+    m` is, but for a factor, `C + rho / (1 - rho) m`, where m is the mean variance.
 
     Raises:
         ValueError: the covariance is not finite.
@@ -96,8 +96,8 @@ def oas_damping(covariance: Tensor, samples: int) -> float:
 def ridge(moments: Moments, damping: float | None = None, bias: bool = True) -> tuple[Tensor, Tensor]:
     """The linear map from x to e of least damped squared error: (weight [outputs, inputs], bias [outputs]).
 
-    `weight = argmin E|e - weight x - bias|^2 + damping |weight|^2`; where e is what a linear layer lacks, this
-    draws it towards the weights that it has. float64.
+    `weight = argmin E|e - weight x - bias|^2 + damping |weight|^2`; where e is what a linear layer lacks,
+    this draws it towards the weights that it has. float64.
 
     Args:
         damping: as a share of the mean variance of x; None takes that of OAS.
@@ -177,7 +177,8 @@ def obs_curve(covariance: Tensor, weight: Tensor, samples: int, block: int = 128
     "Optimal brain surgeon" (Hassibi and Stork, 1993) for a layer's mean square error: removing input j, and
     making up for it by the others, costs `|W_j|^2 / [C^-1]_jj`; C^-1 and W are then updated by Schur
     complements. So the sum of these costs is the error of the closed-form refit of what is left, at every
-    width. Taking all the costs at once, without the updates, is a trap: of two equal inputs both cost nothing.
+    width. Taking all the costs at once, without the updates, is a trap: of two equal inputs both cost
+    nothing.
 
     Args:
         covariance: C of the inputs, float64 [p, p].

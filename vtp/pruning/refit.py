@@ -1,8 +1,8 @@
 """What is left of a cut model learns in closed form to do what the dense model did: no labels, no training.
 
 Block by block, each linear layer is fitted by damped least squares on images: from what the *cut* model puts
-into it, as cut and fitted so far, to what the *dense* model has there. Second moments of the dense model alone
-could not do this, as the inputs of a layer change once what is before it is cut. Targets are
+into it, as cut and fitted so far, to what the *dense* model has there. Second moments of the dense model
+alone could not do this, as the inputs of a layer change once what is before it is cut. Targets are
 
     qkv, fc1    the dense layer's outputs
     proj, fc2   what the residual stream of the cut model lacks: x_dense - x_cut behind the branch. So each
@@ -12,8 +12,8 @@ Where a plan narrows queries and keys or turns values, the fitted rows of qkv ar
 of `moments.narrowed_scores` and `moments.turned_values`, both from the dense model's own queries, keys and
 outputs. In the last block of a model that reads nothing but its first tokens, only those are fitted.
 
-Cf. Frantar and Alistarh, "Optimal Brain Compression", NeurIPS 2022, and "Vision transformer pruning by one-shot
-closed-form compensation", arXiv 2608.17657.
+Cf. Frantar and Alistarh, "Optimal Brain Compression", NeurIPS 2022, and "Vision transformer pruning by
+one-shot closed-form compensation", arXiv 2608.17657.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -4,22 +4,32 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vtp.model.architecture import Architecture
 from vtp.model.cost import block_cost
 from vtp.model.widths import SITES
+from vtp.pruning.allocation import rescaled
+from vtp.pruning.calibration import Statistics
 from vtp.pruning.gates import GatedLinear
 from vtp.pruning.plan import PlanError
 
-SCORES = ("gate", "taylor")
-SCOPES = ("global", "per_site", "per_layer")
+SCORES = ("gate", "taylor", "obs", "activation", "variance")
+OF_STATISTICS = SCORES[2:]
+SCOPES = ("global", "per_site", "per_layer")  # in which one ranking is cut
 
 
 def site_scores(
-    layers: Mapping[str, GatedLinear], score: str | Mapping[str, Tensor]
+    layers: Mapping[str, GatedLinear],
+    score: str | Mapping[str, Tensor],
+    statistics: Statistics | None = None,
 ) -> dict[str, np.ndarray]:
     """The score of every gate, float64, larger is more important."""
+    if isinstance(score, str) and score in OF_STATISTICS:
+        if statistics is None:
+            raise PlanError(f"statistics: got None, expected those of vtp.calibrate for score={score!r}")
+        score = {name: _of_statistics(statistics, name, score) for name in layers}
     scores = {}
     for name, layer in layers.items():
         if isinstance(score, Mapping):
@@ -49,6 +59,31 @@ def site_scores(
     return scores
 
 
+def _of_statistics(statistics: Statistics, name: str, score: str) -> Tensor:
+    """The score of the inputs of one site, float64 [p].
+
+    "obs" is what the removal of a dimension adds to the change of the output, at the time greedy OBS comes to
+    it (see `moments.obs_curve`); the order of the removals is kept where a later one would add less.
+    """
+    if score != "obs":
+        return statistics.tensors[f"{name}.{score}"]
+    order = statistics.tensors[f"{name}.order"].long()
+    errors = statistics.tensors[f"{name}.errors"]
+    if name.endswith("attn.proj"):  # which is cut to other directions to measure a change
+        values = statistics.tensors[name.replace("attn.proj", "attn.values")].sum().item()
+        points = statistics.tensors[name.replace("attn.proj", "attn.values.changes")]
+        changes = errors * (points[0, 1] / max(values, 1e-300))
+    else:
+        points = statistics.tensors[f"{name}.changes"]
+        changes = torch.from_numpy(rescaled(errors.numpy()[::-1], points.numpy())[::-1].copy())
+    # Steps that add nothing are told apart by a small part of their own error, so that their order stays.
+    steps = changes.diff().clamp_min(0).cummax(0).values
+    steps = steps * (1 + 1e-9 * torch.arange(len(steps), dtype=torch.float64))
+    scores = torch.empty_like(steps)
+    scores[order] = steps
+    return scores
+
+
 def ranking(
     architecture: Architecture,
     scores: Mapping[str, np.ndarray],
@@ -63,7 +98,7 @@ def ranking(
         values = {name: value / saved[site_of(name)] for name, value in values.items()}
     else:
         values = dict(scores)
-    if scope == "global":
+    if scope in ("global", "optimal"):  # of "optimal" only the order within each site is looked at
         return values
     return _quantiles(values, site_of if scope == "per_site" else str)
 

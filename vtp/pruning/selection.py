@@ -4,6 +4,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,30 +13,35 @@ from vtp.files import fingerprint
 from vtp.model.architecture import Architecture, describe
 from vtp.model.cost import block_cost, surroundings_cost
 from vtp.model.widths import BlockWidths
-from vtp.pruning.gates import sites
+from vtp.pruning.allocation import Way, allocate, branch_ways
+from vtp.pruning.calibration import Statistics
+from vtp.pruning.gates import sites, with_gates
 from vtp.pruning.latency_table import LatencyTable, LatencyTableError, cached_table, how_to_make_one
 from vtp.pruning.plan import PlanError, PruningPlan
 from vtp.pruning.scores import SCOPES, ranking, site_of, site_scores
 
 
 def make_plan(
-    gated: nn.Module,
+    model: nn.Module,
     *,
     rate: float | None = None,
     macs: float | None = None,
     params: float | None = None,
     latency_ms: float | None = None,
     latency_table: LatencyTable | None = None,
-    score: str | Mapping[str, Tensor] = "gate",
+    statistics: Statistics | None = None,
+    score: str | Mapping[str, Tensor] | None = None,
     scope: str = "global",
+    key_width: float | None = None,
     per_mac: bool = False,
     round_to: int = 1,
     min_keep: float = 0.05,
 ) -> PruningPlan:
-    """Rank all gates of a model and keep the best that a budget allows. The model is not changed.
+    """Rank all dimensions of a model and keep the best that a budget allows. The model is not changed.
 
     Args:
-        gated: a model from `insert_gates`, usually after sparse training.
+        model: from `insert_gates`, usually after sparse training; or a dense one, to be cut without training,
+            whose scores come from `statistics` or are your own.
         rate: share of all gates to remove, in [0, 1) (the paper's budget); at least that many go.
         macs: multiply-adds for one image that may remain, e.g. 10.0e9.
         params: parameters that may remain, e.g. 48e6.
@@ -45,16 +51,25 @@ def make_plan(
         latency_table: time against width, from `vtp.profile_widths`. None takes the one that
             was measured on this machine for one image in float32, with as many threads as now. A table of
             another machine gives a plan for that machine.
-        score: "gate", |g| (the paper); "taylor", the mean of (g * dL/dg)**2 over training steps; or a
-            mapping from site name to a score of your own for each gate, larger is more important.
+        statistics: of this model, from `vtp.calibrate`.
+        score: "gate", |g| (the paper); "taylor", the mean of (g * dL/dg)**2 over training steps; from
+            `statistics` "obs", what the removal adds to the change of the output in greedy OBS, "activation",
+            |W_j|^2 var(x_j), or "variance", var(x_j); or a mapping from site name to a score of your own for
+            each gate, larger is more important. None takes "obs" with statistics and "gate" without.
         scope: "global" compares all gates with each other (the paper); "per_site" removes the same share
-            from each of the four kinds of site, "per_layer" from each single gate vector.
+            from each of the four kinds of site, "per_layer" from each single gate vector. "optimal" finds the
+            widths of all sites, of the values, queries and keys of each head, and what is removed whole, by
+            dynamic programming over the curves of `statistics`; `score` only orders the dimensions within a
+            site. The cut then takes images.
+        key_width: of the queries and keys of every head, a share below 1 or a number of dimensions; None
+            leaves them as they are, or for scope "optimal" to it. The cut then takes images.
         per_mac: divide by the MACs that removing the dimension saves. Gates stay near 1 after sparse
             training, where a quotient would only compare costs, so "gate" enters it by its rank.
         round_to: widths become multiples of this (per head for `attn.proj`), or stay whole, for the same
             budget. A group of dimensions is ranked by its mean score.
         min_keep: the best dimensions of each gate vector that are never removed: a share below 1, or a
-            number of dimensions. 0 lets heads, branches and layers vanish.
+            number of dimensions. 0 lets heads, branches and layers vanish; scope "optimal" may remove them
+            whole whatever it is.
 
     Raises:
         PlanError: an argument is out of range, a score is missing or not finite, or the budget cannot be
@@ -63,37 +78,243 @@ def make_plan(
     budget = _one_budget(rate=rate, macs=macs, params=params, latency_ms=latency_ms)
     if latency_table is not None and latency_ms is None:
         raise PlanError("latency_table: got one without latency_ms, the budget that it is for")
-    if scope not in SCOPES:
-        raise PlanError(f"scope: got {scope!r}, expected one of {SCOPES}")
+    ranked = _ranked(model, statistics, score, scope, per_mac, round_to, min_keep)
+    if scope == "optimal" and statistics is not None:
+        if key_width is not None:
+            raise PlanError("key_width: got one with scope='optimal', which finds it for each head")
+        limit = _limit(ranked.architecture, budget, latency_table, ())
+        return _Optimal(ranked, statistics, limit).plan(limit.most, budget)
+    architecture, groups = ranked.architecture, ranked.groups
+    keys = _key_widths(architecture, key_width)
+    removed = _fit(architecture, groups, _limit(architecture, budget, latency_table, keys))
+    kept = _kept_indices(architecture, groups, removed)
+    one_number = scope == "global" and not per_mac and round_to == 1
+    gone = np.concatenate([np.delete(values, kept[name]) for name, values in ranked.scores.items()])
+    return ranked.plan(
+        kept=kept,
+        budget=budget,
+        threshold=float(f"{gone.max():.6g}") if one_number and gone.size else None,
+        keys={f"blocks.{i}.attn": keys for i in range(architecture.depth)} if keys else {},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ParetoPoint:
+    """One model on the front: nothing cheaper changes the output less, as far as the measured curves say.
+
+    Attributes:
+        macs: multiply-adds for one image; params: parameters.
+        change: predicted change of the output, in the unit of `Statistics.change`.
+        plan: for `vtp.compact`.
+    """
+
+    macs: int
+    params: int
+    change: float
+    plan: PruningPlan
+
+
+def pareto(
+    model: nn.Module,
+    statistics: Statistics,
+    *,
+    by: str = "macs",
+    points: int = 20,
+    latency_table: LatencyTable | None = None,
+    score: str | Mapping[str, Tensor] | None = None,
+    round_to: int = 1,
+    min_keep: float = 0.05,
+) -> list[ParetoPoint]:
+    """The best widths for every budget, from one calibration: plans from the cheapest to the dense model.
+
+    Args:
+        model: dense or gated; statistics: of it, from `vtp.calibrate`.
+        by: the budget: "macs", "params" or "latency_ms".
+        points: how many budgets are looked at, evenly spaced from the least cost to the dense model's.
+        latency_table, score, round_to, min_keep: as `make_plan` takes them.
+
+    Raises:
+        PlanError: as `make_plan` does.
+    """
+    if by not in ("macs", "params", "latency_ms"):
+        raise PlanError(f"by: got {by!r}, expected 'macs', 'params' or 'latency_ms'")
+    if not isinstance(points, int) or isinstance(points, bool) or points < 1:
+        raise PlanError(f"points: got {points!r}, expected an integer of at least 1")
+    ranked = _ranked(model, statistics, score, "optimal", False, round_to, min_keep)
+    limit = _limit(ranked.architecture, {by: 1.0}, latency_table, ())
+    optimal = _Optimal(ranked, statistics, limit)
+    unit = 1e-6 if by == "latency_ms" else 1.0
+    found: dict[tuple[int, int], ParetoPoint] = {}
+    for most in np.linspace(optimal.allocation.least, optimal.dense, points):
+        plan = optimal.plan(most, {by: unit * most})
+        cost = plan.cost
+        found[cost.macs, cost.params] = ParetoPoint(
+            cost.macs, cost.params, plan.predicted_change or 0.0, plan
+        )
+    return list(found.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ranked:
+    """A model whose dimensions are ranked, and how."""
+
+    architecture: Architecture
+    scores: Mapping[str, np.ndarray]
+    groups: "_Groups"
+    score: str
+    scope: str
+    per_mac: bool
+    round_to: int
+    min_keep: float
+    parent: str
+
+    def plan(self, **fields: Any) -> PruningPlan:
+        """The plan with these fields beside its own; `scores` among them for others than those ranked by."""
+        scores = fields.pop("scores", self.scores)
+        return PruningPlan(
+            architecture=self.architecture,
+            scores={name: tuple(float(f"{v:.6g}") for v in values) for name, values in scores.items()},
+            score=self.score,
+            scope=self.scope,
+            per_mac=self.per_mac,
+            round_to=self.round_to,
+            min_keep=self.min_keep,
+            parent=self.parent,
+            **fields,
+        )
+
+
+def _ranked(
+    model: nn.Module,
+    statistics: Statistics | None,
+    score: str | Mapping[str, Tensor] | None,
+    scope: str,
+    per_mac: bool,
+    round_to: int,
+    min_keep: float,
+) -> _Ranked:
+    """Rank all dimensions, once the arguments are checked."""
+    if scope not in (*SCOPES, "optimal"):
+        raise PlanError(f"scope: got {scope!r}, expected one of {(*SCOPES, 'optimal')}")
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise PlanError(f"round_to: got {round_to!r}, expected an integer of at least 1")
     if not _is_number(min_keep) or not (0 <= min_keep < 1 or min_keep == int(min_keep) >= 1):
         raise PlanError(f"min_keep: got {min_keep!r}, expected a share in [0, 1) or a number of dimensions")
+    if statistics is not None and not isinstance(statistics, Statistics):
+        raise PlanError(f"statistics: got {type(statistics).__name__}, expected those of vtp.calibrate")
+    if scope == "optimal" and statistics is None:
+        raise PlanError("statistics: got None, expected those of vtp.calibrate for scope='optimal'")
+    if scope == "optimal" and per_mac:
+        raise PlanError("per_mac: got True with scope='optimal', which weighs every cost; expected False")
+    if score is None:
+        score = "gate" if statistics is None else "obs"
+    gated = with_gates(model)
+    if gated is not model and score in ("gate", "taylor"):
+        raise PlanError(
+            f"score: got {score!r}, and the model has no gates; call vtp.insert_gates(model) and train it, or "
+            "give statistics from vtp.calibrate"
+        )
+    if statistics is not None:
+        try:
+            statistics.check_model(model)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
     layers = sites(gated)
     architecture = describe(gated)
     if list(layers) != list(architecture.site_widths()):
         missing = sorted(architecture.site_widths().keys() - layers.keys())
         raise PlanError(f"gated: no gates at {missing[:4]}; vtp.insert_gates puts them at every site")
-    scores = site_scores(layers, score)
+    scores = site_scores(layers, score, statistics)
     ranks = ranking(architecture, scores, score, scope, per_mac)
     groups = _groups(architecture, ranks, round_to, min_keep)
-    removed = _fit(architecture, groups, _limit(architecture, budget, latency_table))
-    kept = _kept_indices(architecture, groups, removed)
-    one_number = scope == "global" and not per_mac and round_to == 1
-    gone = np.concatenate([np.delete(values, kept[name]) for name, values in scores.items()])
-    return PruningPlan(
-        architecture=architecture,
-        kept=kept,
-        scores={name: tuple(float(f"{v:.6g}") for v in values) for name, values in scores.items()},
-        score=score if isinstance(score, str) else "custom",
-        scope=scope,
-        per_mac=per_mac,
-        round_to=round_to,
-        min_keep=min_keep,
-        budget=budget,
-        threshold=float(f"{gone.max():.6g}") if one_number and gone.size else None,
-        parent=fingerprint(gated.state_dict()),
-    )
+    name = score if isinstance(score, str) else "custom"
+    parent = fingerprint(model.state_dict())
+    return _Ranked(architecture, scores, groups, name, scope, per_mac, round_to, min_keep, parent)
+
+
+class _Optimal:
+    """Plans of the best widths for any budget."""
+
+    def __init__(self, ranked: _Ranked, statistics: Statistics, limit: "_Limit") -> None:
+        self._ranked, self._statistics, self._limit = ranked, statistics, limit
+        architecture, groups = ranked.architecture, ranked.groups
+        self._removals: dict[str, list[int]] = {name: [] for name in architecture.site_widths()}
+        for position, name in enumerate(groups.names):
+            self._removals[name].append(position)
+        least = ranked.min_keep if ranked.min_keep >= 1 else ranked.min_keep * architecture.head_dim
+        branches: list[list[Way]] = []
+        for i in range(architecture.depth):
+            widths = {site: self._widths(f"blocks.{i}.{site}") for site in ("attn.qkv", "mlp.fc1", "mlp.fc2")}
+            floor = min(architecture.head_dim, max(1, math.ceil(least)))
+            branches += branch_ways(statistics, i, widths, limit.size, ranked.round_to, floor)
+        self.allocation = allocate(branches, limit.outside)
+        self.dense = limit.outside + architecture.depth * limit.size(architecture.dense_widths)
+
+    def _widths(self, name: str) -> list[int]:
+        """Numbers of dimensions that a site may keep."""
+        sizes = self._ranked.groups.sizes[self._removals[name]]
+        return [self._ranked.architecture.site_widths()[name], *self._left(name, sizes)]
+
+    def _left(self, name: str, sizes: np.ndarray) -> list[int]:
+        return (self._ranked.architecture.site_widths()[name] - np.cumsum(sizes)).tolist()
+
+    def plan(self, most: float, budget: Mapping[str, float]) -> PruningPlan:
+        """The plan of the least change for at most this cost. Raises PlanError where there is none."""
+        _refuse_less_than(self.allocation.least, most, self._limit)
+        ways = self.allocation.ways(most)
+        architecture, scores = self._ranked.architecture, dict(self._ranked.scores)
+        kept: dict[str, tuple[int, ...]] = {}
+        keys: dict[str, tuple[int, ...]] = {}
+        d = architecture.head_dim
+        for i, (attention, mlp) in enumerate(zip(ways[::2], ways[1::2], strict=True)):
+            values = attention.widths.values or (0,) * architecture.num_heads
+            kept[f"blocks.{i}.attn.qkv"] = self._kept(f"blocks.{i}.attn.qkv", attention.widths.qkv)
+            kept[f"blocks.{i}.attn.proj"] = tuple(
+                h * d + j for h, width in enumerate(values) for j in range(width)
+            )
+            kept[f"blocks.{i}.mlp.fc1"] = self._kept(f"blocks.{i}.mlp.fc1", mlp.widths.fc1)
+            kept[f"blocks.{i}.mlp.fc2"] = self._kept(f"blocks.{i}.mlp.fc2", mlp.widths.fc2)
+            keys[f"blocks.{i}.attn"] = tuple(
+                width or d for width in attention.widths.keys or (d,) * len(values)
+            )
+            scores[f"blocks.{i}.attn.proj"] = (
+                self._statistics.tensors[f"blocks.{i}.attn.values"].flatten().numpy()
+            )
+        return self._ranked.plan(
+            kept=kept,
+            keys=keys,
+            scores=scores,
+            budget=budget,
+            threshold=None,
+            value_basis="principal",
+            predicted_change=sum(way.change for way in ways),
+        )
+
+    def _kept(self, name: str, width: int) -> tuple[int, ...]:
+        """The best `width` dimensions of a site."""
+        total, groups = self._ranked.architecture.site_widths()[name], self._ranked.groups
+        if not width:
+            return ()
+        mask = np.ones(total, dtype=bool)
+        for position in self._removals[name]:
+            if mask.sum() <= width:
+                break
+            mask[groups.members[position]] = False
+        return tuple(np.flatnonzero(mask).tolist())
+
+
+def _key_widths(architecture: Architecture, key_width: float | None) -> tuple[int, ...]:
+    """Key widths of the heads of every block; () for those of the dense model."""
+    if key_width is None:
+        return ()
+    d = architecture.head_dim
+    if not _is_number(key_width) or not (0 < key_width < 1 or key_width == int(key_width) >= 1):
+        raise PlanError(f"key_width: got {key_width!r}, expected a share in (0, 1) or a number of dimensions")
+    width = math.ceil(key_width * d) if key_width < 1 else int(key_width)
+    if width > d or (architecture.qk_norm and width < d):
+        why = "norms of queries and keys are over all of it" if architecture.qk_norm else "that of a head"
+        raise PlanError(f"key_width: got {key_width!r}, expected {d} at most, {why}")
+    return (width,) * architecture.num_heads
 
 
 def _is_number(value: object) -> bool:
@@ -181,9 +402,9 @@ def _widths_array(architecture: Architecture) -> np.ndarray:
     return np.array([[full.qkv, full.fc1, full.fc2, *full.values]] * architecture.depth, dtype=np.int64)
 
 
-def _block_of(row: np.ndarray) -> BlockWidths:
+def _block_of(row: np.ndarray, keys: tuple[int, ...]) -> BlockWidths:
     qkv, fc1, fc2, *values = row.tolist()
-    return BlockWidths(qkv, tuple(values), fc1, fc2)
+    return BlockWidths(qkv, tuple(values), fc1, fc2, keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,38 +412,57 @@ class _Limit:
     """A budget, counted in whole units: dimensions, MACs, parameters or nanoseconds.
 
     name, value: the argument of `make_plan`; most: units that may remain; outside: units outside the blocks;
-    size: units of a block, from its row of widths; text: a number of units in words.
+    size: units of a block; keys: key widths of its heads, () for those of the dense model; text: a number of
+    units in words.
     """
 
     name: str
     value: float
     most: float
     outside: int
-    size: Callable[[np.ndarray], int]
+    size: Callable[[BlockWidths], int]
+    keys: tuple[int, ...]
     text: Callable[[float], str]
 
 
-def _limit(architecture: Architecture, budget: Mapping[str, float], table: LatencyTable | None) -> _Limit:
+def _limit(
+    architecture: Architecture,
+    budget: Mapping[str, float],
+    table: LatencyTable | None,
+    keys: tuple[int, ...],
+) -> _Limit:
     ((name, value),) = budget.items()
     if name == "rate":
         full = _widths_array(architecture).sum()
         most = full - _removed_at_least(value, full)
-        return _Limit(name, value, most, 0, lambda row: int(row.sum()), lambda n: f"{n:,.0f} dimensions kept")
+        return _Limit(name, value, most, 0, _dimensions, keys, lambda n: f"{n:,.0f} dimensions kept")
     if name != "latency_ms":
 
-        def size(row: np.ndarray) -> int:
-            return getattr(block_cost(architecture, _block_of(row)), name)
+        def size(widths: BlockWidths) -> int:
+            return getattr(block_cost(architecture, widths), name)
 
         outside = getattr(surroundings_cost(architecture), name)
-        return _Limit(name, value, value, outside, size, lambda n: f"{n:,.0f} {name}")
+        return _Limit(name, value, value, outside, size, keys, lambda n: f"{n:,.0f} {name}")
     table = _table_for(architecture, table)
-
-    def nanoseconds(row: np.ndarray) -> int:
-        return table.block_nanoseconds(_block_of(row))
 
     most = math.floor(1e6 * value)
     most += (most + 1) / 1e6 <= value  # a prediction that is asked for again must be met
-    return _Limit(name, value, most, table.outside_nanoseconds, nanoseconds, lambda n: f"{n / 1e6:,.6g} ms")
+    outside, size = table.outside_nanoseconds, table.block_nanoseconds
+    return _Limit(name, value, most, outside, size, keys, lambda n: f"{n / 1e6:,.6g} ms")
+
+
+def _dimensions(widths: BlockWidths) -> int:
+    """Gates that are left in a block."""
+    return widths.qkv + sum(widths.values) + widths.fc1 + widths.fc2
+
+
+def _refuse_less_than(least: float, most: float, limit: _Limit) -> None:
+    if least > most:
+        raise PlanError(
+            f"{limit.name}: {limit.value:g} cannot be met: {limit.text(least)} remain when everything but "
+            f"min_keep is removed, at most {limit.text(most).split()[0]} may; "
+            "lower min_keep or cut less"
+        )
 
 
 def _table_for(architecture: Architecture, table: LatencyTable | None) -> LatencyTable:
@@ -244,7 +484,10 @@ def _table_for(architecture: Architecture, table: LatencyTable | None) -> Latenc
 def _fit(architecture: Architecture, groups: _Groups, limit: _Limit) -> list[int]:
     """Which groups go (positions in `groups`): the shortest run of least important ones that meets the
     budget, less those that can be given back because the last step (often a whole head) saved too much."""
-    full, size = _widths_array(architecture), limit.size
+    full = _widths_array(architecture)
+
+    def size(row: np.ndarray) -> int:
+        return limit.size(_block_of(row, limit.keys))
 
     def widths_after(count: int) -> np.ndarray:
         gone = np.bincount(groups.slots[:count], groups.sizes[:count], minlength=full.size)
@@ -254,13 +497,7 @@ def _fit(architecture: Architecture, groups: _Groups, limit: _Limit) -> list[int
         return limit.outside + sum(map(size, widths))
 
     low, high = 0, len(groups.sizes)
-    least = total(widths_after(high))
-    if least > limit.most:
-        raise PlanError(
-            f"{limit.name}: {limit.value:g} cannot be met: {limit.text(least)} remain when everything but "
-            f"min_keep is removed, at most {limit.text(limit.most).split()[0]} may; "
-            "lower min_keep or cut less"
-        )
+    _refuse_less_than(total(widths_after(high)), limit.most, limit)
     while low < high:
         middle = (low + high) // 2
         if total(widths_after(middle)) <= limit.most:

@@ -440,7 +440,7 @@ def test_none_or_several_budgets_are_refused(tiny, budgets):
     ("name", "value"),
     [
         *(("scope", value) for value in ("layer", None, ["global"])),
-        *(("score", value) for value in ("magnitude", None, 3)),
+        *(("score", value) for value in ("magnitude", "obs", 3)),
         *(("round_to", value) for value in (0, -8, 1.5, "8", None, True)),
         *(("min_keep", value) for value in (-1, -0.1, 1.5, math.nan, math.inf, "a", None, True)),
     ],
@@ -470,7 +470,7 @@ def test_bad_custom_score_is_refused_by_site(tiny, change, message):
 
 
 def test_model_without_gates_is_refused():
-    with pytest.raises(ValueError, match=r"has no gates; call vtp.insert_gates"):
+    with pytest.raises(vtp.PlanError, match=r"has no gates; call vtp.insert_gates"):
         vtp.make_plan(build(), rate=0.4)
 
 
@@ -592,7 +592,7 @@ def test_missing_file_and_folder_are_refused(tmp_path):
 
 
 def test_newer_plan_is_refused_with_both_versions(plan):
-    with pytest.raises(vtp.PlanError, match="version 2, expected 1; update vtp"):
+    with pytest.raises(vtp.PlanError, match="version 3, expected 2; update vtp"):
         vtp.PruningPlan.from_dict({**plan.to_dict(), "plan_version": 3})
 
 
