@@ -440,7 +440,7 @@ def test_none_or_several_budgets_are_refused(tiny, budgets):
     ("name", "value"),
     [
         *(("scope", value) for value in ("layer", None, ["global"])),
-        *(("score", value) for value in ("magnitude", "obs", 3)),
+        *(("score", value) for value in ("magnitude", 3)),
         *(("round_to", value) for value in (0, -8, 1.5, "8", None, True)),
         *(("min_keep", value) for value in (-1, -0.1, 1.5, math.nan, math.inf, "a", None, True)),
     ],
