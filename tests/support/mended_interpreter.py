@@ -5,8 +5,10 @@ Imported by the worker of `triton_harness` only: TRITON_INTERPRET must be set be
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,7 @@ def install() -> None:
     # int32 arithmetic that overflows is an error in debug mode only, and addresses must be 64-bit.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)
     interpreter._patch_lang_tensor = _reading_scalars(interpreter._patch_lang_tensor)
+    interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
     GridExecutor.__call__ = _tracked_launch(GridExecutor.__call__)
     ReduceScanOpInterface.check_tensor = _refusing_bfloat16(
         "reduction or scan", ReduceScanOpInterface.check_tensor
@@ -172,6 +175,26 @@ def _reading_scalars(patch: Callable) -> Callable:
     def wrapper(tensor, scope):
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return wrapper
+
+
+def _once_a_launch(patch: Callable) -> Callable:
+    """Every call of a helper would patch the language again, which is a third of the time of a launch. What
+    the launch has patched stays patched until it ends."""
+
+    @functools.cache
+    def languages(function: Callable) -> frozenset[str]:
+        """Those that `patch` patches: triton.language, its core or both, by what `function` can see."""
+        modules = [value for value in function.__globals__.values() if isinstance(value, types.ModuleType)]
+        return frozenset(module.__name__ for module in modules if module in (tl, tl.core))
+
+    def wrapper(function):
+        patched = launches.current().patched
+        if languages(function) <= patched:
+            return None  # it is the launch that restores what it has patched, not the call of a helper
+        patched |= languages(function)
+        return patch(function)
 
     return wrapper
 
