@@ -33,7 +33,7 @@ ENGINE = {
     NATIVE / "kernel_checks.cpp": CHECKS,
     NATIVE / "engine_checks.cpp": CHECKS,
 }
-# The engine first: of a function that both have, the linker takes the first, which is the one with sanitizers.
+# The engine first: of a function that both have, the linker takes the first, here the one with sanitizers.
 EVERY_SET = {CPU / "avx512.cpp": EMULATED, CPU / "avx512_bf16.cpp": EMULATED}
 if X86:
     EVERY_SET[CPU / "avx2.cpp"] = ["-mavx2", "-mfma"]
