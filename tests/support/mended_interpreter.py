@@ -132,18 +132,16 @@ class MendedBuilder(InterpreterBuilder):
 
 def _is_bfloat16(value: Any) -> bool:
     value = value.handle if isinstance(value, tl.tensor) else value
-    return isinstance(value, TensorHandle) and value.dtype.scalar == tl.bfloat16
+    return isinstance(value, TensorHandle) and value.dtype.scalar.name == tl.bfloat16.name
 
 
 def _refusing_bfloat16(name: str, function: Callable) -> Callable:
     """`function` would compute on raw bits."""
 
     def wrapper(self, *args, **kwargs):
-        flat = [
-            item for arg in (*args, *kwargs.values()) for item in (arg if isinstance(arg, tuple) else (arg,))
-        ]
-        if any(map(_is_bfloat16, flat)):
-            raise RawBfloat16Error(f"{name} of bfloat16: cast to float32 first")
+        for arg in (*args, *kwargs.values()):
+            if any(map(_is_bfloat16, arg)) if isinstance(arg, tuple) else _is_bfloat16(arg):
+                raise RawBfloat16Error(f"{name} of bfloat16: cast to float32 first")
         return function(self, *args, **kwargs)
 
     return wrapper
