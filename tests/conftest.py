@@ -1,5 +1,6 @@
 """Two lanes: `pytest -m "not thorough"` is the quick one, `pytest` everything; see `support/covering.py`."""
 
+import gc
 import os
 from importlib.util import find_spec
 
@@ -22,6 +23,12 @@ def pytest_xdist_auto_num_workers():
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     workers = min(2, os.cpu_count() or 1, memory // MEMORY_OF_A_WORKER)
     return workers if workers > 1 else 0
+
+
+def pytest_collection_finish():
+    """Modules and tests stay to the end: garbage is not looked for among their million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

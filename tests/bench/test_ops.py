@@ -1,14 +1,13 @@
 """bench/ops at toy size: every case runs and is right, and what is wrong has no figure. No speed counts."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
+from tests.support.processes import python
 
 ROOT = Path(__file__).parents[2]
 OPS = ROOT / "bench" / "ops"
@@ -55,12 +54,11 @@ def ran(tmp_path_factory) -> dict[str, dict]:
     shutil.copytree(OPS, folder, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
     (folder / "bench_planted.py").write_text(PLANTED)
     report, figures = folder / "report.xml", folder / "figures.json"
-    command = [sys.executable, "-m", "pytest", "-q", str(folder), f"--rootdir={folder}", "--toy"]
-    command += ["-p", "no:cacheprovider", f"--junitxml={report}", f"--benchmark-json={figures}"]
+    options = ["-q", str(folder), f"--rootdir={folder}", "--toy"]
+    options += ["-p", "no:cacheprovider", f"--junitxml={report}", f"--benchmark-json={figures}"]
+    code = f"import pytest, sys; sys.exit(pytest.main({options}))"
     # In a worker of pytest-xdist pytest-benchmark measures nothing; a GPU is what tests/gpu is for.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = python(code, PYTEST_XDIST_WORKER=None, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1 and report.is_file(), done.stdout + done.stderr
     found = {}
     for test in ElementTree.parse(report).iter("testcase"):

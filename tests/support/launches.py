@@ -103,10 +103,11 @@ class _Buffer:
 
 
 class Launch:
-    """The memory of the launch under way, and the program that runs."""
+    """The memory of the launch under way, the program that runs, and the languages patched so far."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.program = 0
+        self.patched: set[str] = set()
         storages: dict[tuple[int, int], tuple[str, int]] = {}
         for name, tensor in _tensors(arguments):
             storage = tensor.untyped_storage()

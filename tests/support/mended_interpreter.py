@@ -5,8 +5,10 @@ Imported by the worker of `triton_harness` only: TRITON_INTERPRET must be set be
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,7 @@ def install() -> None:
     # int32 arithmetic that overflows is an error in debug mode only, and addresses must be 64-bit.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)
     interpreter._patch_lang_tensor = _reading_scalars(interpreter._patch_lang_tensor)
+    interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
     GridExecutor.__call__ = _tracked_launch(GridExecutor.__call__)
     ReduceScanOpInterface.check_tensor = _refusing_bfloat16(
         "reduction or scan", ReduceScanOpInterface.check_tensor
@@ -129,18 +132,16 @@ class MendedBuilder(InterpreterBuilder):
 
 def _is_bfloat16(value: Any) -> bool:
     value = value.handle if isinstance(value, tl.tensor) else value
-    return isinstance(value, TensorHandle) and value.dtype.scalar == tl.bfloat16
+    return isinstance(value, TensorHandle) and value.dtype.scalar.name == tl.bfloat16.name
 
 
 def _refusing_bfloat16(name: str, function: Callable) -> Callable:
     """`function` would compute on raw bits."""
 
     def wrapper(self, *args, **kwargs):
-        flat = [
-            item for arg in (*args, *kwargs.values()) for item in (arg if isinstance(arg, tuple) else (arg,))
-        ]
-        if any(map(_is_bfloat16, flat)):
-            raise RawBfloat16Error(f"{name} of bfloat16: cast to float32 first")
+        for arg in (*args, *kwargs.values()):
+            if any(map(_is_bfloat16, arg)) if isinstance(arg, tuple) else _is_bfloat16(arg):
+                raise RawBfloat16Error(f"{name} of bfloat16: cast to float32 first")
         return function(self, *args, **kwargs)
 
     return wrapper
@@ -172,6 +173,26 @@ def _reading_scalars(patch: Callable) -> Callable:
     def wrapper(tensor, scope):
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return wrapper
+
+
+def _once_a_launch(patch: Callable) -> Callable:
+    """Every call of a helper would patch the language again, which is a third of the time of a launch. What
+    the launch has patched stays patched until it ends."""
+
+    @functools.cache
+    def languages(function: Callable) -> frozenset[str]:
+        """Those that `patch` patches: triton.language, its core or both, by what `function` can see."""
+        modules = [value for value in function.__globals__.values() if isinstance(value, types.ModuleType)]
+        return frozenset(module.__name__ for module in modules if module in (tl, tl.core))
+
+    def wrapper(function):
+        patched = launches.current().patched
+        if languages(function) <= patched:
+            return None  # it is the launch that restores what it has patched, not the call of a helper
+        patched |= languages(function)
+        return patch(function)
 
     return wrapper
 

@@ -5,8 +5,14 @@ process from scratch imports PyTorch again.
 """
 
 import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 # Nothing of the project. With timm comes Triton: the interpreter of kernels starts from scratch, as it has to
 # set TRITON_INTERPRET before.
 PRELOADED = ["torch", "torchvision", "timm"]
@@ -17,3 +23,37 @@ def forks() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
+
+
+def python(
+    code: str, first_path: Path | None = None, **environment: str | None
+) -> subprocess.CompletedProcess:
+    """Run `code` in such a fork, as `python -c` would at the root of the repository: exit status (minus the
+    number of a signal) and output.
+
+    first_path: where imports look first. environment: what is set, or with None unset, before `code` runs;
+        PyTorch, which is imported already, has read its own.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        outputs = Path(name) / "out", Path(name) / "err"
+        process = forks().Process(target=_run, args=(code, first_path, environment, outputs))
+        process.start()
+        process.join()
+        out, err = (path.read_text(encoding="utf-8") for path in outputs)
+        return subprocess.CompletedProcess(code, process.exitcode, out, err)
+
+
+def _run(
+    code: str, first_path: Path | None, environment: dict[str, str | None], outputs: tuple[Path, ...]
+) -> None:
+    for descriptor, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(ROOT)
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if first_path is not None:
+        sys.path.insert(0, str(first_path))
+    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})

@@ -13,7 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from torch import nn
 
 import vtp
 from tests.support.models import TINY, build, gated, image
+from tests.support.processes import forks
 from vtp.files import fingerprint
 
 DISTILLED = dataclasses.replace(TINY, distilled=True)
@@ -734,31 +735,33 @@ def test_folder_without_write_permission_is_refused(small, tmp_path):
         vtp.save(small, folder / "model.safetensors")
 
 
-_SLOW_SAVE = """
-import sys, time
-import torch, vtp, vtp.checkpoint
+def save_slowly(path, connection):
+    """Run in a process of its own: saves other weights, and stops half-way."""
+    real = vtp.checkpoint.save_file
 
-real = vtp.checkpoint.save_file
+    def slow(tensors, path, metadata):
+        real(tensors, path, metadata)
+        with open(path, "r+b") as file:
+            file.truncate(1000)
+        connection.send("writing")
+        time.sleep(60)
 
-def slow(tensors, path, metadata):
-    real(tensors, path, metadata)
-    with open(path, "r+b") as file:
-        file.truncate(1000)
-    print("writing", flush=True)
-    time.sleep(60)
-
-model = vtp.load(sys.argv[1])
-torch.nn.init.zeros_(model.head.weight)
-vtp.checkpoint.save_file = slow
-vtp.save(model, sys.argv[1])
-"""
+    model = vtp.load(path)
+    nn.init.zeros_(model.head.weight)
+    vtp.checkpoint.save_file = slow
+    vtp.save(model, path)
 
 
 def test_kill_in_the_middle_of_a_save_leaves_the_old_file(small, saved):
-    command = [sys.executable, "-c", _SLOW_SAVE, str(saved)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "writing\n"
-        process.send_signal(signal.SIGKILL)
+    context = forks()
+    connection, other_end = context.Pipe()
+    process = context.Process(target=save_slowly, args=(saved, other_end))
+    process.start()
+    other_end.close()
+    assert connection.recv() == "writing"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert_same(vtp.load(saved), small)
     assert_same(round_trip(small, saved), small)
 

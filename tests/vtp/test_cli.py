@@ -438,7 +438,18 @@ def bench(*arguments):
     return run("bench", *arguments, "--rounds", 3, "--seconds", 1, "--threads", 1)
 
 
-def test_bench_times_a_compact_model_and_says_whether_pruning_paid(files, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("ours", "ours (repeat)", "PyTorch eager"), id="ours-and-eager"),
+        pytest.param(None, id="all", marks=pytest.mark.thorough),  # exports to ONNX
+    ],
+)
+def test_bench_times_a_compact_model_and_says_whether_pruning_paid(
+    files, names, tmp_path, monkeypatch, capsys
+):
+    chosen = [runtime for runtime in own_model.RUNTIMES if names is None or runtime.name in names]
+    monkeypatch.setattr(own_model, "RUNTIMES", chosen)
     assert bench(files / "compact.safetensors", "--json", tmp_path / "times.json") == 0
     printed = capsys.readouterr().out
     assert re.search(r"PyTorch eager, float32 .*\n dense: ours, float32 ", printed, re.DOTALL)

@@ -310,14 +310,16 @@ def compare_runtimes(
 @contextlib.contextmanager
 def no_collections() -> Iterator[None]:
     """No garbage collection but those that are asked for, which then have less to look through."""
-    enabled = gc.isenabled()
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.collect()
     gc.disable()
-    gc.freeze()
+    if not frozen:  # else all would be unfrozen that somebody else has frozen
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
         if enabled:
             gc.enable()
 

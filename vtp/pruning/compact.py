@@ -287,7 +287,9 @@ class CompactViT(VisionTransformer):
     """
 
     def __init__(self, plan: PruningPlan) -> None:
-        super().__init__(**plan.architecture.timm_kwargs())
+        # Without storage there is nothing to initialise, and timm takes a while over it.
+        weight_init = "skip" if torch.get_default_device().type == "meta" else ""
+        super().__init__(**plan.architecture.timm_kwargs(), weight_init=weight_init)
         self.plan = plan
         rates = calculate_drop_path_rates(plan.architecture.drop_path_rate, plan.architecture.depth)
         self.blocks = nn.Sequential(*[CompactBlock(plan, i, rate) for i, rate in enumerate(rates)])

@@ -9,7 +9,6 @@ import pickle
 import random
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from tests.support.engine_cases import (
 )
 from tests.support.models import TINY, build, gated, image
 from tests.support.numerics import assert_close_to_float64
+from tests.support.processes import python
 from vtp.runtime.cpu import CpuBlocks, CpuViT, panels
 from vtp.training.data import open_data
 from vtp.training.loaders import test_loader
@@ -67,10 +67,10 @@ def test_the_extension_is_there_where_it_can_be_built():
 
 # -- What it computes ---------------------------------------------------------------------------------------
 
-# Changes to a tiny model: what is odd about it.
+# Changes to a tiny model: what is odd about it. With 64 classes four images have all that `check` needs.
 SHAPES = {
-    "577-tokens": {"img_size": (96, 96), "depth": 1},
-    "1025-tokens": {"img_size": (128, 128), "depth": 1},
+    "577-tokens": {"img_size": (96, 96), "depth": 1, "num_classes": 64},
+    "1025-tokens": {"img_size": (128, 128), "depth": 1, "num_classes": 64},
     "one-patch": {"img_size": (4, 4)},
     "no-square": {"img_size": (8, 20)},
     "no-square-patch": {"img_size": (9, 10), "patch_size": (3, 5)},
@@ -236,22 +236,9 @@ def test_random_widths_are_computed():
 # -- Instruction sets ---------------------------------------------------------------------------------------
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run `code` in a process of its own, where tests can be imported."""
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=Path(__file__).parent,  # which holds no package that would be imported first
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-    )
-
-
 @functools.cache
 def refusal_of_a_wrong_set() -> str:
-    return python(
-        "import vtp, vtp_kernels.library as l; l.cpp_unsupported_reason()", VTP_CPU_ISA="avx1024"
-    ).stderr
+    return python("import vtp_kernels.library as l; l.cpp_unsupported_reason()", VTP_CPU_ISA="avx1024").stderr
 
 
 @functools.cache
@@ -292,10 +279,10 @@ NATIVE = ("avx2", "avx512")  # whose every kernel test_cpu_native.py compares wi
     "name", [pytest.param(name, marks=pytest.mark.thorough if name in NATIVE else ()) for name in SETS]
 )
 def test_every_instruction_set_of_this_machine_is_as_close_to_float64_as_pytorch(name, models):
-    if name not in sets_here():
-        pytest.skip(f"this machine has no {name}")
     if name == torch.ops.vtp.cpu_isa():
         pytest.skip("it is the one that all other tests run on")
+    if name not in sets_here():
+        pytest.skip(f"this machine has no {name}")
     code = f"from tests.vtp.runtime import test_cpu as t; t.check_models(*{models!r})"
     run = python(code, VTP_CPU_ISA=name)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -725,7 +712,7 @@ def test_an_extension_that_is_missing_or_broken_is_said_once(tmp_path, broken):
     shutil.copytree(ROOT / "vtp_kernels", tmp_path / "vtp_kernels", ignore=shutil.ignore_patterns("*.so"))
     if broken:
         (tmp_path / "vtp_kernels" / "_cpu.abi3.so").write_bytes(b"no library")
-    run = python(WITHOUT, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    run = python(WITHOUT, first_path=tmp_path)
     assert run.returncode == 0, run.stderr
     reason = "the C++ extension does not load" if broken else "the C++ extension is not built"
     engine, *warned = run.stdout.splitlines()

@@ -90,7 +90,8 @@ INFERENCE = {
     "dead-heads-and-branches": ("dead-parts", {"depth": 3}, 3),
     "deit-tiny-block-197-tokens": ("deit-tiny", {"img_size": 224, "depth": 1}, 1),
 }
-WIDE = ("deit-tiny", "deit-base-block", "deit-tiny-block-197-tokens")  # more of the same, wider, longer
+# More of the same, wider, longer.
+WIDE = ("deit-tiny", "deit-small-17-tokens", "deit-base-block", "deit-tiny-block-197-tokens")
 
 
 @pytest.mark.covering(1)

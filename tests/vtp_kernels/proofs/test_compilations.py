@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="Triton is not installed: there is nothing 
 
 from tests.support import aot_kernels
 from tests.support.aot_kernels import broken, double, gemm
+from tests.support.processes import forks
 from vtp_kernels.proofs import compilations
 from vtp_kernels.proofs.disassembly import KB, occupancy, read_gcn, read_sass, tensor_families
 
@@ -421,6 +422,8 @@ def one_of_each_kernel(chosen, baseline):
 
 def test_every_kernel_compiles_as_in_the_committed_report(monkeypatch, capsys):
     monkeypatch.setattr(compilations, "quick", one_of_each_kernel)
+    context = forks()  # processes that need not import PyTorch and Triton first
+    monkeypatch.setattr(compilations.multiprocessing, "get_context", lambda method: context)
     chosen = ["--targets", "sm_90", "--jobs", "1"]
     assert compilations.main(["check", "--quick", *chosen]) == 0, capsys.readouterr().out
 
