@@ -858,6 +858,13 @@ def _held_constants(key_widths: Sequence[int], dtype: torch.dtype) -> dict[str, 
     return {**constants, "BLOCK_D": block, "KEY_BLOCKS": 2 if widest <= 32 else 5}
 
 
+def _has_room_on_amd(constants: dict[str, Any]) -> bool:
+    """Whether a backward kernel has scalar registers for the masks of its blocks of keys, or spills some."""
+    if constants["HEAD_DIM"] is not None:
+        return True
+    return constants["KEY_BLOCKS"] == 2 and constants["KEYS_ALIGNED"]
+
+
 def _are_equal(widths: Sequence[int]) -> bool:
     return len(set(widths)) == 1
 
@@ -914,12 +921,13 @@ def _backward_triton(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, key_widths: Sequence[int],
     value_widths: Sequence[int], scale: float,
 ) -> Tensor:  # fmt: skip
-    products = launching.operands(qkv.dtype)
-    if not qkv.numel() or qkv.dtype == torch.float64 or products not in DQ_TILES:
+    products, constants = launching.operands(qkv.dtype), _held_constants(key_widths, qkv.dtype)
+    has_room = products in DQ_TILES and (not launching.is_amd(qkv.device) or _has_room_on_amd(constants))
+    if not qkv.numel() or qkv.dtype == torch.float64 or not has_room:
         return _backward_plain(dout, qkv, out, lse, key_widths, value_widths, scale)
     (B, N, width), H, V = qkv.shape, len(value_widths), sum(value_widths)
     padded = _round_up(width, 8) - 2 * sum(key_widths)
-    widths, constants = (tuple(key_widths), tuple(value_widths)), _held_constants(key_widths, qkv.dtype)
+    widths = tuple(key_widths), tuple(value_widths)
     dqkv = empty_rows_like(qkv, *qkv.shape)
     delta = torch.empty_like(lse)
     dout_rows, qkv_rows, out_rows = map(with_padded_rows, (dout, qkv, out))

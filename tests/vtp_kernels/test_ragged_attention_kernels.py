@@ -29,6 +29,7 @@ from tests.support.kernel_proofs import (
     to_tf32,
 )
 from tests.support.numerics import assert_close_to_float64
+from vtp_kernels import launching
 
 MODULE = "vtp_kernels.ragged_attention"
 ragged_attention = importlib.import_module(MODULE)
@@ -376,6 +377,21 @@ def test_what_is_launched_is_compiled_ahead_of_time(interpreter):
         case = Case(197, widths, dtype, head_dim=keys)
         launched = interpreter.run(prove, check_forward, case) | interpreter.run(prove, check_backward, case)
         assert_compiled_ahead_of_time(launched, MODULE, "sm_90")
+
+
+def test_on_amd_the_backward_pass_of_wide_keys_of_their_own_is_pytorchs():
+    qkv = torch.empty(1, 21, 2 * 80 + 32, dtype=torch.bfloat16, device="meta")
+    for keys, kernels in (((32, 48), 0), ((24, 56), 0), ((40, 40), 2), ((16, 64), 0), ((17, 63), 0)):
+        with launching.recording(MODULE, "gfx942") as found:
+            out, lse = ragged_attention._forward_triton(qkv, keys, (16, 16), 0.1, True)
+            assert len(found) == 1
+            ragged_attention._backward_triton(out, qkv, out, lse, keys, (16, 16), 0.1)
+            assert len(found) == 1 + kernels, keys
+    narrow = torch.empty(1, 21, 2 * 48 + 32, dtype=torch.bfloat16, device="meta")
+    for target in ("gfx942", "sm_90"):
+        with launching.recording(MODULE, target) as found:
+            ragged_attention._backward_triton(out, narrow, out, lse, (16, 32), (16, 16), 0.1)
+            assert len(found) == 2, target
 
 
 # -- Each planted defect is caught, by the proof that is meant to -------------------------------------------
