@@ -101,6 +101,13 @@ DEFECTS = [
         "tests/vtp/pruning/test_compact.py -k any_architecture",
     ),
     Defect(
+        "vtp/pruning/compact.py",
+        "[(query * self.scale) @ key",
+        "[(query * query.shape[-1] ** -0.5) @ key",
+        "scores of a narrow key are scaled by its own width",
+        "tests/vtp/pruning/test_compact.py -k narrow",
+    ),
+    Defect(
         "vtp/pruning/latency_table.py",
         "/ (axis[i] - axis[i - 1])",
         "/ axis[i]",
@@ -288,6 +295,13 @@ DEFECTS = [
         "tests/vtp_kernels/test_ragged_attention.py",
     ),
     Defect(
+        "vtp_kernels/ragged_attention.py",
+        "2 * B * N * N * (sum(key_widths) + sum(value_widths))",
+        "2 * B * N * N * (len(key_widths) * max(key_widths) + sum(value_widths))",
+        "a narrow key counts as the widest",
+        "tests/vtp_kernels/test_ragged_attention.py -k flops",
+    ),
+    Defect(
         "vtp_kernels/proofs/disassembly.py",
         '"64": 8, "128": 16',
         '"64": 8, "128": 8',
@@ -302,6 +316,13 @@ DEFECTS = [
         "tests/vtp_kernels/proofs/test_gating_roofline.py",
     ),
     # -- csrc
+    Defect(
+        "csrc/cpu/engine.cpp",
+        "keys_before += a.key_widths[h];",
+        "keys_before += a.key_widths[0];",
+        "a key begins where it would if all were as wide as the first",
+        "tests/vtp/runtime/test_cpu_native.py -k agrees",
+    ),
     Defect(
         "csrc/cpu/engine.cpp",
         "t.padding = head + 1 == heads ? a.total_width % 2 : 0;",

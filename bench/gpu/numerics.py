@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -48,8 +49,10 @@ MODELS = {
 }
 STEPS = 20
 
-# What is only in tests and models, beside the variants of each op: attention of so many tokens.
+# What is only in tests and models, beside the variants of each op: attention of so many tokens, in heads with
+# equal keys and in heads with keys of their own.
 TOKENS = (1, 17, 197, 257, 577)
+KEYS = ((64, 64), (64, 40))
 
 
 def launches() -> dict[str, Callable[[], None]]:
@@ -57,11 +60,12 @@ def launches() -> dict[str, Callable[[], None]]:
 
     def attend() -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for tokens in TOKENS:
-                qkv = torch.empty(2, tokens, 4 * 64 + 109, dtype=dtype, device="meta", requires_grad=True)
+            for tokens, keys in itertools.product(TOKENS, KEYS):
+                shape = (2, tokens, 2 * sum(keys) + 109)
+                qkv = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
                 for needs_gradient in (False, True):
                     with torch.set_grad_enabled(needs_gradient), TritonSides():
-                        out = ragged_attention(qkv, 64, (61, 48), 64**-0.5)
+                        out = ragged_attention(qkv, keys, (61, 48), 64**-0.5)
                 with TritonSides():
                     out.sum().backward()
 

@@ -63,7 +63,21 @@ def test_attention_multiplies_what_its_heads_keep_rounded_up_to_16():
     (found,) = recorded(lambda: ragged_attention(half(B, N, 4 * d + 80), d, values, d**-0.5))
     assert found.flops == 2 * B * N * N * (2 * d + 80)
     assert found.tiled_flops == 2 * B * 208 * 208 * (2 * d + 80)
-    assert found.dram_bytes == 2 * B * N * (4 * d + 80 + 80) + 4 * 2 * 5  # and the table of heads
+    assert found.dram_bytes == 2 * B * N * (4 * d + 80 + 80) + 4 * 2 * 7  # and the table of heads
+
+
+def test_attention_multiplies_of_each_head_its_own_keys():
+    B, N, keys, values = 2, 197, (16, 16, 8), (32, 16, 32)
+    arguments = keys, values, 32**-0.5
+    (found,) = recorded(lambda: ragged_attention(half(B, N, 160), *arguments))
+    assert found.flops == 2 * B * N * N * (40 + 80)
+    assert found.tiled_flops == 2 * B * 208 * 208 * (3 * 16 + 80)
+    assert found.dram_bytes == 2 * B * N * (160 + 80) + 4 * 3 * 7
+    (equal,) = recorded(lambda: ragged_attention(half(B, N, 2 * 96 + 80), 32, *arguments[1:]))
+    assert equal.tiled_flops == 2 * B * 208 * 208 * (3 * 32 + 80)
+    # The queries once for each of 128, 64 and 16 keys, and all keys and values for each of 4 tiles of rows.
+    loaded = 3 * 208 * 48 + 4 * 208 * (48 + sum(-(-(w + 8) // 16) * 16 for w in values))
+    assert found.tile_bytes - equal.tile_bytes == 2 * B * (loaded - 208 * 96 - 4 * 208 * (96 + 48 + 32 + 48))
 
 
 def test_a_fused_branch_moves_no_hidden_activation():

@@ -85,9 +85,11 @@ def test_compact_mlp(device, dtype, M, K, hidden, N):
 @DTYPES
 @pytest.mark.parametrize("N", [1, 17, 197, 257, 577])
 @pytest.mark.parametrize("widths", [(37, 1, 64, 15), (61, 48)], ids=str)
-def test_ragged_attention(device, dtype, N, widths):
-    qkv = normal(2, N, 2 * 64 * len(widths) + sum(widths))
-    arguments = 64, widths, 64**-0.5
+@pytest.mark.parametrize("keys", [(64, 64), (64, 40)], ids=str)
+def test_ragged_attention(device, dtype, N, widths, keys):
+    keys = keys * (len(widths) // 2)
+    qkv = normal(2, N, 2 * sum(keys) + sum(widths))
+    arguments = keys, widths, 64**-0.5
     check(
         device, dtype, lambda qkv: ragged_attention(qkv, *arguments),
         lambda qkv: ragged_attention_ref(qkv, *arguments), qkv,
@@ -171,11 +173,12 @@ def test_few_small_shapes_that_run_every_kernel(device, dtype):
         device, dtype, lambda *t: compact_linear(*t, activation="gelu"),
         lambda *t: compact_linear_ref(*t, "gelu", None), *linear,
     )  # fmt: skip
-    qkv, arguments = normal(2, 17, 4 * 64 + 28), (64, (15, 13), 64**-0.5)
-    check(
-        device, dtype, lambda qkv: ragged_attention(qkv, *arguments),
-        lambda qkv: ragged_attention_ref(qkv, *arguments), qkv,
-    )  # fmt: skip
+    for keys in ((64, 64), (64, 40)):
+        qkv, arguments = normal(2, 17, 2 * sum(keys) + 28), (keys, (15, 13), 64**-0.5)
+        check(
+            device, dtype, lambda qkv, given=arguments: ragged_attention(qkv, *given),
+            lambda qkv, given=arguments: ragged_attention_ref(qkv, *given), qkv,
+        )  # fmt: skip
     fc1 = normal(61, 37, seed=1, scale=0.1), normal(61, seed=2)
     fc2 = normal(45, 61, seed=3, scale=0.1), normal(45, seed=4)
     check(device, dtype, compact_mlp, compact_mlp_ref, normal(70, 37), *fc1, *fc2, normal(70, 45, seed=5))

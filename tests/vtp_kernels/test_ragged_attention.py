@@ -13,6 +13,7 @@ from vtp_kernels.ragged_attention import (
     _GROUP,
     _round_up,
     _units,
+    key_columns,
     ragged_attention,
     ragged_attention_ref,
     row_tiles,
@@ -197,10 +198,10 @@ class TestTiling:
     def test_units_have_every_column_once_and_no_more_than_accumulators(self, widths, grouped):
         V = sum(widths)
         for padded in {_round_up(V, 8), V + 5}:
-            units = _units(widths, grouped, padded)
+            units = _units((7,) * len(widths), widths, grouped, padded)
             reached = [
                 (h, c)
-                for h, first, end, _, _ in units
+                for h, first, end, *_ in units
                 for c in range(first, padded if end == V else end)
                 if not grouped or c < first // 8 * 8 + _GROUP
             ]
@@ -210,8 +211,32 @@ class TestTiling:
             expected += [(len(widths) - 1, c) for c in range(V, padded)]
             assert sorted(reached) == expected
 
+    @pytest.mark.parametrize("grouped", [False, True])
+    def test_units_have_the_key_of_their_head(self, grouped):
+        keys, widths = (16, 1, 37), (100, 3, 17)
+        found = {(h, begin, end) for h, *_, begin, end in _units(keys, widths, grouped, 120)}
+        assert found == {(0, 0, 16), (1, 16, 17), (2, 17, 54)}
+
     def test_heavy_heads_come_first(self):
-        assert [unit[0] for unit in _units((3, 61, 17), False, 88)] == [1, 2, 0]
+        assert [unit[0] for unit in _units((8, 8, 8), (3, 61, 17), False, 88)] == [1, 2, 0]
+        assert [unit[0] for unit in _units((64, 8, 8), (3, 61, 17), False, 88)] == [1, 0, 2]
+
+    @pytest.mark.parametrize(
+        ("keys", "columns"),
+        [
+            ((16, 16, 8), [16, 16, 16]),
+            ((32, 32, 32), [32, 32, 32]),
+            ((40, 40), [64, 64]),  # of equal widths one product takes all, a power of two
+            ((40, 16, 64), [48, 16, 64]),
+            ((1, 16, 37), [16, 32, 48]),  # 16 columns from the second on are 17 from a multiple of 8
+        ],
+        ids=str,
+    )
+    def test_work_on_keys_is_that_of_each_head_rounded_up_to_sixteen(self, keys, columns):
+        assert key_columns(keys) == columns
+        values = (32,) * len(keys)
+        flops = tiled_flops(2, 197, keys, values)
+        assert flops == 2 * 2 * 208 * 208 * (sum(columns) + sum(values))
 
     def test_work_at_197_tokens_is_that_of_208(self):
         widths = (64,) * 12

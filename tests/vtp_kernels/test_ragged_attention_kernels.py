@@ -7,6 +7,7 @@ that its id names.
 
 import functools
 import importlib
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from tests.support.kernel_proofs import (
     to_tf32,
 )
 from tests.support.numerics import assert_close_to_float64
+from vtp_kernels import launching
 
 MODULE = "vtp_kernels.ragged_attention"
 ragged_attention = importlib.import_module(MODULE)
@@ -295,6 +297,73 @@ def test_rows_and_heads_that_do_not_start_at_16_bytes(interpreter, check, case):
     interpreter.run(prove, check, case)
 
 
+# Key widths that begin and end within 16 bytes, around the blocks of 16, narrower and wider than all others.
+RAGGED_FORWARD = [
+    Case(1, (37, 1, 64, 15), "bf16", head_dim=(16, 1, 7, 64), B=2),
+    Case(1, (3, 5), "f32", head_dim=(15, 17), side="begin"),
+    Case(17, (61, 3, 17), "f16", head_dim=(8, 24, 16), B=2, side="begin"),
+    Case(17, (16, 48), "tf32", head_dim=(37, 3), side="begin"),
+    Case(37, (16, 48, 9), "bf16", head_dim=(40, 16, 64), B=2),
+    Case(37, (16, 9), "f32", head_dim=(64, 1), B=2),
+    Case(64, (200, 7, 16), "tf32", head_dim=(16, 16, 8)),
+    Case(77, (37, 1, 64, 15), "bf16", head_dim=(15, 17, 37, 16), side="begin"),
+    Case(197, (9, 12), "f16", head_dim=(7, 64)),
+    Case(257, (5, 3), "bf16", head_dim=(1, 47)),
+]
+
+
+@pytest.mark.covering(by=traits)
+@pytest.mark.parametrize("case", RAGGED_FORWARD, ids=str)
+def test_forward_of_heads_with_keys_of_their_own(interpreter, case):
+    interpreter.run(prove, check_forward, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_of_such_heads_with_the_online_kernel(interpreter, dtype):
+    case = Case(81, (13, 75, 3), dtype, head_dim=(17, 104, 16))
+    interpreter.run(prove, check_forward, case, needs=(True,), forced=("ragged_attention", "online"))
+
+
+RAGGED_BACKWARD = [
+    Case(1, (37, 1, 64, 15), "bf16", head_dim=(16, 1, 7, 64), B=2),
+    Case(17, (61, 3, 17), "f16", head_dim=(8, 24, 16), B=2, side="begin"),
+    Case(17, (16, 48), "tf32", head_dim=(37, 3), side="begin"),
+    Case(37, (16, 48, 9), "bf16", head_dim=(40, 16, 64), side="begin"),
+    Case(37, (5, 9), "tf32", head_dim=(32, 16), B=2),
+    Case(53, (200, 7), "f16", head_dim=(16, 8)),
+    Case(53, (8, 101, 3), "bf16", head_dim=(15, 17, 37)),
+    Case(53, (5, 16), "tf32", head_dim=(104, 16)),
+    Case(257, (3, 4), "bf16", head_dim=(1, 23)),
+]
+
+
+@pytest.mark.covering(by=traits)
+@pytest.mark.parametrize("case", RAGGED_BACKWARD, ids=str)
+def test_backward_of_heads_with_keys_of_their_own(interpreter, case):
+    interpreter.run(prove, check_backward, case)
+
+
+@pytest.mark.parametrize("check", [check_forward, check_backward])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(21, (37, 15), "bf16", head_dim=(17, 7), layout="tight"),
+        Case(21, (37, 15), "tf32", head_dim=(1, 7), layout="misaligned", side="begin"),
+        Case(21, (1, 1), "bf16", head_dim=(2, 1), layout="tight"),
+    ],
+    ids=str,
+)
+def test_rows_of_such_heads_that_do_not_start_at_16_bytes(interpreter, check, case):
+    interpreter.run(prove, check, case)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"], ids=["online", "one-pass"])
+@pytest.mark.parametrize("column", [19, 24 + 19], ids=["query", "key"])
+def test_nan_in_one_head_does_not_reach_another_within_16_bytes(interpreter, dtype, column):
+    case = Case(19, (37, 12, 3), dtype, head_dim=(17, 3, 4))
+    interpreter.run(prove, check_specials, case, column=column, special=float("nan"))
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f16"], ids=["online", "one-pass"])
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("column", [3, 32 + 5, 64 + 40], ids=["query", "key", "value"])
@@ -305,10 +374,25 @@ def test_infinities_and_nan_go_through_as_in_pytorch(interpreter, column, specia
 
 def test_what_is_launched_is_compiled_ahead_of_time(interpreter):
     """Of the forward kernels one is compiled for the number of tokens, of the backward kernels none."""
-    for dtype in DTYPES:
-        launched = interpreter.run(prove, check_forward, Case(197, (5,), dtype, head_dim=64))
-        launched |= interpreter.run(prove, check_backward, Case(21, (5,), dtype, head_dim=64))
+    for dtype, (widths, keys) in itertools.product(DTYPES, [((5,), 64), ((5, 3), (64, 40))]):
+        launched = interpreter.run(prove, check_forward, Case(197, widths, dtype, head_dim=keys))
+        launched |= interpreter.run(prove, check_backward, Case(21, widths, dtype, head_dim=keys))
         assert_compiled_ahead_of_time(launched, MODULE, "sm_90")
+
+
+def test_on_amd_the_backward_pass_of_wide_keys_of_their_own_is_pytorchs():
+    qkv = torch.empty(1, 21, 2 * 80 + 32, dtype=torch.bfloat16, device="meta")
+    for keys, kernels in (((32, 48), 0), ((24, 56), 0), ((40, 40), 2), ((16, 64), 0), ((17, 63), 0)):
+        with launching.recording(MODULE, "gfx942") as found:
+            out, lse = ragged_attention._forward_triton(qkv, keys, (16, 16), 0.1, True)
+            assert len(found) == 1
+            ragged_attention._backward_triton(out, qkv, out, lse, keys, (16, 16), 0.1)
+            assert len(found) == 1 + kernels, keys
+    narrow = torch.empty(1, 21, 2 * 48 + 32, dtype=torch.bfloat16, device="meta")
+    for target in ("gfx942", "sm_90"):
+        with launching.recording(MODULE, target) as found:
+            ragged_attention._backward_triton(out, narrow, out, lse, (16, 32), (16, 16), 0.1)
+            assert len(found) == 2, target
 
 
 # -- Each planted defect is caught, by the proof that is meant to -------------------------------------------
@@ -352,14 +436,59 @@ STORE_ROWS = [
     (RACE, "columns-of-the-neighbour-stored", "race-detection", STORE, STORE.replace(">= begin", ">= 0")),
     (VALUE, "padding-not-written", "zero-padding", "last = tl.where(end == V, padded, end)", "last = end"),
 ]
-STORE_HEAD = "mask=(o_row[:, None] < N) & (o_d[None, :] < HEAD.DIM))"
+STORE_HEAD = "m_tile = (o_row[:, None] < target.rows) & (o_d[None, :] < HEAD.DIM)"
+STORE_BLOCK = "mask=(o_row[:, None] < target.rows) & own)"
+OWN_OF_BLOCK = "own = (o_c[None, :] >= unit.key_begin) & (o_c[None, :] < unit.key_end)"
 OWN = "own = (o_column[None, :] - begin).to(tl.uint32) < (end - begin)"
-CLAMP = "tl.minimum(o_m, N - 1), N, qkv.stride, HEAD, False"
+CLAMP = "r_m = tl.minimum(o_m, N - 1)"
 LSE = "highest + tl.log2(total)"
 FACTOR = "            factor=scale * math.log2(math.e),\n"
 NO_LSE_MASK = "b_lse = tl.load(lse + o_m)\n"
 ONLINE_VALUES = "b_v = load_tile(values.source, o_n, o_wide, N, readable, stride_qkv, MASK, True)"
-CHUNKS = "for c in range(begin // 8 * 8, end, 32):\n        o_c = c + tl.arange(0, 32)\n        b_row"
+CHUNKS = "for c in range(begin // 8 * 8, end, CHUNK):"
+
+
+# In heads with keys of their own: the second begins within 16 bytes of the first, and within a block of it.
+OWN_KEYS, OWN_KEYS16, OWN_KEYS32 = (Case(37, (13, 5), d, head_dim=(20, 12)) for d in ("f32", "bf16", "tf32"))
+# Rows that are over soon after their last key: what is loaded beyond it would be beyond the row.
+SHORT, SHORT16 = (Case(21, (1, 1), dtype, head_dim=(2, 1)) for dtype in ("f32", "bf16"))
+SHORT32 = Case(21, (1, 1), "tf32", head_dim=(2, 6))
+READABLE = "return (end + 7) // 8 * 8 if HEAD.ALIGNED else end"
+OF_KEYS = [
+    (VALUE, "queries-taken-for-keys", "error-rule", "qkv.p + sizes.K, ", "qkv.p, "),
+    (VALUE, "scale-of-the-key-that-is-left", "error-rule", "scale * math.log2(math.e)",
+     "min(key_widths) ** -0.5 * math.log2(math.e)", dict(count=2)),
+]  # fmt: skip
+OF_KEYS_FORWARD = [
+    *OF_KEYS,
+    (VALUE, "key-begins-where-values-do", "error-rule", "tl.load(p_unit + 5)", "tl.load(p_unit + 1)"),
+    (VALUE, "key-of-the-next-head-counts", "error-rule", OWN, "own = o_column[None, :] >= begin"),
+    (VALUE, "key-of-the-head-before-counts", "error-rule", OWN, "own = o_column[None, :] < end"),
+    (VALUE, "last-columns-of-the-key-dropped", "error-rule", CHUNKS, CHUNKS.replace("end,", "end - CHUNK,")),
+]
+HELD = "unit.key_begin, unit.key_end, MASK)\n            b_blocks"
+OF_KEYS_BACKWARD = [
+    *OF_KEYS,
+    (RACE, "key-begins-where-values-do", "race-detection", "tl.load(p_unit + 5)", "tl.load(p_unit + 1)"),
+    (VALUE, "key-of-the-next-head-counts", "error-rule", HELD, HELD.replace("end,", "end + 3,")),
+    (VALUE, "key-of-the-head-before-counts", "error-rule", HELD, HELD.replace("begin,", "begin - 3,")),
+    (VALUE, "blocks-but-the-first-dropped", "error-rule", "(i + 1) * HEAD.BLOCK)", "i * HEAD.BLOCK)"),
+    (READ, "columns-beyond-the-key-loaded", "guard-page", "sizes.K, sizes.N, _readable(unit.key_end, HEAD)",
+     "sizes.K, sizes.N, 80", dict(case=SHORT32, argument="qkv")),
+    (WRITE, "row-mask-of-block-removed", "guard-page", STORE_BLOCK, STORE_BLOCK.replace("] <", "] >= 0 *"),
+     dict(argument="dqkv")),
+    (UNWRITTEN, "last-column-of-block-not-stored", "poison", OWN_OF_BLOCK,
+     OWN_OF_BLOCK.replace("key_end)", "key_end - 1)")),
+    (RACE, "columns-of-the-head-before-stored", "race-detection", OWN_OF_BLOCK,
+     OWN_OF_BLOCK.replace(">= unit.key_begin", ">= 0")),
+    (RACE, "columns-of-the-next-head-stored", "race-detection", OWN_OF_BLOCK,
+     OWN_OF_BLOCK.replace("< unit.key_end", "< unit.key_end + 9")),
+]  # fmt: skip
+
+
+def columns_beyond_the_key(case):
+    return (READ, "columns-beyond-the-key-loaded", "guard-page", READABLE, READABLE + " + 16",
+            dict(case=case, argument="qkv"))  # fmt: skip
 
 
 def overrun(rows, argument):
@@ -371,9 +500,8 @@ def overrun(rows, argument):
 DEFECTS = [
     *defects_of(
         "fwd", ONE_PASS, *COMMON, *SMALL_TILES, *overrun(STORE_ROWS, "out"),
-        (READ, "query-clamp-removed", "guard-page", CLAMP, CLAMP.replace("tl.minimum(o_m, N - 1)", "o_m"),
-         dict(count=2, argument="qkv")),
-        (MASK, "no-mask-on-keys", "guard-page", "HEAD, KEYS % (256 >> i) == 0)", "HEAD, False)",
+        (READ, "query-clamp-removed", "guard-page", CLAMP, "r_m = o_m", dict(count=3, argument="qkv")),
+        (MASK, "no-mask-on-keys", "guard-page", "KEYS % (256 >> i) == 0) * factor", "False) * factor",
          dict(argument="qkv")),
         (MASK, "no-mask-on-values", "guard-page", "values.stride, KEYS % (256 >> i) == 0, True)",
          "values.stride, False, True)", dict(argument="qkv")),
@@ -390,12 +518,15 @@ DEFECTS = [
         (VALUE, "log-sum-exp-without-the-maximum", "error-rule", LSE, "tl.log2(total)", dict(count=2)),
         (VALUE, "log-sum-exp-in-base-e", "error-rule", LSE, f"({LSE}) * 0.6931471805599453", dict(count=2)),
     ),
+    *defects_of("fwd", OWN_KEYS16, *OF_KEYS_FORWARD, columns_beyond_the_key(SHORT16)),
+    *defects_of("online", OWN_KEYS, *OF_KEYS_FORWARD, columns_beyond_the_key(SHORT)),
+    *defects_of("dq", OWN_KEYS32, *OF_KEYS_BACKWARD),
+    *defects_of("dkdv", OWN_KEYS32, *OF_KEYS_BACKWARD),
     *defects_of(
         "online", TILES, *COMMON, *FULL_TILES, *overrun(STORE_ROWS, "out"),
-        (READ, "query-clamp-removed", "guard-page", CLAMP, CLAMP.replace("tl.minimum(o_m, N - 1)", "o_m"),
-         dict(count=2, argument="qkv")),
-        (MASK, "no-mask-on-keys", "guard-page", "HEAD, MASK)\n    b_s = tl.dot(b_q",
-         "HEAD, False)\n    b_s = tl.dot(b_q", dict(argument="qkv")),
+        (READ, "query-clamp-removed", "guard-page", CLAMP, "r_m = o_m", dict(count=3, argument="qkv")),
+        (MASK, "no-mask-on-keys", "guard-page", "unit, HEAD, MASK) * factor", "unit, HEAD, False) * factor",
+         dict(argument="qkv")),
         (MASK, "no-mask-on-values", "guard-page", ONLINE_VALUES, ONLINE_VALUES.replace("MASK", "False"),
          dict(argument="qkv")),
         (RACE, "log-sum-exp-by-every-group", "race-detection",
@@ -408,20 +539,19 @@ DEFECTS = [
          "range(full, full, 16):\n        acc_wide"),
         (VALUE, "older-values-not-shrunk", "error-rule", "acc_wide * shrink[:, None]", "acc_wide"),
         (VALUE, "weights-not-normalised", "error-rule", "acc_wide / total[:, None]", "acc_wide"),
-        (VALUE, "second-group-of-columns-not-launched", "poison", "_table(tuple(value_widths), not one_pass",
-         "_table(tuple(value_widths), False", dict(case=WIDE)),
+        (VALUE, "second-group-of-columns-not-launched", "poison", "tuple(value_widths), not one_pass",
+         "tuple(value_widths), False", dict(case=WIDE)),
         (VALUE, "scale-of-the-head-that-is-left", "error-rule", FACTOR,
          FACTOR.replace("=scale", "=value_widths[0] ** -0.5")),
         (VALUE, "log-sum-exp-without-the-maximum", "error-rule", LSE, "tl.log2(total)", dict(count=2)),
     ),
     *defects_of(
         "dq", TILES32, *COMMON, *FULL_TILES,
-        (READ, "row-clamp-removed", "guard-page", "r_m = tl.minimum(o_m, N - 1)", "r_m = o_m",
-         dict(argument="dout")),
-        (MASK, "no-mask-on-keys", "guard-page", "HEAD, MASK)\n    b_p", "HEAD, False)\n    b_p",
+        (READ, "row-clamp-removed", "guard-page", CLAMP, "r_m = o_m", dict(count=3, argument="dout")),
+        (MASK, "no-mask-on-keys", "guard-page", "keys, o_n, unit, HEAD, MASK", "keys, o_n, unit, HEAD, False",
          dict(argument="qkv")),
-        (WRITE, "row-mask-of-store-removed", "guard-page", STORE_HEAD, STORE_HEAD.replace("] < N", "] >= 0"),
-         dict(argument="dqkv")),
+        (WRITE, "row-mask-of-store-removed", "guard-page", STORE_HEAD,
+         STORE_HEAD.replace("] < target.rows", "] >= 0"), dict(argument="dqkv")),
         (WRITE, "mask-of-delta-removed", "guard-page", "tl.store(delta + o_m, b_delta, mask=o_m < N)",
          "tl.store(delta + o_m, b_delta)", dict(argument="delta", case=ONE_HEAD32)),
         (UNWRITTEN, "last-column-not-stored", "poison", STORE_HEAD, STORE_HEAD.replace("M)", "M - 1)")),
@@ -430,7 +560,7 @@ DEFECTS = [
          "b_delta = tl.sum(b_do_wide * b_o, axis=1)", dict(case=TILES16)),
         (VALUE, "columns-of-the-neighbour-summed", "error-rule", OWN, "own = o_column[None, :] < end"),
         (VALUE, "delta-not-subtracted", "error-rule", "(b_dp - b_delta[:, None])", "b_dp"),
-        (VALUE, "gradient-not-scaled", "error-rule", "dq * scale", "dq"),
+        (VALUE, "gradient-not-scaled", "error-rule", "dq, scale, o_m", "dq, 1.0, o_m"),
         (VALUE, "log-sum-exp-in-base-e", "error-rule", "b_lse = tl.load(lse + r_m)",
          "b_lse = tl.load(lse + r_m) * 0.6931471805599453"),
         (VALUE, "tail-of-keys-dropped", "error-rule", "range(full, N, 16):\n        dq =",
@@ -442,16 +572,16 @@ DEFECTS = [
         "dkdv", TILES32, *COMMON, *FULL_TILES, *overrun(STORE_ROWS, "dqkv"),
         (READ, "row-clamp-removed", "guard-page", "r_n = tl.minimum(o_n, N - 1)", "r_n = o_n",
          dict(argument="qkv")),
-        (MASK, "no-mask-on-queries", "guard-page", "queries, o_m, N, values.stride, HEAD, MASK)",
-         "queries, o_m, N, values.stride, HEAD, False)", dict(argument="qkv")),
+        (MASK, "no-mask-on-queries", "guard-page", "(queries, o_m, unit, HEAD, MASK)",
+         "(queries, o_m, unit, HEAD, False)", dict(argument="qkv")),
         (MASK, "no-mask-on-log-sum-exp", "guard-page",
          "b_lse = tl.load(lse + o_m, mask=o_m < N, other=0.0) if MASK else tl.load(lse + o_m)\n", NO_LSE_MASK,
          dict(argument="lse")),
         (RAW, "weights-in-bfloat16", "bfloat16-check", "b_ds = b_p * (b_dp - b_delta[None, :])",
-         "b_ds = b_p.to(b_q.dtype) * (b_dp - b_delta[None, :]).to(b_q.dtype)", dict(case=TILES16)),
+         "b_ds = b_p.to(b_q[0].dtype) * (b_dp - b_delta[None, :]).to(b_q[0].dtype)", dict(case=TILES16)),
         (VALUE, "columns-of-the-neighbour-summed", "error-rule", OWN, "own = o_column[None, :] < end"),
         (VALUE, "delta-not-subtracted", "error-rule", "(b_dp - b_delta[None, :])", "b_dp"),
-        (VALUE, "gradient-not-scaled", "error-rule", "dk * scale", "dk"),
+        (VALUE, "gradient-not-scaled", "error-rule", "dk, scale, o_n", "dk, 1.0, o_n"),
         (VALUE, "tail-of-queries-dropped", "error-rule", "range(full, N, 16):\n        dk",
          "range(full, full, 16):\n        dk"),
         (VALUE, "columns-beyond-the-accumulators-dropped", "error-rule",

@@ -181,11 +181,17 @@ def _ragged_attention(a: SimpleNamespace) -> Work:
     tiles = op.row_tiles(a.N, a.BLOCK_M)
     keys = cdiv(a.N, 16) * 16
     columns = sum(cdiv(width + 8, 16) * 16 for width in value_widths)  # about: a head starts anywhere
-    loaded = a.H * sum(tiles) * a.BLOCK_D + len(tiles) * keys * (a.H * a.BLOCK_D + columns)
+    key_columns = sum(op.key_columns(key_widths))
+    # Queries that are not held are loaded for each piece of keys, which are a power of two in size, or tile.
+    pieces = 1
+    if a.HEAD_DIM is None:
+        full = a.N // a.BLOCK_N if "BLOCK_N" in vars(a) else 0
+        pieces = full + cdiv(a.N - full * a.BLOCK_N, 16) if full else keys.bit_count()
+    loaded = pieces * sum(tiles) * key_columns + len(tiles) * keys * (key_columns + columns)
     flops = 2 * a.B * a.N * a.N * (sum(key_widths) + sum(value_widths))
     tiled = op.tiled_flops(a.B, a.N, key_widths, value_widths, a.qkv.dtype)
     programs = len(a.table) * a.B * len(tiles)
-    return Work(programs, {"qkv": (a.B, loaded), "table": (programs, 5)}, "out lse", flops, tiled)
+    return Work(programs, {"qkv": (a.B, loaded), "table": (programs, 7)}, "out lse", flops, tiled)
 
 
 def _compact_mlp(a: SimpleNamespace) -> Work:

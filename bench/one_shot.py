@@ -1,0 +1,304 @@
+"""What a cut without training keeps: rankings, refit, ranks of queries and keys, images, damping.
+
+Everything starts from the shipped dense baseline and unlabelled images of its training set, drawn anew for
+each of some seeds; the test images are those that ship with the package and, given --original-test, the
+10,000 of the original test set. Writes results.json after every case; started again with the same --out, it
+goes on where it stopped.
+
+    python -m bench.one_shot --out runs/one-shot [--original-test FOLDER]
+    python -m bench.one_shot --out bench/results/one_shot.json --markdown
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+import vtp
+from bench.results_file import add_results_file, check_results_file, print_results
+from vtp.files import write_atomic
+from vtp.machine import environment
+from vtp.pruning.refit import refit
+from vtp.pruning.streams import plain_copy
+from vtp.training.data import Data, open_data
+from vtp.training.loaders import test_loader
+from vtp.zoo import FASHION_DEIT, open_model
+
+SHARES = (0.55, 0.354, 0.25)  # of the dense model's MACs; the first two are those of the accuracy table
+IMAGES = 2000
+COUNTS = (128, 512, 2000, 10_000)
+DAMPINGS = (None, 1e-4, 1e-3, 1e-2, 1e-1)  # None: OAS
+RANKS = (16, 8, 4, 2)
+
+
+@dataclasses.dataclass
+class Setting:
+    """What all cases share for one seed: the dense model, its images, and what was found out from them."""
+
+    dense: nn.Module
+    data: Data
+    seed: int
+
+    def images(self, count: int) -> tuple[Tensor, Tensor]:
+        """Images of the training set, normalised, [count, C, H, W], and their labels."""
+        chosen = np.random.default_rng(self.seed).permutation(len(self.data.train))[:count]
+        data = dataclasses.replace(self.data, test=Subset(self.data.train, sorted(chosen.tolist())))
+        size, channels = self.dense.patch_embed.img_size[0], self.dense.patch_embed.proj.in_channels
+        batches = list(test_loader(data, image_size=size, in_chans=channels, batch_size=500))
+        return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+    def macs(self, share: float) -> float:
+        """MACs that a share of the dense model's is."""
+        return share * vtp.count(self.dense).macs
+
+
+# -------------------------------------------------------------------------------------------------- rankings
+# Each gives a plan for so many MACs. `statistics` is of `vtp.calibrate`; labels are for Taylor alone.
+
+Make = Callable[[Setting, float, vtp.Statistics, tuple[Tensor, Tensor]], vtp.PruningPlan]
+
+
+def magnitude(setting: Setting, macs: float, *_: Any) -> vtp.PruningPlan:
+    """L2 norm of the weight column that a dimension feeds; the same share of each kind of site."""
+    gated = vtp.insert_gates(setting.dense)
+    scores = {name: layer.weight.detach().norm(dim=0) for name, layer in vtp.sites(gated).items()}
+    return vtp.make_plan(gated, macs=macs, score=scores, scope="per_site")
+
+
+def taylor(setting: Setting, macs: float, _: Any, labelled: tuple[Tensor, Tensor]) -> vtp.PruningPlan:
+    """Mean square of g * dL/dg at g = 1 over batches of 50 (Molchanov et al., arXiv 1906.10771)."""
+    gated = vtp.insert_gates(setting.dense).eval()
+    for images, labels in zip(labelled[0].split(50), labelled[1].split(50), strict=True):
+        gated.zero_grad()
+        nn.functional.cross_entropy(gated(images), labels).backward()
+        for layer in vtp.sites(gated).values():
+            layer.accumulate_taylor()
+    return vtp.make_plan(gated, macs=macs, score="taylor")
+
+
+def random(setting: Setting, macs: float, *_: Any) -> vtp.PruningPlan:
+    """Any dimensions."""
+    gated = vtp.insert_gates(setting.dense)
+    generator = torch.Generator().manual_seed(setting.seed)
+    scores = {
+        name: torch.rand(layer.in_features, generator=generator) for name, layer in vtp.sites(gated).items()
+    }
+    return vtp.make_plan(gated, macs=macs, score=scores)
+
+
+def of_statistics(score: str, scope: str) -> Make:
+    """The rankings of `vtp.make_plan`."""
+
+    def make(setting: Setting, macs: float, statistics: vtp.Statistics, *_: Any) -> vtp.PruningPlan:
+        return vtp.make_plan(setting.dense, macs=macs, statistics=statistics, score=score, scope=scope)
+
+    return make
+
+
+RANKINGS: dict[str, Make] = {
+    "random": random,
+    "weight magnitude, per site": magnitude,
+    "Taylor (labels)": taylor,
+    "variance, per site": of_statistics("variance", "per_site"),
+    "activation": of_statistics("activation", "global"),
+    "greedy OBS": of_statistics("obs", "global"),
+    "optimal widths, narrow q, k, v": of_statistics("obs", "optimal"),
+}
+
+
+# ----------------------------------------------------------------------------------------------------- cases
+
+
+def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], tuple[nn.Module, float]]]]:
+    """Name and maker of every model of one seed; the maker gives it with the seconds that it took."""
+    labelled = setting.images(IMAGES)
+    known: dict[int, vtp.Statistics] = {}
+
+    def statistics_of(images: Tensor) -> vtp.Statistics:
+        if len(images) not in known:
+            known[len(images)] = vtp.calibrate(setting.dense, images)
+        return known[len(images)]
+
+    def cut(make: Make, share: float, fitted: bool) -> tuple[nn.Module, float]:
+        start = time.perf_counter()
+        plan = make(setting, setting.macs(share), statistics_of(labelled[0]), labelled)
+        small = vtp.compact(setting.dense, plan, images=labelled[0] if fitted else None)
+        return small, time.perf_counter() - start
+
+    for name, make in RANKINGS.items():
+        for share in SHARES:
+            for fitted in (False, True):
+                if fitted or "optimal" not in name:
+                    yield f"ranking/{name}/{share}/{fitted}", lambda a=(make, share, fitted): cut(*a)
+
+    def optimal(images: Tensor, share: float, **options: Any) -> tuple[nn.Module, float]:
+        start = time.perf_counter()
+        plan = vtp.make_plan(
+            setting.dense, macs=setting.macs(share), statistics=statistics_of(images), scope="optimal"
+        )
+        small = vtp.compact(setting.dense, plan, images=images[:16])  # its shapes; the weights come now
+        refit(plain_copy(setting.dense), small, plan, images, **options)
+        return small, time.perf_counter() - start
+
+    for share in SHARES[:2]:
+        for count in COUNTS:
+            yield f"images/{count}/{share}", lambda n=count, s=share: optimal(setting.images(n)[0], s)
+        for damping in DAMPINGS:
+            yield (
+                f"damping/{damping}/{share}",
+                lambda d=damping, s=share: optimal(labelled[0], s, damping=d),
+            )
+        yield f"feedback/False/{share}", lambda s=share: optimal(labelled[0], s, feedback=False)
+
+    def narrow(rank: int) -> tuple[nn.Module, float]:
+        start = time.perf_counter()
+        plan = vtp.make_plan(setting.dense, rate=0.0, statistics=statistics_of(labelled[0]), key_width=rank)
+        return vtp.compact(setting.dense, plan, images=labelled[0]), time.perf_counter() - start
+
+    def chosen(rank: int) -> tuple[nn.Module, float]:
+        start = time.perf_counter()
+        return choose_keys(setting.dense, labelled[0], rank), time.perf_counter() - start
+
+    for rank in RANKS:
+        yield f"rank/svd/{rank}", lambda r=rank: narrow(r)
+        yield f"rank/chosen/{rank}", lambda r=rank: chosen(r)
+
+
+@torch.no_grad()
+def choose_keys(dense: nn.Module, images: Tensor, rank: int) -> nn.Module:
+    """The dense model with all but `rank` dimensions of each head's queries and keys at 0.
+
+    Those are kept that carry most of the scores on their own: E q_j^2 E k_j^2, keys centred in each image.
+    """
+    small = plain_copy(dense)
+    tokens = small.norm_pre(small._pos_embed(small.patch_embed(images)))
+    for block, own in zip(plain_copy(dense).blocks, small.blocks, strict=True):
+        attn = block.attn
+        qkv = attn.qkv(block.norm1(tokens)).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+        query, key, _ = qkv.unbind(2)
+        key = key - key.mean(1, keepdim=True)
+        energy = query.square().mean((0, 1)) * key.square().mean((0, 1))  # [heads, head_dim]
+        gone = torch.ones_like(energy, dtype=torch.bool)
+        gone = gone.scatter_(1, energy.topk(rank).indices, False).flatten()
+        for part in (slice(0, len(gone)), slice(len(gone), 2 * len(gone))):
+            own.attn.qkv.weight[part][gone] = 0
+            if own.attn.qkv.bias is not None:
+                own.attn.qkv.bias[part][gone] = 0
+        tokens = block(tokens)
+    return small
+
+
+# --------------------------------------------------------------------------------------------------- running
+
+
+@torch.no_grad()
+def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Per cent of the images that are classified right."""
+    hits = [model(x).argmax(1) == y for x, y in zip(images.split(500), labels.split(500), strict=True)]
+    return 100 * torch.cat(hits).double().mean().item()
+
+
+def run(out: Path, seeds: int, original_test: Path | None) -> None:
+    """Measure every case that `out` does not have."""
+    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"records": {}}
+    dense, data = open_model(FASHION_DEIT).eval(), open_data()
+    tests = {"top1": data} | ({"top1_original": open_data(original_test)} if original_test else {})
+    size, channels = dense.patch_embed.img_size[0], dense.patch_embed.proj.in_channels
+    sets = {}
+    for name, own in tests.items():
+        # Normalised alike, whatever another folder's own statistics are.
+        alike = dataclasses.replace(own, mean=data.mean, std=data.std)
+        batches = list(test_loader(alike, image_size=size, in_chans=channels, batch_size=500))
+        sets[name] = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    results["dense"] = {name: top1(dense, *own) for name, own in sets.items()}
+    results["environment"] = environment()
+    for seed in range(seeds):
+        for case, make in cases(Setting(dense, data, seed)):
+            key = f"{seed}/{case}"
+            if key in results["records"]:
+                continue
+            model, seconds = make()
+            record = {name: top1(model, *own) for name, own in sets.items()}
+            record |= {"seconds": round(seconds, 1)}
+            if isinstance(model, vtp.CompactViT):
+                record |= dataclasses.asdict(vtp.count(model))
+            results["records"][key] = record
+            write_atomic(out, lambda path: path.write_text(json.dumps(results, indent=1)))
+            print(key, record, flush=True)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The tables of docs/one-shot.md."""
+    records: dict[str, list[dict[str, Any]]] = {}
+    for key, record in results["records"].items():
+        records.setdefault(key.split("/", 1)[1], []).append(record)
+    original = "top1_original" in results["dense"]
+
+    def cell(case: str) -> str:
+        own = records.get(case)
+        if not own:
+            return ""
+        text = f"{statistics.mean(r['top1'] for r in own):.2f}"
+        return text + (f" / {statistics.mean(r['top1_original'] for r in own):.2f}" if original else "")
+
+    def table(first: str, columns: Iterable[str], rows: Iterable[tuple[str, list[str]]]) -> list[str]:
+        columns = list(columns)
+        lines = ["", f"| {first} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+        return lines + [f"| {label} | {' | '.join(map(cell, own))} |" for label, own in rows]
+
+    dense = f"{results['dense']['top1']:.2f}"
+    dense += f" / {results['dense']['top1_original']:.2f}" if original else ""
+    lines = [f"Dense: {dense}. Mean of {max(map(len, records.values()))} draws of the images."]
+    both = [(share, fitted) for share in SHARES for fitted in (False, True)]
+    lines += table(
+        "ranking",
+        (f"{share:.0%}{', refit' if fitted else ''}" for share, fitted in both),
+        ((name, [f"ranking/{name}/{share}/{fitted}" for share, fitted in both]) for name in RANKINGS),
+    )
+    budgets = [f"{share:.0%} of MACs" for share in SHARES[:2]]
+    lines += table(
+        "images", budgets, ((f"{n:,}", [f"images/{n}/{share}" for share in SHARES[:2]]) for n in COUNTS)
+    )
+    ways = [("OAS" if d is None else f"{d:g} of the mean variance", f"damping/{d}") for d in DAMPINGS]
+    ways += [("OAS, without feedback", "feedback/False")]
+    lines += table(
+        "damping", budgets, ((label, [f"{way}/{share}" for share in SHARES[:2]]) for label, way in ways)
+    )
+    how = {"whitened SVD": "svd", "best dimensions, as they are": "chosen"}
+    lines += table(
+        "rank of q and k, of 32",
+        map(str, RANKS),
+        ((label, [f"rank/{kind}/{rank}" for rank in RANKS]) for label, kind in how.items()),
+    )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, or print what was measured."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_results_file(parser, Path("bench/results/one_shot.json"))
+    parser.add_argument("--seeds", type=int, default=3, help="draws of the calibration images")
+    parser.add_argument(
+        "--original-test", type=Path, help="folder with the original idx files, tested beside"
+    )
+    options = parser.parse_args()
+    check_results_file(parser, options)
+    if options.markdown:
+        return print_results(options.out, markdown)
+    run(options.out, options.seeds, options.original_test)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
