@@ -10,6 +10,7 @@ Frantar and Alistarh, "ZipLM", NeurIPS 2023, arXiv 2302.04089, find layer widths
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from vtp.pruning.calibration import Statistics
 _STEPS = 10_000  # of the budget
 _MOST_WIDTHS = 24  # of one kind that are tried in a branch, spread over all that are possible
 _LEAST = 1e-300
+_MOST = math.log(1e300)  # of a change; a factor that was measured where there was no error may be anything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,11 +198,8 @@ class _Curves:
             [np.cumsum(energies[:, ::-1], axis=1)[:, ::-1], np.zeros((self.heads, 1))], axis=1
         )
         error = sum(left[head, widths[head]] for head in heads)
-        even = left[:, (points[:, 0] // self.heads).astype(int)].sum(
-            0
-        )  # all heads were cut to the same there
-        factors = np.log(np.maximum(points[:, 1], _LEAST)) - np.log(np.maximum(even, _LEAST))
-        return float(error * np.exp(np.interp(sum(widths), points[:, 0], factors)))
+        even = left[:, (points[:, 0] // self.heads).astype(int)].sum(0)  # all heads were cut alike there
+        return float(_times(error, sum(widths), points[:, 0], _factors(points, even)))
 
 
 def rescaled(errors: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -208,10 +207,19 @@ def rescaled(errors: np.ndarray, points: np.ndarray) -> np.ndarray:
 
     The factor between the two is interpolated in its logarithm, and what comes of it never rises with width.
     """
-    at = points[:, 0].astype(int)
-    factors = np.log(np.maximum(points[:, 1], _LEAST)) - np.log(np.maximum(errors[at], _LEAST))
-    changes = errors * np.exp(np.interp(np.arange(len(errors)), points[:, 0], factors))
-    return np.minimum.accumulate(changes)
+    factors = _factors(points, errors[points[:, 0].astype(int)])
+    return np.minimum.accumulate(_times(errors, np.arange(len(errors)), points[:, 0], factors))
+
+
+def _factors(points: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Logarithms of what turns the errors at the measured points to the changes there."""
+    return np.log(np.maximum(points[:, 1], _LEAST)) - np.log(np.maximum(errors, _LEAST))
+
+
+def _times(error: Any, width: Any, at: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Errors at these widths, times a factor that is known `at` some; of no error comes no change."""
+    logarithm = np.log(np.maximum(error, _LEAST)) + np.interp(width, at, factors)
+    return np.where(np.greater(error, 0), np.exp(np.minimum(logarithm, _MOST)), 0.0)
 
 
 def _spread(widths: Sequence[int]) -> list[int]:

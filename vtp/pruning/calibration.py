@@ -11,6 +11,7 @@ the whole model: the factor from a layer's error to what it does. With these cur
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from vtp.files import FileError, fingerprint, write_atomic
 from vtp.model.architecture import Architecture, describe
 from vtp.model.widths import SITES
 from vtp.pruning.moments import Moments, narrowed_scores, oas_damping, obs_curve, turned_values
-from vtp.pruning.streams import Progress, Store, Stream, embedded, plain_copy
+from vtp.pruning.streams import Progress, Store, Stream, batches, embedded, plain_copy
 
 STATISTICS_VERSION = 1
 # The share of a unit's width to which it is cut alone, to measure what that does to the output; queries and
@@ -45,11 +46,10 @@ class Statistics:
     Attributes:
         architecture: of the dense model.
         parent: fingerprint of its weights, gates folded in (SHA-256, hex).
-        images: how many images it was calibrated on; change_images: on how many of them changes were
-        measured.
+        images: how many images it was calibrated on.
+        change_images: on how many of them changes were measured.
         change: what `changes` are: "KL" from the dense model's class probabilities, in nats, mean over
-        images;
-            or "relative error" of its features, where it has no classes.
+            images; or "relative error" of its output, where it has not several classes.
         tensors: float64, by `<site>.<what>`:
 
             blocks.<i>.<site>.variance    [p]     variance of each input
@@ -57,11 +57,9 @@ class Statistics:
             blocks.<i>.<site>.order       [p]     inputs as greedy OBS removes them
             blocks.<i>.<site>.errors      [p+1]   mean square error of the output after so many removals
             blocks.<i>.attn.keys          [H, d]  what each rank of a head carries of the scores' mean square
-            blocks.<i>.attn.values        [H, d]  what each direction of a head carries of the output's
-            variance blocks.<i>.<unit>.changes     [k, 2]  width, and the measured change with this unit alone
-            cut to it,
-                                                  for the units attn.qkv, attn.keys, attn.values, mlp.fc1,
-                                                  mlp.fc2
+            blocks.<i>.attn.values        [H, d]  what each direction of a head carries of proj's variance
+            blocks.<i>.<unit>.changes     [k, 2]  width, and the change with this unit alone cut to it; units
+                                                  are attn.qkv, attn.keys, attn.values, mlp.fc1, mlp.fc2
 
             LayerScale counts as a part of the weights of proj and fc2.
     """
@@ -149,10 +147,10 @@ def calibrate(
     Raises:
         UnsupportedModelError: as `insert_gates` does.
         ImagesError: images of another shape or kind than the model's, or none, or not finite.
-        ValueError: the model's own activations are not finite.
+        ValueError: the model's own activations or outputs are not finite.
     """
+    architecture = describe(model)
     plain = plain_copy(model)
-    architecture = describe(plain)
     parent = fingerprint(plain.state_dict())
     say = progress or (lambda text, share: None)
     device = plain.patch_embed.proj.weight.device
@@ -175,9 +173,8 @@ def calibrate(
 def _enough(images: Tensor | Iterable, architecture: Architecture) -> Iterator[Any]:
     """As many of the images as have `MOST_ROWS` tokens."""
     left = -(-MOST_ROWS // architecture.num_tokens)
-    for batch in [images] if isinstance(images, Tensor) else images:
-        batch = batch[0] if isinstance(batch, (tuple, list)) else batch
-        yield batch[:left] if isinstance(batch, Tensor) else batch
+    for batch in batches(images):
+        yield batch[:left] if isinstance(batch, Tensor) and batch.ndim else batch
         left -= len(batch)
         if left <= 0:
             return
@@ -291,17 +288,28 @@ class _Probe:
         images = min(max(LEAST_PROBED, int(4 * stream.images / (3.5 * depth))), MOST_PROBED)
         self.images = min(images, stream.images)
         self._model = plain
-        self.unit = "KL" if plain.num_classes else "relative error"
+        self.unit = "KL" if plain.num_classes > 1 else "relative error"
         device = plain.patch_embed.proj.weight.device
-        self._dense = self._output(0, stream.first(self.images).to(device))
+        self._dense = dense = self._output(0, stream.first(self.images).to(device)).double()
+        if not dense.isfinite().all():
+            raise ValueError("model: got outputs that are NaN or infinite on these images, expected finite")
+        # Images that are all the same, one say, leave nothing but how large the output is.
+        spread = (dense - dense.mean(0)).square().mean().item()
+        self._scale = max(spread, 1e-12 * dense.square().mean().item()) or 1.0
 
     def change(self, block: int, x: Tensor) -> float:
         """How far the output is from the dense model's with x behind this block."""
-        got, dense = self._output(block + 1, x).double(), self._dense.double()
+        got, dense = self._output(block + 1, x).double(), self._dense
         if self.unit == "KL":
             dense, got = dense.log_softmax(-1), got.log_softmax(-1)
-            return max((dense.exp() * (dense - got)).sum(-1).mean().item(), 0.0)
-        return ((got - dense).square().mean() / (dense - dense.mean(0)).square().mean()).item()
+            change = (dense.exp() * (dense - got)).sum(-1).mean().item()
+        else:
+            change = (got - dense).square().mean().item() / self._scale
+        if not math.isfinite(change):
+            raise ValueError(
+                f"model: got outputs that are NaN or infinite with a part of block {block} cut, expected finite"
+            )
+        return max(change, 0.0)
 
     def _output(self, block: int, x: Tensor) -> Tensor:
         for later in self._model.blocks[block:]:

@@ -173,12 +173,12 @@ class LatencyTable:
     def block_nanoseconds(self, widths: BlockWidths) -> int:
         """Time of a block with these kept widths; a branch that is a constant is gone and takes none."""
         alive = [width for width in widths.values if width]
-        ms = 0.0
+        total = 0  # each branch rounded by itself, as branches are added up too
         if widths.qkv and alive:
-            ms += self.attention.mean(widths.qkv, len(alive), last=alive)
+            total += round(1e6 * self.attention.mean(widths.qkv, len(alive), last=alive))
         if widths.fc1 and widths.fc2:
-            ms += self.mlp.mean(widths.fc1, last=[widths.fc2])
-        return round(1e6 * ms)
+            total += round(1e6 * self.mlp.mean(widths.fc1, last=[widths.fc2]))
+        return total
 
     def check_geometry(self, architecture: Architecture) -> None:
         """Raise LatencyTableError, which names what differs, if the model has another geometry."""

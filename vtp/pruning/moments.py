@@ -12,6 +12,8 @@ from torch import Tensor
 # Damping is at least this share of the mean variance: with all inputs independent of each other, or more
 # samples than anyone has, the estimate of OAS is that nothing is needed, and rounding says something else.
 LEAST_DAMPING = 1e-8
+_NOTHING = 1e-60  # a variance: what float32 can hold squared, and far from it
+_NOT_FINITE = "model: got activations that are NaN, infinite or too large to square, expected finite ones"
 
 
 class Moments:
@@ -77,7 +79,10 @@ def oas_damping(covariance: Tensor, samples: int) -> float:
 
     The shrinkage rho towards a multiple of the identity is that of Chen, Wiesel, Eldar and Hero, "Shrinkage
     algorithms for MMSE covariance estimation" (OAS), IEEE TSP 58(10), 2010, equation 23; `(1 - rho) C + rho
-    m` is, but for a factor, `C + rho / (1 - rho) m`, where m is the mean variance.
+    m` is, but for a factor, `C + rho / (1 - rho) m`, where m is the mean variance. Where all directions vary
+    alike, as whitened values do, rho is 1 however many samples there are: no harm to a covariance, and the
+    end of any fit, which the factor does matter to. So rho is `(p + 1) / (samples + 1)` at most, what it is
+    for as many alike directions without the term that takes them for the target.
 
     Raises:
         ValueError: the covariance is not finite.
@@ -85,11 +90,11 @@ def oas_damping(covariance: Tensor, samples: int) -> float:
     p = len(covariance)
     trace, square = covariance.trace().item(), covariance.square().sum().item()
     if not math.isfinite(square):
-        raise ValueError("moments: got NaN or infinity, expected finite activations")
+        raise ValueError(_NOT_FINITE)
     mean = trace / p
     spread = (samples + 1 - 2 / p) * (square - trace**2 / p)
     rho = ((1 - 2 / p) * square + trace**2) / spread if spread > 0 else 1.0
-    rho = min(rho, 1 - LEAST_DAMPING)  # all the same in each direction, or hardly a sample
+    rho = min(rho, (p + 1) / (samples + 1), 1 - LEAST_DAMPING)
     return max(rho / (1 - rho), LEAST_DAMPING) * mean
 
 
@@ -108,6 +113,8 @@ def ridge(moments: Moments, damping: float | None = None, bias: bool = True) -> 
     if not bias:
         covariance, cross = moments.raw, cross + torch.outer(moments.mean, moments.mean_target)
     extra = oas_damping(covariance, moments.count)
+    if not cross.isfinite().all():
+        raise ValueError(_NOT_FINITE)
     if damping is not None:
         extra = damping * covariance.diagonal().mean().item()
     if extra > 0:
@@ -121,10 +128,13 @@ def ridge(moments: Moments, damping: float | None = None, bias: bool = True) -> 
 def root(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """The symmetric square root of a positive semi-definite matrix and its inverse, float64 [n, n].
 
-    Directions without variance get one of 1e-10 of the largest, so that there is an inverse.
+    Directions without variance get one of 1e-10 of the largest, so that there is an inverse. Where nothing
+    varies the root is 0, and what is given for its inverse 1, which makes no number large.
     """
     values, vectors = torch.linalg.eigh(covariance)
-    values = values.clamp_min(max(values[-1].item() * 1e-10, torch.finfo(values.dtype).tiny))
+    if values[-1] < _NOTHING:
+        return torch.zeros_like(covariance), torch.eye(len(covariance)).to(covariance)
+    values = values.clamp_min(values[-1].item() * 1e-10)
     return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
 
 

@@ -176,15 +176,16 @@ class _BlockFit:
                 target.copy_(torch.cat(turned))
         prior = torch.cat(columns, dim=1)
         sums = Moments(prior.shape[1], len(prior), self.device)
-        entered = []
-        for piece, (x, rest) in enumerate(self._pieces()):
-            given = own.attend(own.qkv(self.own.norm1(rest)), None, False, on_kernels=False)
-            entered.append(store.keep(given))
-            lack = self._lack(piece, x, rest) - _linear(given, prior, proj_bias)
-            sums.add(self.rows(given), self.rows(lack))
-        self._set(own.proj, self.own.ls1, prior, proj_bias, sums)
-        for given, (_, rest) in zip(entered, self._pieces(), strict=True):
-            rest += self.own.ls1(own.proj(given.to(rest)))
+        with store.for_a_while() as short:
+            entered = []
+            for piece, (x, rest) in enumerate(self._pieces()):
+                given = own.attend(own.qkv(self.own.norm1(rest)), None, False, on_kernels=False)
+                entered.append(short.keep(given))
+                lack = self._lack(piece, x, rest) - _linear(given, prior, proj_bias)
+                sums.add(self.rows(given), self.rows(lack))
+            self._set(own.proj, self.own.ls1, prior, proj_bias, sums)
+            for given, (_, rest) in zip(entered, self._pieces(), strict=True):
+                rest += self.own.ls1(own.proj(given.to(rest)))
 
     def mlp(self) -> None:
         """Fit fc1 and fc2."""

@@ -144,14 +144,13 @@ def pareto(
     limit = _limit(ranked.architecture, {by: 1.0}, latency_table, ())
     optimal = _Optimal(ranked, statistics, limit)
     unit = 1e-6 if by == "latency_ms" else 1.0
-    found: dict[tuple[int, int], ParetoPoint] = {}
-    for most in np.linspace(optimal.allocation.least, optimal.dense, points):
-        plan = optimal.plan(most, {by: unit * most})
-        cost = plan.cost
-        found[cost.macs, cost.params] = ParetoPoint(
-            cost.macs, cost.params, plan.predicted_change or 0.0, plan
-        )
-    return list(found.values())
+    budgets = np.linspace(optimal.allocation.least, optimal.dense, points)
+    plans = [optimal.plan(most, {by: unit * most}) for most in budgets]
+    found: list[ParetoPoint] = []
+    for plan in sorted(plans, key=lambda plan: (optimal.size(plan), plan.predicted_change)):
+        if not found or plan.predicted_change < found[-1].change:
+            found.append(ParetoPoint(plan.cost.macs, plan.cost.params, plan.predicted_change, plan))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +249,11 @@ class _Optimal:
         self.allocation = allocate(branches, limit.outside)
         self.dense = limit.outside + architecture.depth * limit.size(architecture.dense_widths)
 
+    def size(self, plan: PruningPlan) -> int:
+        """Cost of a plan in the units of the budget."""
+        blocks = map(plan.block_widths, range(plan.architecture.depth))
+        return self._limit.outside + sum(map(self._limit.size, blocks))
+
     def _widths(self, name: str) -> list[int]:
         """Numbers of dimensions that a site may keep."""
         sizes = self._ranked.groups.sizes[self._removals[name]]
@@ -310,7 +314,7 @@ def _key_widths(architecture: Architecture, key_width: float | None) -> tuple[in
     d = architecture.head_dim
     if not _is_number(key_width) or not (0 < key_width < 1 or key_width == int(key_width) >= 1):
         raise PlanError(f"key_width: got {key_width!r}, expected a share in (0, 1) or a number of dimensions")
-    width = math.ceil(key_width * d) if key_width < 1 else int(key_width)
+    width = max(1, math.ceil(round(key_width * d, 6))) if key_width < 1 else int(key_width)
     if width > d or (architecture.qk_norm and width < d):
         why = "norms of queries and keys are over all of it" if architecture.qk_norm else "that of a head"
         raise PlanError(f"key_width: got {key_width!r}, expected {d} at most, {why}")

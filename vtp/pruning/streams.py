@@ -2,7 +2,7 @@
 
 Images are embedded once. From then on only the stream is kept, [images, tokens, embed_dim] in pieces, and a
 block is run over all pieces before the next: so no more than one block's sums are in memory at a time,
-however deep the model is. Pieces that the memory has no room for lie in an unnamed temporary file.
+however deep the model is. Pieces that the memory has no room for lie in temporary files.
 """
 
 import copy
@@ -10,6 +10,7 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode with the gates folded into its weights, in float32, or float64 if it is that."""
     plain = copy.deepcopy(model).eval().requires_grad_(False)
     if any(isinstance(module, GatedLinear) for module in plain.modules()):
-        replace_sites(plain, lambda _, layer: _folded(layer))
+        replace_sites(plain, lambda _, layer: _folded(layer) if isinstance(layer, GatedLinear) else layer)
     return plain if plain.patch_embed.proj.weight.dtype == torch.float64 else plain.float()
 
 
@@ -70,6 +71,8 @@ class Stream:
 class Store:
     """Where pieces lie: in memory as long as `memory_gb` allows, then in a temporary file.
 
+    As a context it is closed at the end.
+
     Args:
         memory_gb: for all that is stored, in units of 1e9 bytes; None for no limit.
         device: of the pieces that are in memory.
@@ -97,10 +100,20 @@ class Store:
         kept = torch.from_file(name, shared=True, size=piece.numel(), dtype=piece.dtype).view(piece.shape)
         return kept.copy_(piece)
 
+    def for_a_while(self) -> "Store":
+        """Another one in the memory that is left, to be closed before more is kept here."""
+        return Store(None if self._left == math.inf else self._left / 1e9, self._device)
+
     def close(self) -> None:
         """Remove the temporary files."""
         if self._folder is not None:
             self._folder.cleanup()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def embedded(
@@ -119,7 +132,7 @@ def embedded(
     """
     weight = model.patch_embed.proj.weight
     pieces: list[Tensor] = []
-    for batch in _pieces(images, model):
+    for batch in _pieces(batches(images), model):
         x = model.norm_pre(model._pos_embed(model.patch_embed(batch.to(weight))))
         pieces.append(store.keep(x))
     if not pieces:
@@ -131,13 +144,24 @@ def embedded(
     return stream
 
 
-def _pieces(images: Tensor | Iterable, model: nn.Module) -> Iterator[Tensor]:
+def batches(images: Tensor | Iterable) -> Iterator[Any]:
+    """The batches of images in what a user gave; whether they are any is left to `embedded`."""
+    try:
+        given = iter([images] if isinstance(images, Tensor) else images)
+    except TypeError:
+        raise ImagesError(
+            f"images: got {type(images).__name__}, expected a tensor or an iterable of them"
+        ) from None
+    for batch in given:
+        yield batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+
+
+def _pieces(images: Iterable, model: nn.Module) -> Iterator[Tensor]:
     """The images in batches of about `_PIECE` tokens, checked."""
     architecture = describe(model)
     size = max(1, _PIECE // architecture.num_tokens)
     waiting: list[Tensor] = []
-    for batch in [images] if isinstance(images, Tensor) else images:
-        batch = batch[0] if isinstance(batch, (tuple, list)) else batch
+    for batch in images:
         _check(batch, architecture)
         waiting.append(batch)
         if sum(map(len, waiting)) >= size:
