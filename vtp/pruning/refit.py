@@ -16,7 +16,7 @@ Cf. Frantar and Alistarh, "Optimal Brain Compression", NeurIPS 2022, and "Vision
 one-shot closed-form compensation", arXiv 2608.17657.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,10 @@ from vtp.pruning.calibration import attend, scaled_weight, split_heads
 from vtp.pruning.moments import Moments, narrowed_scores, ridge, turned_values
 from vtp.pruning.plan import PruningPlan
 from vtp.pruning.streams import Progress, Store, embedded
+
+# Rows that moments are taken from, spread over all images: 20 for each hidden dimension of a DeiT-B. Images
+# count, as the tokens of one are alike; more rows of them take time and add little.
+MOST_ROWS = 65_536
 
 
 @torch.no_grad()
@@ -66,27 +70,22 @@ def refit(
         for i, (block, own) in enumerate(zip(plain.blocks, small.blocks, strict=True)):
             if progress is not None:
                 progress(f"block {i + 1} of {len(plain.blocks)}", i / len(plain.blocks))
-            rows = _read_rows(plan.architecture) if i == len(plain.blocks) - 1 else _all_rows
-            fit = _BlockFit(plan, i, block, own, dense, cut, rows, damping, feedback)
+            read = _read_tokens(plan.architecture) if i == len(plain.blocks) - 1 else None
+            fit = _BlockFit(plan, i, block, own, dense, cut, read, damping, feedback)
             fit.attention(store)
             fit.mlp()
     finally:
         store.close()
 
 
-def _all_rows(x: Tensor) -> Tensor:
-    """[images, tokens, width] to [n, width]."""
-    return x.flatten(0, 1)
-
-
-def _read_rows(architecture: Architecture) -> Callable[[Tensor], Tensor]:
-    """The tokens behind the last block that the model's output depends on.
+def _read_tokens(architecture: Architecture) -> int | None:
+    """How many tokens behind the last block, from the first on, the model's output depends on; None for all.
 
     Without a head, all: who takes features may want those of patches.
     """
     if architecture.global_pool != "token" or not architecture.num_classes:
-        return _all_rows
-    return lambda x: x[:, : 1 + int(architecture.distilled)].flatten(0, 1)
+        return None
+    return 1 + int(architecture.distilled)
 
 
 class _BlockFit:
@@ -96,7 +95,7 @@ class _BlockFit:
         plan, index: what is kept, and of which block.
         block, own: it in the dense and in the cut model.
         dense, cut: the streams.
-        rows: of the tokens, those that what the block puts out is fitted on.
+        read: tokens of an image, from the first on, that what the block puts out is fitted on; None for all.
         damping, feedback: as `refit` takes them.
     """
 
@@ -108,11 +107,12 @@ class _BlockFit:
         own: nn.Module,
         dense: list[Tensor],
         cut: list[Tensor],
-        rows: Callable[[Tensor], Tensor],
+        read: int | None,
         damping: float | None,
         feedback: bool,
     ) -> None:
-        self.block, self.own, self.dense, self.cut, self.rows = block, own, dense, cut, rows
+        self.block, self.own, self.dense, self.cut, self.read = block, own, dense, cut, read
+        self.every = -(-sum(piece.shape[0] * piece.shape[1] for piece in dense) // MOST_ROWS)
         self.damping, self.feedback = damping, feedback
         self.device = block.attn.qkv.weight.device
         self.kept = {
@@ -134,19 +134,21 @@ class _BlockFit:
         sums = Moments(len(inputs), len(weight), self.device)
         out = Moments(attn.proj.in_features, device=self.device)
         queries, keys = ([Moments(d, device=self.device) for _ in heads] for _ in range(2))
+        narrow = any(0 < width < d for width in self.keys)
         self._begin_branch()
-        for x, rest in self._pieces():
+        for piece, (x, rest) in enumerate(self._pieces()):
             qkv = attn.qkv(self.block.norm1(x))
             query, key, value = split_heads(attn, qkv)
             heads_out = attend(attn, query, key, value)
             if alive:
-                normed = self.own.norm1(rest)
-                sums.add(_all_rows(normed), _all_rows(qkv - _linear(normed, weight, bias)))
-                out.add(_all_rows(heads_out))
+                normed = self._thinned(self.own.norm1(rest), piece)
+                sums.add(normed, self._thinned(qkv, piece) - _linear(normed, weight, bias))
+                if self.turned:
+                    out.add(self._thinned(heads_out, piece))
                 centred = key - key.mean(-2, keepdim=True)
-                for head in heads:
-                    queries[head].add(_all_rows(query[:, head]))
-                    keys[head].add(_all_rows(centred[:, head]))
+                for head in heads if narrow else ():
+                    queries[head].add(self._thinned(query[:, head], piece))
+                    keys[head].add(self._thinned(centred[:, head], piece))
             x += self.block.ls1(attn.proj(heads_out))
         proj, proj_bias = scaled_weight(attn.proj, self.block.ls1)
         if not alive:
@@ -160,8 +162,8 @@ class _BlockFit:
         for head in heads:
             part = slice(head * d, (head + 1) * d)
             if self.values[head]:
-                to_query, to_key = _scores_kept(queries[head], keys[head], self.keys[head], d)
-                turn, back = self._values_kept(out.covariance[part, part], proj[:, part], head)
+                to_query, to_key = self._scores_kept(queries[head], keys[head], self.keys[head])
+                turn, back = self._values_kept(out, proj[:, part], head)
                 rows.append((to_query, to_key, turn))
                 columns.append(proj[:, part] @ back)
         parts = [t.unflatten(0, (3, attn.num_heads, d)) for t in (weight, bias)]
@@ -181,8 +183,7 @@ class _BlockFit:
             for piece, (x, rest) in enumerate(self._pieces()):
                 given = own.attend(own.qkv(self.own.norm1(rest)), None, False, on_kernels=False)
                 entered.append(short.keep(given))
-                lack = self._lack(piece, x, rest) - _linear(given, prior, proj_bias)
-                sums.add(self.rows(given), self.rows(lack))
+                self._add(sums, given, self._lack(piece, x, rest), prior, proj_bias, piece)
             self._set(own.proj, self.own.ls1, prior, proj_bias, sums)
             for given, (_, rest) in zip(entered, self._pieces(), strict=True):
                 rest += self.own.ls1(own.proj(given.to(rest)))
@@ -195,12 +196,14 @@ class _BlockFit:
         weight, bias = scaled_weight(mlp.fc1, nn.Identity())
         weight, bias = weight[hidden][:, inputs], bias[hidden]
         sums = Moments(len(inputs), len(hidden), self.device)
+        if self.read is not None:  # nothing else is wanted from here on
+            self.dense, self.cut = ([piece[:, : self.read] for piece in s] for s in (self.dense, self.cut))
+            self.every = 1
         self._begin_branch()
-        for x, rest in self._pieces():
+        for piece, (x, rest) in enumerate(self._pieces()):
             given = mlp.fc1(self.block.norm2(x))
             if alive:
-                normed = self.own.norm2(rest)
-                sums.add(self.rows(normed), self.rows(given[..., hidden] - _linear(normed, weight, bias)))
+                self._add(sums, self.own.norm2(rest), given[..., hidden], weight, bias, piece)
             x += self.block.ls2(mlp.fc2(mlp.act(given)))
         if not alive:
             own.bias.copy_(self._mean_lack())
@@ -213,8 +216,7 @@ class _BlockFit:
         sums = Moments(len(hidden), len(weight), self.device)
         for piece, (x, rest) in enumerate(self._pieces()):
             given = own.act(own.fc1(self.own.norm2(rest)))
-            lack = self._lack(piece, x, rest) - _linear(given, weight, bias)
-            sums.add(self.rows(given), self.rows(lack))
+            self._add(sums, given, self._lack(piece, x, rest), weight, bias, piece)
         self._set(own.fc2, self.own.ls2, weight, bias, sums)
         for _, rest in self._pieces():
             rest += self.own.ls2(own.fc2(own.act(own.fc1(self.own.norm2(rest)))))
@@ -228,6 +230,20 @@ class _BlockFit:
                 if new is not piece:
                     piece.copy_(new)
 
+    def _thinned(self, x: Tensor, piece: int) -> Tensor:
+        """Some of the rows [n, width] of x [images, tokens, width]; others of each piece."""
+        return x.flatten(0, 1)[piece % self.every :: self.every]
+
+    def _add(
+        self, sums: Moments, given: Tensor, target: Tensor, weight: Tensor, bias: Tensor, piece: int
+    ) -> None:
+        """Add what a layer of these weights lacks of its target, for the tokens that count."""
+        if self.read is None:
+            x, e = self._thinned(given, piece), self._thinned(target, piece)
+        else:
+            x, e = given[:, : self.read].flatten(0, 1), target[:, : self.read].flatten(0, 1)
+        sums.add(x, e - _linear(x, weight, bias))
+
     def _begin_branch(self) -> None:
         if not self.feedback:
             self.before = [x - rest for x, rest in self._pieces()]
@@ -239,20 +255,30 @@ class _BlockFit:
     def _mean_lack(self) -> Tensor:
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for piece, (x, rest) in enumerate(self._pieces()):
-            lack = self.rows(self._lack(piece, x, rest)).double()
+            lack = self._lack(piece, x, rest)[:, : self.read].flatten(0, 1).double()
             total, count = total + lack.sum(0), count + len(lack)
         return total / count
 
-    def _values_kept(self, covariance: Tensor, proj: Tensor, head: int) -> tuple[Tensor, Tensor]:
+    def _scores_kept(self, queries: Moments, keys: Moments, width: int) -> tuple[Tensor, Tensor]:
+        """What queries and keys of one head meet, [d, width] each."""
+        d = self.block.attn.head_dim
+        if width == d:
+            eye = torch.eye(d, dtype=torch.float64, device=self.device)
+            return eye, eye
+        to_query, to_key, _ = narrowed_scores(queries.raw, keys.raw)
+        return to_query[:, :width], to_key[:, :width]
+
+    def _values_kept(self, out: Moments, proj: Tensor, head: int) -> tuple[Tensor, Tensor]:
         """(turn, back) [d, kept] of one head: what values meet, and what the columns of proj meet."""
-        d, width = len(covariance), self.values[head]
+        d, width = proj.shape[1], self.values[head]
+        own = slice(head * d, (head + 1) * d)
         eye = torch.eye(d, dtype=torch.float64, device=self.device)
         if self.turned and width < d:
-            turn, back, _ = turned_values(covariance, proj)
+            turn, back, _ = turned_values(out.covariance[own, own], proj)
             return turn[:, :width], back[:, :width]
         kept = self.kept["attn.proj"]
-        own = kept[(kept >= head * d) & (kept < (head + 1) * d)] - head * d
-        return eye[:, own], eye[:, own]
+        chosen = kept[(kept >= own.start) & (kept < own.stop)] - own.start
+        return eye[:, chosen], eye[:, chosen]
 
     def _set(self, layer: nn.Linear, scale: nn.Module, weight: Tensor, bias: Tensor, sums: Moments) -> None:
         """The layer that has been missing `sums` of its targets; its LayerScale becomes 1."""
@@ -262,15 +288,6 @@ class _BlockFit:
             layer.bias.copy_(bias + shift)
         if isinstance(scale, LayerScale):
             scale.gamma.fill_(1)
-
-
-def _scores_kept(queries: Moments, keys: Moments, width: int, d: int) -> tuple[Tensor, Tensor]:
-    """What queries and keys of one head meet, [d, width] each."""
-    if width == d:
-        eye = torch.eye(d, dtype=torch.float64, device=queries.mean.device)
-        return eye, eye
-    to_query, to_key, _ = narrowed_scores(queries.raw, keys.raw)
-    return to_query[:, :width], to_key[:, :width]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
