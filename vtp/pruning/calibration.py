@@ -34,9 +34,9 @@ STATISTICS_VERSION = 1
 # The share of a unit's width to which it is cut alone, to measure what that does to the output; queries and
 # keys have most of their scores in few directions. What is removed whole is measured too.
 PROBED_SHARE, PROBED_KEY_SHARE = 0.25, 0.125
-# Rows that second moments are taken from: 10 for each of DeiT-B's 3072 hidden dimensions.
-MOST_ROWS = 32_768
-LEAST_PROBED, MOST_PROBED = 16, 256  # images on which changes are measured
+# Rows that second moments are taken from: so many for each input of the widest layer, and this many at least.
+ROWS_PER_INPUT, LEAST_ROWS = 10, 8192
+LEAST_PROBED, MOST_PROBED = 8, 64  # images on which changes are measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +171,9 @@ def calibrate(
 
 
 def _enough(images: Tensor | Iterable, architecture: Architecture) -> Iterator[Any]:
-    """As many of the images as have `MOST_ROWS` tokens."""
-    left = -(-MOST_ROWS // architecture.num_tokens)
+    """As many of the images as have the rows that are looked at."""
+    widest = max(architecture.embed_dim, architecture.mlp_hidden)
+    left = -(-max(ROWS_PER_INPUT * widest, LEAST_ROWS) // architecture.num_tokens)
     for batch in batches(images):
         yield batch[:left] if isinstance(batch, Tensor) and batch.ndim else batch
         left -= len(batch)
@@ -283,9 +284,9 @@ class _Probe:
 
     def __init__(self, plain: nn.Module, stream: Stream) -> None:
         depth = len(plain.blocks)
-        # Each block is cut alone seven times and half of the model runs after it: as much as four passes
+        # Each block is cut alone seven times and half of the model runs after it: as much as two passes
         # over the images that moments are taken from.
-        images = min(max(LEAST_PROBED, int(4 * stream.images / (3.5 * depth))), MOST_PROBED)
+        images = min(max(LEAST_PROBED, int(2 * stream.images / (3.5 * depth))), MOST_PROBED)
         self.images = min(images, stream.images)
         self._model = plain
         self.unit = "KL" if plain.num_classes > 1 else "relative error"

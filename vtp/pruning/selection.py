@@ -146,10 +146,11 @@ def pareto(
     unit = 1e-6 if by == "latency_ms" else 1.0
     budgets = np.linspace(optimal.allocation.least, optimal.dense, points)
     plans = [optimal.plan(most, {by: unit * most}) for most in budgets]
+    sized = [(optimal.size(plan), plan.predicted_change or 0.0, plan) for plan in plans]
     found: list[ParetoPoint] = []
-    for plan in sorted(plans, key=lambda plan: (optimal.size(plan), plan.predicted_change)):
-        if not found or plan.predicted_change < found[-1].change:
-            found.append(ParetoPoint(plan.cost.macs, plan.cost.params, plan.predicted_change, plan))
+    for _, change, plan in sorted(sized, key=lambda entry: entry[:2]):
+        if not found or change < found[-1].change:
+            found.append(ParetoPoint(plan.cost.macs, plan.cost.params, change, plan))
     return found
 
 
