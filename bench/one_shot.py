@@ -10,18 +10,24 @@ goes on where it stopped.
 """
 
 import argparse
+import copy
 import dataclasses
+import importlib.util
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.utils.data import Subset
+from torch.utils.flop_counter import FlopCounterMode
 
 import vtp
 from bench.results_file import add_results_file, check_results_file, print_results
@@ -115,6 +121,82 @@ RANKINGS: dict[str, Make] = {
 }
 
 
+# --------------------------------------------------------------------------------------------- Torch-Pruning
+
+
+def torch_pruning(setting: Setting, macs: float, how: str, labelled: tuple[Tensor, Tensor]) -> nn.Module:
+    """What Torch-Pruning, as it is installed, leaves of the dense model at so many MACs at most.
+
+    As in its examples for timm's ViTs: the embedding, hidden and head dimensions of all layers at one share,
+    which is searched for, heads kept, the head of classes left alone.
+
+    Args:
+        how: "Taylor", from the labels' loss on all images, or "magnitude".
+    """
+    low, high = 0.0, 0.9
+    for _ in range(8):
+        middle = (low + high) / 2
+        if counted_macs(_torch_pruned(setting, middle, "magnitude", labelled)) <= macs:
+            high = middle
+        else:
+            low = middle
+    return _torch_pruned(setting, high, how, labelled)
+
+
+def _torch_pruned(setting: Setting, share: float, how: str, labelled: tuple[Tensor, Tensor]) -> nn.Module:
+    import torch_pruning
+
+    model = copy.deepcopy(setting.dense).requires_grad_(True)
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    for attention in attentions:
+        attention.forward = partial(_attention, attention)
+    importance = torch_pruning.importance
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")  # it says that it prunes the class token and the positions too
+        pruner = torch_pruning.pruner.BasePruner(
+            model,
+            labelled[0][:1],
+            importance=importance.GroupTaylorImportance()
+            if how == "Taylor"
+            else importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=share,
+            ignored_layers=[model.head],
+            num_heads={attention.qkv: attention.num_heads for attention in attentions},
+            prune_head_dims=True,
+        )
+        if how == "Taylor":
+            for images, labels in zip(labelled[0].split(100), labelled[1].split(100), strict=True):
+                nn.functional.cross_entropy(model(images), labels).backward()
+        for group in pruner.step(interactive=True):
+            group.prune()
+    for attention in attentions:
+        attention.num_heads = pruner.num_heads[attention.qkv]
+        attention.head_dim = attention.qkv.out_features // (3 * attention.num_heads)
+    return model.requires_grad_(False)
+
+
+def _attention(
+    attention: Attention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """timm's forward for whatever head_dim is left; the scale is that of PyTorch, head_dim ** -0.5."""
+    qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim))
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    out = nn.functional.scaled_dot_product_attention(query, key, value)
+    return attention.proj(out.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def counted_macs(model: nn.Module) -> float:
+    """Multiply-adds of one image, counted as `vtp.count` counts them, of a model that it does not know."""
+    image = torch.zeros(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() / 2
+
+
+TORCH_PRUNING = {"Torch-Pruning, magnitude": "magnitude", "Torch-Pruning, Taylor (labels)": "Taylor"}
+
+
 # ----------------------------------------------------------------------------------------------------- cases
 
 
@@ -139,6 +221,16 @@ def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], tuple[nn.Module,
             for fitted in (False, True):
                 if fitted or "optimal" not in name:
                     yield f"ranking/{name}/{share}/{fitted}", lambda a=(make, share, fitted): cut(*a)
+
+    def pruned(how: str, share: float) -> tuple[nn.Module, float]:
+        start = time.perf_counter()
+        model = torch_pruning(setting, setting.macs(share), how, labelled)
+        return model, time.perf_counter() - start
+
+    if importlib.util.find_spec("torch_pruning"):
+        for name, how in TORCH_PRUNING.items():
+            for share in SHARES:
+                yield f"ranking/{name}/{share}/False", lambda a=(how, share): pruned(*a)
 
     def optimal(images: Tensor, share: float, **options: Any) -> tuple[nn.Module, float]:
         start = time.perf_counter()
@@ -229,8 +321,7 @@ def run(out: Path, seeds: int, original_test: Path | None) -> None:
             model, seconds = make()
             record = {name: top1(model, *own) for name, own in sets.items()}
             record |= {"seconds": round(seconds, 1)}
-            if isinstance(model, vtp.CompactViT):
-                record |= dataclasses.asdict(vtp.count(model))
+            record["macs"] = int(counted_macs(model))
             results["records"][key] = record
             write_atomic(out, lambda path: path.write_text(json.dumps(results, indent=1)))
             print(key, record, flush=True)
@@ -262,7 +353,10 @@ def markdown(results: dict[str, Any]) -> str:
     lines += table(
         "ranking",
         (f"{share:.0%}{', refit' if fitted else ''}" for share, fitted in both),
-        ((name, [f"ranking/{name}/{share}/{fitted}" for share, fitted in both]) for name in RANKINGS),
+        (
+            (name, [f"ranking/{name}/{share}/{fitted}" for share, fitted in both])
+            for name in [*RANKINGS, *TORCH_PRUNING]
+        ),
     )
     budgets = [f"{share:.0%} of MACs" for share in SHARES[:2]]
     lines += table(
