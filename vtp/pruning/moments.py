@@ -105,7 +105,7 @@ def ridge(moments: Moments, damping: float | None = None, bias: bool = True) -> 
     this draws it towards the weights that it has. float64.
 
     Args:
-        damping: as a share of the mean variance of x; None takes that of OAS.
+        damping: as a share of the mean variance of x, of which 1e-8 are always there; None takes that of OAS.
         bias: False for a layer that has none, whose weight has to make up for the mean too.
     """
     mean = moments.mean if bias else torch.zeros_like(moments.mean)
@@ -116,7 +116,7 @@ def ridge(moments: Moments, damping: float | None = None, bias: bool = True) -> 
     if not cross.isfinite().all():
         raise ValueError(_NOT_FINITE)
     if damping is not None:
-        extra = damping * covariance.diagonal().mean().item()
+        extra = max(damping, LEAST_DAMPING) * covariance.diagonal().mean().item()
     if extra > 0:
         damped = covariance + extra * torch.eye(len(covariance)).to(covariance)
         weight = torch.linalg.solve(damped, cross).T
