@@ -130,7 +130,12 @@ def root(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
     Directions without variance get one of 1e-10 of the largest, so that there is an inverse. Where nothing
     varies the root is 0, and what is given for its inverse 1, which makes no number large.
+
+    Raises:
+        ValueError: the matrix is not finite.
     """
+    if not covariance.isfinite().all():
+        raise ValueError(_NOT_FINITE)
     values, vectors = torch.linalg.eigh(covariance)
     if values[-1] < _NOTHING:
         return torch.zeros_like(covariance), torch.eye(len(covariance)).to(covariance)
