@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vtp.model.architecture import Architecture
 from vtp.model.widths import SITES
 from vtp.pruning.calibration import attend, scaled_weight, split_heads
-from vtp.pruning.moments import Moments, narrowed_scores, ridge, turned_values
+from vtp.pruning.moments import Moments, finite, narrowed_scores, ridge, turned_values
 from vtp.pruning.plan import PruningPlan
 from vtp.pruning.streams import Progress, Store, embedded
 
@@ -159,6 +159,9 @@ class _BlockFit:
         rows, columns = [], []
         for head in heads:
             part = slice(head * d, (head + 1) * d)
+            if self.keys[head] < d:  # the softmax does not see the mean of keys, which may be large beside them
+                own_keys = slice((attn.num_heads + head) * d, (attn.num_heads + head + 1) * d)
+                bias[own_keys] = -weight[own_keys] @ sums.mean
             if self.values[head]:
                 to_query, to_key = _scores_kept(queries[head], keys[head], self.keys[head], d)
                 turn, back = self._values_kept(out.covariance[part, part], proj[:, part], head)
@@ -241,7 +244,7 @@ class _BlockFit:
         for piece, (x, rest) in enumerate(self._pieces()):
             lack = self.rows(self._lack(piece, x, rest)).double()
             total, count = total + lack.sum(0), count + len(lack)
-        return total / count
+        return finite(total / count)
 
     def _values_kept(self, covariance: Tensor, proj: Tensor, head: int) -> tuple[Tensor, Tensor]:
         """(turn, back) [d, kept] of one head: what values meet, and what the columns of proj meet."""
