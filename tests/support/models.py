@@ -20,6 +20,20 @@ TINY = dataclasses.replace(
     num_heads=3,
     mlp_hidden=20,
 )
+# One of each kind that is cut in a way of its own.
+FAMILIES = {
+    "plain": TINY,
+    "distilled": dataclasses.replace(TINY, distilled=True),
+    "layer-scale": dataclasses.replace(TINY, init_values=0.1),
+    "registers": dataclasses.replace(TINY, reg_tokens=2),
+    "qk-norm": dataclasses.replace(TINY, qk_norm=True),
+    "no-biases": dataclasses.replace(TINY, qkv_bias=False, proj_bias=False),
+    "pre-norm": dataclasses.replace(TINY, pre_norm=True),
+    "average-pool": dataclasses.replace(TINY, global_pool="avg", class_token=False),
+    "fc-norm": dataclasses.replace(TINY, global_pool="avg", fc_norm=True),
+    "features": dataclasses.replace(TINY, num_classes=0),
+    "one-class": dataclasses.replace(TINY, num_classes=1),
+}
 
 
 def build(architecture: Architecture = TINY, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:

@@ -13,7 +13,15 @@ from torch import Tensor
 # samples than anyone has, the estimate of OAS is that nothing is needed, and rounding says something else.
 LEAST_DAMPING = 1e-8
 _NOTHING = 1e-60  # a variance: what float32 can hold squared, and far from it
-_NOT_FINITE = "model: got activations that are NaN, infinite or too large to square, expected finite ones"
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """The tensor, of moments, if all of it is finite. Raises ValueError."""
+    if not tensor.isfinite().all():
+        raise ValueError(
+            "model: got activations that are NaN, infinite or too large to square, expected finite ones"
+        )
+    return tensor
 
 
 class Moments:
@@ -88,9 +96,7 @@ def oas_damping(covariance: Tensor, samples: int) -> float:
         ValueError: the covariance is not finite.
     """
     p = len(covariance)
-    trace, square = covariance.trace().item(), covariance.square().sum().item()
-    if not math.isfinite(square):
-        raise ValueError(_NOT_FINITE)
+    trace, square = covariance.trace().item(), finite(covariance.square().sum()).item()
     mean = trace / p
     spread = (samples + 1 - 2 / p) * (square - trace**2 / p)
     rho = ((1 - 2 / p) * square + trace**2) / spread if spread > 0 else 1.0
@@ -105,7 +111,7 @@ def ridge(moments: Moments, damping: float | None = None, bias: bool = True) -> 
     this draws it towards the weights that it has. float64.
 
     Args:
-        damping: as a share of the mean variance of x; None takes that of OAS.
+        damping: as a share of the mean variance of x, of which 1e-8 are always there; None takes that of OAS.
         bias: False for a layer that has none, whose weight has to make up for the mean too.
     """
     mean = moments.mean if bias else torch.zeros_like(moments.mean)
@@ -113,16 +119,14 @@ def ridge(moments: Moments, damping: float | None = None, bias: bool = True) -> 
     if not bias:
         covariance, cross = moments.raw, cross + torch.outer(moments.mean, moments.mean_target)
     extra = oas_damping(covariance, moments.count)
-    if not cross.isfinite().all():
-        raise ValueError(_NOT_FINITE)
     if damping is not None:
-        extra = damping * covariance.diagonal().mean().item()
+        extra = max(damping, LEAST_DAMPING) * covariance.diagonal().mean().item()
     if extra > 0:
         damped = covariance + extra * torch.eye(len(covariance)).to(covariance)
-        weight = torch.linalg.solve(damped, cross).T
+        weight = torch.linalg.solve(damped, finite(cross)).T
     else:  # x is constant, and says nothing of e
         weight = torch.zeros_like(cross).T
-    return weight, moments.mean_target * bias - weight @ mean
+    return weight, finite(moments.mean_target) * bias - weight @ mean
 
 
 def root(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,8 +134,11 @@ def root(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
     Directions without variance get one of 1e-10 of the largest, so that there is an inverse. Where nothing
     varies the root is 0, and what is given for its inverse 1, which makes no number large.
+
+    Raises:
+        ValueError: the matrix is not finite.
     """
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = torch.linalg.eigh(finite(covariance))
     if values[-1] < _NOTHING:
         return torch.zeros_like(covariance), torch.eye(len(covariance)).to(covariance)
     values = values.clamp_min(values[-1].item() * 1e-10)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vtp.model.architecture import Architecture
 from vtp.model.widths import SITES
 from vtp.pruning.calibration import attend, scaled_weight, split_heads
-from vtp.pruning.moments import Moments, narrowed_scores, ridge, turned_values
+from vtp.pruning.moments import Moments, finite, narrowed_scores, ridge, turned_values
 from vtp.pruning.plan import PruningPlan
 from vtp.pruning.streams import Progress, Store, embedded
 
@@ -161,6 +161,9 @@ class _BlockFit:
         rows, columns = [], []
         for head in heads:
             part = slice(head * d, (head + 1) * d)
+            if self.keys[head] < d:  # the softmax does not see the mean of keys, which may be large beside them
+                own_keys = slice((attn.num_heads + head) * d, (attn.num_heads + head + 1) * d)
+                bias[own_keys] = -weight[own_keys] @ sums.mean
             if self.values[head]:
                 to_query, to_key = self._scores_kept(queries[head], keys[head], self.keys[head])
                 turn, back = self._values_kept(out, proj[:, part], head)
@@ -257,7 +260,7 @@ class _BlockFit:
         for piece, (x, rest) in enumerate(self._pieces()):
             lack = self._lack(piece, x, rest)[:, : self.read].flatten(0, 1).double()
             total, count = total + lack.sum(0), count + len(lack)
-        return total / count
+        return finite(total / count)
 
     def _scores_kept(self, queries: Moments, keys: Moments, width: int) -> tuple[Tensor, Tensor]:
         """What queries and keys of one head meet, [d, width] each."""
