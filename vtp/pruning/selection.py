@@ -211,8 +211,8 @@ def _ranked(
     gated = with_gates(model)
     if gated is not model and score in ("gate", "taylor"):
         raise PlanError(
-            f"score: got {score!r}, and the model has no gates; call vtp.insert_gates(model) and train it, or "
-            "give statistics from vtp.calibrate"
+            f"score: got {score!r}, and the model has no gates; call vtp.insert_gates(model) and train it, "
+            "or give statistics from vtp.calibrate"
         )
     if statistics is not None:
         try:
