@@ -274,8 +274,8 @@ def open_data(spec: str | Path = EMBEDDED, *, root: str | Path | None = None) ->
 
 
 def is_small_grey(spec: str | Path) -> bool:
-    """Whether `open_data` would open small grey images, such as Fashion-MNIST's: idx files, in the package, in
-    a folder or by torchvision."""
+    """Whether `open_data` would open small grey images, such as Fashion-MNIST's: idx files, those of the
+    package among them, or what torchvision has of the kind."""
     spec = str(spec)
     if spec == EMBEDDED or (spec.startswith("torchvision:") and spec.endswith("MNIST")):
         return True

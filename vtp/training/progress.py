@@ -26,7 +26,7 @@ LINE_SECONDS = 10.0  # between two lines where there is no terminal
 @contextmanager
 def share_bar(console: Console, title: str) -> Iterator[Callable[[str, float], None]]:
     """A bar that goes when it is done; what it gives takes what is going on and the share that is done."""
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=1.0)
         yield lambda text, share: bar.update(task, description=f"{title}: {text}", completed=share)
 
