@@ -212,7 +212,7 @@ def calibrated(files, tmp_path_factory):
 
 
 def test_prune_cuts_a_dense_model_on_unlabelled_training_images(files, calibrated):
-    folder, printed = calibrated
+    folder, _ = calibrated
     small, plan = vtp.load(folder / "small.safetensors"), vtp.PruningPlan.load(folder / "plan.json")
     assert isinstance(small, vtp.CompactViT) and small.plan == plan
     assert (plan.scope, plan.score, dict(plan.budget)) == ("optimal", "obs", {"macs": 14_000})
