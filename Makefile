@@ -1,5 +1,6 @@
 # make demo: cut a small DeiT to a third of its MACs on real images, and write a report.   make demo-sparse: the same
-# model by sparse training, cut and fine-tuning.   make test: the tests, their quick lane. All set up a virtual environment in .venv first; a second call skips what is done.
+# model by sparse training, cut and fine-tuning.   make test: the tests, their quick lane.
+# All set up a virtual environment in .venv first; a second call skips what is done.
 
 PYTHON ?= python3
 VENV := .venv

@@ -260,10 +260,11 @@ class _Cut:
         """Write plan.json and pruned.safetensors, unless a run that is resumed has done so."""
         if self.resume and self._found(start):
             return
+        if not self.resume:  # no statistics but of this run
+            self._statistics_file.unlink(missing_ok=True)
         config = self.config
-        plan = make_plan(
-            start, statistics=self.statistics(start) if config.one_shot else None, **config.budget
-        )
+        statistics = self.statistics(start) if config.one_shot else None
+        plan = make_plan(start, statistics=statistics, **config.budget)
         _say(self.console, str(plan))
         options: dict[str, Any] = {}
         if config.one_shot or config.refit:
@@ -279,7 +280,7 @@ class _Cut:
 
     def statistics(self, start: nn.Module) -> Statistics:
         """Of the dense model; from the run folder if it has them."""
-        file = self.run_dir / "statistics.safetensors"
+        file = self._statistics_file
         if file.is_file():
             found = Statistics.load(file)
             found.check_model(start)
@@ -290,6 +291,10 @@ class _Cut:
             found = calibrate(start, self._images(start), memory_gb=self.memory_gb, progress=bar)
         found.save(file)
         return found
+
+    @property
+    def _statistics_file(self) -> Path:
+        return self.run_dir / "statistics.safetensors"
 
     @property
     def _file(self) -> Path:
