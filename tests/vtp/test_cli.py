@@ -524,6 +524,16 @@ def test_settings_reach_their_stage_only_and_win_over_common_options(settings, e
         assert getattr(recipe, stage).seed == 7
 
 
+def test_one_shot_run_takes_the_short_recipe_of_its_kind_of_data(tmp_path):
+    def recipe(*more):
+        return cli._recipe(cli._parser().parse_args(["run", "--out", "x", *more]))
+
+    assert recipe("--one-shot") == vtp.pipeline.RECIPES["short"]()
+    assert recipe("--one-shot", "--data", str(tmp_path)) == vtp.pipeline.RECIPES["short-deit"]()
+    assert recipe("--one-shot", "--recipe", "deit") == vtp.pipeline.RECIPES["deit"]()
+    assert recipe() == vtp.pipeline.RECIPES["small"]()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
