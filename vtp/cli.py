@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.data import DataLoader
 
 from vtp import checkpoint
 from vtp.comparison import own_model
@@ -25,8 +26,10 @@ from vtp.files import FileError, refuse_unwritable, write_atomic
 from vtp.machine import description, in_one_line
 from vtp.model.architecture import describe
 from vtp.model.cost import count
+from vtp.one_shot import IMAGES, check_budget, tokens_size
 from vtp.options import positive, thread_count
-from vtp.pipeline import RECIPES, STAGES, Recipe, RunConfig, classes_of, fit_data, run
+from vtp.pipeline import RECIPES, STAGES, Recipe, RunConfig, classes_of, fit_data, run, short_recipe_for
+from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactViT, compact
 from vtp.pruning.gates import insert_gates, sites
 from vtp.pruning.latency_table import make_cache_folder, store_table
@@ -35,9 +38,10 @@ from vtp.pruning.scores import SCOPES, SCORES
 from vtp.pruning.selection import make_plan
 from vtp.runtime.latency_profile import profile_widths
 from vtp.training.config import TrainConfig
-from vtp.training.data import EMBEDDED, Data, open_data
+from vtp.training.data import EMBEDDED, Data, DataError, open_data
 from vtp.training.loaders import Augment
-from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, evaluate, train
+from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images, evaluate, train
+from vtp.training.progress import share_bar
 from vtp.training.sparsity import gate_statistics
 from vtp.training.state import STATE_FORMAT
 from vtp.zoo import FASHION_DEIT, open_model
@@ -77,10 +81,13 @@ def _run(options: argparse.Namespace) -> None:
         data_root=options.data_root,
         from_scratch=options.from_scratch,
         new_head=options.new_head,
-        budget=_budget(options),
+        budget=_budget(options, calibrated=options.one_shot),
         latency_batch=options.latency_batch,
+        one_shot=options.one_shot,
+        refit=options.refit,
+        images=options.images,
     )
-    run(config, options.out, resume=options.resume)
+    run(config, options.out, resume=options.resume, memory_gb=options.memory)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -130,13 +137,88 @@ def _train_stage(
 
 
 def _prune(options: argparse.Namespace) -> None:
+    if options.calibrate is not None:
+        _prune_calibrated(options)
+        return
+    for name in _WITH_CALIBRATION:
+        if getattr(options, name) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')}: without effect without --calibrate DATA")
     gated = checkpoint.load(options.file)
+    if not _is_gated(gated):
+        raise ValueError(
+            f"file: {options.file} has no gates; train some (`vtp train sparse`), or cut a dense model with "
+            "--calibrate DATA"
+        )
     plan = make_plan(gated, **_budget(options))
     small = compact(gated, plan)
     checkpoint.save(small, options.out)
     if options.plan is not None:
         plan.save(options.plan)
     _console.print(f"{plan}\nwrote {options.out}")
+
+
+def _prune_calibrated(options: argparse.Namespace) -> None:
+    """From a dense or gated model and images to a compact one, without training."""
+    for file in filter(None, (options.out, options.plan, options.statistics)):
+        refuse_unwritable(file)
+    model = open_model(options.file)
+    if isinstance(model, CompactViT):
+        raise FileError(f"file: {options.file} is cut already, expected a dense or gated model")
+    data, budget = _calibration_data(options, model), _budget(options, calibrated=True)
+    check_budget(model, budget, calibrated=True, refitted=True)
+    loader = calibration_images(
+        model, data, options.images or IMAGES, seed=options.seed or 0, workers=options.workers or 0
+    )
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    statistics = _statistics(options, model, loader)
+    plan = make_plan(model, statistics=statistics, **budget)
+    with share_bar(_console, "refit") as bar:
+        small = compact(model, plan, images=loader, memory_gb=options.memory, progress=bar)
+    notes: dict[str, Any] = {"data": Path(data.name).name}
+    accuracy = ""
+    if not options.no_eval:
+        with _console.status("evaluating"):
+            before, after = (evaluate(m, data, workers=options.workers or 0)[0] for m in (model, small))
+        notes["top1"], accuracy = after, f"top-1 {before:.2f} before, {after:.2f} after\n"
+    checkpoint.save(small, options.out, metadata=notes)
+    if options.plan is not None:
+        plan.save(options.plan)
+    _console.print(f"{plan}\n{accuracy}wrote {options.out}")
+
+
+def _calibration_data(options: argparse.Namespace, model: nn.Module) -> Data:
+    """The data as the model takes them; checked for their labels where these are used."""
+    data = open_data(options.calibrate, root=options.data_root)
+    if not options.no_eval:
+        try:
+            return fit_data(data, model)
+        except DataError as error:
+            raise DataError(f"{error}; --no-eval looks at no labels") from error
+    pretrained_cfg = getattr(model, "pretrained_cfg", None)
+    return data if pretrained_cfg is None else data.for_model(pretrained_cfg)
+
+
+def _statistics(options: argparse.Namespace, model: nn.Module, loader: DataLoader) -> Statistics:
+    """From --statistics where there is such a file; else of the model and images, and saved there."""
+    file = options.statistics
+    if file is not None and Path(file).exists():
+        found = Statistics.load(file)
+        try:
+            found.check_model(model)
+        except ValueError as error:
+            raise FileError(f"--statistics: {file} is of another model than {options.file}") from error
+        _console.print(f"statistics of {found.images:,} images from {file}")
+    images = options.images or IMAGES
+    if hasattr(loader.dataset, "__len__"):
+        images = min(images, len(loader.dataset))
+    _console.print(tokens_size(describe(model), images, options.memory))
+    if file is not None and Path(file).exists():
+        return found
+    with share_bar(_console, "calibration") as bar:
+        found = calibrate(model, loader, memory_gb=options.memory, progress=bar)
+    if file is not None:
+        found.save(file)
+    return found
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -298,7 +380,8 @@ def _gate_table(model: nn.Module) -> Table:
 
 def _recipe(options: argparse.Namespace) -> Recipe:
     """The recipe with the common options and every --set applied to it."""
-    recipe = RECIPES[options.recipe]()
+    usual = short_recipe_for(options.data) if getattr(options, "one_shot", False) else "small"
+    recipe = RECIPES[options.recipe or usual]()
     if options.augment is not None:
         recipe = dataclasses.replace(recipe, augment=options.augment)
     common = {
@@ -330,13 +413,21 @@ def _parse_setting(setting: str) -> tuple[str, str, Any]:
         return stage, field, text  # a word, such as bf16
 
 
-def _budget(options: argparse.Namespace) -> dict[str, Any]:
+def _budget(options: argparse.Namespace, *, calibrated: bool = False) -> dict[str, Any]:
+    """Arguments of `make_plan`; what was not given is decided by whether there are statistics."""
     budget = {
         name: getattr(options, name)
         for name in ("rate", "macs", "params", "latency_ms")
         if getattr(options, name) is not None
     }
-    ranking = {name: getattr(options, name) for name in ("score", "scope", "per_mac", "round_to", "min_keep")}
+    ranking = {name: getattr(options, name) for name in ("per_mac", "round_to", "min_keep")}
+    usual = {"score": None, "scope": "optimal"} if calibrated else {"score": "gate", "scope": "global"}
+    for name in ("score", "scope", "key_width"):
+        value = getattr(options, name)
+        if value is None:
+            value = usual.get(name)
+        if value is not None:
+            ranking[name] = value
     return {**(budget or {"rate": 0.4}), **ranking}
 
 
@@ -384,6 +475,16 @@ def _add_run(commands: Any) -> None:
     parser.add_argument(
         "--latency-batch", type=int, default=64, help="images per pass when latency is compared"
     )
+    parser.add_argument(
+        "--one-shot", action="store_true",
+        help="calibrate and refit in closed form instead of sparse training, then a short recovery",
+    )  # fmt: skip
+    parser.add_argument(
+        "--refit", action=argparse.BooleanOptionalAction, default=RunConfig.refit,
+        help="refit the sparse-trained model in closed form after the cut, before fine-tuning",
+    )  # fmt: skip
+    parser.add_argument("--images", type=positive(int), default=IMAGES, help=_IMAGES_HELP)
+    parser.add_argument("--memory", type=positive(float), metavar="GB", help=_MEMORY_HELP)
 
 
 def _add_train(commands: Any) -> None:
@@ -400,13 +501,34 @@ def _add_train(commands: Any) -> None:
 
 def _add_prune(commands: Any) -> None:
     parser = _command(
-        commands, "prune", _prune, "cut a sparse-trained model to a budget, without training",
-        "vtp prune runs/demo/sparse.safetensors --macs 5e6 --out small.safetensors",
+        commands, "prune", _prune, "cut a dense or sparse-trained model to a budget, without training",
+        "vtp prune deit_base_patch16_224 --calibrate /data/imagenet --macs 10e9 --out small.safetensors",
     )  # fmt: skip
-    parser.add_argument("file", help="a gated model, such as sparse.safetensors of a run")
+    parser.add_argument(
+        "file",
+        help="a gated model, such as sparse.safetensors of a run; with --calibrate dense ones too: "
+        f"{FASHION_DEIT!r}, a timm model name, or a file of ours",
+    )
     parser.add_argument("--out", required=True, help="file for the compact model")
     parser.add_argument("--plan", help="also write the plan as JSON to this file")
     _budget_options(parser)
+    group = parser.add_argument_group("calibration, on unlabelled training images")
+    group.add_argument(
+        "--calibrate",
+        metavar="DATA",
+        help="measure on these data what a cut may take, and refit what is left",
+    )
+    group.add_argument("--data-root", help=_DATA_ROOT_HELP)
+    group.add_argument("--images", type=positive(int), help=_IMAGES_HELP)
+    group.add_argument("--seed", type=int, help="which images are drawn (default 0)")
+    group.add_argument("--workers", type=int, help="processes that load images (default 0)")
+    group.add_argument("--memory", type=positive(float), metavar="GB", help=_MEMORY_HELP)
+    group.add_argument(
+        "--statistics", metavar="FILE", help="what calibration found: read if there is one, else written"
+    )
+    group.add_argument(
+        "--no-eval", action="store_true", help="no top-1 before and after; labels are not looked at"
+    )
 
 
 def _add_finetune(commands: Any) -> None:
@@ -459,6 +581,12 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("file", help="a model, a training checkpoint or a plan.json")
 
 
+_WITH_CALIBRATION = (
+    "data_root", "images", "seed", "workers", "memory", "statistics", "no_eval", "key_width",
+)  # fmt: skip
+_DATA_ROOT_HELP = "folder of data sets that timm or torchvision open by name"
+_IMAGES_HELP = f"training images that calibration and refit take (default {IMAGES})"
+_MEMORY_HELP = "what their tokens may take; the rest lies in a temporary file (default: no limit)"
 _MODEL_HELP = f"{FASHION_DEIT!r} (default), a timm model name, or a file of ours"
 
 
@@ -477,7 +605,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
         help=f"{EMBEDDED!r} (default, in the package), a folder of idx files, an image folder with train/ "
         "and val/, or a name that timm.data.create_dataset knows",
     )
-    parser.add_argument("--data-root", help="folder of data sets that timm or torchvision open by name")
+    parser.add_argument("--data-root", help=_DATA_ROOT_HELP)
 
 
 def _training_options(parser: argparse.ArgumentParser) -> None:
@@ -486,8 +614,9 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="continue what was interrupted in the run folder"
     )
     parser.add_argument(
-        "--recipe", choices=RECIPES, default="small", help="training settings (default small)"
-    )
+        "--recipe", choices=RECIPES,
+        help="training settings (default small; with --one-shot short, or short-deit for image folders)",
+    )  # fmt: skip
     parser.add_argument("--augment", choices=("none", "light", "deit"), help="instead of the recipe's")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--batch-size", type=int, help="images per step and process")
@@ -515,8 +644,17 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
         "--latency-ms", type=float,
         help="milliseconds that one image may take on this machine: see vtp bench MODEL --profile-widths",
     )  # fmt: skip
-    parser.add_argument("--score", choices=SCORES, default="gate", help="what ranks the dimensions")
-    parser.add_argument("--scope", choices=SCOPES, default="global", help="which dimensions compete")
+    parser.add_argument(
+        "--score", choices=SCORES, help="what ranks the dimensions (default gate; calibrated obs)"
+    )
+    parser.add_argument(
+        "--scope", choices=(*SCOPES, "optimal"),
+        help="which dimensions compete (default global; calibrated optimal, the best widths there are)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--key-width", type=float,
+        help="share (or number) of the query and key dimensions of every head that stay; takes a refit",
+    )  # fmt: skip
     parser.add_argument("--per-mac", action="store_true", help="divide the score by the MACs it saves")
     parser.add_argument("--round-to", type=int, default=1, help="make widths a multiple of this")
     parser.add_argument(

@@ -1,5 +1,8 @@
 """The stages in order: dense baseline, sparse training, cut, fine-tuning, comparison, report.
 
+Or, with `one_shot`, without sparse training: dense baseline, calibration, the best widths for the budget, cut
+and refit, a short recovery as the stage finetune, comparison, report.
+
 A run is one folder:
 
     config.json          what was asked for
@@ -7,6 +10,7 @@ A run is one folder:
     checkpoints/         training state of each stage, for resuming
     dense.safetensors    the baseline
     sparse.safetensors   the gated model after sparse training: can be cut again at any budget
+    statistics.safetensors  one-shot, instead: what calibration found, for plans at any budget
     plan.json            what is kept, and why
     pruned.safetensors   the compact model before fine-tuning
     compact.safetensors  the compact model after fine-tuning: the result
@@ -25,27 +29,32 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
+from torch.utils.data import DataLoader
 
-from vtp.checkpoint import save
-from vtp.files import FileError, write_atomic
+from vtp.checkpoint import load, save
+from vtp.files import FileError, fingerprint, write_atomic
 from vtp.machine import environment
-from vtp.model.architecture import UnsupportedModelError
+from vtp.model.architecture import UnsupportedModelError, describe
 from vtp.model.cost import count
-from vtp.pruning.compact import compact
+from vtp.one_shot import IMAGES, check_budget, tokens_size
+from vtp.pruning.calibration import Statistics, calibrate
+from vtp.pruning.compact import CompactViT, compact
 from vtp.pruning.gates import insert_gates
 from vtp.pruning.plan import PlanError
-from vtp.pruning.selection import make_plan
+from vtp.pruning.selection import make_plan, pareto
 from vtp.report import comparison_table, write_report
 from vtp.runtime.optimize import optimize
 from vtp.timing import interleaved_latency
 from vtp.training.config import TrainConfig
-from vtp.training.data import EMBEDDED, Data, DataError, check_data, open_data
+from vtp.training.data import EMBEDDED, Data, DataError, check_data, is_small_grey, open_data
 from vtp.training.loaders import Augment
-from vtp.training.loop import evaluate, train
+from vtp.training.loop import calibration_images, evaluate, train
+from vtp.training.progress import share_bar
 from vtp.zoo import FASHION_DEIT, open_model
 
 RESLICE_RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 STAGES = ("dense", "sparse", "finetune")
+PARETO_POINTS = 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +93,33 @@ def _deit_recipe() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"small": _small_recipe, "deit": _deit_recipe}
+def _short_recipe() -> Recipe:
+    """`small`, with a fine-tuning that only recovers what a one-shot cut has lost."""
+    recipe = _small_recipe()
+    return dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune))
+
+
+def _short_deit_recipe() -> Recipe:
+    """`deit`, with the 10 epochs of distillation from the dense model that VBP (arXiv 2507.12988) has behind
+    its one-shot cut of models for image folders."""
+    recovery = TrainConfig(
+        epochs=10, batch_size=32, lr=1.5e-5, min_lr=0.0, warmup_epochs=0.0, weight_decay=0.01,
+        label_smoothing=0.0, distill_alpha=0.3, distill_temperature=2.0, precision="bf16", workers=8,
+    )  # fmt: skip
+    return dataclasses.replace(_deit_recipe(), finetune=recovery)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "small": _small_recipe,
+    "deit": _deit_recipe,
+    "short": _short_recipe,
+    "short-deit": _short_deit_recipe,
+}
+
+
+def short_recipe_for(data: str) -> str:
+    """The recipe behind a one-shot cut for data as `open_data` takes it."""
+    return "short" if is_small_grey(data) else "short-deit"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +135,10 @@ class RunConfig:
         budget: arguments of `make_plan`: one of rate, macs, params, and score, scope, per_mac, ...
         recipe: training settings.
         latency_batch: images per forward pass in the latency comparison.
+        one_shot: calibrate and refit instead of sparse training; `budget` may then have the scope "optimal".
+        refit: of the sparse-trained model, in closed form, between the cut and fine-tuning; a one-shot cut
+            always has it.
+        images: training images that calibration and refit take.
     """
 
     recipe: Recipe
@@ -110,23 +149,43 @@ class RunConfig:
     new_head: bool = False
     budget: dict[str, Any] = dataclasses.field(default_factory=lambda: {"rate": 0.4})
     latency_batch: int = 64
+    one_shot: bool = False
+    refit: bool = False
+    images: int = IMAGES
 
     def __post_init__(self) -> None:
-        if self.latency_batch < 1:
-            raise ValueError(f"latency_batch: got {self.latency_batch}, expected at least 1")
+        for name in ("latency_batch", "images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those that train, in order."""
+        first = ("dense",) if self.from_scratch or self.new_head else ()
+        return (*first, *(("finetune",) if self.one_shot else ("sparse", "finetune")))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; stages stand at the top level so that the report shows them side by side."""
         fields = dataclasses.asdict(self)
         recipe = fields.pop("recipe")
+        if self.one_shot:
+            recipe = {name: value for name, value in recipe.items() if name in ("augment", *self.stages)}
         return json.loads(json.dumps({**fields, "augment": recipe.pop("augment"), **recipe}))
 
 
-def run(config: RunConfig, run_dir: str | Path, *, resume: bool = False, progress: bool = True) -> Path:
+def run(
+    config: RunConfig,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    memory_gb: float | None = None,
+) -> Path:
     """Run all stages and write the run folder. Returns the path of the report.
 
     Args:
         resume: continue what an interrupted run with the same configuration left in `run_dir`.
+        memory_gb: as `vtp.calibrate` and `vtp.compact` take it.
 
     Raises:
         FileError: `run_dir` holds another run, or cannot be written.
@@ -159,22 +218,103 @@ def run(config: RunConfig, run_dir: str | Path, *, resume: bool = False, progres
             save(finished, run_dir / f"{name}.safetensors", metadata={"data": Path(data.name).name})
         return finished.eval()
 
-    dense = keep("dense", stage("dense", model) if config.from_scratch or config.new_head else model)
-    sparse = keep("sparse", stage("sparse", insert_gates(dense), teacher=dense))
-    plan = make_plan(sparse, **config.budget)
-    _say(console, str(plan))
-    pruned = keep("pruned", compact(sparse, plan))
-    final = keep("compact", stage("finetune", pruned, teacher=dense))
+    dense = keep("dense", stage("dense", model) if "dense" in config.stages else model)
+    models = {"dense": dense}
+    if not config.one_shot:
+        models["sparse"] = keep("sparse", stage("sparse", insert_gates(dense), teacher=dense))
+    cut = _Cut(config, data, run_dir, resume, memory_gb, console)
+    start = models.get("sparse", dense).to(process.device)
     if process.is_main_process:
-        plan.save(run_dir / "plan.json")
+        cut.write(start)
+    process.wait_for_everyone()
+    models["pruned"] = cut.read(start)
+    models["compact"] = keep("compact", stage("finetune", models["pruned"], teacher=dense))
+    if process.is_main_process:
         _say(console, "comparing")
-        models = {"dense": dense, "sparse": sparse, "pruned": pruned, "compact": final}
         results = _results(models, data, run_dir, config)
+        if config.one_shot:
+            results["pareto"] = _pareto(models, cut.statistics(start))
         write_atomic(run_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
         console.print(comparison_table(results))
         write_report(run_dir)
         _say(console, f"report: {run_dir / 'report.html'}")
     return run_dir / "report.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """From the dense model, or from the sparse-trained one, to the compact model before fine-tuning.
+
+    All processes and a resumed run go on with what it writes to the run folder: calibrated or refitted anew,
+    on another number of threads say, a model would not be the same to the last bit.
+    """
+
+    config: RunConfig
+    data: Data
+    run_dir: Path
+    resume: bool
+    memory_gb: float | None
+    console: Console
+
+    def write(self, start: nn.Module) -> None:
+        """Write plan.json and pruned.safetensors, unless a run that is resumed has done so."""
+        if self.resume and self._found(start):
+            return
+        if not self.resume:  # no statistics but of this run
+            self._statistics_file.unlink(missing_ok=True)
+        config = self.config
+        statistics = self.statistics(start) if config.one_shot else None
+        plan = make_plan(start, statistics=statistics, **config.budget)
+        _say(self.console, str(plan))
+        options: dict[str, Any] = {}
+        if config.one_shot or config.refit:
+            options = {"images": self._images(start), "memory_gb": self.memory_gb}
+        with share_bar(self.console, "refit") as bar:
+            small = compact(start, plan, progress=bar, **options)
+        plan.save(self.run_dir / "plan.json")
+        save(small, self._file, metadata={"data": Path(self.data.name).name})
+
+    def read(self, start: nn.Module) -> CompactViT:
+        """The compact model, where `start` is."""
+        return load(self._file).to(next(start.parameters()).device).eval()
+
+    def statistics(self, start: nn.Module) -> Statistics:
+        """Of the dense model; from the run folder if it has them."""
+        file = self._statistics_file
+        if file.is_file():
+            found = Statistics.load(file)
+            found.check_model(start)
+            return found
+        size = tokens_size(describe(start), self._image_count(), self.memory_gb)
+        _say(self.console, f"calibrating on {size}")
+        with share_bar(self.console, "calibration") as bar:
+            found = calibrate(start, self._images(start), memory_gb=self.memory_gb, progress=bar)
+        found.save(file)
+        return found
+
+    @property
+    def _statistics_file(self) -> Path:
+        return self.run_dir / "statistics.safetensors"
+
+    @property
+    def _file(self) -> Path:
+        return self.run_dir / "pruned.safetensors"
+
+    def _found(self, start: nn.Module) -> bool:
+        """Whether the run folder has the cut of just this model, and its plan."""
+        if not self._file.is_file() or not (self.run_dir / "plan.json").is_file():
+            return False
+        return load(self._file).plan.parent == fingerprint(start.state_dict())
+
+    def _images(self, start: nn.Module) -> DataLoader:
+        settings = self.config.recipe.finetune
+        return calibration_images(
+            start, self.data, self.config.images, seed=settings.seed, workers=settings.workers
+        )
+
+    def _image_count(self) -> int:
+        train = self.data.train
+        return min(self.config.images, len(train)) if hasattr(train, "__len__") else self.config.images
 
 
 def _say(console: Console, text: str) -> None:
@@ -220,9 +360,9 @@ def _check_before_training(config: RunConfig, model: nn.Module, data: Data) -> N
     """Refuse now what would stop a later stage: the model, a budget no plan can meet, settings of a stage."""
     if model.patch_embed.img_size[0] != model.patch_embed.img_size[1]:
         raise UnsupportedModelError(f"model: images of {model.patch_embed.img_size}, expected square ones")
-    settings = {name: value for name, value in config.budget.items() if name != "score"}
-    make_plan(insert_gates(model), **settings)
-    for name in STAGES if config.from_scratch or config.new_head else STAGES[1:]:
+    insert_gates(model)  # refuses a model that has some, or that is not supported
+    check_budget(model, config.budget, calibrated=config.one_shot, refitted=config.one_shot or config.refit)
+    for name in config.stages:
         stage: TrainConfig = getattr(config.recipe, name)
         if stage.precision == "fp16" and not torch.cuda.is_available():
             raise ValueError(f"{name}.precision: got 'fp16', expected 'no' or 'bf16' as there is no GPU")
@@ -281,13 +421,28 @@ def _results(models: dict[str, nn.Module], data: Data, run_dir: Path, config: Ru
         for name, model in timed.items()
     ]
     environment_ = environment() | {"latency_batch": config.latency_batch, "device": str(device)}
-    return {"rows": rows, "reslice": _reslice(models["sparse"], data, config), "environment": environment_}
+    results = {"rows": rows, "environment": environment_}
+    if "sparse" in models:
+        results["reslice"] = _reslice(models["sparse"], data, config)
+    return results
+
+
+def _pareto(models: dict[str, nn.Module], statistics: Statistics) -> dict[str, Any]:
+    """The front that the calibration predicts, and where on it the model of this run is."""
+    plan = models["pruned"].plan
+    options = {"round_to": plan.round_to, "min_keep": plan.min_keep}
+    points = pareto(models["dense"], statistics, points=PARETO_POINTS, **options)
+    return {
+        "change": statistics.change,
+        "points": [{"macs": p.macs, "params": p.params, "change": p.change} for p in points],
+        "chosen": {"macs": plan.cost.macs, "params": plan.cost.params, "change": plan.predicted_change},
+    }
 
 
 def _reslice(sparse: nn.Module, data: Data, config: RunConfig) -> list[dict[str, Any]]:
     """Cost and accuracy of the one sparse run cut at other rates, without training."""
-    budgets = ("rate", "macs", "params", "latency_ms", "latency_table")
-    settings = {name: value for name, value in config.budget.items() if name not in budgets}
+    others = ("rate", "macs", "params", "latency_ms", "latency_table", "key_width")
+    settings = {name: value for name, value in config.budget.items() if name not in others}
     points = []
     for rate in RESLICE_RATES:
         try:

@@ -1,5 +1,6 @@
 """vtp.cli: every command on good and bad input, in process; the exit status and what is said."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -17,7 +18,9 @@ from vtp import cli
 from vtp.cli import main
 from vtp.comparison import own_model
 from vtp.files import FileError
-from vtp.training.loop import NonFiniteLossError, TrainingInterrupted
+from vtp.pipeline import fit_data
+from vtp.training.data import open_data
+from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images, evaluate
 
 COMMANDS = ("run", "train", "prune", "finetune", "eval", "bench", "inspect")
 
@@ -192,6 +195,123 @@ def test_prune_refuses_folders_that_cannot_be_written(files, tmp_path, refused):
     refused("cannot write into /proc", "prune", source, "--out", "/proc/small.safetensors")
 
 
+# ------------------------------------------------------------------------------------ prune on images
+
+
+@pytest.fixture(scope="module")
+def calibrated(files, tmp_path_factory):
+    """A dense model cut by one command, with the statistics it saved; (folder, what was printed)."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    printed = folder / "printed.txt"
+    with printed.open("w") as file, contextlib.redirect_stdout(file):
+        command = ["prune", files / "dense.safetensors", "--calibrate", files / "images", "--images", 12]
+        out = ["--out", folder / "small.safetensors", "--plan", folder / "plan.json"]
+        status = run(*command, "--macs", 14_000, "--statistics", folder / "statistics.safetensors", *out)
+    assert status == 0
+    return folder, printed.read_text()
+
+
+def test_prune_cuts_a_dense_model_on_unlabelled_training_images(files, calibrated):
+    folder, _ = calibrated
+    small, plan = vtp.load(folder / "small.safetensors"), vtp.PruningPlan.load(folder / "plan.json")
+    assert isinstance(small, vtp.CompactViT) and small.plan == plan
+    assert (plan.scope, plan.score, dict(plan.budget)) == ("optimal", "obs", {"macs": 14_000})
+    assert vtp.count(small).macs <= 14_000
+    dense = vtp.load(files / "dense.safetensors")
+    data = fit_data(open_data(files / "images"), dense)
+    images = list(calibration_images(dense, data, 12))
+    assert sum(len(batch) for batch, _ in images) == 12
+    statistics = vtp.Statistics.load(folder / "statistics.safetensors")
+    assert statistics.images == 12
+    again = vtp.compact(
+        dense, vtp.make_plan(dense, macs=14_000, statistics=statistics, scope="optimal"), images=images
+    )
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(small.state_dict()[name], tensor), name
+
+
+def test_prune_on_images_says_plan_memory_and_accuracy(files, calibrated):
+    folder, printed = calibrated
+    assert str(vtp.PruningPlan.load(folder / "plan.json")) in printed
+    assert re.search(r"^12 training images of 5 tokens: \S+ GB, in memory$", printed, re.MULTILINE)
+    before, after = map(float, re.search(r"top-1 (\S+) before, (\S+) after", printed).groups())
+    data = fit_data(open_data(files / "images"), vtp.load(files / "dense.safetensors"))
+    assert before == pytest.approx(evaluate(vtp.load(files / "dense.safetensors"), data)[0], abs=0.01)
+    assert after == vtp.read_metadata(folder / "small.safetensors")["user"]["top1"]
+
+
+def test_prune_takes_statistics_it_saved_and_refuses_those_of_another_model(
+    files, calibrated, tmp_path, capsys, monkeypatch
+):
+    folder, _ = calibrated
+    monkeypatch.setattr(cli, "calibrate", None)  # not to be called again
+    known = ["--calibrate", files / "images", "--statistics", folder / "statistics.safetensors", "--no-eval"]
+    out = tmp_path / "small.safetensors"
+    options = ["--params", 3000, "--images", 9, "--round-to", 2, "--memory", 1e-9, "--out", out]
+    assert run("prune", files / "dense.safetensors", *known, *options) == 0
+    printed = capsys.readouterr().out
+    assert "statistics of 12 images" in printed and "top-1" not in printed
+    assert "the rest in a temporary file" in printed
+    assert vtp.count(vtp.load(out)).params <= 3000
+    assert run("prune", files / "gated.safetensors", *known, "--out", tmp_path / "other.safetensors") == 2
+    assert "is of another model than" in capsys.readouterr().err
+    assert not (tmp_path / "other.safetensors").exists()
+
+
+def test_prune_refits_a_gated_model_cut_by_its_gates(files, tmp_path):
+    out = tmp_path / "small.safetensors"
+    ranked = ["--score", "gate", "--scope", "global", "--key-width", 0.5, "--rate", 0.3, "--no-eval"]
+    known = ["--calibrate", files / "images", "--images", 10]
+    assert run("prune", files / "gated.safetensors", *known, *ranked, "--out", out) == 0
+    model, plan = vtp.load(files / "gated.safetensors"), vtp.load(out).plan
+    assert plan.kept == vtp.make_plan(model, rate=0.3).kept
+    assert plan.key_widths(0) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rate", "1.2"], r"rate: got 1\.2"),
+        (["--macs", "1"], "macs: 1 cannot be met"),
+        (["--min-keep", "1.5"], "min_keep: got 1.5"),
+        (["--per-mac"], "per_mac: got True"),
+        (["--key-width", "2"], r"key_width: got 2\.0, expected none as scope='optimal'"),
+        (["--score", "gate"], "the model has no gates"),
+        (["--calibrate", "/none/such"], "/none/such"),
+        (["--calibrate", "fashion-mnist-10k"], "10 classes.*--no-eval looks at no labels"),
+        (["--out", "/proc/small.safetensors"], "cannot write into /proc"),
+        (["--plan", "/proc/plan.json"], "cannot write into /proc"),
+        (["--statistics", "/none/such/file"], "cannot write into /none/such"),
+    ],
+    ids=" ".join,
+)
+def test_prune_on_images_refuses_what_cannot_be_before_it_calibrates(
+    files, tmp_path, refused, monkeypatch, options, message
+):
+    monkeypatch.setattr(cli, "calibrate", None)
+    usual = ["--calibrate", files / "images", "--out", tmp_path / "small.safetensors"]
+    refused(message, "prune", files / "dense.safetensors", *usual, *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prune_refuses_a_compact_model_and_options_without_effect(files, tmp_path, refused):
+    out = ["--out", tmp_path / "small.safetensors"]
+    known = ["--calibrate", files / "images", *out]
+    refused("is cut already", "prune", files / "compact.safetensors", *known)
+    for option in (["--images", 5], ["--no-eval"], ["--key-width", 2], ["--statistics", "x"]):
+        refused(
+            f"{option[0]}: without effect without --calibrate",
+            "prune",
+            files / "gated.safetensors",
+            *out,
+            *option,
+        )
+    refused(
+        "scope: got 'optimal'|statistics", "prune", files / "gated.safetensors", *out, "--scope", "optimal"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 # -------------------------------------------------------------------------------------------------- inspect
 
 
@@ -229,6 +349,14 @@ def test_inspect_shows_the_plan_and_the_notes_of_a_compact_model(files, capsys):
 
 def test_inspect_shows_a_plan(files, capsys):
     assert inspected(capsys, files / "plan.json").strip() == str(vtp.PruningPlan.load(files / "plan.json"))
+
+
+def test_inspect_shows_key_widths_where_a_plan_narrows_them(files, tmp_path, capsys):
+    model = vtp.load(files / "gated.safetensors")
+    vtp.make_plan(model, rate=0.3, key_width=2).save(tmp_path / "plan.json")
+    out = inspected(capsys, tmp_path / "plan.json")
+    assert "key and value width of each head" in out
+    assert re.search(r"^ +0 .* 2/\d 2/\d 2/\d$", out, re.MULTILINE)
 
 
 def write_foreign(path, kind):
@@ -396,6 +524,16 @@ def test_settings_reach_their_stage_only_and_win_over_common_options(settings, e
         assert getattr(recipe, stage).seed == 7
 
 
+def test_one_shot_run_takes_the_short_recipe_of_its_kind_of_data(tmp_path):
+    def recipe(*more):
+        return cli._recipe(cli._parser().parse_args(["run", "--out", "x", *more]))
+
+    assert recipe("--one-shot") == vtp.pipeline.RECIPES["short"]()
+    assert recipe("--one-shot", "--data", str(tmp_path)) == vtp.pipeline.RECIPES["short-deit"]()
+    assert recipe("--one-shot", "--recipe", "deit") == vtp.pipeline.RECIPES["deit"]()
+    assert recipe() == vtp.pipeline.RECIPES["small"]()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -407,6 +545,11 @@ def test_settings_reach_their_stage_only_and_win_over_common_options(settings, e
         (["--model", "resnet18"], "timm.models.resnet.ResNet"),
         (["--model", "none-such"], "got 'none-such', expected"),
         (["--data", "/none/such"], "none"),
+        (["--scope", "optimal"], "scope: got 'optimal', which takes a calibration"),
+        (["--score", "obs"], "score: got 'obs', which takes a calibration"),
+        (["--no-refit", "--key-width", "8"], r"key_width: got 8\.0, which takes a refit"),
+        (["--one-shot", "--macs", "1"], "macs: 1 cannot be met"),
+        (["--one-shot", "--score", "gate"], "the model has no gates"),
     ],
     ids=" ".join,
 )

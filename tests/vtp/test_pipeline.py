@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 import vtp
 from vtp import cli, pipeline
 from vtp.pipeline import RECIPES, RunConfig, run
 from vtp.timing import interleaved_latency
-from vtp.training.data import DataError
+from vtp.training.data import DataError, open_data
+from vtp.training.loop import TrainingInterrupted, calibration_images
 from vtp.zoo import open_model
 
 FILES = [
@@ -64,6 +66,88 @@ def finished(folder, tmp_path_factory):
         measure_no_longer_than_it_must(patch)
         run(small_config(folder), out, progress=False)
     return out
+
+
+@pytest.fixture(scope="module")
+def one_shot(folder, finished, tmp_path_factory):
+    """A one-shot run of the dense model of `finished`, interrupted before its recovery and then resumed."""
+    out = tmp_path_factory.mktemp("runs") / "one-shot"
+    config = one_shot_config(folder, finished)
+
+    def interrupted(*_, **__):
+        raise TrainingInterrupted("stopped", signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        measure_no_longer_than_it_must(patch)
+        with pytest.MonkeyPatch.context() as first, pytest.raises(TrainingInterrupted):
+            first.setattr(pipeline, "train", interrupted)
+            run(config, out, progress=False)
+        for name in ("calibrate", "compact", "make_plan"):  # none is to be called again
+            patch.setattr(pipeline, name, None)
+        run(config, out, progress=False, resume=True)
+    return out
+
+
+def one_shot_config(folder, finished, **changes) -> RunConfig:
+    settings = {
+        "model": str(finished / "dense.safetensors"), "from_scratch": False, "new_head": False,
+        "one_shot": True, "images": 24, "budget": {"macs": 5e6, "scope": "optimal"},
+    }  # fmt: skip
+    return small_config(folder, **{**settings, **changes})
+
+
+def test_one_shot_run_resumes_with_what_it_has_calibrated_and_cut(one_shot):
+    expected = {*FILES, "statistics.safetensors"} - {"sparse.safetensors"}
+    assert {path.name for path in one_shot.iterdir()} == expected
+    plan = vtp.PruningPlan.load(one_shot / "plan.json")
+    final, pruned = (vtp.load(one_shot / f"{name}.safetensors") for name in ("compact", "pruned"))
+    assert final.plan == pruned.plan == plan and plan.scope == "optimal"
+    assert vtp.count(final).macs <= 5e6
+    assert not torch.equal(final.head.weight, pruned.head.weight), "there was no recovery"
+    stages = {json.loads(line)["stage"] for line in (one_shot / "metrics.jsonl").read_text().splitlines()}
+    assert stages == {"finetune"}
+
+
+def test_one_shot_cut_is_refitted_on_training_images(one_shot, folder):
+    dense = vtp.load(one_shot / "dense.safetensors")
+    images = calibration_images(dense, pipeline.fit_data(open_data(folder), dense), 24)
+    pruned = vtp.load(one_shot / "pruned.safetensors")
+    again = vtp.compact(dense, pruned.plan, images=images)
+    for name, tensor in pruned.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_one_shot_results_and_report_have_the_front_and_no_sparse_stage(one_shot):
+    results = json.loads((one_shot / "results.json").read_text())
+    rows = ["dense", "compact before fine-tuning", "compact after", "compact, optimized"]
+    assert [row["model"] for row in results["rows"]] == rows and "reslice" not in results
+    plan, front = vtp.PruningPlan.load(one_shot / "plan.json"), results["pareto"]
+    chosen = {"macs": plan.cost.macs, "params": plan.cost.params, "change": plan.predicted_change}
+    assert front["chosen"] == chosen and front["change"] == "KL"
+    macs, changes = ([point[name] for point in front["points"]] for name in ("macs", "change"))
+    assert macs == sorted(macs) and changes == sorted(changes, reverse=True)
+    report = (one_shot / "report.html").read_text()
+    assert "Predicted change of the output (KL) over MACs" in report and ">this run</text>" in report
+    assert ("Heads (key width)" in report) == plan.narrows_keys
+    assert "sparse" not in report and "gates" not in report.split("<main>")[1].lower()
+
+
+def test_one_shot_run_of_other_images_is_not_resumed(one_shot, folder, finished):
+    with pytest.raises(vtp.FileError, match="another images"):
+        run(one_shot_config(folder, finished, images=25), one_shot, resume=True, progress=False)
+
+
+def test_refit_of_the_sparse_model_comes_before_fine_tuning(finished, folder, tmp_path):
+    sparse = vtp.load(finished / "sparse.safetensors")
+    data = pipeline.fit_data(open_data(folder), sparse)
+    config = small_config(folder, refit=True, images=16)
+    cut = pipeline._Cut(config, data, tmp_path, resume=False, memory_gb=None, console=Console(quiet=True))
+    cut.write(sparse)
+    pruned, plan = cut.read(sparse), vtp.PruningPlan.load(tmp_path / "plan.json")
+    assert plan == vtp.make_plan(sparse, rate=0.4)
+    again = vtp.compact(sparse, plan, images=calibration_images(sparse, data, 16))
+    for name, tensor in pruned.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_run_leaves_the_files_that_the_module_names(finished):

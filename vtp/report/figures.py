@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from vtp.report.numbers import percent
 
@@ -227,9 +227,7 @@ def accuracy_cost(
     of the upper axis. Returns an `<svg>` element.
     """
     figure, axes = _figure(540, 370, left=30, right=20, top=44, bottom=42)
-    unit, prefix = next(
-        ((u, p) for u, p in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if full_macs >= u), (1.0, "")
-    )
+    unit, prefix = _unit_of(full_macs)
     marks = [mark for mark in (dense, before, after) if mark is not None]
     points = sorted(points, key=lambda point: point[1])
     x, y = [macs / unit for _, macs, _ in points], [top1 for _, _, top1 in points]
@@ -244,6 +242,51 @@ def accuracy_cost(
     axes.set_xlim(0, 1.06 * max(full_macs, *(unit * v for v in x), *(mark.macs for mark in marks)) / unit)
     axes.margins(y=0.12)
     axes.autoscale_view()  # the limits must be final where labels are placed in pixels
+    _macs_axis(axes, full_macs, unit, prefix)
+    _label_points(axes, points, dense, before, after, unit)
+    return _svg(figure, label)
+
+
+@matplotlib.rc_context(_STYLE)
+def pareto_front(
+    points: Sequence[tuple[float, float]],
+    chosen: tuple[float, float] | None,
+    *,
+    full_macs: float,
+    ylabel: str,
+    label: str,
+) -> str:
+    """Predicted change (logarithmic) over MACs, (MACs, change) in ascending order, the chosen model marked.
+
+    `full_macs` is 100% of the upper axis. Returns an `<svg>` element.
+    """
+    figure, axes = _figure(540, 330, left=44, right=20, top=44, bottom=42)
+    unit, prefix = _unit_of(full_macs)
+    x, y = [macs / unit for macs, _ in points], [change for _, change in points]
+    axes.plot(x, y, "o-", color=LIGHT["muted"], linewidth=1.6, markersize=4.5, zorder=3)
+    axes.set_yscale("log")
+    if chosen is not None:
+        rim = {"markeredgecolor": LIGHT["card"], "markeredgewidth": 1.5}
+        axes.plot(chosen[0] / unit, chosen[1], "o", color=LIGHT["accent"], markersize=9, zorder=5, **rim)
+        at = (chosen[0] / unit, chosen[1])
+        style = {"color": LIGHT["accent"], "fontweight": "bold", "zorder": 6}
+        _write(axes, "this run", at, (9, 7), "data", **style)
+    axes.set_xlim(0, 1.06 * max(full_macs / unit, *x))
+    axes.margins(y=0.12)
+    axes.set_ylabel(ylabel)
+    axes.yaxis.set_major_locator(LogLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    _macs_axis(axes, full_macs, unit, prefix)
+    return _svg(figure, label)
+
+
+def _unit_of(macs: float) -> tuple[float, str]:
+    return next(((u, p) for u, p in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if macs >= u), (1.0, ""))
+
+
+def _macs_axis(axes: Axes, full_macs: float, unit: float, prefix: str) -> None:
+    """MACs below, in this unit, and their share of `full_macs` above."""
     axes.set_xlabel(f"MACs per image ({prefix})" if prefix else "MACs per image")
     _light_grid(axes)
     share = axes.secondary_xaxis(
@@ -252,8 +295,6 @@ def accuracy_cost(
     share.set_xticks([0.2, 0.4, 0.6, 0.8, 1.0], ["20%", "40%", "60%", "80%", "100% of dense"])
     share.tick_params(length=0)
     share.spines["top"].set_visible(False)
-    _label_points(axes, points, dense, before, after, unit)
-    return _svg(figure, label)
 
 
 def _label_points(

@@ -132,6 +132,11 @@ def latency_note(results: Mapping[str, Any]) -> str:
     return f"Latency{of}: median of interleaved rounds, so that a busy machine slows all models alike."
 
 
+def is_one_shot(config: Mapping[str, Any]) -> bool:
+    """Whether the run went without sparse training."""
+    return config.get("one_shot") is True
+
+
 def removed_share(plan: Any) -> float:
     """Share of all gated dimensions that the plan removes; NaN without a plan."""
     if plan is None:

@@ -17,7 +17,13 @@ from vtp.files import FileError, write_atomic
 from vtp.pruning.gates import sites
 from vtp.pruning.plan import PruningPlan
 from vtp.report import figures, sections
-from vtp.report.numbers import headline
+from vtp.report.numbers import headline, is_one_shot
+
+_SPARSE_TRAINING = "Zhu, Tang, Han, “Vision Transformer Pruning”, arXiv 2104.08500"
+_ONE_SHOT = (
+    "calibration, widths by dynamic programming and a closed-form refit, cf. Frantar and Alistarh, “Optimal "
+    "Brain Compression”, NeurIPS 2022, and Kurtic, Frantar, Alistarh, “ZipLM”, NeurIPS 2023"
+)
 
 
 def render_report(
@@ -34,18 +40,20 @@ def render_report(
         metrics: one dict for each epoch, as in metrics.jsonl.
         gates: gate values by site name (`blocks.<i>.<site>`), float `[K]`; empty if there are none.
         plan: a `PruningPlan`, or anything with its fields; None if there is none.
-        results: `rows`, `reslice` and `environment` as in results.json; each may be missing.
+        results: `rows`, `reslice` (of a one-shot run `pareto`) and `environment` as in results.json; each may
+            be missing.
 
     Raises:
         ValueError: the plan does not belong to the gates.
     """
+    one_shot = is_one_shot(config)
     parts = (
         sections.header(config, results, plan),
-        sections.comparison(results),
-        sections.gates(gates, plan),
+        sections.comparison(results, one_shot),
+        *([] if one_shot else [sections.gates(gates, plan)]),
         sections.widths(plan),
-        sections.reslice(results),
-        sections.training(metrics, results),
+        sections.pareto(results) if one_shot else sections.reslice(results),
+        sections.training(metrics, results, one_shot),
         sections.setup(config, results),
     )
     template = Template((resources.files("vtp.report") / "page.html.template").read_text(encoding="utf-8"))
@@ -54,6 +62,7 @@ def render_report(
         light=figures.css_variables(0),
         dark=figures.css_variables(1),
         body="\n".join(parts),
+        method=_ONE_SHOT if one_shot else _SPARSE_TRAINING,
     )
 
 

@@ -36,6 +36,7 @@ from vtp.report.numbers import (
     served_row,
 )
 
+_STAGES = ("dense", "sparse", "finetune")
 _SITE_INPUTS = {
     "attn.qkv": "LayerNorm output, into qkv",
     "attn.proj": "attention output, into proj",
@@ -83,11 +84,12 @@ def _what_is_left(results: Mapping[str, Any], plan: Any) -> str:
     return f'<dl class="left">{items}</dl>' if items else ""
 
 
-def comparison(results: Mapping[str, Any]) -> str:
+def comparison(results: Mapping[str, Any], one_shot: bool = False) -> str:
     """The table of all models."""
     rows = comparison_rows(results)
     how = f"In brackets: compared with dense (points of top-1, percent of size). {latency_note(results)}"
-    missing = [ROW_NAMES.get(m, m) for m in (DENSE, "sparse", BEFORE, AFTER) if not find_row(results, m)]
+    expected = (DENSE, BEFORE, AFTER) if one_shot else (DENSE, "sparse", BEFORE, AFTER)
+    missing = [ROW_NAMES.get(model, model) for model in expected if not find_row(results, model)]
     notes = [f"Not in results.json: {', '.join(missing)}."] if missing else []
     if not rows:
         return markup.section("comparison", "Before and after", "", "", ["results.json has no results."])
@@ -198,7 +200,10 @@ def widths(plan: Any) -> str:
     notes, maps = [], [_site_map(plan, blocks)]
     values = {block: tuple(plan.value_widths(block)) for block in blocks}
     if any(values.values()):
-        maps.append(_head_map(values, plan.head_dim))
+        if getattr(plan, "narrows_keys", False):
+            keys = {block: tuple(plan.key_widths(block)) for block in blocks}
+            maps.append(_head_map("key width", "qkv", keys, plan.head_dim))
+        maps.append(_head_map("value width", "proj", values, plan.head_dim))
         gone = sum(width == 0 for widths in values.values() for width in widths)
         if gone:
             notes.append(
@@ -208,8 +213,8 @@ def widths(plan: Any) -> str:
         notes.append("The plan records no value widths of heads: there is no map of heads.")
     how = (
         "Percent kept, and below it the number of dimensions; the stronger the colour, the more is kept. "
-        f"A head's value has {plan.head_dim} dimensions before the cut; a head with none left goes, with its "
-        "query and key."
+        f"A head's value, query and key have {plan.head_dim} dimensions each before the cut; a head with no "
+        "value left goes, with its query and key."
     )
     return markup.section(
         "widths", title, how, f'<div class="card"><div class="maps">{"".join(maps)}</div></div>', notes
@@ -233,16 +238,16 @@ def _site_map(plan: Any, blocks: Sequence[int]) -> str:
     return _map("Layers", "sites", head, body)
 
 
-def _head_map(values: Mapping[int, Sequence[int]], head_dim: int) -> str:
-    heads = max(map(len, values.values()))
+def _head_map(what: str, role: str, widths: Mapping[int, Sequence[int]], head_dim: int) -> str:
+    heads = max(map(len, widths.values()))
     head = "".join(f'<th scope="col">{h}<span class="sr"> (head)</span></th>' for h in range(heads))
     body = "".join(
         f'<tr><th scope="row">{block}</th>'
-        + "".join(_map_cell("proj", width, head_dim) for width in row)
+        + "".join(_map_cell(role, width, head_dim) for width in row)
         + "</tr>\n"
-        for block, row in values.items()
+        for block, row in widths.items()
     )
-    return _map("Heads (value width)", "heads", head, body)
+    return _map(f"Heads ({what})", "heads", head, body)
 
 
 def _map(caption: str, css: str, head: str, body: str) -> str:
@@ -255,7 +260,7 @@ def _map(caption: str, css: str, head: str, body: str) -> str:
 # --------------------------------------------------------------------------- training and accuracy-cost
 
 
-def training(metrics: Iterable[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
+def training(metrics: Iterable[Mapping[str, Any]], results: Mapping[str, Any], one_shot: bool = False) -> str:
     """Loss, accuracy and sum of |g| by epoch."""
     title, notes = "Training", []
     records = _stage_records(metrics)
@@ -276,12 +281,13 @@ def training(metrics: Iterable[Mapping[str, Any]], results: Mapping[str, Any]) -
         ),
         _panel("Sum of |g|", {"": curves["l1"]}, [s for s in stages if _any_finite("l1", records[s.name])]),
     ]
-    if not curves["l1"]:
+    if not curves["l1"] and not one_shot:
         notes.append("No stage recorded the sum of |g|.")
+    penalty = "" if one_shot else "; the penalty of the sparse stage drives the sum of |g| down"
     how = (
         "One point per epoch, the stages one after the other. Fine-tuning starts from the accuracy right "
-        "after the cut; the penalty of the sparse stage drives the sum of |g| down. Compare training losses "
-        "within a stage only: augmentation and distillation change what is summed."
+        f"after the cut{penalty}. Compare training losses within a stage only: augmentation and distillation "
+        "change what is summed."
     )
     body = f'<div class="card"><div class="panels three">{"".join(panels)}</div></div>' if any(panels) else ""
     return markup.section("training", title, how, body, notes)
@@ -406,6 +412,44 @@ def reslice(results: Mapping[str, Any]) -> str:
     return markup.section("reslice", title, how, body, notes)
 
 
+def pareto(results: Mapping[str, Any]) -> str:
+    """The front that the calibration predicts: change of the output over cost."""
+    title, found = "How far can it be cut?", results.get("pareto")
+    if not isinstance(found, Mapping):
+        return markup.section("pareto", title, "", "", ["results.json has no “pareto”: no front is known."])
+
+    def figures_of(entry: Any) -> tuple[float, float]:
+        own = entry if isinstance(entry, Mapping) else {}
+        return number(own.get("macs")), number(own.get("change"))
+
+    full = number(find_row(results, DENSE).get("macs"))
+    points = sorted(point for point in map(figures_of, entries(found, "points")) if point[0] > 0 < point[1])
+    if not points:
+        return markup.section("pareto", title, "", "", ["The front has no point with numbers."])
+    full = full if full > 0 else points[-1][0]
+    chosen = figures_of(found.get("chosen"))
+    mark = chosen if chosen[0] > 0 < chosen[1] else None
+    unit = str(found.get("change", ""))
+    caption = f"Predicted change of the output ({unit}) over MACs"
+    label = f"{caption}: " + ", ".join(f"{change:.2g} at {magnitude(macs)}" for macs, change in points)
+    svg = figures.pareto_front(points, mark, full_macs=full, ylabel=unit, label=label)
+    named = sorted([(*point, "") for point in points] + ([(*mark, "this run")] if mark else []))
+    rows = [
+        (f"{magnitude(macs)} ({percent(macs / full)})" + (f", {name}" if name else ""), f"{change:.2g}")
+        for macs, change, name in named
+    ]
+    final = next((row[0] for row, point in zip(rows, named, strict=True) if point[2]), None)
+    table = markup.table(("MACs", "change"), rows, caption, final=final)
+    how = (
+        "From the one calibration, the best widths for every budget. The change is the sum of what each cut "
+        "alone was measured to do to the output of the dense model; the refit then mends a part of it. Where "
+        "the line gets steep, a cut gets expensive."
+    )
+    body = f'<div class="card panels wide">{markup.figure(svg, f"<b>{escape(caption)}</b>")}{table}</div>'
+    notes = [] if mark else ["This run's model is not marked: its widths were not chosen by this measure."]
+    return markup.section("pareto", title, how, body, notes)
+
+
 def _mark(results: Mapping[str, Any], model: str, label: str, role: str) -> Mark | None:
     row = find_row(results, model)
     macs, top1 = number(row.get("macs")), number(row.get("top1"))
@@ -430,7 +474,7 @@ def _value(value: object) -> str:
 def setup(config: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """Configuration (single options; options of the stages side by side) and environment."""
     groups = {key: value for key, value in config.items() if isinstance(value, Mapping)}
-    stages = {key: group for key, group in groups.items() if _has_sibling(key, groups)}
+    stages = {key: group for key, group in groups.items() if key in _STAGES or _has_sibling(key, groups)}
     single = {key: value for key, value in config.items() if key not in stages}
     machine = environment(results)
     notes, cards = [], []

@@ -273,6 +273,16 @@ def open_data(spec: str | Path = EMBEDDED, *, root: str | Path | None = None) ->
     raise DataError(f"data: {spec!r} is neither a folder that exists nor a known name; expected {KNOWN}")
 
 
+def is_small_grey(spec: str | Path) -> bool:
+    """Whether `open_data` would open small grey images, such as Fashion-MNIST's: idx files, those of the
+    package among them, or what torchvision has of the kind."""
+    spec = str(spec)
+    if spec == EMBEDDED or (spec.startswith("torchvision:") and spec.endswith("MNIST")):
+        return True
+    folder = Path(spec).expanduser()
+    return folder.is_dir() and any(folder.glob("*-idx?-ubyte*"))
+
+
 def _open_idx(folder: Path, name: str) -> Data:
     train, test = IdxImages.read(folder, "train"), IdxImages.read(folder, "t10k")
     height, width = train.images.shape[1:]

@@ -1,7 +1,7 @@
 """Batches of images: augmentation that is reproducible sample by sample, and the loaders of both sets.
 
-`train_loader` and `test_loader` turn the sets of a `Data` into batches of normalised float32 tensors;
-transforms and augmentation are timm's.
+`train_loader` and `test_loader` turn the sets of a `Data` into batches of normalised float32 tensors, and
+`calibration_loader` some of its training images; transforms and augmentation are timm's.
 
 **What is reproducible.** The order of an epoch is a function of (seed, epoch), and the augmentation of a
 sample a function of (seed, epoch, sample index): neither depends on the number of workers, on the process, or
@@ -343,12 +343,14 @@ class StreamSet(IterableDataset):
 
 
 class StreamLoader(DataLoader):
-    """A DataLoader that drops its first `skip_batches` batches, as Accelerate's loaders do."""
+    """A DataLoader that drops its first `skip_batches` batches, as Accelerate's loaders do, and ends before
+    batch number `stop_batches` unless that is None."""
 
     skip_batches = 0
+    stop_batches: int | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(super().__iter__(), self.skip_batches, None)
+        return itertools.islice(super().__iter__(), self.skip_batches, self.stop_batches)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -424,6 +426,42 @@ def test_loader(
 test_loader.__test__ = False  # not a test case of pytest
 
 
+def calibration_loader(
+    data: Data,
+    *,
+    images: int,
+    image_size: int,
+    in_chans: int,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+) -> DataLoader:
+    """Batches of some training images as they are evaluated, the same ones in each iteration.
+
+    Args:
+        images: how many; all, where there are not so many. Of a stream whole batches.
+        seed: which ones: they are drawn without replacement.
+        image_size, in_chans, batch_size, workers: and the batches, as in `train_loader`; the last batch may
+            be smaller.
+    """
+    _check_arguments(image_size, in_chans, batch_size)
+    if images < 1:
+        raise DataError(f"images: got {images}, expected at least 1")
+    pipeline = _test_pipeline(data, image_size, in_chans)
+    if isinstance(data.train, IterableDataset):
+        loader = _stream_loader(data.train, pipeline, batch_size, seed, workers, drop_last=False)
+        loader.stop_batches = -(-images // batch_size)
+        return loader
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
+    return DataLoader(
+        EvaluationSet(data.train, pipeline),
+        batch_size,
+        sampler=order[:images].tolist(),
+        collate_fn=_as_is,
+        **_loader_options(workers),
+    )
+
+
 def _check_arguments(image_size: int, in_chans: int, batch_size: int) -> None:
     if in_chans not in (1, 3):
         raise DataError(f"in_chans: got {in_chans}, expected 1 (grey) or 3 (RGB)")
@@ -446,7 +484,7 @@ def _loader_options(workers: int) -> dict[str, Any]:
 
 def _stream_loader(
     images: IterableDataset, pipeline: Pipeline, batch_size: int, seed: int, workers: int, drop_last: bool
-) -> DataLoader:
+) -> StreamLoader:
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise DataError("data: a stream is read by one process only; use an image folder or 'hfds/...'")
     reader = copy.copy(images.reader)

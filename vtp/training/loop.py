@@ -39,12 +39,13 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from vtp.files import fingerprint
 from vtp.runtime.optimize import OptimizedViT
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data
-from vtp.training.loaders import Augment, set_epoch, test_loader, train_loader
+from vtp.training.loaders import Augment, calibration_loader, set_epoch, test_loader, train_loader
 from vtp.training.progress import StageProgress, append_metrics, rewrite_metrics, tensorboard
 from vtp.training.signals import deferred_signals, shielded
 from vtp.training.sparsity import (
@@ -122,6 +123,15 @@ def evaluate(
     device = _device(model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return _evaluate(model, loader, lambda: torch.autocast(device.type, dtype, enabled=dtype is not None))
+
+
+def calibration_images(
+    model: nn.Module, data: Data, images: int, *, seed: int = 0, batch_size: int = 128, workers: int = 0
+) -> DataLoader:
+    """So many training images, not augmented and of the model's size and channels, for `vtp.calibrate` and
+    `vtp.compact`: a loader that draws the same ones, without replacement, each time it is read."""
+    arguments = _loader_arguments(model, data, min(batch_size, max(images, 1)), workers)
+    return calibration_loader(data, images=images, seed=seed, **arguments)
 
 
 # --------------------------------------------------------------------------------

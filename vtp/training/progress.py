@@ -6,12 +6,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich import get_console
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
@@ -20,6 +21,14 @@ from vtp.files import write_atomic
 BAR_SECONDS = 0.25  # between two updates of the bar: more often cannot be read and costs time
 BAR_COLUMNS = 110  # a terminal with fewer has room for the figures only
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
+
+
+@contextmanager
+def share_bar(console: Console, title: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar that goes when it is done; what it gives takes what is going on and the share that is done."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda text, share: bar.update(task, description=f"{title}: {text}", completed=share)
 
 
 class StageProgress:

@@ -331,6 +331,54 @@ def test_plan_of_other_gates_is_refused(run):
         render_report(**run)
 
 
+# ----------------------------------------------------------------------------------------- one-shot runs
+
+
+def make_one_shot_run():
+    run = make_run()
+    del run["results"]["rows"][1], run["results"]["reslice"], run["config"]["sparse"]
+    points = [
+        {"macs": 4e6 * step, "params": 1e5 * step, "change": 10.0 ** (1 - step)} for step in range(1, 9)
+    ]
+    points.append({"macs": 36e6, "params": 7e5, "change": 0.0})
+    run["results"]["pareto"] = {
+        "change": "KL", "points": points, "chosen": {"macs": 22e6, "params": 4e5, "change": 3e-5}
+    }  # fmt: skip
+    run["config"]["one_shot"] = True
+    run["metrics"] = [record for record in run["metrics"] if record["stage"] == "finetune"]
+    run["gates"] = {}
+    narrow = {"narrows_keys": True, "key_widths": lambda block: (3, 1, 2)}
+    vars(run["plan"]).update(narrow, scope="optimal", threshold=None)
+    return run
+
+
+def test_report_of_a_one_shot_run_has_its_front_and_key_widths_and_no_sparse_stage():
+    page = render_report(**make_one_shot_run())
+    text = visible_text(page)
+    assert "Predicted change of the output (KL) over MACs" in text and ">this run</text>" in page
+    assert "22.00 M (61%), this run" in text and "Heads (key width)" in text and "Heads (value width)" in text
+    assert "sparse" not in text and "gate" not in text and "|g|" not in text
+    assert '<th scope="col" class=number>finetune</th>' in page, "the one stage is shown as a stage"
+
+
+@pytest.mark.parametrize(
+    ("front", "expected"),
+    [
+        (None, "no “pareto”"),
+        ({"points": [{"macs": 1e6}, {"change": 2}]}, "no point with numbers"),
+        (
+            {"points": [{"macs": 4e6, "change": 0.1}], "chosen": {"macs": 4e6, "change": None}},
+            "is not marked",
+        ),
+    ],
+    ids=["none", "no-numbers", "not-chosen"],
+)
+def test_front_that_is_not_whole_is_noted(front, expected):
+    run = make_one_shot_run()
+    run["results"]["pareto"] = front
+    assert expected in visible_text(sections.pareto(run["results"]))
+
+
 # --------------------------------------------------------------------------------- incomplete and broken
 
 
