@@ -17,13 +17,14 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.utils.data import Subset
@@ -32,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vtp
 from bench.results_file import add_results_file, check_results_file, print_results
 from vtp.files import write_atomic
-from vtp.machine import environment
+from vtp.machine import environment, in_one_line
 from vtp.pruning.refit import refit
 from vtp.pruning.streams import plain_copy
 from vtp.training.data import Data, open_data
@@ -376,7 +377,42 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def draw(results: dict[str, Any], file: Path) -> None:
+    """Three plots side by side: top-1 against images, against damping, against the rank of q and k."""
+    records: dict[str, list[float]] = {}
+    for key, record in results["records"].items():
+        records.setdefault(key.split("/", 1)[1], []).append(record["top1"])
+    found = {case: statistics.mean(values) for case, values in records.items()}
+    figure = Figure(figsize=(12.6, 3.4), dpi=120)
+    counts, dampings, ranks = figure.subplots(1, 3)
+    fixed = [damping for damping in DAMPINGS if damping is not None]
+    for share, mark in zip(SHARES[:2], ("o-", "s-"), strict=True):
+        label = f"{share:.0%} of MACs"
+        counts.plot(COUNTS, [found[f"images/{n}/{share}"] for n in COUNTS], mark, label=label)
+        (line,) = dampings.plot(fixed, [found[f"damping/{d}/{share}"] for d in fixed], mark, label=label)
+        dampings.axhline(found[f"damping/None/{share}"], color=line.get_color(), ls="--", lw=1)
+        dampings.axhline(found[f"feedback/False/{share}"], color=line.get_color(), ls=":", lw=1)
+    for kind, mark, label in (
+        ("svd", "o-", "whitened SVD"),
+        ("chosen", "s--", "best dimensions, as they are"),
+    ):
+        ranks.plot(RANKS, [found[f"rank/{kind}/{rank}"] for rank in RANKS], mark, label=label)
+    for axes, title, where in (
+        (counts, "unlabelled images", "images"),
+        (dampings, "damping (dashed: OAS; dotted: without feedback)", "share of the mean variance"),
+        (ranks, "queries and keys alone", "rank of a head, of 32"),
+    ):
+        axes.set(xscale="log", title=title, xlabel=where, ylabel="top-1, 2,000 test images")
+        axes.axhline(results["dense"]["top1"], color="0.6", lw=0.8)
+        axes.title.set_fontsize(9)
+        axes.legend(fontsize=7)
+    ranks.set_xticks(RANKS, map(str, RANKS))
+    figure.text(0.5, 0.005, in_one_line(results), ha="center", fontsize=6, color="0.4")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    write_atomic(file, lambda path: figure.savefig(path, format="png"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, or print what was measured."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -386,8 +422,12 @@ def main() -> int:
     parser.add_argument(
         "--original-test", type=Path, help="folder with the original idx files, tested beside"
     )
-    options = parser.parse_args()
+    parser.add_argument("--plot", type=Path, help="draw the results file --out as a PNG; measure nothing")
+    options = parser.parse_args(arguments)
     check_results_file(parser, options)
+    if options.plot:
+        draw(json.loads(options.out.read_text()), options.plot)
+        return 0
     if options.markdown:
         return print_results(options.out, markdown)
     run(options.out, options.seeds, options.original_test)

@@ -350,9 +350,7 @@ def test_huge_activations_give_a_finite_model_or_are_named(dtype):
     images = image(model, batch=20)
     try:
         statistics = vtp.calibrate(model, images)
-        plan = vtp.make_plan(
-            model, macs=0.5 * vtp.count(model).macs, statistics=statistics, scope="optimal"
-        )
+        plan = vtp.make_plan(model, macs=0.5 * vtp.count(model).macs, statistics=statistics, scope="optimal")
         assert vtp.compact(model, plan, images=images)(images).isfinite().all()
     except ValueError as error:
         assert str(error).startswith("model: got activations")
@@ -362,9 +360,7 @@ def test_huge_activations_give_a_finite_model_or_are_named(dtype):
 def test_one_class_is_not_cut_as_if_nothing_mattered():
     model = build(FAMILIES["one-class"])
     statistics = vtp.calibrate(model, image(model, batch=20))
-    changes = [
-        statistics.of(f"blocks.{i}.{u}.changes") for i in range(2) for u in ("attn.qkv", "mlp.fc1")
-    ]
+    changes = [statistics.of(f"blocks.{i}.{u}.changes") for i in range(2) for u in ("attn.qkv", "mlp.fc1")]
     assert all((points[:, 1] > 1e-9).all() for points in changes)
 
 
@@ -421,7 +417,9 @@ def test_what_are_no_images_is_refused_with_what_came_and_leaves_no_files(
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("where", ["blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.bias", "norm.weight", "cls_token"])
+@pytest.mark.parametrize(
+    "where", ["blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.bias", "norm.weight", "cls_token"]
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_named_and_leave_no_files(
     images, where, value, tmp_path, monkeypatch
