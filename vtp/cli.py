@@ -129,7 +129,7 @@ def _train_stage(
     run_dir.mkdir(parents=True, exist_ok=True)
     result = train(
         model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
-        augment=Augment.preset(recipe.augment, model.patch_embed.img_size[0]),
+        augment=Augment.preset(recipe.augment_of(stage), model.patch_embed.img_size[0]),
     )  # fmt: skip
     file = run_dir / ("compact.safetensors" if stage == "finetune" else f"{stage}.safetensors")
     checkpoint.save(result.model, file, metadata={"top1": result.top1, "data": Path(data.name).name})
@@ -383,7 +383,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     usual = short_recipe_for(options.data) if getattr(options, "one_shot", False) else "small"
     recipe = RECIPES[options.recipe or usual]()
     if options.augment is not None:
-        recipe = dataclasses.replace(recipe, augment=options.augment)
+        recipe = dataclasses.replace(recipe, augment=options.augment, finetune_augment=None)
     common = {
         name: getattr(options, name)
         for name in ("seed", "batch_size", "precision", "workers")
