@@ -47,7 +47,7 @@ from vtp.runtime.optimize import optimize
 from vtp.timing import interleaved_latency
 from vtp.training.config import TrainConfig
 from vtp.training.data import EMBEDDED, Data, DataError, check_data, is_small_grey, open_data
-from vtp.training.loaders import Augment
+from vtp.training.loaders import Augment, calibration_count
 from vtp.training.loop import calibration_images, evaluate, train
 from vtp.training.progress import share_bar
 from vtp.zoo import FASHION_DEIT, open_model
@@ -103,7 +103,7 @@ def _short_recipe() -> Recipe:
     """`small`, with a fine-tuning that only recovers what a one-shot cut has lost: it learns from the dense
     model what this does with images as they are evaluated."""
     recipe = _small_recipe()
-    recovery = dataclasses.replace(recipe.finetune, epochs=2, lr=1e-4, label_smoothing=0.0, distill_alpha=0.9)
+    recovery = dataclasses.replace(recipe.finetune, epochs=2, lr=2e-4, label_smoothing=0.0, distill_alpha=0.9)
     return dataclasses.replace(recipe, finetune=recovery, finetune_augment="none")
 
 
@@ -295,7 +295,8 @@ class _Cut:
             found = Statistics.load(file)
             found.check_model(start)
             return found
-        size = tokens_size(describe(start), self._image_count(), self.memory_gb)
+        images = calibration_count(self.data, self.config.images)
+        size = tokens_size(describe(start), images, self.memory_gb)
         _say(self.console, f"calibrating on {size}")
         with share_bar(self.console, "calibration") as bar:
             found = calibrate(start, self._images(start), memory_gb=self.memory_gb, progress=bar)
@@ -321,10 +322,6 @@ class _Cut:
         return calibration_images(
             start, self.data, self.config.images, seed=settings.seed, workers=settings.workers
         )
-
-    def _image_count(self) -> int:
-        train = self.data.train
-        return min(self.config.images, len(train)) if hasattr(train, "__len__") else self.config.images
 
 
 def _say(console: Console, text: str) -> None:
