@@ -39,7 +39,7 @@ from vtp.pruning.selection import make_plan
 from vtp.runtime.latency_profile import profile_widths
 from vtp.training.config import TrainConfig
 from vtp.training.data import EMBEDDED, Data, DataError, open_data
-from vtp.training.loaders import Augment
+from vtp.training.loaders import Augment, calibration_count
 from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images, evaluate, train
 from vtp.training.progress import share_bar
 from vtp.training.sparsity import gate_statistics
@@ -129,7 +129,7 @@ def _train_stage(
     run_dir.mkdir(parents=True, exist_ok=True)
     result = train(
         model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
-        augment=Augment.preset(recipe.augment, model.patch_embed.img_size[0]),
+        augment=Augment.preset(recipe.augment_of(stage), model.patch_embed.img_size[0]),
     )  # fmt: skip
     file = run_dir / ("compact.safetensors" if stage == "finetune" else f"{stage}.safetensors")
     checkpoint.save(result.model, file, metadata={"top1": result.top1, "data": Path(data.name).name})
@@ -170,7 +170,7 @@ def _prune_calibrated(options: argparse.Namespace) -> None:
         model, data, options.images or IMAGES, seed=options.seed or 0, workers=options.workers or 0
     )
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    statistics = _statistics(options, model, loader)
+    statistics = _statistics(options, model, data, loader)
     plan = make_plan(model, statistics=statistics, **budget)
     with share_bar(_console, "refit") as bar:
         small = compact(model, plan, images=loader, memory_gb=options.memory, progress=bar)
@@ -198,7 +198,7 @@ def _calibration_data(options: argparse.Namespace, model: nn.Module) -> Data:
     return data if pretrained_cfg is None else data.for_model(pretrained_cfg)
 
 
-def _statistics(options: argparse.Namespace, model: nn.Module, loader: DataLoader) -> Statistics:
+def _statistics(options: argparse.Namespace, model: nn.Module, data: Data, loader: DataLoader) -> Statistics:
     """From --statistics where there is such a file; else of the model and images, and saved there."""
     file = options.statistics
     if file is not None and Path(file).exists():
@@ -208,9 +208,7 @@ def _statistics(options: argparse.Namespace, model: nn.Module, loader: DataLoade
         except ValueError as error:
             raise FileError(f"--statistics: {file} is of another model than {options.file}") from error
         _console.print(f"statistics of {found.images:,} images from {file}")
-    images = options.images or IMAGES
-    if hasattr(loader.dataset, "__len__"):
-        images = min(images, len(loader.dataset))
+    images = calibration_count(data, options.images or IMAGES)
     _console.print(tokens_size(describe(model), images, options.memory))
     if file is not None and Path(file).exists():
         return found
@@ -383,7 +381,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     usual = short_recipe_for(options.data) if getattr(options, "one_shot", False) else "small"
     recipe = RECIPES[options.recipe or usual]()
     if options.augment is not None:
-        recipe = dataclasses.replace(recipe, augment=options.augment)
+        recipe = dataclasses.replace(recipe, augment=options.augment, finetune_augment=None)
     common = {
         name: getattr(options, name)
         for name in ("seed", "batch_size", "precision", "workers")

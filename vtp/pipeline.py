@@ -47,7 +47,7 @@ from vtp.runtime.optimize import optimize
 from vtp.timing import interleaved_latency
 from vtp.training.config import TrainConfig
 from vtp.training.data import EMBEDDED, Data, DataError, check_data, is_small_grey, open_data
-from vtp.training.loaders import Augment
+from vtp.training.loaders import Augment, calibration_count
 from vtp.training.loop import calibration_images, evaluate, train
 from vtp.training.progress import share_bar
 from vtp.zoo import FASHION_DEIT, open_model
@@ -59,12 +59,18 @@ PARETO_POINTS = 15
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Training settings of the three stages and the augmentation preset that goes with them."""
+    """Training settings of the three stages and the augmentation preset that goes with them; fine-tuning may
+    have one of its own."""
 
     augment: str
     dense: TrainConfig
     sparse: TrainConfig
     finetune: TrainConfig
+    finetune_augment: str | None = None
+
+    def augment_of(self, stage: str) -> str:
+        """The preset of a stage."""
+        return (self.finetune_augment if stage == "finetune" else None) or self.augment
 
 
 def _small_recipe() -> Recipe:
@@ -94,9 +100,11 @@ def _deit_recipe() -> Recipe:
 
 
 def _short_recipe() -> Recipe:
-    """`small`, with a fine-tuning that only recovers what a one-shot cut has lost."""
+    """`small`, with a fine-tuning that only recovers what a one-shot cut has lost: it learns from the dense
+    model what this does with images as they are evaluated."""
     recipe = _small_recipe()
-    return dataclasses.replace(recipe, finetune=dataclasses.replace(recipe.finetune))
+    recovery = dataclasses.replace(recipe.finetune, epochs=2, lr=2e-4, label_smoothing=0.0, distill_alpha=0.9)
+    return dataclasses.replace(recipe, finetune=recovery, finetune_augment="none")
 
 
 def _short_deit_recipe() -> Recipe:
@@ -168,9 +176,10 @@ class RunConfig:
         """JSON-able; stages stand at the top level so that the report shows them side by side."""
         fields = dataclasses.asdict(self)
         recipe = fields.pop("recipe")
-        if self.one_shot:
-            recipe = {name: value for name, value in recipe.items() if name in ("augment", *self.stages)}
-        return json.loads(json.dumps({**fields, "augment": recipe.pop("augment"), **recipe}))
+        first, last = (self.recipe.augment_of(self.stages[i]) for i in (0, -1))
+        augments = {"augment": first} | ({} if first == last else {"finetune_augment": last})
+        names = self.stages if self.one_shot else STAGES
+        return json.loads(json.dumps({**fields, **augments, **{name: recipe[name] for name in names}}))
 
 
 def run(
@@ -202,10 +211,11 @@ def run(
         _begin_folder(config, run_dir, resume)
     process.wait_for_everyone()
     _say(console, f"model {config.model}: {count(model)}; data {data.name}: {_size(data)}")
-    augment = Augment.preset(config.recipe.augment, model.patch_embed.img_size[0])
+    image_size = model.patch_embed.img_size[0]
 
     def stage(name: str, start: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
         settings = getattr(config.recipe, name)
+        augment = Augment.preset(config.recipe.augment_of(name), image_size)
         _say(console, f"stage {name}: {settings.epochs} epochs")
         trained = train(
             start, data, settings, stage=name, run_dir=run_dir, augment=augment, teacher=teacher,
@@ -285,7 +295,8 @@ class _Cut:
             found = Statistics.load(file)
             found.check_model(start)
             return found
-        size = tokens_size(describe(start), self._image_count(), self.memory_gb)
+        images = calibration_count(self.data, self.config.images)
+        size = tokens_size(describe(start), images, self.memory_gb)
         _say(self.console, f"calibrating on {size}")
         with share_bar(self.console, "calibration") as bar:
             found = calibrate(start, self._images(start), memory_gb=self.memory_gb, progress=bar)
@@ -311,10 +322,6 @@ class _Cut:
         return calibration_images(
             start, self.data, self.config.images, seed=settings.seed, workers=settings.workers
         )
-
-    def _image_count(self) -> int:
-        train = self.data.train
-        return min(self.config.images, len(train)) if hasattr(train, "__len__") else self.config.images
 
 
 def _say(console: Console, text: str) -> None:

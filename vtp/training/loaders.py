@@ -426,6 +426,12 @@ def test_loader(
 test_loader.__test__ = False  # not a test case of pytest
 
 
+def calibration_count(data: Data, images: int) -> int:
+    """How many training images `calibration_loader` gives where so many are asked for, of a stream in whole
+    batches."""
+    return images if isinstance(data.train, IterableDataset) else min(images, len(data.train))
+
+
 def calibration_loader(
     data: Data,
     *,

@@ -23,7 +23,7 @@ from timm.data import create_transform
 
 from vtp.training import loaders
 from vtp.training.data import EMBEDDED_FOLDER, Data, DataError, IdxImages, check_data, open_data, read_idx
-from vtp.training.loaders import Augment, set_epoch, train_loader
+from vtp.training.loaders import Augment, calibration_loader, set_epoch, train_loader
 
 DEBIAN_ORIGINALS = Path("/usr/share/datasets/fashion-mnist")
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -51,6 +51,12 @@ def make_train_loader(data: Data, **options):
         "seed": 5,
     }
     return train_loader(data, **(defaults | options))
+
+
+def make_calibration_loader(data: Data, **options):
+    return calibration_loader(
+        data, **({"image_size": 28, "in_chans": 1, "batch_size": 8, "seed": 5} | options)
+    )
 
 
 def epoch_of(loader, epoch: int, start: int = 0) -> Batches:
@@ -212,6 +218,9 @@ def test_webdataset_stream_repeats_itself_and_starts_anywhere(fashion: Data, tmp
         sum(len(labels) for _, labels in loaders.test_loader(data, image_size=28, in_chans=1, batch_size=5))
         == 12
     )
+    calibration = make_calibration_loader(data, images=10)
+    assert [len(labels) for _, labels in calibration] == [8, 8], "whole batches"
+    assert equal(list(calibration), list(calibration))
 
 
 def add_to_shard(tar: tarfile.TarFile, key: str, image: Image.Image, label: int) -> None:
@@ -232,6 +241,23 @@ def test_test_images_reach_the_model_whole_and_normalised(few: Data) -> None:
     assert torch.equal(images[:, 0], expected)
     assert images.dtype == torch.float32 and labels.dtype == torch.int64
     assert labels.tolist() == few.test.labels.tolist()
+
+
+def test_calibration_images_are_different_training_images_as_they_are_evaluated(few: Data) -> None:
+    batches = list(make_calibration_loader(few, images=30))
+    assert [len(labels) for _, labels in batches] == [8, 8, 8, 6]
+    found = torch.cat([images for images, _ in batches])[:, 0]
+    known = (torch.from_numpy(few.train.images.copy()) / 255 - 0.2860) / 0.3530
+    at = [int((known == image).all((1, 2)).nonzero()[0]) for image in found]
+    assert len(set(at)) == 30 and at != sorted(at)
+    assert torch.cat([labels for _, labels in batches]).tolist() == few.train.labels[at].tolist()
+    again, other = (list(make_calibration_loader(few, images=30, seed=seed)) for seed in (5, 6))
+    assert equal(batches, again) and not equal(batches, other)
+    assert len(next(iter(make_calibration_loader(few, images=500, batch_size=100)))[1]) == 100, (
+        "all there are"
+    )
+    with pytest.raises(DataError, match="images: got 0"):
+        make_calibration_loader(few, images=0)
 
 
 def test_batchwise_normalisation_equals_timms_own_transform(few: Data) -> None:
