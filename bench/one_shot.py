@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vtp
 from bench.results_file import add_results_file, check_results_file, print_results
 from vtp.files import write_atomic
-from vtp.machine import environment, in_one_line
+from vtp.machine import commit, description, in_one_line
 from vtp.pruning.refit import refit
 from vtp.pruning.streams import plain_copy
 from vtp.training.data import Data, open_data
@@ -313,7 +313,7 @@ def run(out: Path, seeds: int, original_test: Path | None) -> None:
         batches = list(test_loader(alike, image_size=size, in_chans=channels, batch_size=500))
         sets[name] = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
     results["dense"] = {name: top1(dense, *own) for name, own in sets.items()}
-    results["environment"] = environment()
+    results |= description(torch.device("cpu")) | {"commit": commit()}
     for seed in range(seeds):
         for case, make in cases(Setting(dense, data, seed)):
             key = f"{seed}/{case}"
