@@ -217,9 +217,10 @@ def _factors(points: np.ndarray, errors: np.ndarray) -> np.ndarray:
 
 
 def _times(error: Any, width: Any, at: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Errors at these widths, times a factor that is known `at` some; of no error comes no change."""
+    """Errors at these widths, times a factor that is known `at` some; 0 where either is."""
     logarithm = np.log(np.maximum(error, _LEAST)) + np.interp(width, at, factors)
-    return np.where(np.greater(error, 0), np.exp(np.minimum(logarithm, _MOST)), 0.0)
+    some = np.greater(error, 0) & (logarithm > math.log(10 * _LEAST))
+    return np.where(some, np.exp(np.minimum(logarithm, _MOST)), 0.0)
 
 
 def _spread(widths: Sequence[int]) -> list[int]:
