@@ -109,10 +109,17 @@ DEFECTS = [
     ),
     Defect(
         "vtp/pruning/latency_table.py",
-        "/ (axis[i] - axis[i - 1])",
-        "/ axis[i]",
+        "np.interp(widths, axis, node)",
+        "np.interp(widths, axis, node) ** 2",
         "times between grid points are not interpolated linearly",
         "tests/vtp/pruning/test_latency_table.py -k interpolated",
+    ),
+    Defect(
+        "vtp/pruning/latency_table.py",
+        "widths.keys or ",
+        "",
+        "a table does not see that keys are narrow",
+        "tests/vtp/pruning/test_latency_table.py -k keys",
     ),
     # -- vtp/training
     Defect(

@@ -1,11 +1,11 @@
 """Time against width on this machine: a table measured once, and what it says a plan will take.
 
 A block's time is that of its two branches. A feed-forward branch depends on two widths (inputs of fc1, inputs
-of fc2); an attention branch on three (inputs of qkv, heads alive, values of a head). Each product's time is
-near to linear in each of its widths alone, so a coarse grid of measured branches and multilinear
-interpolation between them says what any plan takes:
+of fc2); an attention branch on four (inputs of qkv, heads alive, values of a head, keys of a head). Each
+product's time is near to linear in each of its widths alone, so a coarse grid of measured branches and
+multilinear interpolation between them says what any plan takes:
 
-    time = outside + sum over blocks (attention(qkv, heads, mean over heads of values) + mlp(fc1, fc2))
+    time = outside + sum over blocks (mean over heads of attention(qkv, heads, values, keys) + mlp(fc1, fc2))
 
 `runtime/latency_profile.py` measures the tables. They are for the CPU, for one batch size, dtype and number
 of threads, and are kept as JSON under `$VTP_CACHE`, else `$XDG_CACHE_HOME/vtp`, else `~/.cache/vtp`.
@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import os
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -35,7 +34,7 @@ from vtp.pruning.compact import CompactViT
 from vtp.pruning.plan import FrozenDict, PruningPlan
 from vtp_kernels.library import cpp_unsupported_reason
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2  # 1 had no key widths: what narrow keys save cannot be told from it, so it is refused
 _MOST_MS = 1e9  # of anything: eleven days
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of an Architecture; blocks are alike, the packed weights contain biases and scales, and nothing is dropped.
@@ -58,7 +57,7 @@ class Grid:
     """Times of one branch at every combination of some widths, for a whole batch.
 
     Attributes:
-        axes: the widths of each axis, ascending, from 1 to the dense model's.
+        axes: the widths of each axis, ascending; `LatencyTable` says where they begin and end.
         ms: milliseconds, the last axis fastest.
     """
 
@@ -68,8 +67,8 @@ class Grid:
     def __post_init__(self) -> None:
         for axis in self.axes:
             whole = all(type(width) is int for width in axis)
-            if not axis or not whole or axis[0] != 1 or any(a >= b for a, b in itertools.pairwise(axis)):
-                raise LatencyTableError(f"axes: got {axis}, expected ascending widths from 1")
+            if not axis or not whole or axis[0] < 1 or any(a >= b for a, b in itertools.pairwise(axis)):
+                raise LatencyTableError(f"axes: got {axis}, expected ascending widths of at least 1")
         if len(self.ms) != math.prod(map(len, self.axes)):
             raise LatencyTableError(
                 f"ms: got {len(self.ms)} times, expected {math.prod(map(len, self.axes))}"
@@ -79,19 +78,30 @@ class Grid:
 
     @cached_property
     def _times(self) -> np.ndarray:
-        return np.array(self.ms).reshape([len(axis) for axis in self.axes])
+        """The first axis last, as `@` contracts that."""
+        return np.array(self.ms).reshape([len(axis) for axis in self.axes]).T
 
-    def mean(self, *widths: int, last: Sequence[int]) -> float:
-        """Milliseconds: the mean over `last`, widths along the last axis, at `widths` along the others."""
-        times = self._times
-        for axis, width in zip(self.axes, widths, strict=False):
-            if len(axis) == 1:
-                times = times[0]
-                continue
-            i = min(bisect_right(axis, width), len(axis) - 1)
-            share = (width - axis[i - 1]) / (axis[i] - axis[i - 1])
-            times = (1 - share) * times[i - 1] + share * times[i]
-        return float(np.interp(last, self.axes[-1], times).mean())
+    @cached_property
+    def _shares(self) -> list[np.ndarray]:
+        """For each axis, the share that each of its nodes has in each width: [width, node]."""
+        found = []
+        for axis in self.axes:
+            widths = np.arange(axis[-1] + 1)
+            found.append(np.stack([np.interp(widths, axis, node) for node in np.eye(len(axis))], axis=1))
+        return found
+
+    def mean(self, *widths: int | Sequence[int]) -> float:
+        """Milliseconds at these widths, one along each axis.
+
+        Along the last axes it may be a sequence, a width for each head: then the mean of what heads of these
+        widths take.
+        """
+        times, of_heads = self._times, False
+        for shares, width in zip(self._shares, widths, strict=True):
+            own = shares[np.asarray(width)].T  # [node], or [node, head]
+            times = (times * own).sum(-2) if of_heads else times @ own
+            of_heads = own.ndim == 2
+        return float(times.mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +115,9 @@ class LatencyTable:
         batch_size, dtype: of the images; the dtype by name, "float32".
         engine: `OptimizedViT.engine` of the measured models.
         outside_ms: of everything outside the blocks: patches, final norm, head, and the call itself.
-        attention: over inputs of qkv, heads alive, values of each head alive.
-        mlp: over inputs of fc1, inputs of fc2.
+        attention: over inputs of qkv, heads alive, values of each head alive, queries and keys of each.
+        mlp: over inputs of fc1, inputs of fc2. All axes go from 1 to the dense model's width, but for that of
+            queries and keys where these have norms: it has that width alone, as nothing can narrow them.
         rounds: measurements of each point.
         date: of the measurement, ISO.
     """
@@ -139,15 +150,17 @@ class LatencyTable:
             raise LatencyTableError(f"outside_ms: got {self.outside_ms!r}, expected a time of at least 0")
         try:
             width, heads = self.geometry["embed_dim"], self.geometry["num_heads"]
-            widest = {
-                "attention": (width, heads, width // heads),
-                "mlp": (width, self.geometry["mlp_hidden"]),
+            head_dim = width // heads
+            least = head_dim if self.geometry["qk_norm"] else 1
+            ends = {
+                "attention": [(1, width), (1, heads), (1, head_dim), (least, head_dim)],
+                "mlp": [(1, width), (1, self.geometry["mlp_hidden"])],
             }
         except (KeyError, TypeError, ZeroDivisionError) as error:
             raise LatencyTableError(f"geometry: {error!r}") from error
-        for name, widths in widest.items():
-            if tuple(axis[-1] for axis in getattr(self, name).axes) != widths:
-                raise LatencyTableError(f"{name}.axes: expected axes that end at {widths}")
+        for name, expected in ends.items():
+            if (got := [(axis[0], axis[-1]) for axis in getattr(self, name).axes]) != expected:
+                raise LatencyTableError(f"{name}.axes: got axes with ends {got}, expected {expected}")
 
     def predict(self, plan: PruningPlan | CompactViT) -> float:
         """Milliseconds of a forward pass of one batch through `vtp.optimize(vtp.compact(gated, plan))`.
@@ -172,12 +185,13 @@ class LatencyTable:
 
     def block_nanoseconds(self, widths: BlockWidths) -> int:
         """Time of a block with these kept widths; a branch that is a constant is gone and takes none."""
-        alive = [width for width in widths.values if width]
+        keys = widths.keys or (self.attention.axes[-1][-1],) * len(widths.values)
+        heads = [(value, key) for value, key in zip(widths.values, keys, strict=True) if value]
         total = 0  # each branch rounded by itself, as branches are added up too
-        if widths.qkv and alive:
-            total += round(1e6 * self.attention.mean(widths.qkv, len(alive), last=alive))
+        if widths.qkv and heads:
+            total += round(1e6 * self.attention.mean(widths.qkv, len(heads), *zip(*heads, strict=True)))
         if widths.fc1 and widths.fc2:
-            total += round(1e6 * self.mlp.mean(widths.fc1, last=[widths.fc2]))
+            total += round(1e6 * self.mlp.mean(widths.fc1, widths.fc2))
         return total
 
     def check_geometry(self, architecture: Architecture) -> None:
@@ -206,7 +220,9 @@ class LatencyTable:
             raise LatencyTableError("not a latency table (no latency_table_version)")
         fields = dict(data)
         if (found := fields.pop("latency_table_version")) != TABLE_VERSION:
-            raise LatencyTableError(f"a latency table of version {found!r}, expected {TABLE_VERSION}")
+            raise LatencyTableError(
+                f"a latency table of version {found!r}, expected {TABLE_VERSION}; {how_to_make_one()}"
+            )
         try:
             for name in ("attention", "mlp"):
                 axes = tuple(tuple(axis) for axis in fields[name]["axes"])

@@ -3,6 +3,10 @@
 What is measured is what runs: compact models of a few equal blocks with random weights, on `vtp.optimize`. Of
 the time of each, what is outside the blocks is taken off. All points of the grids take turns round by round,
 so that a machine whose speed drifts slows all of them down alike.
+
+Narrow queries and keys take no grid of their own: what they save is products of two widths each (outputs and
+inputs of qkv; width and tokens, in the scores), the same whatever the values are. So heads with the narrowest
+keys are measured at the ends of the other axes, and what they save there is interpolated.
 """
 
 import dataclasses
@@ -70,7 +74,7 @@ def profile_widths(
 ) -> LatencyTable:
     """Measure time against width on this machine's CPU, with as many threads as PyTorch has now.
 
-    Some 70 small models are built first, which takes seconds (and 1.5 GB for DeiT-B), then they take turns.
+    Some 80 small models are built first, which takes seconds (and 1.5 GB for DeiT-B), then they take turns.
 
     Args:
         architecture: of the dense model; `vtp.describe(model)`.
@@ -126,10 +130,12 @@ class WidthProfile:
         outside = 1e3 * medians["outside"]
         grids = {}
         for branch, branch_axes in self._axes.items():
-            keys = [(branch, *widths) for widths in itertools.product(*branch_axes)]
-            ms = [(1e3 * medians[key] - outside) / len(points[key].blocks) for key in keys]
-            shaped = np.maximum(ms, 0).reshape([len(axis) for axis in branch_axes])
-            grids[branch] = Grid(branch_axes, tuple(monotone(shaped).ravel().tolist()))
+            ms = {
+                key[1:]: max(0.0, (1e3 * medians[key] - outside) / len(point.blocks))
+                for key, point in points.items()
+                if key[0] == branch
+            }
+            grids[branch] = Grid(branch_axes, tuple(monotone(completed(branch_axes, ms)).ravel().tolist()))
         return LatencyTable(
             geometry=geometry(self._architecture),
             machine=machine(),
@@ -169,6 +175,33 @@ def monotone(times: np.ndarray) -> np.ndarray:
     return times
 
 
+def completed(axes: Sequence[Sequence[int]], ms: Mapping[tuple[int, ...], float]) -> np.ndarray:
+    """Times at all widths, in the shape of the axes, from those of the widths that are `_measured`.
+
+    Elsewhere the last width takes off what it takes off at the ends of the other axes, interpolated.
+    """
+    times = np.array([ms.get(widths, np.nan) for widths in itertools.product(*axes)])
+    times = times.reshape([len(axis) for axis in axes])
+    others = axes[:-1]
+    at_ends = times[np.ix_(*(sorted({0, len(axis) - 1}) for axis in others))]
+    saved_there = np.maximum(at_ends[..., -1] - at_ends[..., 0], 0)
+    grid = Grid(tuple(map(_ends, others)), tuple(saved_there.ravel().tolist()))
+    saved = np.array([grid.mean(*widths) for widths in itertools.product(*others)])
+    rest = np.maximum(times[..., -1] - saved.reshape(times.shape[:-1]), 0)
+    return np.where(np.isnan(times), rest[..., None], times)
+
+
+def _measured(axes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Widths that an attention branch is measured at: with narrow keys, the ends of the other axes alone."""
+    full = [(*widths, axes[-1][-1]) for widths in itertools.product(*axes[:-1])]
+    narrow = [(*widths, axes[-1][0]) for widths in itertools.product(*map(_ends, axes[:-1]))]
+    return list(dict.fromkeys(full + narrow))
+
+
+def _ends(axis: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted({axis[0], axis[-1]}))
+
+
 def _axes(architecture: Architecture) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Measured widths of each branch."""
     width, heads, hidden = architecture.embed_dim, architecture.num_heads, architecture.mlp_hidden
@@ -178,6 +211,8 @@ def _axes(architecture: Architecture) -> dict[str, tuple[tuple[int, ...], ...]]:
             _nodes(width, (1 / 2,)),
             tuple(sorted({*map(int, some_heads), max(1, heads - 1)})),
             _nodes(architecture.head_dim, (1 / 2,)),
+            # No third node: DeiT-T at half of its keys took 3% more than the line between these two says.
+            (architecture.head_dim,) if architecture.qk_norm else _nodes(architecture.head_dim, ()),
         ),
         "mlp": (_nodes(width, (1 / 2,)), _nodes(hidden, (1 / 8, 3 / 8, 5 / 8, 7 / 8))),
     }
@@ -199,8 +234,9 @@ def _points(
     images = torch.randn(size, generator=generator).to(dtype)
     warm = _fits_in_cache(architecture, dtype)
     blocks: dict[Any, list[BlockWidths]] = {"outside": [BlockWidths()]}
-    for qkv, heads, values in itertools.product(*axes["attention"]):
-        blocks["attention", qkv, heads, values] = _attention_blocks(architecture, qkv, heads, values, dtype)
+    for qkv, heads, values, keys in _measured(axes["attention"]):
+        own = _attention_blocks(architecture, qkv, heads, values, keys, dtype)
+        blocks["attention", qkv, heads, values, keys] = own
     for fc1, fc2 in itertools.product(*axes["mlp"]):
         blocks["mlp", fc1, fc2] = _mlp_blocks(architecture, fc1, fc2, dtype)
     return {
@@ -232,11 +268,17 @@ def _cache_bytes() -> int:
 
 
 def _attention_blocks(
-    architecture: Architecture, qkv: int, heads: int, values: int, dtype: torch.dtype
+    architecture: Architecture, qkv: int, heads: int, values: int, keys: int, dtype: torch.dtype
 ) -> list[BlockWidths]:
-    number = _how_many(architecture, BlockWidths(qkv, (values,) * heads), dtype)
-    around = _around(values, 4, architecture.head_dim, number * heads)
-    return [BlockWidths(qkv, tuple(around[i::number])) for i in range(number)]
+    widths = BlockWidths(qkv, (values,) * heads, keys=(keys,) * heads)
+    number = _how_many(architecture, widths, dtype)
+    values_around, keys_around = (
+        _around(width, 4, architecture.head_dim, number * heads) for width in (values, keys)
+    )
+    return [
+        BlockWidths(qkv, tuple(values_around[i::number]), keys=tuple(keys_around[i::number]))
+        for i in range(number)
+    ]
 
 
 def _mlp_blocks(architecture: Architecture, fc1: int, fc2: int, dtype: torch.dtype) -> list[BlockWidths]:
@@ -289,11 +331,14 @@ def _plan(
         return sorted(torch.randperm(width, generator=generator)[:number].tolist())
 
     kept: dict[str, tuple[int, ...]] = {}
+    keys: dict[str, tuple[int, ...]] = {}
     for i, own in enumerate(blocks):
         values = [head * head_dim + j for head, number in enumerate(own.values) for j in range(number)]
         indices = (some(own.qkv), values, some(own.fc1), range(own.fc2))
         kept |= {f"blocks.{i}.{site}": tuple(index) for site, index in zip(SITES, indices, strict=True)}
+        gone = (head_dim,) * (architecture.num_heads - len(own.keys))
+        keys[f"blocks.{i}.attn"] = own.keys + gone
     return PruningPlan(
         architecture, kept, {}, score="custom", scope="global", per_mac=False, round_to=1, min_keep=0,
-        budget={}, threshold=None, parent="",
+        budget={}, threshold=None, parent="", keys=keys,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 
 import vtp
 from bench import latency_budget
-from tests.support.models import gated
+from tests.support.models import build, gated, image
 from vtp.files import FileError
 from vtp.model.widths import BlockWidths
 from vtp.pruning import latency_table
@@ -32,9 +32,9 @@ HEAD_DIM = TOY.head_dim
 OUTSIDE = 0.25
 
 
-def attention_ms(qkv, heads, values):
+def attention_ms(qkv, heads, values, keys=HEAD_DIM):
     """Linear in each width alone, as multiply-adds are; so interpolation has no error."""
-    return 0.01 + 1e-4 * qkv * (2 * HEAD_DIM * heads + heads * values) + 3e-3 * heads * (HEAD_DIM + values)
+    return 0.01 + 1e-4 * qkv * heads * (2 * keys + values) + 3e-3 * heads * (keys + values)
 
 
 def mlp_ms(fc1, fc2):
@@ -44,9 +44,11 @@ def mlp_ms(fc1, fc2):
 def made_up(architecture=TOY, **changes):
     width, heads, hidden = architecture.embed_dim, architecture.num_heads, architecture.mlp_hidden
     axes = {
-        attention_ms: ((1, width // 2, width), (1, heads), (1, 3, architecture.head_dim)),
+        attention_ms: (
+            (1, width // 2, width), (1, heads), (1, 3, architecture.head_dim), (1, architecture.head_dim)
+        ),
         mlp_ms: ((1, width), (1, hidden // 4, hidden)),
-    }
+    }  # fmt: skip
     grids = [Grid(a, tuple(itertools.starmap(ms, itertools.product(*a)))) for ms, a in axes.items()]
     fields = {
         "geometry": latency_table.geometry(architecture), "machine": latency_table.machine(),
@@ -56,11 +58,11 @@ def made_up(architecture=TOY, **changes):
     return LatencyTable(**fields | changes)
 
 
-def block_ms(qkv, values, fc1, fc2):
-    """What a block takes, from the formulas; each head has its own width."""
-    alive, ms = [width for width in values if width], 0.0
+def block_ms(qkv, values, fc1, fc2, keys):
+    """What a block takes, from the formulas; each head has its own widths."""
+    alive, ms = [widths for widths in zip(values, keys, strict=True) if widths[0]], 0.0
     if qkv and alive:
-        ms += sum(attention_ms(qkv, len(alive), width) for width in alive) / len(alive)
+        ms += sum(attention_ms(qkv, len(alive), *widths) for widths in alive) / len(alive)
     return ms + (mlp_ms(fc1, fc2) if fc1 and fc2 else 0.0)
 
 
@@ -68,7 +70,7 @@ def plan_ms(plan):
     total = OUTSIDE
     for i in range(plan.architecture.depth):
         qkv, fc1, fc2 = (len(plan.kept[f"blocks.{i}.{s}"]) for s in ("attn.qkv", "mlp.fc1", "mlp.fc2"))
-        total += block_ms(qkv, plan.value_widths(i), fc1, fc2)
+        total += block_ms(qkv, plan.value_widths(i), fc1, fc2, plan.key_widths(i))
     return total
 
 
@@ -81,6 +83,16 @@ def table():
 def model():
     torch.manual_seed(0)
     return gated(TOY.build(), seed=3)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return build(dataclasses.replace(TOY, depth=1), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def statistics(dense):
+    return vtp.calibrate(dense, image(dense, batch=48))
 
 
 @pytest.fixture(autouse=True)
@@ -115,18 +127,36 @@ def test_compact_model_is_predicted_as_its_plan(model, table):
 
 def test_grid_is_interpolated_along_each_axis_between_measured_widths():
     grid = Grid(((1, 3, 7), (1, 5)), (1.0, 3.0, 5.0, 6.0, 5.0, 10.0))
-    assert grid.mean(3, last=[5]) == 6
-    assert grid.mean(2, last=[1]) == 3
-    assert grid.mean(5, last=[3]) == pytest.approx((5.5 + 7.5) / 2)
-    assert grid.mean(3, last=[1, 5]) == 5.5
+    assert grid.mean(3, 5) == 6
+    assert grid.mean(2, 1) == 3
+    assert grid.mean(5, 3) == pytest.approx((5.5 + 7.5) / 2)
+    assert grid.mean(3, [1, 5]) == 5.5
+    assert grid.mean([3, 7, 2], [1, 1, 5]) == pytest.approx((5 + 5 + 4.5) / 3)
 
 
 def test_unequal_heads_take_the_mean_of_what_equal_ones_take():
     # More than linear in the width of a head: the mean of times, not the time of the mean.
-    grid = Grid(((1, 24), (1, 3), (1, 4, 8)), (1.0, 2.0, 9.0) * 4)
+    grid = Grid(((1, 24), (1, 3), (1, 4, 8), (1, 8)), (1.0, 1.0, 2.0, 2.0, 9.0, 9.0) * 4)
     table = made_up(attention=grid)
     assert table.block_nanoseconds(BlockWidths(24, (8, 4, 1))) == 4_000_000
     assert table.block_nanoseconds(BlockWidths(24, (4, 4, 4))) == 2_000_000
+
+
+def test_head_takes_the_time_of_its_own_keys_and_values(table):
+    def ms(values, keys):
+        return 1e-6 * table.block_nanoseconds(BlockWidths(24, values, keys=keys))
+
+    # Of both widths together: at half of the values, keys matter half as much here.
+    grid = Grid(((1, 24), (1, 3), (1, 8), (1, 8)), (0.0, 0.0, 0.0, 49.0) * 4)
+    product = made_up(attention=grid)
+    for values, keys in (((8, 3, 1), (8, 2, 5)), ((8, 0, 5), (3, 0, 8)), ((0, 0, 8), (8, 8, 1))):
+        alive = [(v - 1) * (k - 1) for v, k in zip(values, keys, strict=True) if v]
+        expected = 1e6 * sum(alive) / len(alive)
+        assert product.block_nanoseconds(BlockWidths(24, values, keys=keys)) == pytest.approx(expected, abs=1)
+    assert ms((8, 8, 8), (1, 1, 1)) == pytest.approx(attention_ms(24, 3, 8, 1), abs=1e-6)  # a node
+    assert ms((8, 8, 8), (5, 5, 5)) == pytest.approx(attention_ms(24, 3, 8, 5), abs=1e-6)  # between two
+    assert ms((8, 4, 4), (5, 8, 8)) == pytest.approx(ms((4, 8, 4), (8, 5, 8)), abs=1e-6)
+    assert ms((8, 4, 0), ()) == ms((8, 4, 0), (8, 8, 0)) == ms((8, 4, 0), (8, 8, 3))
 
 
 @pytest.mark.parametrize(
@@ -148,10 +178,12 @@ def test_dead_heads_branches_and_blocks_take_no_time(table, widths, ms):
 def test_wider_never_takes_less(table):
     rng = np.random.default_rng(0)
     for _ in range(200):
-        widths = rng.integers(1, [25, 9, 9, 9, 25, 41])
-        wider = np.minimum(widths + rng.integers(0, 3, 6), [24, 8, 8, 8, 24, 40])
+        widths = rng.integers(1, [25, 9, 9, 9, 25, 41, 9, 9, 9])
+        wider = np.minimum(widths + rng.integers(0, 3, 9), [24, 8, 8, 8, 24, 40, 8, 8, 8])
         times = [
-            table.block_nanoseconds(BlockWidths(w[0], tuple(w[1:4].tolist()), w[4], w[5]))
+            table.block_nanoseconds(
+                BlockWidths(w[0], tuple(w[1:4].tolist()), w[4], w[5], tuple(w[6:].tolist()))
+            )
             for w in (widths, wider)
         ]
         assert times[0] <= times[1]
@@ -206,6 +238,40 @@ def test_budget_that_cannot_be_met_is_refused_with_the_least_possible(model, tab
     with pytest.raises(vtp.PlanError):
         vtp.make_plan(model, latency_ms=0.999 * least, latency_table=table, min_keep=0.5)
     vtp.make_plan(model, latency_ms=1.001 * least, latency_table=table, min_keep=0.5)
+
+
+def test_narrow_keys_leave_more_of_a_latency_budget_to_the_rest(model, table):
+    budget = 0.6 * table.predict(vtp.make_plan(model, rate=0.0))
+    wide = vtp.make_plan(model, latency_ms=budget, latency_table=table)
+    narrow = vtp.make_plan(model, latency_ms=budget, latency_table=table, key_width=0.25)
+    assert narrow.rate < wide.rate and narrow.narrows_keys
+    assert table.predict(narrow) == pytest.approx(plan_ms(narrow), abs=1e-5)
+    assert 0.97 * budget < table.predict(narrow) <= budget
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5])
+def test_optimal_plan_narrows_keys_where_the_table_says_it_is_faster(dense, statistics, table, share):
+    whole = plan_ms(vtp.make_plan(dense, rate=0.0, statistics=statistics))
+    options = {"statistics": statistics, "scope": "optimal", "min_keep": 0.0}
+    plan = vtp.make_plan(dense, latency_ms=share * whole, latency_table=table, **options)
+    assert plan.narrows_keys
+    assert table.predict(plan) <= share * whole
+    assert table.predict(plan) == pytest.approx(plan_ms(plan), abs=1e-5)
+    # Where keys cost nothing all are kept, at the price of what else is cut.
+    axes = table.attention.axes
+    unaware = made_up(
+        attention=Grid(axes, tuple(attention_ms(*widths[:3]) for widths in itertools.product(*axes)))
+    )
+    wide = vtp.make_plan(dense, latency_ms=share * whole, latency_table=unaware, **options)
+    assert not wide.narrows_keys
+    assert plan.predicted_change < wide.predicted_change
+
+
+def test_prediction_of_an_optimal_plan_is_a_budget_that_it_meets(dense, statistics, table):
+    options = {"latency_table": table, "statistics": statistics, "scope": "optimal"}
+    plan = vtp.make_plan(dense, latency_ms=0.9, **options)
+    again = vtp.make_plan(dense, latency_ms=table.predict(plan), **options)
+    assert table.predict(again) <= table.predict(plan) <= 0.9
 
 
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf, "12", True], ids=str)
@@ -323,7 +389,7 @@ def test_file_gives_back_the_table(table, tmp_path):
     table.save(tmp_path / "table.json")
     loaded = LatencyTable.load(tmp_path / "table.json")
     assert loaded == table
-    widths = BlockWidths(13, (5, 0, 7), 17, 31)
+    widths = BlockWidths(13, (5, 0, 7), 17, 31, (2, 0, 8))
     assert loaded.block_nanoseconds(widths) == table.block_nanoseconds(widths)
 
 
@@ -343,10 +409,15 @@ def test_missing_file_is_named(tmp_path):
         LatencyTable.load(tmp_path / "absent.json")
 
 
+def without_keys(grid):
+    """The grid as JSON data, with keys at full width only and no axis for them, as in version 1."""
+    return {"axes": grid["axes"][:-1], "ms": grid["ms"][1::2]}
+
+
 DAMAGE = {
     "not a table": lambda d: [],
     "no version": lambda d: d.pop("latency_table_version"),
-    "newer": lambda d: d.update(latency_table_version=2),
+    "newer": lambda d: d.update(latency_table_version=3),
     "no grid": lambda d: d.pop("mlp"),
     "unknown field": lambda d: d.update(colour="red"),
     "too few times": lambda d: d["mlp"]["ms"].pop(),
@@ -354,6 +425,10 @@ DAMAGE = {
     "text as time": lambda d: d["attention"]["ms"].__setitem__(0, "fast"),
     "descending axis": lambda d: d["attention"]["axes"][0].reverse(),
     "axis that ends early": lambda d: d["mlp"]["axes"][1].__setitem__(-1, 39),
+    "keys that end early": lambda d: d["attention"]["axes"][3].__setitem__(-1, HEAD_DIM - 1),
+    "keys that begin late": lambda d: d["attention"]["axes"][3].__setitem__(0, 2),
+    "width of 0": lambda d: d["attention"]["axes"][3].__setitem__(0, 0),
+    "no keys": lambda d: d.update(attention=without_keys(d["attention"])),
     "dtype": lambda d: d.update(dtype="int8"),
     "outside": lambda d: d.update(outside_ms=None),
     "geometry": lambda d: d["geometry"].pop("num_heads"),
@@ -368,6 +443,16 @@ def test_damaged_or_foreign_file_is_refused_by_name(table, tmp_path, damage):
     (tmp_path / "table.json").write_text(json.dumps(data))
     with pytest.raises(FileError, match=r"table\.json"):
         LatencyTable.load(tmp_path / "table.json")
+
+
+def test_table_that_was_measured_without_narrow_keys_is_refused_and_the_message_says_what_to_do(table, model):
+    data = json.loads(json.dumps(table.to_dict()))
+    data |= {"latency_table_version": 1, "attention": without_keys(data["attention"])}
+    with pytest.raises(LatencyTableError, match=r"version 1, expected 2; `vtp bench MODEL --profile-widths`"):
+        LatencyTable.from_dict(data)
+    store_table(table).write_text(json.dumps(data))
+    with pytest.raises(vtp.PlanError, match=r"no latency table .* `vtp bench MODEL --profile-widths`"):
+        vtp.make_plan(model, latency_ms=1.0)
 
 
 def test_file_that_is_cut_off_is_refused_by_name(table, tmp_path):
@@ -409,6 +494,48 @@ def test_measured_widths_have_the_mean_of_the_grid_and_stay_within_the_model():
         assert len(around) == number and min(around) >= 1 and max(around) <= 40
         assert sum(around) == pytest.approx(number * width, abs=number / 2)
     assert profile._around(40, 8, 40, 3) == [40, 40, 40]
+
+
+def test_what_narrow_keys_save_between_measured_widths_is_interpolated():
+    axes = ((1, 12, 24), (1, 2, 3), (1, 4, 8), (1, 8))
+    measured = profile._measured(axes)
+    assert len(measured) == len(set(measured)) == 27 + 8
+    times = profile.completed(axes, {widths: attention_ms(*widths) for widths in measured})
+    expected = [attention_ms(*widths) for widths in itertools.product(*axes)]
+    np.testing.assert_allclose(times.ravel(), expected, rtol=1e-12)
+
+
+def test_noise_that_makes_narrow_keys_slower_saves_nothing_and_no_time_is_negative():
+    axes = ((1, 2), (1,), (1, 3, 8), (1, 8))
+    ms = {widths: 1.0 if widths[-1] == 8 else 1.5 for widths in profile._measured(axes)}
+    assert (monotone(profile.completed(axes, ms)) >= 1.0).all()
+    ms |= {(1, 1, 3, 8): 0.1, **{widths: 0.0 for widths in ms if widths[-1] == 1}}
+    times = monotone(profile.completed(axes, ms))
+    assert (times >= 0).all() and (np.diff(times, axis=3) >= 0).all()
+
+
+def test_keys_that_have_norms_are_measured_and_read_at_full_width_only(table):
+    normed = dataclasses.replace(TOY, qk_norm=True)
+    axes = profile._axes(normed)["attention"]
+    assert axes[3] == (8,) and profile._measured(axes) == list(itertools.product(*axes))
+    times = profile.completed(axes, {widths: attention_ms(*widths) for widths in itertools.product(*axes)})
+    grid = Grid(axes, tuple(times.ravel().tolist()))
+    of_normed = made_up(normed, attention=grid)
+    for widths in (BlockWidths(24, (8, 3, 0), keys=(8, 8, 0)), BlockWidths(7, (8, 3, 1))):
+        assert of_normed.block_nanoseconds(widths) == table.block_nanoseconds(widths)
+    with pytest.raises(LatencyTableError, match=r"attention\.axes: got .*\(8, 8\)\], expected .*\(1, 8\)\]"):
+        made_up(attention=grid)
+    with pytest.raises(LatencyTableError, match=r"attention\.axes: got .*\(1, 8\)\], expected .*\(8, 8\)\]"):
+        made_up(normed)
+
+
+def test_measured_models_have_the_keys_of_their_point():
+    generator = torch.Generator().manual_seed(0)
+    blocks = profile._attention_blocks(TOY, 24, 2, 8, 5, torch.float32)
+    assert len(blocks) > 1 and len({block.keys for block in blocks}) > 1
+    assert sum(sum(block.keys) for block in blocks) == 5 * 2 * len(blocks)
+    plan = profile._plan(dataclasses.replace(TOY, depth=len(blocks)), blocks, generator)
+    assert [plan.key_widths(i) for i in range(len(blocks))] == [(*block.keys, 0) for block in blocks]
 
 
 @pytest.mark.parametrize(
