@@ -199,9 +199,7 @@ def test_plan_is_the_best_of_all_that_are_possible():
         site: rescaled(of[f"{site}.errors"][::-1], of[f"{site}.changes"])
         for site in ("attn.qkv", "mlp.fc1", "mlp.fc2")
     }
-    values = rescaled(
-        np.append(of["attn.values"][0, ::-1].cumsum()[::-1], 0), of["attn.values.changes"]
-    )
+    values = rescaled(np.append(of["attn.values"][0, ::-1].cumsum()[::-1], 0), of["attn.values.changes"])
     key_errors = np.append(of["attn.keys"][0, ::-1].cumsum()[::-1], 0)
     width, change = of["attn.keys.changes"][0]
     keys = key_errors * change / key_errors[int(width)]
