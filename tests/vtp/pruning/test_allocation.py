@@ -172,7 +172,7 @@ def test_budget_is_never_exceeded(model, statistics, table, kind, share):
 
 @pytest.mark.parametrize("kind", ["macs", "latency_ms"])
 def test_more_budget_changes_no_more(model, statistics, table, kind):
-    shares = np.linspace(0.3, 1, 5)
+    shares = np.linspace(0.4, 1, 5)  # 0.3 of the time is less than what is outside the blocks
     changes = [best(model, statistics, kind, share, table)[0].predicted_change for share in shares]
     assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(changes))
 
