@@ -1,8 +1,8 @@
 """Self-attention whose heads have key and value widths of their own, straight from the packed buffer of qkv.
 
-qkv [B, N, 2 K + V]: the queries of all H heads side by side, key_widths[h] wide, K in sum, their keys, as wide,
-then their values, value_widths[h] wide, V in sum. out [B, N, V]. For each head, with the scale of the dense
-model for all:
+qkv [B, N, 2 K + V]: the queries of all H heads side by side, key_widths[h] wide, K in sum, their keys, as
+wide, then their values, value_widths[h] wide, V in sum. out [B, N, V]. For each head, with the scale of the
+dense model for all:
 
     S = scale Q K^T    P = softmax(S)    out = P V
 

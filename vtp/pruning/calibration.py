@@ -307,7 +307,8 @@ class _Probe:
             change = (got - dense).square().mean().item() / self._scale
         if not math.isfinite(change):
             raise ValueError(
-                f"model: got outputs that are NaN or infinite with a part of block {block} cut, expected finite"
+                f"model: got outputs that are NaN or infinite with a part of block {block} cut, "
+                "expected finite"
             )
         return max(change, 0.0)
 

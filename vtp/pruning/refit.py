@@ -159,7 +159,9 @@ class _BlockFit:
         rows, columns = [], []
         for head in heads:
             part = slice(head * d, (head + 1) * d)
-            if self.keys[head] < d:  # the softmax does not see the mean of keys, which may be large beside them
+            if (
+                self.keys[head] < d
+            ):  # the softmax does not see the mean of keys, which may be large beside them
                 own_keys = slice((attn.num_heads + head) * d, (attn.num_heads + head + 1) * d)
                 bias[own_keys] = -weight[own_keys] @ sums.mean
             if self.values[head]:

@@ -145,12 +145,15 @@ def pareto(
     optimal = _Optimal(ranked, statistics, limit)
     unit = 1e-6 if by == "latency_ms" else 1.0
     budgets = np.linspace(optimal.allocation.least, optimal.dense, points)
-    plans = [optimal.plan(most, {by: unit * most}) for most in budgets]
-    found: list[ParetoPoint] = []
-    for plan in sorted(plans, key=lambda plan: (optimal.size(plan), plan.predicted_change)):
-        if not found or plan.predicted_change < found[-1].change:
-            found.append(ParetoPoint(plan.cost.macs, plan.cost.params, plan.predicted_change, plan))
-    return found
+    every = []
+    for plan in (optimal.plan(most, {by: unit * most}) for most in budgets):
+        cost, change = plan.cost, plan.predicted_change or 0.0
+        every.append((optimal.size(plan), ParetoPoint(cost.macs, cost.params, change, plan)))
+    front: list[ParetoPoint] = []
+    for _, point in sorted(every, key=lambda pair: (pair[0], pair[1].change)):
+        if not front or point.change < front[-1].change:
+            front.append(point)
+    return front
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +213,8 @@ def _ranked(
     gated = with_gates(model)
     if gated is not model and score in ("gate", "taylor"):
         raise PlanError(
-            f"score: got {score!r}, and the model has no gates; call vtp.insert_gates(model) and train it, or "
-            "give statistics from vtp.calibrate"
+            f"score: got {score!r}, and the model has no gates; call vtp.insert_gates(model) and train it, "
+            "or give statistics from vtp.calibrate"
         )
     if statistics is not None:
         try:

@@ -199,9 +199,7 @@ def test_plan_is_the_best_of_all_that_are_possible():
         site: rescaled(of[f"{site}.errors"][::-1], of[f"{site}.changes"])
         for site in ("attn.qkv", "mlp.fc1", "mlp.fc2")
     }
-    values = rescaled(
-        np.append(of["attn.values"][0, ::-1].cumsum()[::-1], 0), of["attn.values.changes"]
-    )
+    values = rescaled(np.append(of["attn.values"][0, ::-1].cumsum()[::-1], 0), of["attn.values.changes"])
     key_errors = np.append(of["attn.keys"][0, ::-1].cumsum()[::-1], 0)
     width, change = of["attn.keys.changes"][0]
     keys = key_errors * change / key_errors[int(width)]
@@ -239,8 +237,9 @@ def test_widths_are_multiples_or_whole(model, statistics, table, kind, round_to)
     assert cost <= value
     for i in range(2):
         row, full = plan.block_widths(i), TINY.dense_widths
-        for width, whole in (*((getattr(row, s), getattr(full, s)) for s in ("qkv", "fc1", "fc2")),
-                             *zip(row.values, full.values, strict=True), *((k, 4) for k in row.keys)):  # fmt: skip
+        pairs = [(row.qkv, full.qkv), (row.fc1, full.fc1), (row.fc2, full.fc2)]
+        pairs += [*zip(row.values, full.values, strict=True), *((key, 4) for key in row.keys)]
+        for width, whole in pairs:
             assert width % round_to == 0 or width == whole
 
 

@@ -113,7 +113,9 @@ def test_damping_is_finite_and_never_negative(kind, samples):
 def test_rows_that_are_not_finite_are_refused(bad, where):
     x, e = rows(20, 3), rows(20, 2)
     (x if where == "inputs" else e)[4, 1] = bad
-    with pytest.raises(ValueError, match=r"^model: got activations that are NaN, infinite .* expected finite"):
+    with pytest.raises(
+        ValueError, match=r"^model: got activations that are NaN, infinite .* expected finite"
+    ):
         ridge(moments_of(x, e))
 
 
@@ -131,9 +133,7 @@ def test_ridge_is_least_squares_with_rows_for_the_damping(bias, damping):
     expected = torch.linalg.lstsq(matrix, target).solution
     weight, shift = ridge(moments_of(x, e, pieces=3), damping, bias)
     torch.testing.assert_close(weight, expected[:p].T, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(
-        shift, expected[p] if bias else torch.zeros(3).double(), rtol=1e-9, atol=1e-11
-    )
+    torch.testing.assert_close(shift, expected[p] if bias else torch.zeros(3).double(), rtol=1e-9, atol=1e-11)
 
 
 def test_inputs_that_never_change_say_nothing():
@@ -292,9 +292,7 @@ def test_narrowed_scores_lose_their_tail_and_less_than_any_choice_of_dimensions(
 def test_narrowed_scores_are_exact_at_full_rank_and_do_not_see_a_shift_of_an_images_keys():
     query, key = head()
     to_query, to_key, energies = narrowed_scores(*second_moments(query, key))
-    torch.testing.assert_close(
-        to_query @ to_key.T, torch.eye(5, dtype=torch.float64), rtol=1e-10, atol=1e-10
-    )
+    torch.testing.assert_close(to_query @ to_key.T, torch.eye(5, dtype=torch.float64), rtol=1e-10, atol=1e-10)
     shifted = key + 100 * torch.randn(len(key), 1, 5, dtype=torch.float64)
     again = narrowed_scores(*second_moments(query, shifted))
     torch.testing.assert_close(again[2], energies, rtol=1e-9, atol=0)
