@@ -237,8 +237,9 @@ def test_widths_are_multiples_or_whole(model, statistics, table, kind, round_to)
     assert cost <= value
     for i in range(2):
         row, full = plan.block_widths(i), TINY.dense_widths
-        for width, whole in (*((getattr(row, s), getattr(full, s)) for s in ("qkv", "fc1", "fc2")),
-                             *zip(row.values, full.values, strict=True), *((k, 4) for k in row.keys)):  # fmt: skip
+        pairs = [(row.qkv, full.qkv), (row.fc1, full.fc1), (row.fc2, full.fc2)]
+        pairs += [*zip(row.values, full.values, strict=True), *((key, 4) for key in row.keys)]
+        for width, whole in pairs:
             assert width % round_to == 0 or width == whole
 
 

@@ -1,4 +1,4 @@
-"""Calibration: what its statistics are, whatever way images come and wherever they lie, and what is refused."""
+"""Calibration: what its statistics are, however images come and wherever they lie, and what is refused."""
 
 import copy
 import dataclasses
@@ -427,14 +427,14 @@ def test_weights_that_are_not_finite_are_named_and_leave_no_files(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = build()
     dict(model.named_parameters())[where].data.view(-1)[0] = value
-    with pytest.raises(ValueError, match="^model: got .* expected finite"):
+    with pytest.raises(ValueError, match=r"^model: got .* expected finite"):
         vtp.calibrate(model, images, memory_gb=0)
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("memory_gb", [-1, math.nan])
 def test_bad_memory_is_refused_by_name(model, images, memory_gb):
-    with pytest.raises(ValueError, match="^memory_gb: got"):
+    with pytest.raises(ValueError, match=r"^memory_gb: got"):
         vtp.calibrate(model, images, memory_gb=memory_gb)
 
 
@@ -472,7 +472,7 @@ def test_file_brings_back_equal_statistics_and_the_same_plan(model, statistics, 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_file_that_is_cut_off_is_refused(path, share):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(FileError, match="^path: .*damaged or cut off"):
+    with pytest.raises(FileError, match=r"^path: .*damaged or cut off"):
         Statistics.load(path)
 
 
@@ -481,31 +481,31 @@ def test_file_that_was_changed_is_refused(path, where):
     content = bytearray(path.read_bytes())
     content[int(where * len(content))] ^= 1
     path.write_bytes(content)
-    with pytest.raises(FileError, match="^path: .*was changed after it was written"):
+    with pytest.raises(FileError, match=r"^path: .*was changed after it was written"):
         Statistics.load(path)
 
 
 def test_file_of_something_else_is_refused(model, tmp_path):
     vtp.save(model, tmp_path / "model.safetensors")
-    with pytest.raises(FileError, match="^path: .*has no statistics of vtp.calibrate"):
+    with pytest.raises(FileError, match=r"^path: .*has no statistics of vtp.calibrate"):
         Statistics.load(tmp_path / "model.safetensors")
     for other in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(FileError, match="^path: cannot read"):
+        with pytest.raises(FileError, match=r"^path: cannot read"):
             Statistics.load(other)
 
 
 def test_statistics_of_other_weights_are_refused(statistics):
     with pytest.raises(ValueError, match=r"^statistics: .*other weights.*call vtp.calibrate"):
         statistics.check_model(build(seed=1))
-    with pytest.raises(vtp.PlanError, match="^statistics: .*other weights"):
+    with pytest.raises(vtp.PlanError, match=r"^statistics: .*other weights"):
         vtp.make_plan(build(seed=1), rate=0.5, statistics=statistics)
 
 
 def test_statistics_that_are_none_or_something_else_are_refused_by_name(model):
     for arguments in ({"scope": "optimal"}, {"score": "obs"}):
-        with pytest.raises(vtp.PlanError, match="^statistics: got None, expected those of vtp.calibrate"):
+        with pytest.raises(vtp.PlanError, match=r"^statistics: got None, expected those of vtp.calibrate"):
             vtp.make_plan(model, rate=0.5, **arguments)
-    with pytest.raises(vtp.PlanError, match="^statistics: got dict"):
+    with pytest.raises(vtp.PlanError, match=r"^statistics: got dict"):
         vtp.make_plan(model, rate=0.5, statistics={})
 
 

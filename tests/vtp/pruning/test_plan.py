@@ -646,6 +646,128 @@ def test_tampered_fields_are_refused(plan, change):
         vtp.PruningPlan.from_dict(data)
 
 
+# -- Key widths, turned values, predicted changes ----------------------------------------------------------
+
+
+def with_keys(plan, **fields):
+    keys = {"blocks.0.attn": (1, 4, 3)}
+    return dataclasses.replace(plan, keys=keys, value_basis="principal", predicted_change=0.25, **fields)
+
+
+def test_file_of_version_1_loads_with_the_keys_of_the_dense_model(plan):
+    data = json.loads(json.dumps(plan.to_dict()))
+    for field in ("keys", "value_basis", "predicted_change"):
+        del data[field]
+    loaded = vtp.PruningPlan.from_dict(data | {"plan_version": 1})
+    assert loaded == plan
+    assert dict(loaded.keys) == {f"blocks.{i}.attn": (4, 4, 4) for i in range(2)}
+    assert (loaded.value_basis, loaded.predicted_change) == ("dimensions", None)
+    assert not loaded.needs_images
+    assert loaded.cost == plan.cost
+
+
+def test_file_of_version_2_brings_back_keys_basis_and_predicted_change(plan, tmp_path):
+    narrow = with_keys(plan)
+    narrow.save(tmp_path / "plan.json")
+    loaded = vtp.PruningPlan.load(tmp_path / "plan.json")
+    assert loaded == narrow
+    assert loaded != plan
+    assert hash(loaded) == hash(narrow)
+    assert loaded.keys["blocks.0.attn"] == (1, 4, 3)
+    assert loaded.keys["blocks.1.attn"] == (4, 4, 4)
+    assert (loaded.value_basis, loaded.predicted_change) == ("principal", 0.25)
+    assert copy.deepcopy(narrow) == pickle.loads(pickle.dumps(narrow)) == narrow
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"blocks.2.attn": (4, 4, 4)}, r"keys: got \['blocks.2.attn'\], expected names like 'blocks.0.attn'"),
+        ({"blocks.0.attn.qkv": (4, 4, 4)}, r"keys: got .*expected names like"),
+        ({"blocks.0.attn": (4, 4)}, r"keys\['blocks.0.attn'\]: got \(4, 4\), expected 3 widths from 1 to 4"),
+        ({"blocks.0.attn": (0, 4, 4)}, "expected 3 widths from 1 to 4"),
+        ({"blocks.0.attn": (5, 4, 4)}, "expected 3 widths from 1 to 4"),
+        ({"blocks.0.attn": (-1, 4, 4)}, "expected 3 widths from 1 to 4"),
+        ({"blocks.0.attn": (2.5, 4, 4)}, "fields are missing, unknown or of the wrong type"),
+        ({"blocks.0.attn": 4}, "fields are missing, unknown or of the wrong type"),
+        ([4, 4, 4], "fields are missing, unknown or of the wrong type"),
+    ],
+    ids=str,
+)
+def test_bad_keys_are_refused(plan, keys, message):
+    with pytest.raises(vtp.PlanError, match=message):
+        vtp.PruningPlan.from_dict({**plan.to_dict(), "keys": keys})
+
+
+@pytest.mark.parametrize(
+    "field", [{"value_basis": "best"}, {"value_basis": None}, {"predicted_change": "much"}]
+)
+def test_bad_basis_or_change_is_refused(plan, field):
+    with pytest.raises(vtp.PlanError):
+        vtp.PruningPlan.from_dict({**plan.to_dict(), **field})
+
+
+def test_norms_of_queries_and_keys_take_all_of_a_head():
+    plan = vtp.make_plan(prepared(dataclasses.replace(TINY, qk_norm=True)), rate=0.0)
+    with pytest.raises(vtp.PlanError, match="a norm of queries and keys is over all of it"):
+        dataclasses.replace(plan, keys={"blocks.1.attn": (4, 3, 4)})
+    model = prepared(dataclasses.replace(TINY, qk_norm=True))
+    with pytest.raises(vtp.PlanError, match=r"^key_width: got 3, expected 4 at most, norms"):
+        vtp.make_plan(model, rate=0.4, key_width=3)
+    assert not vtp.make_plan(model, rate=0.4, key_width=4).narrows_keys
+
+
+def test_head_that_is_gone_has_no_keys_whatever_they_were(plan):
+    kept = dict(plan.kept) | {"blocks.0.attn.proj": (4, 5, 9)}
+    narrow = dataclasses.replace(plan, kept=kept, keys={"blocks.0.attn": (1, 4, 4)})
+    assert narrow.key_widths(0) == (0, 4, 4)
+    assert narrow.block_widths(0).keys == (0, 4, 4)
+    assert not narrow.narrows_keys
+    assert narrow.cost == dataclasses.replace(narrow, keys={}).cost
+
+
+def test_narrow_keys_are_cheaper_by_their_products_and_scores(tiny):
+    plan = vtp.make_plan(tiny, rate=0.0)
+    narrow = with_keys(plan)
+    gone, tokens = 3 + 0 + 1, TINY.num_tokens
+    assert plan.cost.params - narrow.cost.params == 2 * gone * (12 + 1)
+    assert plan.cost.macs - narrow.cost.macs == tokens * 2 * gone * 12 + tokens**2 * gone
+
+
+@pytest.mark.parametrize(
+    ("share", "width"), [(0.5, 2), (0.25, 1), (1e-9, 1), (0.51, 3), (1, 1), (3, 3), (4, 4), (0.999999, 4)]
+)
+def test_key_width_is_a_share_rounded_up_or_a_number(tiny, share, width):
+    plan = vtp.make_plan(tiny, rate=0.3, key_width=share)
+    assert plan.keys["blocks.1.attn"] == (width,) * 3
+    assert plan.narrows_keys == plan.needs_images == (width < 4)
+
+
+def test_share_of_a_key_width_is_not_rounded_up_by_its_float():
+    architecture = dataclasses.replace(TINY, embed_dim=100, num_heads=1)
+    plan = vtp.make_plan(prepared(architecture), rate=0.3, key_width=0.07)
+    assert plan.keys["blocks.0.attn"] == (7,)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, 5, math.nan, math.inf, "2", True], ids=str)
+def test_bad_key_width_is_refused_by_name(tiny, value):
+    with pytest.raises(vtp.PlanError, match=f"^key_width: got {value!r}"):
+        vtp.make_plan(tiny, rate=0.4, key_width=value)
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_budget_counts_the_keys_that_are_left(tiny, kind):
+    most = 0.7 * getattr(vtp.count(tiny), kind)
+    wide, narrow = (vtp.make_plan(tiny, **{kind: most}, key_width=width) for width in (None, 1))
+    assert getattr(narrow.cost, kind) <= most
+    assert number_kept(narrow) > number_kept(wide)
+
+
+def test_printed_plan_shows_key_widths_where_they_are_narrow(plan):
+    assert "key and value width of each head" in str(with_keys(plan))
+    assert "key" not in str(plan)
+
+
 def test_printed_plan_shows_every_width_and_what_is_left(fashion):
     plan = vtp.make_plan(fashion, rate=0.4)
     lines = str(plan).splitlines()

@@ -1,4 +1,4 @@
-"""The cut with images: exact where nothing is lost, never worse where something is, and what it leaves alone."""
+"""The cut with images: exact where nothing is lost, never worse where something is; what it leaves alone."""
 
 import copy
 import dataclasses
@@ -374,14 +374,14 @@ def test_error_in_the_middle_leaves_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = build()
     model.blocks[1].mlp.fc2.bias.data[0] = torch.nan
-    with pytest.raises(ValueError, match="^model: got activations that are NaN"):
+    with pytest.raises(ValueError, match=r"^model: got activations that are NaN"):
         vtp.compact(model, half_plan(model), images=image(model, batch=30), memory_gb=0)
     assert os.listdir(tmp_path) == []
     model.blocks[1].mlp.fc2.bias.data[0] = 0
     plan = half_plan(model)
     dead = dataclasses.replace(plan, kept=dict(plan.kept) | {"blocks.1.mlp.fc1": ()})
     model.blocks[1].mlp.fc2.bias.data[0] = torch.inf
-    with pytest.raises(ValueError, match="^model: got activations that are NaN"):
+    with pytest.raises(ValueError, match=r"^model: got activations that are NaN"):
         vtp.compact(model, dead, images=image(model, batch=30), memory_gb=0)
     assert os.listdir(tmp_path) == []
 
