@@ -158,7 +158,7 @@ class RunConfig:
     budget: dict[str, Any] = dataclasses.field(default_factory=lambda: {"rate": 0.4})
     latency_batch: int = 64
     one_shot: bool = False
-    refit: bool = False
+    refit: bool = True
     images: int = IMAGES
 
     def __post_init__(self) -> None:

@@ -137,16 +137,14 @@ def test_one_shot_run_of_other_images_is_not_resumed(one_shot, folder, finished)
         run(one_shot_config(folder, finished, images=25), one_shot, resume=True, progress=False)
 
 
-def test_refit_of_the_sparse_model_comes_before_fine_tuning(finished, folder, tmp_path):
+def test_cut_of_a_run_without_refit_is_exact(finished, folder, tmp_path):
     sparse = vtp.load(finished / "sparse.safetensors")
-    data = pipeline.fit_data(open_data(folder), sparse)
-    config = small_config(folder, refit=True, images=16)
-    cut = pipeline._Cut(config, data, tmp_path, resume=False, memory_gb=None, console=Console(quiet=True))
+    config = small_config(folder, refit=False)
+    data, console = open_data(folder), Console(quiet=True)
+    cut = pipeline._Cut(config, data, tmp_path, resume=False, memory_gb=None, console=console)
     cut.write(sparse)
-    pruned, plan = cut.read(sparse), vtp.PruningPlan.load(tmp_path / "plan.json")
-    assert plan == vtp.make_plan(sparse, rate=0.4)
-    again = vtp.compact(sparse, plan, images=calibration_images(sparse, data, 16))
-    for name, tensor in pruned.state_dict().items():
+    again = vtp.compact(sparse, vtp.PruningPlan.load(tmp_path / "plan.json"))
+    for name, tensor in cut.read(sparse).state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
@@ -178,9 +176,12 @@ def test_plan_file_is_the_plan_of_the_result(finished):
     assert plan.rate == pytest.approx(0.4, abs=1e-3)
 
 
-def test_fine_tuning_started_from_the_cut_of_the_sparse_model(finished):
+def test_fine_tuning_started_from_the_refitted_cut_of_the_sparse_model(finished, folder):
     sparse, pruned = (vtp.load(finished / f"{name}.safetensors") for name in ("sparse", "pruned"))
-    again = vtp.compact(sparse, vtp.PruningPlan.load(finished / "plan.json"))
+    plan = vtp.PruningPlan.load(finished / "plan.json")
+    assert plan == vtp.make_plan(sparse, rate=0.4, score="gate")
+    data = pipeline.fit_data(open_data(folder), sparse)
+    again = vtp.compact(sparse, plan, images=calibration_images(sparse, data, pipeline.IMAGES))
     for name, tensor in pruned.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 
