@@ -30,9 +30,9 @@ from vtp.pruning.moments import Moments, finite, narrowed_scores, ridge, turned_
 from vtp.pruning.plan import PruningPlan
 from vtp.pruning.streams import Progress, Store, embedded
 
-# Rows that moments are taken from, spread over all images: 20 for each hidden dimension of a DeiT-B. Images
-# count, as the tokens of one are alike; more rows of them take time and add little.
-MOST_ROWS = 65_536
+# Rows that moments are taken from, spread over all images: so many for each input of the widest layer, and this
+# many at least. Images count, as the tokens of one are alike; more rows of them take time and add little.
+ROWS_PER_INPUT, LEAST_ROWS = 20, 32_768
 
 
 @torch.no_grad()
@@ -112,7 +112,8 @@ class _BlockFit:
         feedback: bool,
     ) -> None:
         self.block, self.own, self.dense, self.cut, self.read = block, own, dense, cut, read
-        self.every = -(-sum(piece.shape[0] * piece.shape[1] for piece in dense) // MOST_ROWS)
+        rows = max(ROWS_PER_INPUT * max(plan.widths.values()), LEAST_ROWS)
+        self.every = max(1, sum(piece.shape[0] * piece.shape[1] for piece in dense) // rows)
         self.damping, self.feedback = damping, feedback
         self.device = block.attn.qkv.weight.device
         self.kept = {
