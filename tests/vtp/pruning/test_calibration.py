@@ -227,7 +227,8 @@ def test_statistics_do_not_depend_on_where_images_lie(model, images, memory_gb, 
 
 
 def test_images_beyond_the_rows_that_are_looked_at_are_not_read(model, images, monkeypatch):
-    monkeypatch.setattr(calibration, "MOST_ROWS", 50)  # of 5 tokens
+    monkeypatch.setattr(calibration, "ROWS_PER_INPUT", 0)
+    monkeypatch.setattr(calibration, "LEAST_ROWS", 50)  # of 5 tokens
 
     def loader():
         yield images[:7]
