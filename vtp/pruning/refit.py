@@ -31,7 +31,7 @@ from vtp.pruning.plan import PruningPlan
 from vtp.pruning.streams import Progress, Store, embedded
 
 # Rows that moments are taken from, spread over all images: so many for each input of the widest layer, and
-# this many at least. Images count, as the tokens of one are alike; more rows of them take time and add little.
+# this many at least. Images count, as the tokens of one are alike; more rows take time and add little.
 ROWS_PER_INPUT, LEAST_ROWS = 20, 32_768
 
 
