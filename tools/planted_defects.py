@@ -53,8 +53,8 @@ DEFECTS = [
     # -- vtp/model, vtp/pruning
     Defect(
         "vtp/model/cost.py",
-        "macs += tokens * tokens * (heads * head_dim + values)",
-        "macs += 2 * tokens * tokens * heads * head_dim",
+        "macs += tokens * tokens * (keys + values)",
+        "macs += 2 * tokens * tokens * keys",
         "attention counts dense value widths",
         "tests/vtp/model",
     ),

@@ -26,13 +26,13 @@ from vtp.files import FileError, refuse_unwritable, write_atomic
 from vtp.machine import description, in_one_line
 from vtp.model.architecture import describe
 from vtp.model.cost import count
-from vtp.one_shot import IMAGES, check_budget, tokens_size
 from vtp.options import positive, thread_count
 from vtp.pipeline import RECIPES, STAGES, Recipe, RunConfig, classes_of, fit_data, run, short_recipe_for
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactViT, compact
 from vtp.pruning.gates import insert_gates, sites
 from vtp.pruning.latency_table import make_cache_folder, store_table
+from vtp.pruning.one_shot import IMAGES, check_budget, tokens_size
 from vtp.pruning.plan import PruningPlan
 from vtp.pruning.scores import SCOPES, SCORES
 from vtp.pruning.selection import make_plan

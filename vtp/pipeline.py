@@ -36,10 +36,10 @@ from vtp.files import FileError, fingerprint, write_atomic
 from vtp.machine import environment
 from vtp.model.architecture import UnsupportedModelError, describe
 from vtp.model.cost import count
-from vtp.one_shot import IMAGES, check_budget, tokens_size
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactViT, compact
 from vtp.pruning.gates import insert_gates
+from vtp.pruning.one_shot import IMAGES, check_budget, tokens_size
 from vtp.pruning.plan import PlanError
 from vtp.pruning.selection import make_plan, pareto
 from vtp.report import comparison_table, write_report
