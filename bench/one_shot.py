@@ -1,7 +1,7 @@
 """What a cut without training keeps: rankings, refit, ranks of queries and keys, images, damping.
 
-Everything starts from the shipped dense baseline and unlabelled images of its training set, drawn anew for
-each of some seeds; the test images are those that ship with the package and, given --original-test, the
+Everything starts from the shipped dense baseline and unlabelled images of its training set, for rankings
+drawn anew for each of some seeds; the test images are those that ship with the package and, given --original-test, the
 10,000 of the original test set. Writes results.json after every case; started again with the same --out, it
 goes on where it stopped.
 
@@ -233,6 +233,9 @@ def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], tuple[nn.Module,
             for share in SHARES:
                 yield f"ranking/{name}/{share}/False", lambda a=(how, share): pruned(*a)
 
+    if setting.seed:  # the rest is for one draw of the images
+        return
+
     def optimal(images: Tensor, share: float, **options: Any) -> tuple[nn.Module, float]:
         start = time.perf_counter()
         plan = vtp.make_plan(
@@ -349,7 +352,8 @@ def markdown(results: dict[str, Any]) -> str:
 
     dense = f"{results['dense']['top1']:.2f}"
     dense += f" / {results['dense']['top1_original']:.2f}" if original else ""
-    lines = [f"Dense: {dense}. Mean of {max(map(len, records.values()))} draws of the images."]
+    draws = max(map(len, records.values()))
+    lines = [f"Dense: {dense}. Rankings: mean of {draws} draws of the images; the rest: one."]
     both = [(share, fitted) for share in SHARES for fitted in (False, True)]
     lines += table(
         "ranking",

@@ -52,6 +52,34 @@ class Defect:
 DEFECTS = [
     # -- vtp/model, vtp/pruning
     Defect(
+        "vtp/pruning/moments.py",
+        "norms -= 2 * c[step] * d[step]",
+        "pass",
+        "greedy OBS does not make up for what it removes",
+        "tests/vtp/pruning/test_moments.py -k obs",
+    ),
+    Defect(
+        "vtp/pruning/calibration.py",
+        "centred = key - key.mean(-2, keepdim=True)",
+        "centred = key",
+        "what is equal for all keys counts as a part of their scores",
+        "tests/vtp/pruning/test_calibration.py -k narrow_keys",
+    ),
+    Defect(
+        "vtp/pruning/allocation.py",
+        "best[: size - steps] + way.change",
+        "way.change",
+        "a branch forgets those before it",
+        "tests/vtp/pruning/test_allocation.py -k combinations",
+    ),
+    Defect(
+        "vtp/pruning/refit.py",
+        "weight, bias = weight + change, bias + shift",
+        "weight, bias = weight + change, bias",
+        "the refit of qkv leaves its bias",
+        "tests/vtp/pruning/test_refit.py -k mean_of",
+    ),
+    Defect(
         "vtp/model/cost.py",
         "macs += tokens * tokens * (keys + values)",
         "macs += 2 * tokens * tokens * keys",

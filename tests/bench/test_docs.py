@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compact_accounting, compare, gating_cost, latency_budget
+from bench import compact_accounting, compare, gating_cost, latency_budget, one_shot
 from vtp_kernels.proofs import gating_roofline
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -22,6 +22,7 @@ def rows(text: str) -> set[str]:
         ("latency-budgets", [latency_budget]),
         ("training-cost", [gating_cost, gating_roofline, compare]),
         ("gpu-proofs", [compact_accounting]),
+        ("one-shot", [one_shot]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

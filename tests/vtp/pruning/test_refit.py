@@ -201,6 +201,18 @@ def test_each_layer_is_the_damped_least_squares_map_to_what_the_stream_lacks():
     torch.testing.assert_close(own.mlp.fc2.bias.detach(), expected, rtol=1e-7, atol=1e-9)
 
 
+def test_queries_keys_and_values_have_the_mean_of_the_dense_models():
+    """What a bias is fitted for."""
+    model = build()
+    images = image(model, batch=60)
+    small = vtp.compact(model, plan_of(model, {"blocks.0.attn.qkv": range(0, 12, 2)}), images=images)
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    block, own = model.blocks[0], small.blocks[0]
+    got, dense = own.attn.qkv(own.norm1(x)), block.attn.qkv(block.norm1(x))
+    assert (got - dense).abs().max() > 1e-3
+    torch.testing.assert_close(got.mean((0, 1)), dense.mean((0, 1)), rtol=1e-9, atol=1e-12)
+
+
 def test_without_feedback_a_branch_does_not_mend_those_before_it():
     model = build()
     plan = half_plan(model)

@@ -1,0 +1,74 @@
+"""bench.one_shot: what it compares with is what it says, and a run goes on where it stopped."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+import vtp
+from bench import one_shot
+from vtp.training.data import open_data
+from vtp.zoo import FASHION_DEIT, open_model
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return one_shot.Setting(open_model(FASHION_DEIT).eval(), open_data(), seed=0)
+
+
+def test_images_are_of_the_training_set_and_depend_on_the_seed(setting):
+    images, labels = setting.images(40)
+    other, _ = one_shot.Setting(setting.dense, setting.data, seed=1).images(40)
+    assert images.shape == (40, 1, 28, 28) and len(labels) == 40
+    assert not torch.equal(images, other)
+    assert one_shot.top1(setting.dense, images, labels) > 80
+
+
+def test_choosing_all_keys_is_the_dense_model_and_fewer_are_what_is_left(setting):
+    images, _ = setting.images(16)
+    whole = one_shot.choose_keys(setting.dense, images, rank=32)
+    torch.testing.assert_close(whole(images), setting.dense(images))
+    some = one_shot.choose_keys(setting.dense, images, rank=5)
+    for block in some.blocks:
+        rows = block.attn.qkv.weight.unflatten(0, (3, 3, 32)).abs().sum(-1) > 0
+        assert rows.sum(-1).tolist() == [[5] * 3, [5] * 3, [32] * 3]
+
+
+def test_macs_are_counted_as_vtp_counts_them(setting):
+    small = vtp.compact(setting.dense, vtp.make_plan(vtp.insert_gates(setting.dense), rate=0.3))
+    assert one_shot.counted_macs(small) == vtp.count(small).macs
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not importlib.util.find_spec("torch_pruning"), reason="torch-pruning is not installed")
+@pytest.mark.parametrize("how", ["Taylor", "magnitude"])
+def test_torch_pruning_is_held_to_the_same_macs(setting, how):
+    budget = setting.macs(0.55)
+    model = one_shot.torch_pruning(setting, budget, how, setting.images(200))
+    assert 0.9 * budget < one_shot.counted_macs(model) <= budget
+
+
+def test_run_goes_on_where_it_stopped_and_prints_its_tables(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def cases(setting):
+        def make(name):
+            measured.append(name)
+            return setting.dense, 1.0
+
+        for name in ("ranking/random/0.55/False", "rank/svd/8"):
+            yield name, lambda name=name: make(name)
+
+    monkeypatch.setattr(one_shot, "cases", cases)
+    monkeypatch.setattr(one_shot, "top1", lambda model, images, labels: 89.25)
+    out = tmp_path / "results.json"
+    one_shot.run(out, 1, None)
+    records = json.loads(out.read_text())
+    del records["records"]["0/rank/svd/8"]
+    out.write_text(json.dumps(records))
+    one_shot.run(out, 1, None)
+    assert measured == ["ranking/random/0.55/False", "rank/svd/8", "rank/svd/8"]
+    assert one_shot.main(["--markdown", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "| random | 89.25 |" in printed and "| whitened SVD |  | 89.25 |" in printed
