@@ -1,11 +1,11 @@
 """What a cut without training keeps: rankings, refit, ranks of queries and keys, images, damping.
 
 Everything starts from the shipped dense baseline and unlabelled images of its training set, for rankings
-drawn anew for each of some seeds; the test images are those that ship with the package and, given --original-test, the
-10,000 of the original test set. Writes results.json after every case; started again with the same --out, it
-goes on where it stopped.
+drawn anew for each of some seeds; the test images are those that ship with the package and, given
+--original-test, the 10,000 of the original test set. Writes the results after every case; started again with
+the same --out, it goes on where it stopped.
 
-    python -m bench.one_shot --out runs/one-shot [--original-test FOLDER]
+    python -m bench.one_shot --out runs/one_shot.json [--original-test FOLDER]
     python -m bench.one_shot --out bench/results/one_shot.json --markdown
 """
 
