@@ -109,8 +109,8 @@ def ideal(small: CompactViT, batch: int, pad: int = 1) -> dict[str, int]:
     """
     D, N = small.embed_dim, small.patch_embed.num_patches + small.num_prefix_tokens
     M, moved, flops = batch * N, 0, 0
-    for qkv, values, fc1, hidden in map(dataclasses.astuple, widths(small)):
-        heads = small.blocks[0].attn.head_dim * len(values)
+    for block in widths(small):
+        qkv, values, fc1, hidden, heads = block.qkv, block.values, block.fc1, block.fc2, sum(block.keys)
         keys = N
         if pad > 1:
             qkv, fc1, hidden = up(qkv, pad), up(fc1, pad), up(hidden, pad)
@@ -133,9 +133,9 @@ def folded(small: CompactViT, batch: int, records: Sequence[Record]) -> dict[str
     """
     D, N = small.embed_dim, small.patch_embed.num_patches + small.num_prefix_tokens
     M, dram, tiles = batch * N, total(records), total(records, amount="tile_bytes")
-    for qkv, values, fc1, hidden in map(dataclasses.astuple, widths(small)):
-        heads = small.blocks[0].attn.head_dim * len(values)
-        for K, outputs in ((qkv, 2 * heads + sum(values)), (fc1, hidden)):
+    for block in widths(small):
+        outputs_of_qkv = 2 * sum(block.keys) + sum(block.values)
+        for K, outputs in ((block.qkv, outputs_of_qkv), (block.fc1, block.fc2)):
             dram -= 2 * 2 * M * K  # written by the norm and read by the product; x is read in its place
             tiles += 2 * M * D * cdiv(outputs, 128) - 2 * M * (D + 2 * K)
     norms = sum(record.part in ("norm1", "norm2") for record in records)

@@ -52,6 +52,13 @@ class Defect:
 DEFECTS = [
     # -- vtp/model, vtp/pruning
     Defect(
+        "vtp/model/cost.py",
+        "macs += tokens * tokens * (keys + values)",
+        "macs += 2 * tokens * tokens * keys",
+        "attention counts dense value widths",
+        "tests/vtp/model",
+    ),
+    Defect(
         "vtp/pruning/moments.py",
         "norms -= 2 * c[step] * d[step]",
         "pass",
@@ -78,13 +85,6 @@ DEFECTS = [
         "weight, bias = weight + change, bias",
         "the refit of qkv leaves its bias",
         "tests/vtp/pruning/test_refit.py -k mean_of",
-    ),
-    Defect(
-        "vtp/model/cost.py",
-        "macs += tokens * tokens * (keys + values)",
-        "macs += 2 * tokens * tokens * keys",
-        "attention counts dense value widths",
-        "tests/vtp/model",
     ),
     Defect(
         "vtp/pruning/gates.py",

@@ -24,7 +24,7 @@ class Widths(BlockWidths):
     @classmethod
     def dense(cls, heads: int, head_dim: int = 64, tokens: int = 197) -> "Widths":
         D = heads * head_dim
-        return cls(D, (head_dim,) * heads, D, 4 * D, D, head_dim, tokens)
+        return cls(D, (head_dim,) * heads, D, 4 * D, embed=D, head_dim=head_dim, tokens=tokens)
 
     @property
     def scale(self) -> float:
