@@ -159,6 +159,7 @@ def test_curves_of_units_that_lose_nothing_stay_finite(errors, points):
 # -- Plans -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", BUDGETS)
 @pytest.mark.parametrize("share", [0.35, 0.62, 0.9, 1.0])
 def test_budget_is_never_exceeded(model, statistics, table, kind, share):
@@ -230,6 +231,7 @@ def test_plan_is_the_best_of_all_that_are_possible():
         assert least * (1 - 1e-6) <= plan.predicted_change <= 1.5 * least
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("round_to", [2, 4])
 @pytest.mark.parametrize("kind", ["macs", "latency_ms"])
 def test_widths_are_multiples_or_whole(model, statistics, table, kind, round_to):
@@ -368,6 +370,7 @@ def test_bad_argument_of_pareto_is_refused_by_name(model, statistics, arguments,
         vtp.pareto(model, **{"statistics": statistics} | arguments)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("score", ["obs", "activation", "variance"])
 @pytest.mark.parametrize("scope", ["global", "per_site", "per_layer"])
 def test_scores_of_statistics_meet_a_budget_in_every_scope(model, statistics, score, scope):

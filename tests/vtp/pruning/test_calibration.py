@@ -198,6 +198,7 @@ def test_large_logits_of_half_precision_have_a_finite_divergence():
 # -- However images come, and wherever they lie ------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("size", [1, 7, 40])
 @pytest.mark.parametrize("kind", ["list", "loader", "generator"])
 def test_statistics_are_those_of_one_batch_however_images_are_batched(
@@ -396,12 +397,16 @@ REFUSED = {
     "labels first": (lambda x: [(torch.arange(40), x)], r"got shape \(40,\), expected \[M, 1, 8, 8\]"),
     "bytes": (lambda x: x.to(torch.uint8), "got torch.uint8, expected normalised images"),
 }
-NOT_ASKED_FOR = ("compact", "none")
+ALIKE = [kind for kind in REFUSED if kind not in ("none", "nan", "iterator that yields nothing", "labels")]
 
 
 @pytest.mark.parametrize(
     ("what", "kind"),
-    [(what, kind) for what in ("calibrate", "compact") for kind in REFUSED if (what, kind) != NOT_ASKED_FOR],
+    [
+        *(("calibrate", kind) for kind in REFUSED),
+        *(("compact", kind) for kind in ("nan", "iterator that yields nothing", "labels")),
+        *(pytest.param("compact", kind, marks=pytest.mark.thorough) for kind in ALIKE),
+    ],
 )
 def test_what_are_no_images_is_refused_with_what_came_and_leaves_no_files(
     model, images, statistics, kind, what, tmp_path, monkeypatch
@@ -418,6 +423,7 @@ def test_what_are_no_images_is_refused_with_what_came_and_leaves_no_files(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "where", ["blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.bias", "norm.weight", "cls_token"]
 )

@@ -45,6 +45,7 @@ def outputs(model, images):
 # -- Where nothing is lost ---------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("basis", ["dimensions", "principal"])
 def test_everything_kept_is_the_dense_model(family, basis):
@@ -83,7 +84,13 @@ def redundant(family="plain"):
     return model
 
 
-@pytest.mark.parametrize("family", ["plain", "distilled", "layer-scale", "registers", "average-pool"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("distilled", "layer-scale"),
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("plain", "registers", "average-pool")),
+    ],
+)
 def test_what_is_said_twice_is_recovered_after_the_cut(family, monkeypatch):
     monkeypatch.setattr(
         refit_module, "ridge", lambda sums, damping, bias: vtp.pruning.moments.ridge(sums, 0.0, bias)
@@ -123,7 +130,13 @@ def streams(model, small, images):
     return zip(*found, strict=True)
 
 
-@pytest.mark.parametrize("family", ["plain", "no-biases", "layer-scale", "qk-norm", "average-pool"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("no-biases", "layer-scale"),
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("plain", "qk-norm", "average-pool")),
+    ],
+)
 def test_fit_of_the_first_block_is_never_worse_than_the_plain_cut_on_its_own_images(family):
     """Least squares with a damping that draws to the weights of the plain cut: the residual cannot grow."""
     model = build(FAMILIES[family])
@@ -157,6 +170,7 @@ def test_fit_of_the_first_block_is_never_worse_than_the_plain_cut_on_its_own_ima
         assert errors[0] <= errors[1] * (1 + 1e-9)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["dimensions", "principal-narrow"])
 def test_half_of_everything_is_nearer_to_the_dense_model_than_the_plain_cut(family, kind):
@@ -245,6 +259,7 @@ def test_key_width_alone_narrows_every_head():
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("family", ["plain", "no-biases", "layer-scale", "distilled"])
 @pytest.mark.parametrize("basis", ["dimensions", "principal"])
 def test_dead_heads_and_branches(family, basis):
@@ -325,6 +340,7 @@ def test_principal_plan_of_whole_heads_takes_no_images(keep):
     assert torch.equal(outputs(vtp.compact(model, plan), x), outputs(vtp.compact(model, same), x))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_dtype_mode_and_the_model_itself_stay_as_they_are(dtype, training):
