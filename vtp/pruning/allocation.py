@@ -34,7 +34,7 @@ class Way:
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """The least change for every budget: `widths(budget)`.
+    """The least change for every budget: `ways(most)`.
 
     Attributes:
         branches: ways of each branch, attention and feed-forward in turn, cheapest first.

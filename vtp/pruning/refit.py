@@ -12,8 +12,8 @@ Where a plan narrows queries and keys or turns values, the fitted rows of qkv ar
 of `moments.narrowed_scores` and `moments.turned_values`, both from the dense model's own queries, keys and
 outputs. In the last block of a model that reads nothing but its first tokens, only those are fitted.
 
-Cf. Frantar and Alistarh, "Optimal Brain Compression", NeurIPS 2022, and "Vision transformer pruning by
-one-shot closed-form compensation", arXiv 2608.17657.
+Cf. Frantar and Alistarh, "Optimal Brain Compression", NeurIPS 2022, and the closed-form repairs of OB2C,
+arXiv 2608.17657, and CORP, arXiv 2602.05243.
 """
 
 from collections.abc import Iterable, Iterator
@@ -162,9 +162,8 @@ class _BlockFit:
         rows, columns = [], []
         for head in heads:
             part = slice(head * d, (head + 1) * d)
-            if (
-                self.keys[head] < d
-            ):  # the softmax does not see the mean of keys, which may be large beside them
+            # The softmax does not see the mean of keys, which may be large beside how they vary.
+            if self.keys[head] < d:
                 own_keys = slice((attn.num_heads + head) * d, (attn.num_heads + head + 1) * d)
                 bias[own_keys] = -weight[own_keys] @ sums.mean
             if self.values[head]:
