@@ -34,6 +34,7 @@ import vtp
 from bench.results_file import add_results_file, check_results_file, print_results
 from vtp.files import write_atomic
 from vtp.machine import commit, description, in_one_line
+from vtp.pruning.gates import with_gates
 from vtp.pruning.refit import refit
 from vtp.pruning.streams import plain_copy
 from vtp.training.data import Data, open_data
@@ -49,9 +50,9 @@ RANKS = (16, 8, 4, 2)
 
 @dataclasses.dataclass
 class Setting:
-    """What all cases share for one seed: the dense model, its images, and what was found out from them."""
+    """What all cases share for one seed: the model to be cut, and where its images come from."""
 
-    dense: nn.Module
+    model: nn.Module
     data: Data
     seed: int
 
@@ -59,13 +60,13 @@ class Setting:
         """Images of the training set, normalised, [count, C, H, W], and their labels."""
         chosen = np.random.default_rng(self.seed).permutation(len(self.data.train))[:count]
         data = dataclasses.replace(self.data, test=Subset(self.data.train, sorted(chosen.tolist())))
-        size, channels = self.dense.patch_embed.img_size[0], self.dense.patch_embed.proj.in_channels
+        size, channels = self.model.patch_embed.img_size[0], self.model.patch_embed.proj.in_channels
         batches = list(test_loader(data, image_size=size, in_chans=channels, batch_size=500))
         return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
     def macs(self, share: float) -> float:
         """MACs that a share of the dense model's is."""
-        return share * vtp.count(self.dense).macs
+        return share * vtp.count(self.model).macs
 
 
 # -------------------------------------------------------------------------------------------------- rankings
@@ -76,14 +77,14 @@ Make = Callable[[Setting, float, vtp.Statistics, tuple[Tensor, Tensor]], vtp.Pru
 
 def magnitude(setting: Setting, macs: float, *_: Any) -> vtp.PruningPlan:
     """L2 norm of the weight column that a dimension feeds; the same share of each kind of site."""
-    gated = vtp.insert_gates(setting.dense)
+    gated = with_gates(setting.model)
     scores = {name: layer.weight.detach().norm(dim=0) for name, layer in vtp.sites(gated).items()}
     return vtp.make_plan(gated, macs=macs, score=scores, scope="per_site")
 
 
 def taylor(setting: Setting, macs: float, _: Any, labelled: tuple[Tensor, Tensor]) -> vtp.PruningPlan:
     """Mean square of g * dL/dg at g = 1 over batches of 50 (Molchanov et al., arXiv 1906.10771)."""
-    gated = vtp.insert_gates(setting.dense).eval()
+    gated = with_gates(setting.model).eval()
     for images, labels in zip(labelled[0].split(50), labelled[1].split(50), strict=True):
         gated.zero_grad()
         nn.functional.cross_entropy(gated(images), labels).backward()
@@ -94,7 +95,7 @@ def taylor(setting: Setting, macs: float, _: Any, labelled: tuple[Tensor, Tensor
 
 def random(setting: Setting, macs: float, *_: Any) -> vtp.PruningPlan:
     """Any dimensions."""
-    gated = vtp.insert_gates(setting.dense)
+    gated = with_gates(setting.model)
     generator = torch.Generator().manual_seed(setting.seed)
     scores = {
         name: torch.rand(layer.in_features, generator=generator) for name, layer in vtp.sites(gated).items()
@@ -106,7 +107,7 @@ def of_statistics(score: str, scope: str) -> Make:
     """The rankings of `vtp.make_plan`."""
 
     def make(setting: Setting, macs: float, statistics: vtp.Statistics, *_: Any) -> vtp.PruningPlan:
-        return vtp.make_plan(setting.dense, macs=macs, statistics=statistics, score=score, scope=scope)
+        return vtp.make_plan(setting.model, macs=macs, statistics=statistics, score=score, scope=scope)
 
     return make
 
@@ -147,7 +148,7 @@ def torch_pruning(setting: Setting, macs: float, how: str, labelled: tuple[Tenso
 def _torch_pruned(setting: Setting, share: float, how: str, labelled: tuple[Tensor, Tensor]) -> nn.Module:
     import torch_pruning
 
-    model = copy.deepcopy(setting.dense).requires_grad_(True)
+    model = copy.deepcopy(setting.model).requires_grad_(True)
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     for attention in attentions:
         attention.forward = partial(_attention, attention)
@@ -208,13 +209,13 @@ def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], tuple[nn.Module,
 
     def statistics_of(images: Tensor) -> vtp.Statistics:
         if len(images) not in known:
-            known[len(images)] = vtp.calibrate(setting.dense, images)
+            known[len(images)] = vtp.calibrate(setting.model, images)
         return known[len(images)]
 
     def cut(make: Make, share: float, fitted: bool) -> tuple[nn.Module, float]:
         start = time.perf_counter()
         plan = make(setting, setting.macs(share), statistics_of(labelled[0]), labelled)
-        small = vtp.compact(setting.dense, plan, images=labelled[0] if fitted else None)
+        small = vtp.compact(setting.model, plan, images=labelled[0] if fitted else None)
         return small, time.perf_counter() - start
 
     for name, make in RANKINGS.items():
@@ -239,10 +240,10 @@ def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], tuple[nn.Module,
     def optimal(images: Tensor, share: float, **options: Any) -> tuple[nn.Module, float]:
         start = time.perf_counter()
         plan = vtp.make_plan(
-            setting.dense, macs=setting.macs(share), statistics=statistics_of(images), scope="optimal"
+            setting.model, macs=setting.macs(share), statistics=statistics_of(images), scope="optimal"
         )
-        small = vtp.compact(setting.dense, plan, images=images[:16])  # its shapes; the weights come now
-        refit(plain_copy(setting.dense), small, plan, images, **options)
+        small = vtp.compact(setting.model, plan, images=images[:16])  # its shapes; the weights come now
+        refit(plain_copy(setting.model), small, plan, images, **options)
         return small, time.perf_counter() - start
 
     for share in SHARES[:2]:
@@ -257,12 +258,12 @@ def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], tuple[nn.Module,
 
     def narrow(rank: int) -> tuple[nn.Module, float]:
         start = time.perf_counter()
-        plan = vtp.make_plan(setting.dense, rate=0.0, statistics=statistics_of(labelled[0]), key_width=rank)
-        return vtp.compact(setting.dense, plan, images=labelled[0]), time.perf_counter() - start
+        plan = vtp.make_plan(setting.model, rate=0.0, statistics=statistics_of(labelled[0]), key_width=rank)
+        return vtp.compact(setting.model, plan, images=labelled[0]), time.perf_counter() - start
 
     def chosen(rank: int) -> tuple[nn.Module, float]:
         start = time.perf_counter()
-        return choose_keys(setting.dense, labelled[0], rank), time.perf_counter() - start
+        return choose_keys(setting.model, labelled[0], rank), time.perf_counter() - start
 
     for rank in RANKS:
         yield f"rank/svd/{rank}", lambda r=rank: narrow(r)

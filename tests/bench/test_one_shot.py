@@ -19,24 +19,24 @@ def setting():
 
 def test_images_are_of_the_training_set_and_depend_on_the_seed(setting):
     images, labels = setting.images(40)
-    other, _ = one_shot.Setting(setting.dense, setting.data, seed=1).images(40)
+    other, _ = one_shot.Setting(setting.model, setting.data, seed=1).images(40)
     assert images.shape == (40, 1, 28, 28) and len(labels) == 40
     assert not torch.equal(images, other)
-    assert one_shot.top1(setting.dense, images, labels) > 80
+    assert one_shot.top1(setting.model, images, labels) > 80
 
 
 def test_choosing_all_keys_is_the_dense_model_and_fewer_are_what_is_left(setting):
     images, _ = setting.images(16)
-    whole = one_shot.choose_keys(setting.dense, images, rank=32)
-    torch.testing.assert_close(whole(images), setting.dense(images))
-    some = one_shot.choose_keys(setting.dense, images, rank=5)
+    whole = one_shot.choose_keys(setting.model, images, rank=32)
+    torch.testing.assert_close(whole(images), setting.model(images))
+    some = one_shot.choose_keys(setting.model, images, rank=5)
     for block in some.blocks:
         rows = block.attn.qkv.weight.unflatten(0, (3, 3, 32)).abs().sum(-1) > 0
         assert rows.sum(-1).tolist() == [[5] * 3, [5] * 3, [32] * 3]
 
 
 def test_macs_are_counted_as_vtp_counts_them(setting):
-    small = vtp.compact(setting.dense, vtp.make_plan(vtp.insert_gates(setting.dense), rate=0.3))
+    small = vtp.compact(setting.model, vtp.make_plan(vtp.insert_gates(setting.model), rate=0.3))
     assert one_shot.counted_macs(small) == vtp.count(small).macs
 
 
@@ -55,7 +55,7 @@ def test_run_goes_on_where_it_stopped_and_prints_its_tables(tmp_path, monkeypatc
     def cases(setting):
         def make(name):
             measured.append(name)
-            return setting.dense, 1.0
+            return setting.model, 1.0
 
         for name in ("ranking/random/0.55/False", "rank/svd/8"):
             yield name, lambda name=name: make(name)
