@@ -46,6 +46,11 @@ IMAGES = 2000
 COUNTS = (128, 512, 2000, 10_000)
 DAMPINGS = (None, 1e-4, 1e-3, 1e-2, 1e-1)  # None: OAS
 RANKS = (16, 8, 4, 2)
+NARROWED = {
+    "svd": "whitened SVD",
+    "chosen": "best dimensions, as they are",
+    "mended": "best dimensions, with CORP's repair",
+}
 
 
 @dataclasses.dataclass
@@ -112,15 +117,42 @@ def of_statistics(score: str, scope: str) -> Make:
     return make
 
 
+VARIANCE = "variance, per site"
 RANKINGS: dict[str, Make] = {
     "random": random,
     "weight magnitude, per site": magnitude,
     "Taylor (labels)": taylor,
-    "variance, per site": of_statistics("variance", "per_site"),
+    VARIANCE: of_statistics("variance", "per_site"),
     "activation": of_statistics("activation", "global"),
     "greedy OBS": of_statistics("obs", "global"),
     "optimal widths, narrow q, k, v": of_statistics("obs", "optimal"),
 }
+
+
+MEAN_SHIFT = f"{VARIANCE}, mean shift (VBP)"
+
+
+@torch.no_grad()
+def with_mean_shift(dense: nn.Module, plan: vtp.PruningPlan, images: Tensor) -> nn.Module:
+    """The dense model with biases that make up for the mean of the inputs that a plan removes, as VBP's cut
+    does (arXiv 2507.12988)."""
+    means: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable:
+        return lambda _, inputs: means.__setitem__(name, means.get(name, 0) + inputs[0].mean((0, 1)))
+
+    shifted = copy.deepcopy(dense)
+    batches = images.split(500)
+    hooks = [shifted.get_submodule(name).register_forward_pre_hook(note(name)) for name in plan.kept]
+    for batch in batches:
+        shifted(batch)
+    for hook in hooks:
+        hook.remove()
+    for name, kept in plan.kept.items():
+        layer, gone = shifted.get_submodule(name), torch.ones(len(means[name]), dtype=torch.bool)
+        gone[list(kept)] = False
+        layer.bias += layer.weight[:, gone] @ (means[name] / len(batches))[gone]
+    return shifted
 
 
 # --------------------------------------------------------------------------------------------- Torch-Pruning
@@ -224,6 +256,15 @@ def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], tuple[nn.Module,
                 if fitted or "optimal" not in name:
                     yield f"ranking/{name}/{share}/{fitted}", lambda a=(make, share, fitted): cut(*a)
 
+    def shifted(share: float) -> tuple[nn.Module, float]:
+        start = time.perf_counter()
+        plan = RANKINGS[VARIANCE](setting, setting.macs(share), statistics_of(labelled[0]))
+        model = with_mean_shift(setting.model, plan, labelled[0])
+        return vtp.compact(model, plan), time.perf_counter() - start
+
+    for share in SHARES:
+        yield f"ranking/{MEAN_SHIFT}/{share}/False", lambda s=share: shifted(s)
+
     def pruned(how: str, share: float) -> tuple[nn.Module, float]:
         start = time.perf_counter()
         model = torch_pruning(setting, setting.macs(share), how, labelled)
@@ -261,20 +302,25 @@ def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], tuple[nn.Module,
         plan = vtp.make_plan(setting.model, rate=0.0, statistics=statistics_of(labelled[0]), key_width=rank)
         return vtp.compact(setting.model, plan, images=labelled[0]), time.perf_counter() - start
 
-    def chosen(rank: int) -> tuple[nn.Module, float]:
+    def chosen(rank: int, mended: bool) -> tuple[nn.Module, float]:
         start = time.perf_counter()
-        return choose_keys(setting.model, labelled[0], rank), time.perf_counter() - start
+        small = choose_keys(setting.model, labelled[0], rank, mended=mended)
+        return small, time.perf_counter() - start
 
     for rank in RANKS:
         yield f"rank/svd/{rank}", lambda r=rank: narrow(r)
-        yield f"rank/chosen/{rank}", lambda r=rank: chosen(r)
+        yield f"rank/chosen/{rank}", lambda r=rank: chosen(r, False)
+        yield f"rank/mended/{rank}", lambda r=rank: chosen(r, True)
 
 
 @torch.no_grad()
-def choose_keys(dense: nn.Module, images: Tensor, rank: int) -> nn.Module:
+def choose_keys(dense: nn.Module, images: Tensor, rank: int, *, mended: bool = False) -> nn.Module:
     """The dense model with all but `rank` dimensions of each head's queries and keys at 0.
 
     Those are kept that carry most of the scores on their own: E q_j^2 E k_j^2, keys centred in each image.
+    `mended`: what meets the kept queries q_S becomes B k_S, whose scores come closest to q'k by least squares
+    for the second moments Q and K, `B = Q_SS^-1 Q_S: K_:S K_SS^-1`; as CORP (arXiv 2602.05243) makes up for
+    scores that are removed by a linear map between those that are kept.
     """
     small = plain_copy(dense)
     tokens = small.norm_pre(small._pos_embed(small.patch_embed(images)))
@@ -284,14 +330,30 @@ def choose_keys(dense: nn.Module, images: Tensor, rank: int) -> nn.Module:
         query, key, _ = qkv.unbind(2)
         key = key - key.mean(1, keepdim=True)
         energy = query.square().mean((0, 1)) * key.square().mean((0, 1))  # [heads, head_dim]
-        gone = torch.ones_like(energy, dtype=torch.bool)
-        gone = gone.scatter_(1, energy.topk(rank).indices, False).flatten()
+        kept = energy.topk(rank).indices
+        gone = torch.ones_like(energy, dtype=torch.bool).scatter_(1, kept, False).flatten()
+        for head in range(attn.num_heads) if mended else ():
+            _mend_queries(own.attn.qkv, head, kept[head], query[:, :, head], key[:, :, head])
         for part in (slice(0, len(gone)), slice(len(gone), 2 * len(gone))):
             own.attn.qkv.weight[part][gone] = 0
             if own.attn.qkv.bias is not None:
                 own.attn.qkv.bias[part][gone] = 0
         tokens = block(tokens)
     return small
+
+
+def _mend_queries(qkv: nn.Linear, head: int, kept: Tensor, query: Tensor, key: Tensor) -> None:
+    """B of `choose_keys`, folded into the kept rows of one head's queries. query, key: [..., head_dim]."""
+    queries, keys = (t.flatten(0, -2).double() for t in (query, key))
+    queries, keys = queries.T @ queries, keys.T @ keys
+    ridge = [1e-8 * own[kept][:, kept].diagonal().mean() * torch.eye(len(kept)) for own in (queries, keys)]
+    left = torch.linalg.solve(queries[kept][:, kept] + ridge[0], queries[kept])
+    right = torch.linalg.solve(keys[kept][:, kept] + ridge[1], keys[kept])
+    mix = (left @ right.T).to(qkv.weight)
+    rows = head * len(queries) + kept
+    qkv.weight[rows] = mix.T @ qkv.weight[rows]
+    if qkv.bias is not None:
+        qkv.bias[rows] = mix.T @ qkv.bias[rows]
 
 
 # --------------------------------------------------------------------------------------------------- running
@@ -361,7 +423,7 @@ def markdown(results: dict[str, Any]) -> str:
         (f"{share:.0%}{', refit' if fitted else ''}" for share, fitted in both),
         (
             (name, [f"ranking/{name}/{share}/{fitted}" for share, fitted in both])
-            for name in [*RANKINGS, *TORCH_PRUNING]
+            for name in [*RANKINGS, MEAN_SHIFT, *TORCH_PRUNING]
         ),
     )
     budgets = [f"{share:.0%} of MACs" for share in SHARES[:2]]
@@ -373,11 +435,10 @@ def markdown(results: dict[str, Any]) -> str:
     lines += table(
         "damping", budgets, ((label, [f"{way}/{share}" for share in SHARES[:2]]) for label, way in ways)
     )
-    how = {"whitened SVD": "svd", "best dimensions, as they are": "chosen"}
     lines += table(
         "rank of q and k, of 32",
         map(str, RANKS),
-        ((label, [f"rank/{kind}/{rank}" for rank in RANKS]) for label, kind in how.items()),
+        ((label, [f"rank/{kind}/{rank}" for rank in RANKS]) for kind, label in NARROWED.items()),
     )
     return "\n".join(lines)
 
@@ -397,10 +458,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
         (line,) = dampings.plot(fixed, [found[f"damping/{d}/{share}"] for d in fixed], mark, label=label)
         dampings.axhline(found[f"damping/None/{share}"], color=line.get_color(), ls="--", lw=1)
         dampings.axhline(found[f"feedback/False/{share}"], color=line.get_color(), ls=":", lw=1)
-    for kind, mark, label in (
-        ("svd", "o-", "whitened SVD"),
-        ("chosen", "s--", "best dimensions, as they are"),
-    ):
+    for (kind, label), mark in zip(NARROWED.items(), ("o-", "s--", "^:"), strict=True):
         ranks.plot(RANKS, [found[f"rank/{kind}/{rank}"] for rank in RANKS], mark, label=label)
     for axes, title, where in (
         (counts, "unlabelled images", "images"),

@@ -1,5 +1,6 @@
 """bench.one_shot: what it compares with is what it says, and a run goes on where it stopped."""
 
+import copy
 import importlib.util
 import json
 
@@ -72,3 +73,38 @@ def test_run_goes_on_where_it_stopped_and_prints_its_tables(tmp_path, monkeypatc
     assert one_shot.main(["--markdown", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "| random | 89.25 |" in printed and "| whitened SVD |  | 89.25 |" in printed
+
+
+def test_mended_queries_and_keys_have_the_scores_that_are_there_where_the_rank_allows_it(setting):
+    """Queries and keys of rank 5 in 32 dimensions: any 5 that span them carry all scores, once mended."""
+    images = setting.images(16)[0].double()
+    low = one_shot.plain_copy(copy.deepcopy(setting.model).double())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in low.blocks:
+            weight = block.attn.qkv.weight[: 2 * 96].unflatten(0, (6, 32))
+            mixed = torch.randn(6, 32, 5, generator=generator) @ torch.randn(6, 5, 96, generator=generator)
+            weight.copy_(0.05 * mixed)
+            block.attn.qkv.bias[: 2 * 96] = 0
+    mended = one_shot.choose_keys(low, images, rank=5, mended=True)
+    torch.testing.assert_close(mended(images), low(images), rtol=1e-3, atol=1e-3)
+    plain = one_shot.choose_keys(low, images, rank=5)
+    assert (plain(images) - low(images)).abs().max() > 0.1
+
+
+def test_mean_shift_leaves_the_dense_output_where_what_is_removed_is_constant(setting):
+    images, _ = setting.images(16)
+    plan = vtp.make_plan(vtp.insert_gates(setting.model), rate=0.3, scope="per_site")
+    flat = one_shot.plain_copy(setting.model)
+    with torch.no_grad():
+        for i, block in enumerate(flat.blocks):
+            for norm, site in ((block.norm1, "attn.qkv"), (block.norm2, "mlp.fc1")):
+                gone = [j for j in range(96) if j not in plan.kept[f"blocks.{i}.{site}"]]
+                norm.weight[gone] = 0
+            gone = [j for j in range(384) if j not in plan.kept[f"blocks.{i}.mlp.fc2"]]
+            block.mlp.fc1.weight[gone] = 0
+            gone = [192 + j for j in range(96) if j not in plan.kept[f"blocks.{i}.attn.proj"]]
+            block.attn.qkv.weight[gone] = 0
+    small = vtp.compact(one_shot.with_mean_shift(flat, plan, images), plan)
+    torch.testing.assert_close(small(images), flat(images), rtol=1e-4, atol=1e-4)
+    assert (vtp.compact(flat, plan)(images) - flat(images)).abs().max() > 1e-2

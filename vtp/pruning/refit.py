@@ -142,7 +142,7 @@ class _BlockFit:
             query, key, value = split_heads(attn, qkv)
             heads_out = attend(attn, query, key, value)
             if alive:
-                normed = self._thinned(self.own.norm1(rest), piece)
+                normed = self.own.norm1(self._thinned(rest, piece))
                 sums.add(normed, self._thinned(qkv, piece) - _linear(normed, weight, bias))
                 if self.turned:
                     out.add(self._thinned(heads_out, piece))
@@ -188,7 +188,9 @@ class _BlockFit:
             for piece, (x, rest) in enumerate(self._pieces()):
                 given = own.attend(own.qkv(self.own.norm1(rest)), None, False, on_kernels=False)
                 entered.append(short.keep(given))
-                self._add(sums, given, self._lack(piece, x, rest), prior, proj_bias, piece)
+                lack = self._counted(self._lack(piece, x, rest), piece)
+                counted = self._counted(given, piece)
+                sums.add(counted, lack - _linear(counted, prior, proj_bias))
             self._set(own.proj, self.own.ls1, prior, proj_bias, sums)
             for given, (_, rest) in zip(entered, self._pieces(), strict=True):
                 rest += self.own.ls1(own.proj(given.to(rest)))
@@ -208,7 +210,8 @@ class _BlockFit:
         for piece, (x, rest) in enumerate(self._pieces()):
             given = mlp.fc1(self.block.norm2(x))
             if alive:
-                self._add(sums, self.own.norm2(rest), given[..., hidden], weight, bias, piece)
+                normed = self.own.norm2(self._counted(rest, piece))
+                sums.add(normed, self._counted(given, piece)[:, hidden] - _linear(normed, weight, bias))
             x += self.block.ls2(mlp.fc2(mlp.act(given)))
         if not alive:
             own.bias.copy_(self._mean_lack())
@@ -220,8 +223,9 @@ class _BlockFit:
         weight = weight[:, hidden]
         sums = Moments(len(hidden), len(weight), self.device)
         for piece, (x, rest) in enumerate(self._pieces()):
-            given = own.act(own.fc1(self.own.norm2(rest)))
-            self._add(sums, given, self._lack(piece, x, rest), weight, bias, piece)
+            lack = self._counted(self._lack(piece, x, rest), piece)
+            given = own.act(own.fc1(self.own.norm2(self._counted(rest, piece))))
+            sums.add(given, lack - _linear(given, weight, bias))
         self._set(own.fc2, self.own.ls2, weight, bias, sums)
         for _, rest in self._pieces():
             rest += self.own.ls2(own.fc2(own.act(own.fc1(self.own.norm2(rest)))))
@@ -239,15 +243,9 @@ class _BlockFit:
         """Some of the rows [n, width] of x [images, tokens, width]; others of each piece."""
         return x.flatten(0, 1)[piece % self.every :: self.every]
 
-    def _add(
-        self, sums: Moments, given: Tensor, target: Tensor, weight: Tensor, bias: Tensor, piece: int
-    ) -> None:
-        """Add what a layer of these weights lacks of its target, for the tokens that count."""
-        if self.read is None:
-            x, e = self._thinned(given, piece), self._thinned(target, piece)
-        else:
-            x, e = given[:, : self.read].flatten(0, 1), target[:, : self.read].flatten(0, 1)
-        sums.add(x, e - _linear(x, weight, bias))
+    def _counted(self, x: Tensor, piece: int) -> Tensor:
+        """Rows of tokens that what the block puts out is fitted on: some of all, or all of those read."""
+        return self._thinned(x, piece) if self.read is None else x[:, : self.read].flatten(0, 1)
 
     def _begin_branch(self) -> None:
         if not self.feedback:

@@ -19,7 +19,7 @@ from vtp.model.architecture import Architecture, describe, replace_sites
 from vtp.pruning.gates import GatedLinear
 
 Progress = Callable[[str, float], None]
-_PIECE = 16_384  # tokens of one piece: enough for products at full speed, little beside the weights
+_PIECE = 2048  # tokens of one piece: its widest activations stay in memory that is at hand, not mapped anew
 
 
 class ImagesError(ValueError):
