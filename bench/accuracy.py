@@ -85,11 +85,11 @@ WAYS = {
         sparse=True,
         epochs=4,
         rankings={
-            "random": (one_shot.random, BOTH),
-            "weight magnitude, per site": (one_shot.magnitude, BOTH),
             "learned gates": (learned("gate"), BOTH),
             "learned gates, q and k at a quarter": (learned("gate", key_width=KEY_SHARE), (True,)),
             **OPTIMAL,
+            "weight magnitude, per site": (one_shot.magnitude, BOTH),
+            "random": (one_shot.random, BOTH),
         },
     ),
 }
