@@ -12,6 +12,7 @@ from torch import Tensor
 # Damping is at least this share of the mean variance: with all inputs independent of each other, or more
 # samples than anyone has, the estimate of OAS is that nothing is needed, and rounding says something else.
 LEAST_DAMPING = 1e-8
+_ROWS_AT_ONCE = 2048  # of which the products are summed in the rows' own precision
 _NOTHING = 1e-60  # a variance: what float32 can hold squared, and far from it
 
 
@@ -40,6 +41,7 @@ class Moments:
         self._e = torch.zeros(outputs, dtype=torch.float64, device=device)
         self._xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self._xe = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []
 
     def add(self, x: Tensor, e: Tensor | None = None) -> None:
         """Take in rows x [n, inputs] and e [n, outputs]."""
@@ -47,27 +49,47 @@ class Moments:
             return
         if self._shift is None:
             self._shift = x.mean(0)
-        x = x - self._shift
         self.count += len(x)
+        # A copy of the rows, as whoever gave them may go on to write to them.
+        self._waiting.append((x - self._shift, None if e is None else e.clone()))
+        if sum(len(rows) for rows, _ in self._waiting) >= _ROWS_AT_ONCE:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """Sum up the rows that wait: the sums are large, and each is read and written once for many rows."""
+        if not self._waiting:
+            return
+        x = torch.cat([rows for rows, _ in self._waiting])
+        targets = [e for _, e in self._waiting if e is not None]
+        self._waiting = []
         self._x += x.sum(0)
-        self._xx += x.T @ x
-        if e is not None:
+        half = x.shape[1] // 2  # the lower left is the upper right, turned
+        left, right = x[:, :half], x[:, half:]
+        self._xx[:half, :half] += left.T @ left
+        self._xx[:half, half:] += left.T @ right
+        self._xx[half:, half:] += right.T @ right
+        self._xx[half:, :half] = self._xx[:half, half:].T
+        if targets:
+            e = torch.cat(targets)
             self._e += e.sum(0)
             self._xe += x.T @ e
 
     @property
     def mean(self) -> Tensor:
         """Mean of x, float64 [inputs]."""
+        self._take_in()
         return self._shift.double() + self._x / self.count
 
     @property
     def mean_target(self) -> Tensor:
         """Mean of e, float64 [outputs]."""
+        self._take_in()
         return self._e / self.count
 
     @property
     def covariance(self) -> Tensor:
         """Of x with itself, float64 [inputs, inputs]."""
+        self._take_in()
         mean = self._x / self.count
         return self._xx / self.count - torch.outer(mean, mean)
 
@@ -79,6 +101,7 @@ class Moments:
     @property
     def cross(self) -> Tensor:
         """Covariance of x with e, float64 [inputs, outputs]."""
+        self._take_in()
         return self._xe / self.count - torch.outer(self._x / self.count, self._e / self.count)
 
 
