@@ -470,6 +470,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
         axes.title.set_fontsize(9)
         axes.legend(fontsize=7)
     ranks.set_xticks(RANKS, map(str, RANKS))
+    ranks.minorticks_off()
     figure.text(0.5, 0.005, in_one_line(results), ha="center", fontsize=6, color="0.4")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     write_atomic(file, lambda path: figure.savefig(path, format="png"))
