@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from vtp.files import FileError, fingerprint, write_atomic
 from vtp.model.architecture import Architecture, describe
 from vtp.model.widths import SITES
+from vtp.pruning.dense_block import attend, centred, scaled_weight, split_heads
 from vtp.pruning.moments import Moments, narrowed_scores, oas_damping, obs_curve, turned_values
 from vtp.pruning.streams import Progress, Store, Stream, batches, embedded, plain_copy
 
@@ -70,10 +70,6 @@ class Statistics:
     change_images: int
     change: str
     tensors: Mapping[str, Tensor]
-
-    def of(self, name: str) -> Tensor:
-        """One tensor of the list above."""
-        return self.tensors[name]
 
     def save(self, path: str | Path) -> None:
         """Write the statistics as one safetensors file, atomically. Raises FileError."""
@@ -181,16 +177,6 @@ def _enough(images: Tensor | Iterable, architecture: Architecture) -> Iterator[A
             return
 
 
-def scaled_weight(linear: nn.Linear, layer_scale: nn.Module) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of a layer with its LayerScale, float64; a missing bias is 0."""
-    weight = linear.weight.double()
-    bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.double()
-    if isinstance(layer_scale, LayerScale):
-        gamma = layer_scale.gamma.double()
-        return weight * gamma[:, None], bias * gamma
-    return weight, bias
-
-
 @dataclasses.dataclass
 class _Block:
     """One block of the dense model as weights and products, of which one at a time is replaced.
@@ -232,17 +218,6 @@ class _Block:
         return F.linear(x, weight.to(x), bias.to(x))
 
 
-def split_heads(attn: nn.Module, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a dense attention, [images, heads, tokens, head_dim] each, behind norms."""
-    query, key, value = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
-    return attn.q_norm(query), attn.k_norm(key), value
-
-
-def attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What goes into proj, [images, tokens, embed_dim]."""
-    return F.scaled_dot_product_attention(query, key, value, scale=attn.scale).transpose(1, 2).flatten(2)
-
-
 @dataclasses.dataclass
 class _Sums:
     """Second moments of what goes through one block: inputs of its sites; queries and keys of each head."""
@@ -264,10 +239,10 @@ def _gather(block: nn.Module, stream: Stream, device: torch.device) -> _Sums:
         normed = block.norm1(x)
         sums.sites["attn.qkv"].add(normed.flatten(0, 1))
         query, key, value = split_heads(attn, attn.qkv(normed))
-        centred = key - key.mean(-2, keepdim=True)
+        varying = centred(key)
         for head in range(attn.num_heads):
             sums.queries[head].add(query[:, head].flatten(0, 1))
-            sums.keys[head].add(centred[:, head].flatten(0, 1))
+            sums.keys[head].add(varying[:, head].flatten(0, 1))
         out = attend(attn, query, key, value)
         sums.sites["attn.proj"].add(out.flatten(0, 1))
         x = x + block.ls1(attn.proj(out))

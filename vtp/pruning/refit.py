@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vtp.model.architecture import Architecture
 from vtp.model.widths import SITES
-from vtp.pruning.calibration import attend, scaled_weight, split_heads
+from vtp.pruning.dense_block import attend, centred, scaled_weight, split_heads
 from vtp.pruning.moments import Moments, finite, narrowed_scores, ridge, turned_values
 from vtp.pruning.plan import PruningPlan
 from vtp.pruning.streams import Progress, Store, embedded
@@ -146,10 +146,10 @@ class _BlockFit:
                 sums.add(normed, self._thinned(qkv, piece) - _linear(normed, weight, bias))
                 if self.turned:
                     out.add(self._thinned(heads_out, piece))
-                centred = key - key.mean(-2, keepdim=True)
+                varying = centred(key) if narrow else key
                 for head in heads if narrow else ():
                     queries[head].add(self._thinned(query[:, head], piece))
-                    keys[head].add(self._thinned(centred[:, head], piece))
+                    keys[head].add(self._thinned(varying[:, head], piece))
             x += self.block.ls1(attn.proj(heads_out))
         proj, proj_bias = scaled_weight(attn.proj, self.block.ls1)
         if not alive:

@@ -8,13 +8,16 @@ however deep the model is. Pieces that the memory has no room for lie in tempora
 import copy
 import dataclasses
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vtp.files import FileError
 from vtp.model.architecture import Architecture, describe, replace_sites
 from vtp.pruning.gates import GatedLinear
 
@@ -97,6 +100,7 @@ class Store:
             self._folder = tempfile.TemporaryDirectory(prefix="vtp-")
         self._files += 1
         name = f"{self._folder.name}/{self._files}"
+        _allocate(name, size)
         kept = torch.from_file(name, shared=True, size=piece.numel(), dtype=piece.dtype).view(piece.shape)
         return kept.copy_(piece)
 
@@ -114,6 +118,20 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _allocate(name: str, size: int) -> None:
+    """A file whose bytes the disk has room for: to write into a mapping that has none ends the process."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    with open(name, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise FileError(
+                f"memory_gb: the rest of the images' tokens lies in temporary files, and {Path(name).parent} "
+                f"has no room for {size / 1e9:.2f} GB more ({error.strerror}); TMPDIR names another folder"
+            ) from error
 
 
 def embedded(

@@ -261,7 +261,7 @@ def test_kept_dimensions_are_those_that_obs_removes_last_and_principal_values_co
     plan = vtp.make_plan(model, macs=0.5 * DENSE.macs, statistics=statistics, scope="optimal")
     for i, site in itertools.product(range(2), ("attn.qkv", "mlp.fc1", "mlp.fc2")):
         name = f"blocks.{i}.{site}"
-        order, kept = statistics.of(f"{name}.order").long().tolist(), plan.kept[name]
+        order, kept = statistics.tensors[f"{name}.order"].long().tolist(), plan.kept[name]
         assert set(kept) == set(order[len(order) - len(kept) :])
     for i in range(2):
         expected = [4 * head + j for head, width in enumerate(plan.value_widths(i)) for j in range(width)]
@@ -271,14 +271,14 @@ def test_kept_dimensions_are_those_that_obs_removes_last_and_principal_values_co
 @pytest.mark.parametrize("what", ["head", "attention", "mlp"])
 def test_what_does_nothing_is_removed_whole(model, statistics, what):
     if what == "head":
-        energies = statistics.of("blocks.0.attn.values").clone()
+        energies = statistics.tensors["blocks.0.attn.values"].clone()
         energies[1] = 0
         changed = {"blocks.0.attn.values": energies}
     else:
         units = ("attn.qkv", "attn.values") if what == "attention" else ("mlp.fc1", "mlp.fc2")
         changed = {}
         for unit in units:
-            points = statistics.of(f"blocks.0.{unit}.changes").clone()
+            points = statistics.tensors[f"blocks.0.{unit}.changes"].clone()
             points[:, 1] = 0
             changed[f"blocks.0.{unit}.changes"] = points
     plan = vtp.make_plan(
@@ -385,6 +385,6 @@ def test_scores_of_statistics_meet_a_budget_in_every_scope(model, statistics, sc
 def test_obs_scores_keep_the_order_of_removal(model, statistics):
     scores = vtp.make_plan(model, rate=0.0, statistics=statistics).scores
     for name, values in scores.items():
-        order = statistics.of(f"{name}.order").long().tolist()
+        order = statistics.tensors[f"{name}.order"].long().tolist()
         ranked = torch.tensor(values)[order]
         assert (ranked.diff() >= 0).all(), name

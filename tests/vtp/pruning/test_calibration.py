@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import itertools
 import math
 import os
@@ -78,22 +79,22 @@ def test_every_family_has_finite_statistics_of_every_unit(family):
         assert tensor.isfinite().all(), name
         assert (tensor >= 0).all(), name
     for name, width in architecture.site_widths().items():
-        assert statistics.of(f"{name}.order").sort().values.tolist() == list(range(width))
-        assert statistics.of(f"{name}.errors").shape == (width + 1,)
+        assert statistics.tensors[f"{name}.order"].sort().values.tolist() == list(range(width))
+        assert statistics.tensors[f"{name}.errors"].shape == (width + 1,)
     narrow = "blocks.0.attn.keys" in statistics.tensors
     assert narrow == (not architecture.qk_norm)
     # Each unit matters: what is measured would be 0 if a change did not reach the output.
     for i, unit in itertools.product(range(architecture.depth), ("attn.qkv", "attn.values", "mlp.fc2")):
-        assert (statistics.of(f"blocks.{i}.{unit}.changes")[:, 1] > 0).all()
+        assert (statistics.tensors[f"blocks.{i}.{unit}.changes"][:, 1] > 0).all()
 
 
 def test_variances_and_shares_are_those_of_what_goes_into_each_site(model, images, statistics):
     for name, rows in site_inputs(model, images).items():
         variance = rows.var(0, correction=0)
         weight = model.get_submodule(name).weight
-        torch.testing.assert_close(statistics.of(f"{name}.variance"), variance, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(statistics.tensors[f"{name}.variance"], variance, rtol=1e-9, atol=1e-12)
         share = weight.detach().square().sum(0) * variance
-        torch.testing.assert_close(statistics.of(f"{name}.activation"), share, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(statistics.tensors[f"{name}.activation"], share, rtol=1e-9, atol=1e-12)
 
 
 def test_layer_scale_counts_as_a_part_of_the_weights():
@@ -108,7 +109,7 @@ def test_layer_scale_counts_as_a_part_of_the_weights():
     images = image(model, batch=20)
     got, expected = vtp.calibrate(model, images), vtp.calibrate(folded, images)
     for name, tensor in expected.tensors.items():
-        torch.testing.assert_close(got.of(name), tensor, rtol=1e-6, atol=1e-12, msg=name)
+        torch.testing.assert_close(got.tensors[name], tensor, rtol=1e-6, atol=1e-12, msg=name)
 
 
 def divergence(model, changed, images):
@@ -124,8 +125,8 @@ def test_measured_change_is_that_of_the_model_with_the_unit_really_cut(
 ):
     """The layer is refitted here by least squares on what goes into it, with rows for the damping."""
     name = f"blocks.{block}.{site}"
-    kept_number, change = statistics.of(f"{name}.changes")[1].tolist()
-    order = statistics.of(f"{name}.order").long()
+    kept_number, change = statistics.tensors[f"{name}.changes"][1].tolist()
+    order = statistics.tensors[f"{name}.order"].long()
     kept = order[len(order) - int(kept_number) :]
     rows = site_inputs(model, images)[name]
     cut = copy.deepcopy(model)
@@ -154,7 +155,7 @@ def test_measured_change_without_a_branch_is_that_of_its_mean(model, images, sta
     with torch.no_grad():
         layer.bias.copy_(F.linear(rows.mean(0), layer.weight, layer.bias))
         layer.weight.zero_()
-    width, change = statistics.of(f"blocks.1.{unit}.changes")[0].tolist()
+    width, change = statistics.tensors[f"blocks.1.{unit}.changes"][0].tolist()
     assert width == 0
     probed = images[: statistics.change_images]
     assert change == pytest.approx(divergence(model, cut, probed), rel=1e-9)
@@ -163,7 +164,7 @@ def test_measured_change_without_a_branch_is_that_of_its_mean(model, images, sta
 def test_measured_change_of_narrow_keys_is_that_of_the_model_cut_to_them(model, images, statistics):
     """By the compact model: all images and no damping, so that only queries and keys change."""
     for block in range(2):
-        total, change = statistics.of(f"blocks.{block}.attn.keys.changes")[0].tolist()
+        total, change = statistics.tensors[f"blocks.{block}.attn.keys.changes"][0].tolist()
         plan = vtp.make_plan(model, rate=0.0, statistics=statistics)
         keys = {f"blocks.{block}.attn": (int(total) // 3,) * 3}
         small = vtp.compact(model, dataclasses.replace(plan, keys=keys), images=images)
@@ -218,13 +219,24 @@ def test_pieces_add_up_to_the_whole(model, images, statistics, tokens, monkeypat
     monkeypatch.setattr("vtp.pruning.streams._PIECE", tokens)
     got = vtp.calibrate(model, images)
     for name, tensor in statistics.tensors.items():
-        torch.testing.assert_close(got.of(name), tensor, rtol=1e-6, atol=1e-12, msg=name)
+        torch.testing.assert_close(got.tensors[name], tensor, rtol=1e-6, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("memory_gb", [0, 1e-6, 5])
 def test_statistics_do_not_depend_on_where_images_lie(model, images, memory_gb, monkeypatch):
     monkeypatch.setattr("vtp.pruning.streams._PIECE", 30)
     assert_equal(vtp.calibrate(model, images, memory_gb=memory_gb), vtp.calibrate(model, images))
+
+
+def test_disk_without_room_is_said_and_nothing_is_left(model, images, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(FileError, match=r"memory_gb.*no room.*No space left on device"):
+        vtp.calibrate(model, images, memory_gb=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_images_beyond_the_rows_that_are_looked_at_are_not_read(model, images, monkeypatch):
@@ -362,7 +374,9 @@ def test_huge_activations_give_a_finite_model_or_are_named(dtype):
 def test_one_class_is_not_cut_as_if_nothing_mattered():
     model = build(FAMILIES["one-class"])
     statistics = vtp.calibrate(model, image(model, batch=20))
-    changes = [statistics.of(f"blocks.{i}.{u}.changes") for i in range(2) for u in ("attn.qkv", "mlp.fc1")]
+    changes = [
+        statistics.tensors[f"blocks.{i}.{u}.changes"] for i in range(2) for u in ("attn.qkv", "mlp.fc1")
+    ]
     assert all((points[:, 1] > 1e-9).all() for points in changes)
 
 
@@ -518,6 +532,6 @@ def test_statistics_that_are_none_or_something_else_are_refused_by_name(model):
 
 def test_shares_that_are_measured_are_numbers_of_widths(statistics):
     for i in range(2):
-        assert statistics.of(f"blocks.{i}.mlp.fc2.changes")[:, 0].tolist() == [0, 5]
-        assert statistics.of(f"blocks.{i}.attn.keys.changes")[:, 0].tolist() == [3]
-        assert np.diff(statistics.of(f"blocks.{i}.attn.values.changes")[:, 0]) > 0
+        assert statistics.tensors[f"blocks.{i}.mlp.fc2.changes"][:, 0].tolist() == [0, 5]
+        assert statistics.tensors[f"blocks.{i}.attn.keys.changes"][:, 0].tolist() == [3]
+        assert np.diff(statistics.tensors[f"blocks.{i}.attn.values.changes"][:, 0]) > 0
