@@ -27,7 +27,17 @@ from vtp.machine import description, in_one_line
 from vtp.model.architecture import describe
 from vtp.model.cost import count
 from vtp.options import positive, thread_count
-from vtp.pipeline import RECIPES, STAGES, Recipe, RunConfig, classes_of, fit_data, run, short_recipe_for
+from vtp.pipeline import (
+    RECIPES,
+    STAGES,
+    Recipe,
+    RunConfig,
+    classes_of,
+    fit_data,
+    make_run_folder,
+    run,
+    short_recipe_for,
+)
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactViT, compact
 from vtp.pruning.gates import insert_gates, sites
@@ -40,7 +50,14 @@ from vtp.runtime.latency_profile import profile_widths
 from vtp.training.config import TrainConfig
 from vtp.training.data import EMBEDDED, Data, DataError, open_data
 from vtp.training.loaders import Augment, calibration_count
-from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images, evaluate, train
+from vtp.training.loop import (
+    NonFiniteLossError,
+    TrainingInterrupted,
+    accelerator,
+    calibration_images,
+    evaluate,
+    train,
+)
 from vtp.training.progress import share_bar
 from vtp.training.sparsity import gate_statistics
 from vtp.training.state import STATE_FORMAT
@@ -125,12 +142,13 @@ def _train_stage(
         )
     if teacher is None and settings.distill_alpha:
         settings = dataclasses.replace(settings, distill_alpha=0.0)
-    run_dir = Path(options.out)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir = make_run_folder(options.out)
     result = train(
         model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
         augment=Augment.preset(recipe.augment_of(stage), model.patch_embed.img_size[0]),
     )  # fmt: skip
+    if not accelerator(settings.precision).is_main_process:
+        return
     file = run_dir / ("compact.safetensors" if stage == "finetune" else f"{stage}.safetensors")
     checkpoint.save(result.model, file, metadata={"top1": result.top1, "data": Path(data.name).name})
     _console.print(f"top-1 {result.top1:.2f}; {count(result.model)}; wrote {file}")

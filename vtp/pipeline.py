@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
 from vtp.checkpoint import load, save
-from vtp.files import FileError, fingerprint, write_atomic
+from vtp.files import FileError, fingerprint, refuse_unwritable, write_atomic
 from vtp.machine import environment
 from vtp.model.architecture import UnsupportedModelError, describe
 from vtp.model.cost import count
@@ -47,8 +46,9 @@ from vtp.runtime.optimize import optimize
 from vtp.timing import interleaved_latency
 from vtp.training.config import TrainConfig
 from vtp.training.data import EMBEDDED, Data, DataError, check_data, is_small_grey, open_data
+from vtp.training.identity import data_identity, settings_that_count
 from vtp.training.loaders import Augment, calibration_count
-from vtp.training.loop import calibration_images, evaluate, train
+from vtp.training.loop import accelerator, calibration_images, evaluate, train
 from vtp.training.progress import share_bar
 from vtp.zoo import FASHION_DEIT, open_model
 
@@ -201,14 +201,14 @@ def run(
         DataError, PlanError, UnsupportedModelError: before the first step, wherever that can be known.
         TrainingInterrupted, NonFiniteLossError: see `vtp.training.loop`.
     """
-    run_dir, process = Path(run_dir), Accelerator()
+    run_dir, process = Path(run_dir), accelerator()
     # A log file has no width of its own; 80 columns would break the final table.
     width = None if sys.stdout.isatty() else 120
     console = Console(quiet=not (progress and process.is_main_process), width=width)
     model, data = _open(config)
     _check_before_training(config, model, data)
     if process.is_main_process:
-        _begin_folder(config, run_dir, resume)
+        _begin_folder(config, run_dir, resume, model, data)
     process.wait_for_everyone()
     _say(console, f"model {config.model}: {count(model)}; data {data.name}: {_size(data)}")
     image_size = model.patch_embed.img_size[0]
@@ -378,15 +378,45 @@ def _check_before_training(config: RunConfig, model: nn.Module, data: Data) -> N
             raise ValueError(f"{name}.batch_size: got {stage.batch_size}, expected at most {images} images")
 
 
-def _begin_folder(config: RunConfig, run_dir: Path, resume: bool) -> None:
-    file, wanted = run_dir / "config.json", config.to_dict()
+def make_run_folder(run_dir: str | Path) -> Path:
+    """The folder of a run, made if it is not there. Raises FileError if it is a file or cannot be written."""
+    run_dir = Path(run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise FileError(f"run folder: {run_dir} is a file, expected a folder")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"run folder: cannot make {run_dir}: {error.strerror}") from error
-    if not file.exists():
-        write_atomic(file, lambda path: path.write_text(json.dumps(wanted, indent=1)))
-        return
+    refuse_unwritable(run_dir / "metrics.jsonl")
+    return run_dir
+
+
+def _begin_folder(config: RunConfig, run_dir: Path, resume: bool, model: nn.Module, data: Data) -> None:
+    """Write down what is asked for, which for a run that is resumed must be what it was begun with."""
+    file = make_run_folder(run_dir) / "config.json"
+    identity = {"model": fingerprint(model.state_dict()), **data_identity(data)}
+    wanted = config.to_dict() | {"identity": identity}
+    if file.exists() and not _nothing_trained(run_dir):
+        _check_same_run(run_dir, wanted, resume, data)
+    write_atomic(file, lambda path: path.write_text(json.dumps(wanted, indent=1)))
+
+
+def _nothing_trained(run_dir: Path) -> bool:
+    """Whether a run folder has no more in it than a run that failed at once has left: nothing to lose."""
+    names, metrics = {path.name for path in run_dir.iterdir()}, run_dir / "metrics.jsonl"
+    if not names <= {"config.json", "dense.safetensors", metrics.name, "checkpoints", "tensorboard"}:
+        return False
+    if (metrics.exists() and metrics.stat().st_size) or any((run_dir / "checkpoints").glob("*")):
+        return False
+    try:
+        return "budget" in json.loads((run_dir / "config.json").read_text())  # one of ours
+    except (ValueError, TypeError):
+        return False
+
+
+def _check_same_run(run_dir: Path, wanted: dict[str, Any], resume: bool, data: Data) -> None:
+    """Raise FileError unless a run is resumed that was begun with what is wanted now."""
+    file = run_dir / "config.json"
     if not resume:
         raise FileError(
             f"run folder: {run_dir} holds a run already; continue it with --resume, or name another"
@@ -395,11 +425,28 @@ def _begin_folder(config: RunConfig, run_dir: Path, resume: bool) -> None:
         found = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
         raise FileError(f"run folder: {file} is damaged ({error}); name another folder") from error
-    odd = [name for name in wanted if found.get(name) != wanted[name]]
+    if not isinstance(found.get("identity"), dict):
+        raise FileError(
+            f"run folder: {file} does not say what is in the model and the data, as that of an older vtp; it "
+            "cannot be resumed: name another folder (the models in this one still load)"
+        )
+    before, now = (_what_counts(each, run_dir, data) for each in (found, wanted))
+    odd = [name for name in now if before.get(name) != now[name]]
     if odd:
         raise FileError(
             f"run folder: {run_dir} holds a run with another {', '.join(odd)}; it cannot be resumed"
         )
+
+
+def _what_counts(written: dict[str, Any], run_dir: Path, data: Data) -> dict[str, Any]:
+    """What must stay the same for a run to be resumed: what is in its model and data, not what they are
+    called; of a stage that has not begun no more than the seed, by which images are drawn too."""
+    counts = {name: written[name] for name in written.keys() - {"model", "data", "data_root", "identity"}}
+    for stage in STAGES:
+        if isinstance(settings := counts.get(stage), dict):
+            begun = (run_dir / "checkpoints" / f"{stage}.safetensors").exists()
+            counts[stage] = settings_that_count(settings, data) if begun else settings.get("seed")
+    return counts | written["identity"]
 
 
 def _results(models: dict[str, nn.Module], data: Data, run_dir: Path, config: RunConfig) -> dict[str, Any]:

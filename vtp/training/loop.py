@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import json
 import math
 import random
 import signal
@@ -32,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import get_int_from_env
 from timm.data import Mixup
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -41,10 +41,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vtp.files import fingerprint
 from vtp.runtime.optimize import OptimizedViT
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data
+from vtp.training.identity import stage_identity
 from vtp.training.loaders import Augment, calibration_loader, set_epoch, test_loader, train_loader
 from vtp.training.progress import StageProgress, append_metrics, rewrite_metrics, tensorboard
 from vtp.training.signals import deferred_signals, shielded
@@ -59,6 +59,8 @@ from vtp.training.state import all_finite, first_not_finite, read_state, restore
 
 CHECK_EVERY = {"cpu": 1}  # steps between looks at the losses; elsewhere a look waits for the device, hence:
 CHECK_EVERY_ELSEWHERE = 16
+# Where torchrun, accelerate launch and MPI say how many processes they have started, as Accelerate reads it.
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class TrainingInterrupted(RuntimeError):
@@ -172,7 +174,7 @@ class _Stage:
                 f"data: {data.name} has {data.num_classes} classes, expected the model's {model.num_classes}"
             )
         self.config, self.stage, self.run_dir = config, stage, run_dir
-        self.accelerator = _accelerator(config.precision)
+        self.accelerator = accelerator(config.precision)
         self._build_models(model, teacher)
         self._build_loaders(data, augment)
         self._build_optimizer()
@@ -180,7 +182,7 @@ class _Stage:
         self.position = _Position()
         models = {"model": self.raw, "teacher": self.teacher}
         processes = self.accelerator.num_processes
-        self.identity = _identity(data, config, stage, augment, self.steps, processes, models)
+        self.identity = stage_identity(data, config, stage, augment, self.steps, processes, models)
         # The score is wanted for the trained model: in the last third of the steps the learning rate is low
         # and gates and weights are near their final values.
         self.taylor_from = config.epochs * self.steps * 2 // 3
@@ -591,36 +593,26 @@ def _evaluate(
     return 100.0 * correct / len(scores), loss / len(scores)
 
 
-def _accelerator(precision: str) -> Accelerator:
-    """An Accelerator of this precision. Raises ValueError where the machine cannot do it."""
+def accelerator(precision: str = "no") -> Accelerator:
+    """An Accelerator of this precision, for as many processes as were started.
+
+    Raises:
+        ValueError: the machine cannot do that precision, or Accelerate does not see all of the processes,
+            each of which would then train alone and write the same files.
+    """
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("config.precision: got 'fp16', expected 'no' or 'bf16' as there is no GPU")
     # Accelerate keeps one state per process and refuses a second precision. Stages may differ in it, and
     # nothing of a former stage still uses that state.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision)
-
-
-def _identity(
-    data: Data,
-    config: TrainConfig,
-    stage: str,
-    augment: Augment,
-    steps: int,
-    processes: int,
-    models: dict[str, nn.Module | None],
-) -> dict[str, Any]:
-    """All that must be the same for a checkpoint to be continued, as JSON gives it back."""
-    flat = {
-        "stage": stage,
-        **{
-            name: None if model is None else fingerprint(model.state_dict()) for name, model in models.items()
-        },
-        "data": data.name,
-        "steps": steps,
-        "processes": processes,
-        **{f"config.{name}": value for name, value in asdict(config).items()},
-        **{f"augment.{name}": value for name, value in asdict(augment).items()},
-    }
-    return json.loads(json.dumps(flat))
+    started = get_int_from_env(WORLD_SIZES, 1)
+    # Accelerate looks for several processes on a CPU only if told that there is nothing else.
+    cpu = started > 1 and not torch.accelerator.is_available()
+    made = Accelerator(mixed_precision=precision, cpu=cpu)
+    if made.num_processes != started:
+        raise ValueError(
+            f"WORLD_SIZE: {started} processes were started, but Accelerate sees {made.num_processes} on "
+            f"{made.device}; expected the same number (unset WORLD_SIZE to train in one)"
+        )
+    return made
