@@ -61,7 +61,7 @@ from vtp.training.loop import (
 from vtp.training.progress import share_bar
 from vtp.training.sparsity import gate_statistics
 from vtp.training.state import STATE_FORMAT
-from vtp.zoo import FASHION_DEIT, open_model
+from vtp.zoo import FASHION_DEIT, open_model, open_teacher
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -121,21 +121,28 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
     model = checkpoint.load(options.file)
     if not isinstance(model, CompactViT):
         raise FileError(
             f"file: {options.file} holds no compact model; `vtp prune` makes one from a gated model"
         )
     data = open_data(options.data, root=options.data_root)
-    _train_stage(options, _recipe(options), "finetune", model, data)
+    if options.new_head:
+        torch.manual_seed(recipe.finetune.seed)
+        model.reset_classifier(classes_of(data))
+    _train_stage(options, recipe, "finetune", model, data)
 
 
 def _train_stage(
     options: argparse.Namespace, recipe: Recipe, stage: str, model: nn.Module, data: Data
 ) -> None:
+    teacher = None if options.teacher is None else open_teacher(options.teacher)
+    if teacher is not None and "mean" not in (getattr(teacher, "pretrained_cfg", None) or {}):
+        # One of ours, which was trained on images normalised as the data are.
+        teacher.pretrained_cfg = {"mean": data.mean, "std": data.std}
     data = fit_data(data, model)
     settings: TrainConfig = getattr(recipe, stage)
-    teacher = None if options.teacher is None else open_model(options.teacher)
     if teacher is not None and not settings.distill_alpha:
         raise ValueError(
             f"--teacher: it has no effect as {stage}.distill_alpha is 0; add --set {stage}.distill_alpha=0.5"
@@ -553,6 +560,7 @@ def _add_finetune(commands: Any) -> None:
         "vtp finetune small.safetensors --teacher runs/demo/dense.safetensors --out runs/small",
     )  # fmt: skip
     parser.add_argument("file", help="a compact model")
+    parser.add_argument("--new-head", action="store_true", help="a new head for the data's classes")
     _data_options(parser)
     _training_options(parser)
     _teacher_option(parser)
@@ -648,7 +656,11 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _teacher_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher", help="dense model to distil from; without it there is no distillation")
+    parser.add_argument(
+        "--teacher",
+        help="model to distil from: any timm name, such as regnety_160.deit_in1k, or a file of ours; "
+        "without it there is no distillation",
+    )
 
 
 def _budget_options(parser: argparse.ArgumentParser) -> None:

@@ -63,3 +63,20 @@ def open_model(
     if num_classes is not None:
         model.reset_classifier(num_classes)
     return model
+
+
+def open_teacher(name: str) -> nn.Module:
+    """A model to distil from, on the CPU, in eval mode: as `open_model`, and all else that timm has released.
+
+    Raises:
+        FileError: there is no such model, or its weights cannot be had.
+    """
+    if name != FASHION_DEIT and not Path(name).is_file() and timm.is_model(name):
+        try:
+            return timm.create_model(name, pretrained=True).eval()
+        except (RuntimeError, OSError, ValueError) as error:
+            raise FileError(f"teacher: timm cannot open {name} with released weights ({error})") from error
+    try:
+        return open_model(name).eval()
+    except FileError as error:
+        raise FileError(f"teacher: {str(error).removeprefix('model: ')}") from error

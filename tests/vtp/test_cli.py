@@ -21,6 +21,7 @@ from vtp.files import FileError
 from vtp.pipeline import fit_data
 from vtp.training.data import open_data
 from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images, evaluate
+from vtp.training.teacher import Teacher
 
 COMMANDS = ("run", "train", "prune", "finetune", "eval", "bench", "inspect")
 
@@ -567,11 +568,68 @@ def test_train_and_finetune_refuse_the_wrong_kind_of_model(files, tmp_path, refu
     assert list(tmp_path.iterdir()) == []
 
 
+QUICK = ("--augment", "none", "--batch-size", "4", "--set", "finetune.epochs=1", "--set",
+         "finetune.warmup_epochs=0")  # fmt: skip
+
+
+def test_finetune_gives_a_compact_model_a_new_head_as_its_message_advises(files, tmp_path, refused):
+    small = vtp.load(files / "compact.safetensors")
+    small.reset_classifier(7)  # one of other classes
+    vtp.save(small, tmp_path / "small.safetensors")
+    command = ["finetune", tmp_path / "small.safetensors", "--data", files / "images", *QUICK, "--out"]
+    refused("7 outputs, .* has 2 classes.*--new-head", *command, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for out in ("run", "again"):
+        assert run(*command, tmp_path / out, "--new-head", "--seed", 4) == 0
+    tuned, again = (vtp.load(tmp_path / out / "compact.safetensors") for out in ("run", "again"))
+    assert tuned.num_classes == 2 and tuned.plan == small.plan
+    assert torch.equal(tuned.head.weight, again.head.weight)
+
+
+def test_a_teacher_may_be_any_model_that_timm_has_released(files, tmp_path, refused, monkeypatch):
+    command = ["finetune", files / "compact.safetensors", "--data", files / "images", *QUICK, "--out"]
+    command += [tmp_path / "run", "--teacher"]
+    refused("teacher: got 'none-such', expected", *command, "none-such")
+    create, asked = vtp.zoo.timm.create_model, []
+
+    def without_network(name, pretrained=False):
+        asked.append((name, pretrained))
+        overlay = {"input_size": (3, 32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        return create(name, num_classes=2, pretrained_cfg_overlay=overlay)
+
+    monkeypatch.setattr(vtp.zoo.timm, "create_model", without_network)
+    assert run(*command, "regnety_002") == 0
+    assert asked == [("regnety_002", True)]
+
+
+def test_a_teacher_of_ours_sees_the_pixels_of_the_data_whatever_the_student_expects(
+    files, tmp_path, monkeypatch
+):
+    shown = []
+    original = Teacher.images
+    monkeypatch.setattr(
+        Teacher, "images", lambda self, x: shown.append((x, original(self, x))) or shown[-1][1]
+    )
+    small = vtp.load(files / "compact.safetensors")
+    small.pretrained_cfg = {"mean": (0.5,), "std": (0.5,)}
+    vtp.save(small, tmp_path / "small.safetensors")
+    command = ["finetune", tmp_path / "small.safetensors", "--data", files / "images", *QUICK, "--out"]
+    assert run(*command, tmp_path / "run", "--teacher", files / "dense.safetensors") == 0
+    data = open_data(files / "images")
+    students, teachers = shown[-1]
+    pixels = students * 0.5 + 0.5
+    torch.testing.assert_close(teachers, (pixels - data.mean[0]) / data.std[0])
+
+
 def test_training_cannot_write_over_a_file_or_into_a_read_only_place(files, refused, tmp_path):
     (tmp_path / "file").write_text("x")
     sparse = ["train", "sparse", "--model", files / "dense.safetensors", "--data", files / "images"]
-    for out in (tmp_path / "file", "/proc/run"):
-        refused("file|proc", *sparse, "--out", out)
+    tune = ["finetune", files / "compact.safetensors", "--data", files / "images"]
+    for command in (sparse, tune):
+        refused(
+            f"run folder: {tmp_path}/file is a file, expected a folder", *command, "--out", tmp_path / "file"
+        )
+        refused("run folder: cannot make /proc/run: ", *command, "--out", "/proc/run")
 
 
 # ------------------------------------------------------------------------------------------------ bench

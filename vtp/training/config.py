@@ -9,6 +9,7 @@ from typing import Any
 
 L1_MODES = ("subgradient", "proximal")
 SCHEDULES = ("cosine", "constant")
+DISTILLATIONS = ("soft", "hard")
 PRECISIONS = ("no", "bf16", "fp16")
 # Of timm's optimizers those whose state goes through a checkpoint and back, tried one by one.
 OPTIMIZERS = (
@@ -30,6 +31,8 @@ class TrainConfig:
     drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
     ema_decay: decay of the moving average of weights, warmed up as 1 - (1 + step)^(-2/3); None is off.
     distill_alpha, distill_temperature: weight and temperature of distillation; alpha 0 is off.
+    distill_type: "soft" learns the teacher's probabilities, "hard" its decisions, as DeiT was distilled
+        (without a temperature): see `teacher.py`.
     l1: lambda, weight of sum |g|; 0 is off. l1_mode: see `sparsity.py`.
     gate_lr: learning rate of the gates as a multiple of lr.
     precision: "no" (float32), "bf16" or "fp16" (GPU only).
@@ -52,6 +55,7 @@ class TrainConfig:
     ema_decay: float | None = None
     distill_alpha: float = 0.0
     distill_temperature: float = 1.0
+    distill_type: str = "soft"
     l1: float = 0.0
     l1_mode: str = "subgradient"
     gate_lr: float = 1.0
@@ -84,7 +88,12 @@ class TrainConfig:
             self._require("clip_grad", (int, float), lambda v: 0 < v < math.inf, "a positive number or None")
         if self.ema_decay is not None:
             self._require("ema_decay", (int, float), lambda v: 0 < v < 1, "a number between 0 and 1, or None")
-        for name, choices in (("l1_mode", L1_MODES), ("precision", PRECISIONS), ("sched", SCHEDULES)):
+        for name, choices in (
+            ("l1_mode", L1_MODES),
+            ("precision", PRECISIONS),
+            ("sched", SCHEDULES),
+            ("distill_type", DISTILLATIONS),
+        ):
             self._require(name, str, lambda v, c=choices: v in c, f"one of {', '.join(choices)}")
         self._require("opt", str, lambda v: v in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         if self.mixup or self.cutmix:

@@ -1,10 +1,6 @@
 """One training loop for the three stages: dense, sparse (a gated model) and finetune (a compact model).
 
-What sparse training does to gates is in `sparsity.py`.
-
-Distillation (Hinton et al., arXiv 1503.02531), with logits z of the student and t of the teacher:
-
-    loss = (1 - alpha) * task + alpha * T^2 * KL(softmax(t / T) || softmax(z / T))
+What sparse training does to gates is in `sparsity.py`, what a teacher is asked and teaches in `teacher.py`.
 
 Runs are reproducible: all that is random in a step is seeded from (seed, stage, epoch, step, process) when
 the step begins, and the data from (seed, stage, epoch, sample). Hence a checkpoint needs no state of any
@@ -56,6 +52,7 @@ from vtp.training.sparsity import (
     soft_threshold,
 )
 from vtp.training.state import all_finite, first_not_finite, read_state, restore, state_tensors, write_state
+from vtp.training.teacher import Teacher, distillation_loss
 
 CHECK_EVERY = {"cpu": 1}  # steps between looks at the losses; elsewhere a look waits for the device, hence:
 CHECK_EVERY_ELSEWHERE = 16
@@ -102,7 +99,9 @@ def train(
 
     stage: name of the stage; it names the checkpoint and the lines of metrics.jsonl, and enters every seed.
     run_dir: receives checkpoints/<stage>.safetensors, metrics.jsonl and tensorboard/<stage>.
-    teacher: dense model to distil from, needed where config.distill_alpha > 0.
+    data: with the mean and std that the model's images are normalised by.
+    teacher: model to distil from, needed where config.distill_alpha > 0; of any architecture, normalisation
+        and image size (see `teacher.Teacher`), with the model's classes in the model's order.
     resume: continue from the stage's checkpoint if there is one; a finished stage returns at once. Without
         it, the stage starts anew and its checkpoint and metrics of an earlier run are removed.
     after_step: called as after_step(model, updates so far) after every update.
@@ -175,7 +174,7 @@ class _Stage:
             )
         self.config, self.stage, self.run_dir = config, stage, run_dir
         self.accelerator = accelerator(config.precision)
-        self._build_models(model, teacher)
+        self._build_models(model, teacher, data)
         self._build_loaders(data, augment)
         self._build_optimizer()
         self.mixup, self.criterion = _criterion(config, self.raw.num_classes)
@@ -187,26 +186,31 @@ class _Stage:
         # and gates and weights are near their final values.
         self.taylor_from = config.epochs * self.steps * 2 // 3
 
-    def _build_models(self, model: nn.Module, teacher: nn.Module | None) -> None:
+    def _build_models(self, model: nn.Module, teacher: nn.Module | None, data: Data) -> None:
         """Copies of the model, for its moving average and of the teacher, on the device."""
         config, device = self.config, self.accelerator.device
         self.raw = copy.deepcopy(model).to(device)
         self.raw.zero_grad()
         _set_drop_path(self.raw, config.drop_path)
-        self.gated = gated_linears(self.raw)
+        gated = gated_linears(self.raw)
+        self.gated = [linear for linear in gated if linear.gate.requires_grad]
         if config.l1 > 0 and not self.gated:
-            raise ValueError(f"config.l1: got {config.l1}, expected 0 as the model has no gates")
+            none = "all of the model's gates are frozen" if gated else "the model has no gates"
+            raise ValueError(f"config.l1: got {config.l1}, expected 0 as {none}")
         self.gates = [linear.gate for linear in self.gated]
-        for linear in self.gated:  # the statistics are to be of this stage
+        for linear in gated:  # the statistics are to be of this stage
             linear.taylor.zero_()
             linear.taylor_steps.zero_()
         self.ema = self.teacher = None
         if config.ema_decay is not None:
             # Buffers are counts and statistics here (those of the gates' Taylor score): copied, not averaged.
             self.ema = ModelEmaV3(self.raw, decay=config.ema_decay, use_warmup=True, exclude_buffers=True)
-        if config.distill_alpha > 0:
-            _check_teacher(teacher, model)
-            self.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+        if teacher is not None and config.distill_alpha > 0:
+            takes = _loader_arguments(self.raw, data, config.batch_size, config.workers)
+            shape = (takes["in_chans"], takes["image_size"], takes["image_size"])
+            self.teacher = Teacher(teacher, data, shape=shape, num_classes=self.raw.num_classes).to(device)
+        if hasattr(self.raw, "set_distilled_training"):  # a head for the labels and one for the teacher
+            self.raw.set_distilled_training(self.teacher is not None)
 
     def _build_optimizer(self) -> None:
         """Optimizer and schedule; Accelerate wraps optimizer and model."""
@@ -291,6 +295,8 @@ class _Stage:
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.raw.__dict__.pop("forward", None)  # Accelerate leaves the method of the class as an attribute
         model = self._average() or self.raw
+        if hasattr(model, "set_distilled_training"):
+            model.set_distilled_training(False)
         history = self.position.history
         return TrainResult(model.eval(), history[-1]["test_top1"], history)
 
@@ -349,16 +355,17 @@ class _Stage:
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """Task loss, with the teacher's share where there is one; 0-dim float32."""
-        alpha = self.config.distill_alpha
+        config = self.config
         with self.accelerator.autocast():
-            logits = self.model(images)
-        loss = self.criterion(logits.float(), targets)
+            out = self.model(images)
+        for_labels, for_teacher = (each.float() for each in (out if isinstance(out, tuple) else (out, out)))
+        loss = self.criterion(for_labels, targets)
         if self.teacher is None:
             return loss
         with torch.no_grad(), self.accelerator.autocast():
-            teacher_logits = self.teacher(images)
-        distilled = distillation_loss(logits.float(), teacher_logits.float(), self.config.distill_temperature)
-        return (1 - alpha) * loss + alpha * distilled
+            taught = self.teacher(images).float()
+        distilled = distillation_loss(for_teacher, taught, config.distill_temperature, config.distill_type)
+        return (1 - config.distill_alpha) * loss + config.distill_alpha * distilled
 
     def _settle(self, losses: list[Tensor]) -> None:
         """Add the losses of the last steps to the epoch's sum; refuse to go on if one is not finite."""
@@ -482,13 +489,6 @@ class _Stage:
 # Pieces of a step
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) at temperature T, mean over the batch; logits [B, classes]. 0-dim."""
-    student = F.log_softmax(logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
 def _criterion(config: TrainConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
     """Mixup or None, and the loss that takes what it returns."""
     if config.mixup > 0 or config.cutmix > 0:
@@ -502,17 +502,6 @@ def _criterion(config: TrainConfig, num_classes: int) -> tuple[Mixup | None, nn.
     if config.label_smoothing > 0:
         return None, LabelSmoothingCrossEntropy(config.label_smoothing)
     return None, nn.CrossEntropyLoss()
-
-
-def _check_teacher(teacher: nn.Module, model: nn.Module) -> None:
-    """Refuse a teacher that does not take the model's images or has other classes."""
-    for what, of in (
-        ("classes", lambda m: m.num_classes),
-        ("input channels", lambda m: m.patch_embed.proj.in_channels),
-        ("image size", lambda m: m.patch_embed.img_size),
-    ):
-        if of(teacher) != of(model):
-            raise ValueError(f"teacher: {what} {of(teacher)}, expected the model's {of(model)}")
 
 
 def _set_drop_path(model: nn.Module, rate: float) -> None:

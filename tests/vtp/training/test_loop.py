@@ -40,12 +40,12 @@ from vtp.training.loop import (
     NonFiniteLossError,
     TrainingInterrupted,
     accelerator,
-    distillation_loss,
     evaluate,
     train,
 )
 from vtp.training.sparsity import gate_statistics, soft_threshold
 from vtp.training.state import ResumeError, write_state
+from vtp.training.teacher import distillation_loss
 
 AUGMENT = Augment.preset("light", 16)
 STEPS = 6  # of an epoch: 96 images in batches of 16
@@ -93,6 +93,7 @@ def make_model(width: int = 32) -> torch.nn.Module:
         embed_dim=width,
         depth=2,
         num_heads=2,
+        pretrained_cfg_overlay={"mean": (0.3,), "std": (0.3,)},  # what it expects is what make_data gives
     )
 
 
@@ -189,6 +190,7 @@ def whole(tmp_path_factory) -> dict:
         ("ema_decay", 1.0),
         ("distill_alpha", 1.1),
         ("distill_temperature", 0.0),
+        ("distill_type", "harder"),
         ("l1", float("inf")),
         ("l1_mode", "lasso"),
         ("gate_lr", 0.0),
@@ -628,6 +630,30 @@ def test_taylor_statistics_are_of_the_last_third_and_of_the_task_loss_alone(tmp_
         assert steps == {STEPS}
     assert scores[0].max() > 0
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-12)
+
+
+def test_frozen_gates_stay_as_they_are_and_the_others_train(tmp_path):
+    model = insert_gates(make_model())
+    layers = sites(model)
+    frozen = {name for name in layers if name.startswith("blocks.0.")}
+    for name in frozen:
+        layers[name].gate.requires_grad_(False)
+        layers[name].gate.data.fill_(0.75)
+    for mode in ("subgradient", "proximal"):
+        config = replace(SPARSE, epochs=1, l1_mode=mode)
+        trained = sites(run(tmp_path / mode, config, model=model).model)
+        for name, layer in trained.items():
+            changed = not torch.equal(layer.gate, layers[name].gate)
+            assert changed == (name not in frozen), name
+            assert bool(layer.taylor_steps) == (name not in frozen)
+    for name in layers:
+        layers[name].gate.requires_grad_(False)
+    all_frozen = run(tmp_path / "all", replace(CONFIG, epochs=1), model=model)
+    assert all(torch.equal(layer.gate, layers[name].gate) for name, layer in sites(all_frozen.model).items())
+    with pytest.raises(
+        ValueError, match=r"config\.l1: got 0\.01, expected 0 as all of the model's gates are"
+    ):
+        run(tmp_path / "none", SPARSE, model=model)
 
 
 def test_distillation_loss_by_hand():
