@@ -9,6 +9,7 @@ The loop is as plain as can be; `vtp run` has schedules, augmentation, distillat
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import timm
@@ -110,6 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.data is None and not options.toy:
         parser.error("--data: name a folder with train/ and val/, or try --toy")
+    if options.out.is_dir() or not os.access(options.out.parent, os.W_OK):  # better now than after training
+        parser.error(f"--out: got {options.out}, expected a file in a folder that can be written")
 
     lr = options.lr or (1e-3 if options.toy else 2e-5)
     torch.manual_seed(0)
