@@ -42,7 +42,7 @@ from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactViT, compact
 from vtp.pruning.gates import insert_gates, sites
 from vtp.pruning.latency_table import make_cache_folder, store_table
-from vtp.pruning.one_shot import IMAGES, check_budget, tokens_size
+from vtp.pruning.one_shot import IMAGES, check_budget, check_images, tokens_size
 from vtp.pruning.plan import PruningPlan
 from vtp.pruning.scores import SCOPES, SCORES
 from vtp.pruning.selection import make_plan
@@ -158,7 +158,9 @@ def _train_stage(
         return
     file = run_dir / ("compact.safetensors" if stage == "finetune" else f"{stage}.safetensors")
     checkpoint.save(result.model, file, metadata={"top1": result.top1, "data": Path(data.name).name})
-    _console.print(f"top-1 {result.top1:.2f}; {count(result.model)}; wrote {file}")
+    precision = result.history[-1].get("test_map")
+    several = "" if precision is None else f", mean average precision {precision:.2f}"
+    _console.print(f"top-1 {result.top1:.2f}{several}; {count(result.model)}; wrote {file}")
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -184,6 +186,7 @@ def _prune(options: argparse.Namespace) -> None:
 
 def _prune_calibrated(options: argparse.Namespace) -> None:
     """From a dense or gated model and images to a compact one, without training."""
+    check_images(options.images or IMAGES)
     for file in filter(None, (options.out, options.plan, options.statistics)):
         refuse_unwritable(file)
     model = open_model(options.file)

@@ -38,7 +38,7 @@ from vtp.model.cost import count
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactViT, compact
 from vtp.pruning.gates import insert_gates
-from vtp.pruning.one_shot import IMAGES, check_budget, tokens_size
+from vtp.pruning.one_shot import IMAGES, check_budget, check_images, tokens_size
 from vtp.pruning.plan import PlanError
 from vtp.pruning.selection import make_plan, pareto
 from vtp.report import comparison_table, write_report
@@ -162,9 +162,9 @@ class RunConfig:
     images: int = IMAGES
 
     def __post_init__(self) -> None:
-        for name in ("latency_batch", "images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.latency_batch < 1:
+            raise ValueError(f"latency_batch: got {self.latency_batch}, expected at least 1")
+        check_images(self.images)
 
     @property
     def stages(self) -> tuple[str, ...]:

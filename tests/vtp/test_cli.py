@@ -551,6 +551,7 @@ def test_one_shot_run_takes_the_short_recipe_of_its_kind_of_data(tmp_path):
         (["--no-refit", "--key-width", "8"], r"key_width: got 8\.0, which takes a refit"),
         (["--one-shot", "--macs", "1"], "macs: 1 cannot be met"),
         (["--one-shot", "--score", "gate"], "the model has no gates"),
+        (["--one-shot", "--images", "50000"], "images: got 50000, expected 1 to 16384"),
     ],
     ids=" ".join,
 )

@@ -33,7 +33,7 @@ from vtp.pruning.streams import Progress, Store, embedded, first_images
 # Rows that moments are taken from, spread over all images: so many for each input of the widest layer, and
 # this many at least. Images count, as the tokens of one are alike; more rows take time and add little.
 ROWS_PER_INPUT, LEAST_ROWS = 20, 32_768
-# Two thousand are enough (docs/one-shot.md), and all that are read are kept: of a DeiT-B's so many take 20 GB.
+# Two thousand are enough (docs/one-shot.md), and all that are read are kept: these take a DeiT-B 20 GB.
 MOST_IMAGES = 16_384
 
 

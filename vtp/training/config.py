@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+INV_FREQ = "inv_freq"
 L1_MODES = ("subgradient", "proximal")
 SCHEDULES = ("cosine", "constant")
 DISTILLATIONS = ("soft", "hard")
@@ -27,6 +28,8 @@ class TrainConfig:
     lr: peak learning rate; the schedule goes from lr/100 up to it in warmup_epochs and down to min_lr.
     weight_decay: on weights of two and more dimensions, less those that the model exempts.
     label_smoothing, mixup, cutmix: as in DeiT; 0 is off.
+    class_weight: weight of each class in the task loss, in the order of the labels; "inv_freq" makes them
+        inverse to how often a class is seen in training, with a mean of 1; None weighs all alike.
     clip_grad: largest norm of the gradient; None is off.
     drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
     ema_decay: decay of the moving average of weights, warmed up as 1 - (1 + step)^(-2/3); None is off.
@@ -50,6 +53,7 @@ class TrainConfig:
     label_smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
+    class_weight: str | Sequence[float] | None = None
     clip_grad: float | None = None
     drop_path: float = 0.0
     ema_decay: float | None = None
@@ -88,6 +92,9 @@ class TrainConfig:
             self._require("clip_grad", (int, float), lambda v: 0 < v < math.inf, "a positive number or None")
         if self.ema_decay is not None:
             self._require("ema_decay", (int, float), lambda v: 0 < v < 1, "a number between 0 and 1, or None")
+        if self.class_weight is not None:
+            expected = f"None, {INV_FREQ!r}, or a list with a positive number for each class"
+            self._require("class_weight", (str, list, tuple), _is_class_weight, expected)
         for name, choices in (
             ("l1_mode", L1_MODES),
             ("precision", PRECISIONS),
@@ -103,3 +110,10 @@ class TrainConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, kind) or not ok(value):
             raise ValueError(f"TrainConfig.{name}: got {value!r}, expected {expected}")
+
+
+def _is_class_weight(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == INV_FREQ
+    numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in value)
+    return bool(value) and numbers and all(0 < each < math.inf for each in value)

@@ -29,6 +29,8 @@ from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, IterableDataset
 
+from vtp.training.multi_label import METADATA, MultiLabelReader
+
 EMBEDDED = "fashion-mnist-10k"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "datasets" / EMBEDDED
 FASHION_MNIST_CLASSES = (
@@ -249,7 +251,8 @@ def open_data(spec: str | Path = EMBEDDED, *, root: str | Path | None = None) ->
     Args:
         spec: "fashion-mnist-10k" (embedded: 10,000 and 2,000 images of Fashion-MNIST, equally many of each
             class); a folder with the four idx files, plain or gzipped, taken to be Fashion-MNIST; an image
-            folder with train/ and one of val/, validation/, valid/, test/, each with one folder per class;
+            folder with train/ and one of val/, validation/, valid/, test/, each with one folder per class, or
+            each with a metadata.csv where an image may be of several (see `multi_label`);
             "torchvision:NAME" (as the class in torchvision.datasets); or a name that timm.data.create_dataset
             knows: "hfds/...", "wds/...", "torch/...", ... .
         root: where torchvision and timm find, or download to, the set; without part otherwise.
@@ -303,6 +306,17 @@ def _open_image_folder(folder: Path, name: str) -> Data:
     test_folder = next((folder / test for test in TEST_FOLDERS if (folder / test).is_dir()), None)
     if not (folder / "train").is_dir() or test_folder is None:
         raise DataError(f"data: found nothing to train and test on in the folder {folder}; expected {KNOWN}")
+    if (folder / "train" / METADATA).is_file():
+        try:
+            readers = [MultiLabelReader(split) for split in (folder / "train", test_folder)]
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        if readers[0].class_names != readers[1].class_names:
+            raise DataError(
+                f"{test_folder / METADATA}: got columns {readers[1].class_names}, expected those of "
+                f"{folder / 'train' / METADATA}: {readers[0].class_names}"
+            )
+        return _described(name, *map(FileImages, readers), readers[0].class_names)
     classes, test_classes = _class_folders(folder / "train"), _class_folders(test_folder)
     if classes != test_classes:
         raise DataError(
@@ -475,6 +489,13 @@ def check_data(data: Data, num_classes: int) -> None:
 
 
 def _check_labels(labels: np.ndarray, data: Data, split: str) -> None:
+    if labels.ndim == 2:  # one number for each class: as if each image were there once for each that it has
+        if labels.shape[1] != len(data.class_names) or not np.isin(labels, (0, 1)).all():
+            raise DataError(
+                f"{data.name}: {split}: got labels of {labels.shape[1]} numbers from {labels.min()} to "
+                f"{labels.max()}, expected {len(data.class_names)} times 0 or 1"
+            )
+        labels = labels.nonzero()[1]
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(data.class_names):
         found = f"labels from {labels.min()} to {labels.max()}" if len(labels) else "no labels"
         raise DataError(f"{data.name}: {split}: got {found}, expected 0 to {len(data.class_names) - 1}")
@@ -491,6 +512,14 @@ def labels_of(images: Dataset) -> np.ndarray | None:
     """The class of every image, int64 [S], or None where the labels are known only by reading the images."""
     labels = getattr(images, "labels", getattr(images, "targets", None))
     return None if labels is None else np.asarray(labels, dtype=np.int64)
+
+
+def is_multi_label(data: Data) -> bool:
+    """Whether a label of the data is a vector with one number for each class."""
+    if isinstance(data.train, IterableDataset):
+        return False
+    labels = labels_of(data.train)
+    return np.ndim(data.train[0][1] if labels is None else labels[0]) == 1
 
 
 def for_channels(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:

@@ -291,7 +291,7 @@ class TrainingSet(Dataset):
                 for (epoch, index), image in zip(keys, batch, strict=True):
                     _seed_generators(self.seed, epoch, index, 1)
                     self.pipeline.erasing(image)  # in place
-        return batch, torch.tensor(labels, dtype=torch.int64)
+        return batch, _stacked(labels)
 
 
 class EvaluationSet(Dataset):
@@ -306,7 +306,14 @@ class EvaluationSet(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         samples = [_sample(self.images, index) for index in indices]
         batch = self.pipeline.batch([self.pipeline.pixels(image) for image, _ in samples])
-        return batch, torch.tensor([label for _, label in samples], dtype=torch.int64)
+        return batch, _stacked([label for _, label in samples])
+
+
+def _stacked(labels: list[Any]) -> torch.Tensor:
+    """Classes int64 [B], or where a label has one number for each class float32 [B, classes]."""
+    if np.ndim(labels[0]) == 0:
+        return torch.tensor(labels, dtype=torch.int64)
+    return torch.stack([torch.as_tensor(label, dtype=torch.float32) for label in labels])
 
 
 def _sample(images: Dataset, index: int) -> tuple[Image.Image, int]:
@@ -385,7 +392,8 @@ def train_loader(
         workers: processes that load; 0 loads in this one.
 
     Returns:
-        A loader of (float32 [B, C, H, W] normalised, int64 [B]).
+        A loader of (float32 [B, C, H, W] normalised, int64 [B]; float32 [B, classes] where an image may be
+        of several classes).
 
     Raises:
         DataError: an argument out of range, fewer images than one batch, or a stream on several processes.

@@ -30,7 +30,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import get_int_from_env
 from timm.data import Mixup
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -39,9 +39,10 @@ from torch.utils.data import DataLoader
 
 from vtp.runtime.optimize import OptimizedViT
 from vtp.training.config import TrainConfig
-from vtp.training.data import Data
+from vtp.training.data import Data, is_multi_label, labels_of
 from vtp.training.identity import stage_identity
 from vtp.training.loaders import Augment, calibration_loader, set_epoch, test_loader, train_loader
+from vtp.training.multi_label import mean_average_precision
 from vtp.training.progress import StageProgress, append_metrics, rewrite_metrics, tensorboard
 from vtp.training.signals import deferred_signals, shielded
 from vtp.training.sparsity import (
@@ -119,11 +120,15 @@ def train(
 def evaluate(
     model: nn.Module, data: Data, *, batch_size: int = 256, workers: int = 0, precision: str = "no"
 ) -> tuple[float, float]:
-    """Top-1 accuracy (percent) and mean cross-entropy (nats) of `model` on the test images, on its device."""
+    """Top-1 accuracy (percent) and mean cross-entropy (nats) of `model` on the test images, on its device.
+
+    Where an image may be of several classes, it counts as right if one of them has the best score.
+    """
     loader = test_loader(data, **_loader_arguments(model, data, batch_size, workers))
     device = _device(model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return _evaluate(model, loader, lambda: torch.autocast(device.type, dtype, enabled=dtype is not None))
+    found = _evaluate(model, loader, lambda: torch.autocast(device.type, dtype, enabled=dtype is not None))
+    return found["top1"], found["loss"]
 
 
 def calibration_images(
@@ -177,7 +182,9 @@ class _Stage:
         self._build_models(model, teacher, data)
         self._build_loaders(data, augment)
         self._build_optimizer()
-        self.mixup, self.criterion = _criterion(config, self.raw.num_classes)
+        self.multi_label = is_multi_label(data)
+        weight = _class_weight(config, data, self.raw.num_classes, self.accelerator.device)
+        self.mixup, self.criterion = _criterion(config, self.raw.num_classes, self.multi_label, weight)
         self.position = _Position()
         models = {"model": self.raw, "teacher": self.teacher}
         processes = self.accelerator.num_processes
@@ -364,7 +371,9 @@ class _Stage:
             return loss
         with torch.no_grad(), self.accelerator.autocast():
             taught = self.teacher(images).float()
-        distilled = distillation_loss(for_teacher, taught, config.distill_temperature, config.distill_type)
+        distilled = distillation_loss(
+            for_teacher, taught, config.distill_temperature, config.distill_type, self.multi_label
+        )
         return (1 - config.distill_alpha) * loss + config.distill_alpha * distilled
 
     def _settle(self, losses: list[Tensor]) -> None:
@@ -386,17 +395,14 @@ class _Stage:
         accelerator = self.accelerator
         # With several processes nobody may leave alone: the signal waits for the end of the evaluation.
         poll = self._stop_if_asked if accelerator.num_processes == 1 else lambda: None
-        top1, test_loss = _evaluate(
-            model, self.test_loader, accelerator.autocast, accelerator.gather_for_metrics, poll
-        )
+        found = _evaluate(model, self.test_loader, accelerator.autocast, accelerator.gather_for_metrics, poll)
         record = {
             "stage": self.stage,
             "epoch": position.epoch + 1,
             "epochs": config.epochs,
             "step": self.updates,
             "train_loss": position.loss_sum / self.steps,
-            "test_loss": test_loss,
-            "test_top1": top1,
+            **{f"test_{name}": value for name, value in found.items()},
             **(gate_statistics(self.gates, config.l1) if self.gates else {}),
             "lr": self._lr(),
             "images_per_second": round(self._images_per_second(), 1),
@@ -489,19 +495,55 @@ class _Stage:
 # Pieces of a step
 
 
-def _criterion(config: TrainConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
-    """Mixup or None, and the loss that takes what it returns."""
+def _criterion(
+    config: TrainConfig, num_classes: int, multi_label: bool, weight: Tensor | None
+) -> tuple[Mixup | None, Callable[[Tensor, Tensor], Tensor]]:
+    """Mixup or None, and the loss that takes what it returns. weight: [classes], or None."""
+    mixup = None
     if config.mixup > 0 or config.cutmix > 0:
-        mixup = Mixup(
-            mixup_alpha=config.mixup,
-            cutmix_alpha=config.cutmix,
-            label_smoothing=config.label_smoothing,
-            num_classes=num_classes,
-        )
+        options = {"multi_label": True} if multi_label else {}
+        try:
+            mixup = Mixup(
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                label_smoothing=config.label_smoothing,
+                num_classes=num_classes,
+                **options,
+            )
+        except TypeError as error:
+            raise ValueError(
+                f"config.mixup, config.cutmix: got {config.mixup} and {config.cutmix}, expected 0: timm "
+                "mixes labels of several classes from 1.0.31 on"
+            ) from error
+    smoothing = 0.0 if mixup is not None else config.label_smoothing  # mixup has smoothed them
+    if multi_label:
+        binary = BinaryCrossEntropy(smoothing=0.0, weight=weight)
+        return mixup, lambda logits, targets: binary(logits, targets * (1 - smoothing) + 0.5 * smoothing)
+    if weight is not None:
+        return mixup, nn.CrossEntropyLoss(weight, label_smoothing=smoothing)
+    if mixup is not None:
         return mixup, SoftTargetCrossEntropy()
-    if config.label_smoothing > 0:
-        return None, LabelSmoothingCrossEntropy(config.label_smoothing)
-    return None, nn.CrossEntropyLoss()
+    return None, LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()
+
+
+def _class_weight(config: TrainConfig, data: Data, num_classes: int, device: torch.device) -> Tensor | None:
+    """The weight of each class in the task loss, float32 [classes], or None."""
+    given = config.class_weight
+    if given is None:
+        return None
+    if not isinstance(given, str):
+        if len(given) != num_classes:
+            raise ValueError(f"config.class_weight: got {len(given)} weights, expected {num_classes}")
+        return torch.tensor(given, dtype=torch.float32, device=device)
+    labels = labels_of(data.train)
+    if labels is None:
+        raise ValueError(
+            f"config.class_weight: got {given!r}, expected a list of weights as {data.name} does not say how "
+            "often it has a class"
+        )
+    counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=num_classes)
+    weight = 1.0 / torch.tensor(counts, dtype=torch.float64).clamp(min=1.0)
+    return (weight / weight.mean()).to(device, torch.float32)
 
 
 def _set_drop_path(model: nn.Module, rate: float) -> None:
@@ -561,25 +603,37 @@ def _evaluate(
     cast: Callable[[], AbstractContextManager],
     gather: Callable[[Tensor], Tensor] = lambda scores: scores,
     poll: Callable[[], None] = lambda: None,
-) -> tuple[float, float]:
-    """Top-1 (percent) and mean cross-entropy over loader.
+) -> dict[str, float]:
+    """Of the model on the images of a loader: "loss", the mean cross-entropy, and "top1" in percent.
 
-    gather: joins the scores of several processes, [images, 2] each; poll: called after each batch.
+    Where an image may be of several classes the entropy is that of each class by itself, "top1" the share of
+    images of whose classes one has the best score, and "map" the mean average precision.
+
+    gather: joins the scores of several processes, one row for each image; poll: called after each batch.
     """
     was_training, device = model.training, _device(model)
     model.eval()
-    scores = []
+    rows = []
     for images, targets in loader:
         images, targets = images.to(device), targets.to(device)
         with cast():
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), targets, reduction="none")
-        scores.append(gather(torch.stack([(logits.argmax(dim=-1) == targets).float(), loss], dim=1)))
+        logits, best = logits.float(), logits.argmax(dim=-1)
+        if targets.ndim == 2:
+            loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
+            right, more = targets.gather(1, best[:, None])[:, 0], [logits, targets]
+        else:
+            loss = F.cross_entropy(logits, targets, reduction="none")
+            right, more = (best == targets).float(), []
+        rows.append(gather(torch.cat([torch.stack([loss, right], dim=1), *more], dim=1)))
         poll()
     model.train(was_training)
-    scores = torch.cat(scores).cpu().double()
-    correct, loss = scores.sum(dim=0).tolist()
-    return 100.0 * correct / len(scores), loss / len(scores)
+    scores = torch.cat(rows).cpu().double()
+    loss, right = scores[:, :2].mean(dim=0).tolist()
+    found = {"loss": loss, "top1": 100.0 * right}
+    if scores.shape[1] > 2:
+        found["map"] = mean_average_precision(*scores[:, 2:].chunk(2, dim=1))
+    return found
 
 
 def accelerator(precision: str = "no") -> Accelerator:

@@ -117,11 +117,18 @@ def _size(model: nn.Module) -> tuple[int, ...] | None:
 
 
 def distillation_loss(
-    logits: Tensor, teacher_logits: Tensor, temperature: float, kind: str = "soft"
+    logits: Tensor, teacher_logits: Tensor, temperature: float, kind: str = "soft", multi_label: bool = False
 ) -> Tensor:
-    """Of one of the two kinds above, mean over the batch; logits [B, classes]. 0-dim."""
+    """Of one of the two kinds above, mean over the batch; logits [B, classes]. 0-dim.
+
+    multi_label: each class is a question of its own, to be answered with yes or no.
+    """
     if kind == "hard":
+        if multi_label:
+            return F.binary_cross_entropy_with_logits(logits, (teacher_logits > 0).to(logits))
         return F.cross_entropy(logits, teacher_logits.argmax(dim=-1))
-    student = F.log_softmax(logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    logits, teacher_logits = logits / temperature, teacher_logits / temperature
+    if multi_label:
+        return temperature**2 * F.binary_cross_entropy_with_logits(logits, teacher_logits.sigmoid())
+    student, teacher = F.log_softmax(logits, dim=-1), F.log_softmax(teacher_logits, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.vtp.training.test_loop import CONFIG, make_data, make_model, run
+from tests.vtp.training.test_loop import CONFIG, make_data, make_model, one_thread, run  # noqa: F401
 from vtp.model.architecture import describe
 from vtp.training.loaders import Augment
 from vtp.training.loaders import test_loader as evaluation_loader
