@@ -137,7 +137,11 @@ def _finetune(options: argparse.Namespace) -> None:
 def _train_stage(
     options: argparse.Namespace, recipe: Recipe, stage: str, model: nn.Module, data: Data
 ) -> None:
-    teacher = None if options.teacher is None else open_teacher(options.teacher)
+    if options.teacher is None and options.teacher_checkpoint is not None:
+        raise ValueError("--teacher-checkpoint: without effect without --teacher NAME")
+    teacher = None
+    if options.teacher is not None:
+        teacher = open_teacher(options.teacher, checkpoint=options.teacher_checkpoint)
     if teacher is not None and "mean" not in (getattr(teacher, "pretrained_cfg", None) or {}):
         # One of ours, which was trained on images normalised as the data are.
         teacher.pretrained_cfg = {"mean": data.mean, "std": data.std}
@@ -663,6 +667,12 @@ def _teacher_option(parser: argparse.ArgumentParser) -> None:
         "--teacher",
         help="model to distil from: any timm name, such as regnety_160.deit_in1k, or a file of ours; "
         "without it there is no distillation",
+    )
+    parser.add_argument(
+        "--teacher-checkpoint",
+        metavar="FILE",
+        help="your own weights for a teacher of a timm name: a checkpoint of DeiT's or timm's training, or "
+        "plain safetensors; no pickle is executed",
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.models import load_state_dict
 from torch import nn
 
 from vtp.checkpoint import load
@@ -65,18 +66,39 @@ def open_model(
     return model
 
 
-def open_teacher(name: str) -> nn.Module:
-    """A model to distil from, on the CPU, in eval mode: as `open_model`, and all else that timm has released.
+def open_teacher(name: str, checkpoint: str | Path | None = None) -> nn.Module:
+    """A model to distil from, of any architecture that timm has, on the CPU, in eval mode.
+
+    Args:
+        name: as `open_model` takes it; or the name of any model of timm's, "hf-hub:OWNER/NAME" or
+            "local-dir:FOLDER".
+        checkpoint: a file with one's own weights for a timm name, as DeiT's or timm's training writes it, or
+            plain safetensors; no pickle is executed. The number of classes is that of its classifier.
 
     Raises:
-        FileError: there is no such model, or its weights cannot be had.
+        FileError: there is no such model, or its weights cannot be had or read.
     """
-    if name != FASHION_DEIT and not Path(name).is_file() and timm.is_model(name):
+    of_timm = timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:"))
+    if name == FASHION_DEIT or Path(name).is_file() or not of_timm:
+        if checkpoint is not None:
+            raise FileError(f"teacher: got {name!r} for the weights in {checkpoint}, expected a timm name")
         try:
-            return timm.create_model(name, pretrained=True).eval()
-        except (RuntimeError, OSError, ValueError) as error:
-            raise FileError(f"teacher: timm cannot open {name} with released weights ({error})") from error
+            return open_model(name).eval()
+        except FileError as error:
+            raise FileError(f"teacher: {str(error).removeprefix('model: ')}") from error
     try:
-        return open_model(name).eval()
-    except FileError as error:
-        raise FileError(f"teacher: {str(error).removeprefix('model: ')}") from error
+        if checkpoint is None:
+            return timm.create_model(name, pretrained=True).eval()
+        weights = load_state_dict(str(checkpoint), use_ema=True, weights_only=True)
+        with torch.device("meta"):
+            classifier = timm.create_model(name).pretrained_cfg.get("classifier")
+        head = weights.get(f"{classifier}.weight")
+        model = timm.create_model(name, **({} if head is None else {"num_classes": len(head)}))
+        model.load_state_dict(weights)
+    except Exception as error:  # a network, a hub, a file and torch.load can fail in all ways
+        what = "released weights" if checkpoint is None else f"the weights in {checkpoint}"
+        reason = " ".join(str(error).split())[:300]
+        raise FileError(
+            f"teacher: timm cannot open {name} with {what} ({type(error).__name__}: {reason})"
+        ) from error
+    return model.eval()

@@ -8,6 +8,7 @@ import signal
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -22,6 +23,7 @@ from vtp.pipeline import fit_data
 from vtp.training.data import open_data
 from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images, evaluate
 from vtp.training.teacher import Teacher
+from vtp.zoo import open_teacher
 
 COMMANDS = ("run", "train", "prune", "finetune", "eval", "bench", "inspect")
 
@@ -601,6 +603,36 @@ def test_a_teacher_may_be_any_model_that_timm_has_released(files, tmp_path, refu
     monkeypatch.setattr(vtp.zoo.timm, "create_model", without_network)
     assert run(*command, "regnety_002") == 0
     assert asked == [("regnety_002", True)]
+
+
+class Executed:
+    """What no file may bring to run."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_a_teacher_may_have_weights_of_ones_own(files, tmp_path, refused):
+    teacher = timm.create_model("regnety_002", num_classes=2)
+    weights = teacher.state_dict()
+    torch.save({"model": weights, "epoch": 3}, tmp_path / "deit.pth")
+    save_file(weights, tmp_path / "plain.safetensors")
+    torch.save({"state_dict": weights, "args": Executed()}, tmp_path / "pickle.pth")
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "other.pth")
+    for name in ("deit.pth", "plain.safetensors"):
+        opened = open_teacher("regnety_002", checkpoint=tmp_path / name)
+        assert not opened.training
+        assert all(torch.equal(value, weights[key]) for key, value in opened.state_dict().items())
+    command = ["finetune", files / "compact.safetensors", "--data", files / "images", *QUICK]
+    command += ["--out", tmp_path / "run", "--teacher-checkpoint"]
+    refused("--teacher-checkpoint: without effect without --teacher", *command, tmp_path / "deit.pth")
+    for name, reason in (("pickle", "Error"), ("other", "Missing key"), ("none", "FileNotFoundError")):
+        message = (
+            f"teacher: timm cannot open regnety_002 with the weights in {tmp_path}/{name}.pth .*{reason}"
+        )
+        refused(message, *command, tmp_path / f"{name}.pth", "--teacher", "regnety_002")
+    refused("expected a timm name", *command, tmp_path / "deit.pth", "--teacher", files / "dense.safetensors")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_of_ours_sees_the_pixels_of_the_data_whatever_the_student_expects(
