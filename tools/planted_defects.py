@@ -193,6 +193,27 @@ DEFECTS = [
         "tests/vtp/training/test_loop.py -k resumes",
     ),
     Defect(
+        "vtp/training/teacher.py",
+        "        return (pixels - self.mean) / self.std\n",
+        "        return pixels\n",
+        "a teacher gets pixels that are not normalised",
+        "tests/vtp/training/test_teacher.py -k own_loader",
+    ),
+    Defect(
+        "vtp/training/loop.py",
+        "self.raw.set_distilled_training(self.teacher is not None)",
+        "self.raw.set_distilled_training(False)",
+        "a distillation token learns the labels",
+        "tests/vtp/training/test_teacher.py -k each_head",
+    ),
+    Defect(
+        "vtp/training/identity.py",
+        'yield (images.reader.filename(index).replace(os.sep, "/"), size, label)',
+        "yield (size, label)",
+        "a run is resumed with other images",
+        "tests/vtp/training/test_loop.py -k elsewhere",
+    ),
+    Defect(
         "vtp/training/signals.py",
         "        os.setpgid(0, 0)\n",
         "        pass\n",
