@@ -402,9 +402,8 @@ def test_a_stage_is_resumed_with_its_images_elsewhere_and_refused_with_others(tm
     (tmp_path / "images").rename(tmp_path / "moved")
     again = run(folder, replace(config, workers=1), data=open_data(tmp_path / "moved"), resume=True)
     assert_same_run(again, first)
-    (tmp_path / "moved" / "train" / "class0" / "0.png").rename(
-        tmp_path / "moved" / "train" / "class0" / "x.png"
-    )
+    folder_of_class = tmp_path / "moved" / "train" / "class0"
+    (folder_of_class / "12.png").rename(folder_of_class / "13.png")  # the last one still
     with pytest.raises(ResumeError, match=r"data\.train: checkpoint '16 images, \w+', now '16 images, \w+'$"):
         run(folder, config, data=open_data(tmp_path / "moved"), resume=True)
 
