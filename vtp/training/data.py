@@ -306,17 +306,8 @@ def _open_image_folder(folder: Path, name: str) -> Data:
     test_folder = next((folder / test for test in TEST_FOLDERS if (folder / test).is_dir()), None)
     if not (folder / "train").is_dir() or test_folder is None:
         raise DataError(f"data: found nothing to train and test on in the folder {folder}; expected {KNOWN}")
-    if (folder / "train" / METADATA).is_file():
-        try:
-            readers = [MultiLabelReader(split) for split in (folder / "train", test_folder)]
-        except ValueError as error:
-            raise DataError(str(error)) from error
-        if readers[0].class_names != readers[1].class_names:
-            raise DataError(
-                f"{test_folder / METADATA}: got columns {readers[1].class_names}, expected those of "
-                f"{folder / 'train' / METADATA}: {readers[0].class_names}"
-            )
-        return _described(name, *map(FileImages, readers), readers[0].class_names)
+    if (test_folder / METADATA).is_file():
+        return _open_multi_label(folder / "train", test_folder, name)
     classes, test_classes = _class_folders(folder / "train"), _class_folders(test_folder)
     if classes != test_classes:
         raise DataError(
@@ -328,6 +319,19 @@ def _open_image_folder(folder: Path, name: str) -> Data:
     class_map = {name: label for label, name in enumerate(classes)}
     train, test = (_read_image_folder(split, class_map) for split in (folder / "train", test_folder))
     return _described(name, train, test, classes)
+
+
+def _open_multi_label(train_folder: Path, test_folder: Path, name: str) -> Data:
+    try:
+        train, test = (MultiLabelReader(split) for split in (train_folder, test_folder))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    if train.class_names != test.class_names:
+        raise DataError(
+            f"{test_folder / METADATA}: got columns {test.class_names}, expected those of "
+            f"{train_folder / METADATA}: {train.class_names}"
+        )
+    return _described(name, FileImages(train), FileImages(test), train.class_names)
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
