@@ -22,7 +22,7 @@ from vtp.pipeline import fit_data
 from vtp.training.data import open_data
 from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images, evaluate
 
-COMMANDS = ("run", "train", "prune", "finetune", "eval", "bench", "inspect")
+COMMANDS = ("run", "train", "prune", "finetune", "eval", "predict", "bench", "inspect")
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,17 @@ def run(*arguments):
 
 @pytest.fixture
 def refused(capsys):
-    """A function that runs a command that must be refused: status 2, one line that matches, no traceback."""
+    """A function that runs a command that must be refused: status 2, one line that matches, no traceback;
+    before it there may be notes on the data."""
 
     def check(message, *arguments):
         capsys.readouterr()
         assert run(*arguments) == 2
         out, error = capsys.readouterr()
         assert out == ""
-        assert error.startswith("vtp: error: ")
-        assert error.count("\n") == 1
+        *notes, last = error.splitlines()
+        assert last.startswith("vtp: error: ")
+        assert all(line.startswith("vtp: note: ") for line in notes)
         assert re.search(message, error), error
 
     return check

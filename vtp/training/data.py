@@ -1,20 +1,25 @@
 """Images to train and test on: opening a data set and checking it.
 
 `open_data` turns a name or a folder into a `Data`: two sets of (PIL image, label) and what is known about
-them. `check_data` finds what would stop a run before its first step. Readers of files and archives are
-timm's. How the sets become batches is in vtp/training/loaders.py.
+them; `match_classes` gives its labels the order of a model's classes; `check_data` finds what would stop a
+run before its first step. Readers of files and archives are timm's and torchvision's. How the sets become
+batches is in vtp/training/loaders.py.
 """
 
 from __future__ import annotations
 
+import copy
 import gzip
+import hashlib
 import inspect
 import itertools
 import math
+import mimetypes
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +28,22 @@ from typing import Any
 import numpy as np
 import torchvision
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, resolve_data_config
-from timm.data.constants import DEFAULT_CROP_PCT
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils.misc import natural_key
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from vtp.model.images import for_channels
+from vtp.training.classes import (
+    difference,
+    in_short,
+    labels_by_name,
+    order_hint,
+    read_class_map,
+    same_descriptions,
+)
+from vtp.training.pixels import DataError, check_depth, is_deep
 
 EMBEDDED = "fashion-mnist-10k"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "datasets" / EMBEDDED
@@ -44,13 +60,19 @@ FASHION_MNIST_CLASSES = (
     "Ankle boot",
 )
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,), (0.3530,)
+# SHA-256 of the test labels, of the whole set and of the embedded one: by these it is known from sets whose
+# files have the same names (MNIST, KMNIST).
+FASHION_MNIST_LABELS = (
+    "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9",
+    "d48f3fb4da5912554a7f9c6dce07791ffbb5fcad7c0569b580094b49498bfb11",
+)
 IDX_NAMES = ("images-idx3-ubyte", "labels-idx1-ubyte")
 TEST_FOLDERS = ("val", "validation", "valid", "test")
 TIMM_PREFIXES = ("hfds", "hfids", "tfds", "wds", "torch")
 KNOWN = (
-    f"'{EMBEDDED}' (ships with the package); a folder with the four idx files of Fashion-MNIST "
-    "(train-images-idx3-ubyte[.gz] and so on); an image folder (train/ and val/, validation/ or test/, each "
-    "with one folder per class); 'torchvision:NAME'; or a name of timm.data.create_dataset "
+    f"'{EMBEDDED}' (ships with the package); a folder with the four idx files of Fashion-MNIST, MNIST and "
+    "alike (train-images-idx3-ubyte[.gz] and so on); an image folder (train/ and val/, validation/ or test/, "
+    "each with one folder per class); 'torchvision:NAME'; or a name of timm.data.create_dataset "
     f"({', '.join(f'{prefix}/...' for prefix in TIMM_PREFIXES)})"
 )
 
@@ -58,10 +80,9 @@ KNOWN = (
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B"})
 # A file of these formats that is whole ends in these bytes, give or take some padding.
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-
-
-class DataError(ValueError):
-    """The data cannot be used as asked; the message names what is wrong and what was expected."""
+# Files below a class folder that are images to torchvision's or to timm's.
+ENDINGS = tuple(dict.fromkeys((*IMG_EXTENSIONS, *get_img_extensions())))
+FEW = 3  # files of a class that may be no such images though they look like some
 
 
 @dataclass(frozen=True)
@@ -71,14 +92,19 @@ class Data:
     Attributes:
         name: as given to `open_data`.
         num_classes: None for a stream that does not say.
-        class_names: one for each class, in the order of the labels; empty for a stream that does not say.
+        class_names: one for each class, in the order of the labels; empty where the data do not name them.
         in_chans: 1 (grey) or 3 (RGB), as stored.
         image_size: edge in pixels if the images are squares of one size, else None.
         mean, std: of the pixel values in 0..1, one for each channel as stored.
-        train, test: map-style sets of (PIL image, int), or two streams of them.
-        crop_pct: share of the resized image's edge that a test image keeps. Small images are kept
-            whole whatever it says (see vtp/training/loaders.py).
-        interpolation: of the test transform, as timm spells it.
+        train, test: map-style sets of (PIL image, int), or two streams of them; `train` is None where only
+            data to evaluate on were asked for.
+        crop_pct: share of the resized image's edge that a test image keeps; None where nothing is said: all
+            of small images, else timm's default.
+        crop_mode, interpolation: of the test transform, as timm spells them.
+        labels_present: where the data have only some of a model's classes, the labels of these: predictions
+            are then made among them alone.
+        by_class_map: whether the order of the classes was given by a class map.
+        notes: what a user has to know about how the data were read, a sentence each.
     """
 
     name: str
@@ -88,15 +114,32 @@ class Data:
     image_size: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    train: Dataset
+    train: Dataset | None
     test: Dataset
-    crop_pct: float = DEFAULT_CROP_PCT
+    crop_pct: float | None = None
+    crop_mode: str = "center"
     interpolation: str = "bicubic"
+    labels_present: tuple[int, ...] | None = None
+    by_class_map: bool = False
+    notes: tuple[str, ...] = ()
 
-    def for_model(self, pretrained_cfg: Mapping[str, Any]) -> Data:
-        """A copy normalised and cropped as a timm model's `pretrained_cfg` says: what its weights expect."""
-        config = resolve_data_config(pretrained_cfg=dict(pretrained_cfg))
-        return replace(self, **{key: config[key] for key in ("mean", "std", "crop_pct", "interpolation")})
+    def for_model(self, pretrained_cfg: Mapping[str, Any] | None) -> Data:
+        """A copy normalised and cropped as a timm model's `pretrained_cfg` says, as far as it does: what its
+        weights expect."""
+        names = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+        said = {name: (pretrained_cfg or {}).get(name) for name in names}
+        return replace(
+            self,
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in said.items()
+                if value is not None
+            },
+        )
+
+    def noting(self, *notes: str) -> Data:
+        """A copy with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -161,10 +204,13 @@ def find_idx(folder: Path, name: str) -> Path:
 
 class FileImages(Dataset):
     """Images of one of timm's random-access readers, strictly: timm's ImageDataset goes on with the next
-    image where one is unreadable, which would train on other data than was asked for."""
+    image where one is unreadable, which would train on other data than was asked for.
 
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
+    label_map: the label to give for each that the reader gives; None leaves them as they are.
+    """
+
+    def __init__(self, reader: Any, label_map: Sequence[int] | None = None) -> None:
+        self.reader, self.label_map = reader, label_map
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -177,7 +223,7 @@ class FileImages(Dataset):
                 image.load()
         except Exception as error:  # Pillow's decoders raise many types, SyntaxError among them
             raise DataError(f"{self.filename(index)}: unreadable or truncated image ({error})") from error
-        return image, label
+        return image, label if self.label_map is None else self.label_map[label]
 
     def filename(self, index: int) -> str:
         """The image's file, or its number where the reader knows no file."""
@@ -187,20 +233,29 @@ class FileImages(Dataset):
     def labels(self) -> np.ndarray:
         """The class of every image, int64 [S]"""
         if hasattr(self.reader, "samples"):
-            return np.array([label for _, label in self.reader.samples], dtype=np.int64)
-        return np.asarray(self.reader.dataset[self.reader.label_key], dtype=np.int64)
+            labels = np.array([label for _, label in self.reader.samples], dtype=np.int64)
+        else:
+            labels = np.asarray(self.reader.dataset[self.reader.label_key], dtype=np.int64)
+        return labels if self.label_map is None else np.asarray(self.label_map)[labels]
 
-    def header(self, index: int) -> tuple[str, tuple[int, int]]:
-        """Pillow mode and (width, height) from the image's header; DataError if there is none."""
+    def header(self, index: int) -> tuple[str, tuple[int, int], bool]:
+        """Pillow mode, (width, height) and whether it has more than 8 bits a channel, from the header of an
+        image; DataError if there is none."""
         try:
             file, _ = self.reader[index]
             with file, Image.open(file) as image:
-                return image.mode, image.size
+                return image.mode, image.size, is_deep(image)
         except Exception as error:  # as above
             raise DataError(f"{self.filename(index)}: unreadable image ({error})") from error
 
-    def problem(self, index: int) -> str | None:
-        """What is wrong with an image, or None, at the cost of its header and its last bytes.
+    def check_depth(self, indices: Sequence[int]) -> None:
+        """DataError unless what the pixels of these deep images mean is known; looks at 64 of them."""
+        looked_at = _spread(indices, 64)
+        check_depth((self.filename(index), self[index][0]) for index in looked_at)
+
+    def problem(self, index: int, deep: list[int]) -> str | None:
+        """What is wrong with an image, or None, at the cost of its header and its last bytes; adds its index
+        to `deep` if it has more than 8 bits a channel.
 
         A JPEG or PNG without its end marker is decoded to see whether it is really truncated. Pixels damaged
         between a good header and a good end are found only when they are decoded.
@@ -208,6 +263,8 @@ class FileImages(Dataset):
         try:
             file, _ = self.reader[index]
             with file, Image.open(file) as image:
+                if is_deep(image):
+                    deep.append(index)
                 marker = END_MARKERS.get(image.format, b"")
                 if marker not in last_bytes(file):
                     image.load()
@@ -216,11 +273,13 @@ class FileImages(Dataset):
         return None
 
     def check(self) -> None:
-        """DataError that names the unreadable and truncated images, if there are any."""
+        """DataError that names the unreadable and truncated images, if there are any, or that says that the
+        values of deep images have no known meaning."""
         threads = min(16, 2 * (os.cpu_count() or 1))
+        deep: list[int] = []
 
         def share(first: int) -> list[str]:
-            found = (self.problem(index) for index in range(first, len(self), threads))
+            found = (self.problem(index, deep) for index in range(first, len(self), threads))
             return [problem for problem in found if problem]
 
         with ThreadPoolExecutor(threads) as pool:
@@ -228,6 +287,97 @@ class FileImages(Dataset):
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise DataError(f"unreadable or truncated images: {'; '.join(problems[:5])}{more}")
+        self.check_depth(sorted(deep))
+
+
+class ClassFolders(ReaderImageFolder):
+    """timm's reader, of what torchvision's ImageFolder reads: all images at any depth below a class folder.
+
+    Files of other kinds, and hidden ones, which are copies that editors and file managers leave, are skipped.
+
+    class_to_idx: label of each class folder to read.
+    skipped: what was not read, relative to `root`.
+    """
+
+    def __init__(self, root: Path, class_to_idx: Mapping[str, int]) -> None:
+        self.root, self.class_to_idx = str(root), dict(class_to_idx)
+        self.skipped = [entry.name for entry in os.scandir(root) if entry.is_file()]
+        self.samples = make_dataset(self.root, self.class_to_idx, is_valid_file=self._take, allow_empty=True)
+        self.skipped = [name for name in self.skipped if not _is_litter(name)]
+        _refuse_lost_images(root, self.skipped)
+
+    def _take(self, path: str) -> bool:
+        name = os.path.relpath(path, self.root)
+        if name.lower().endswith(ENDINGS) and not _is_hidden(name):
+            return True
+        self.skipped.append(name)
+        return False
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
+def _is_litter(name: str) -> bool:
+    """Whether a file is one that an operating system leaves, and nobody's data."""
+    return Path(name).name in ("Thumbs.db", "desktop.ini") or (
+        _is_hidden(name) and not name.lower().endswith(ENDINGS)
+    )
+
+
+def _refuse_lost_images(root: Path, skipped: list[str]) -> None:
+    """DataError if among the skipped files of a class there are more than a few that may well be images:
+    their endings are those of images that other programs read, or unknown."""
+    lost: dict[str, list[str]] = {}
+    for name in skipped:
+        kind = mimetypes.guess_type(name)[0]
+        if (kind is None or kind.startswith("image/")) and not _is_hidden(name):
+            first, *rest = Path(name).parts
+            lost.setdefault(first if rest else "", []).append(name)
+    for label, names in lost.items():
+        if len(names) > FEW:
+            where = f"class {label!r} loses" if label else "there are outside of class folders"
+            raise DataError(
+                f"{root}: {where} {len(names)} files: {in_short(names, 5)}; expected files with one of the "
+                f"endings {' '.join(ENDINGS)} in class folders: convert or move these files, or move them out"
+            )
+
+
+class Relabelled(Dataset):
+    """A map-style set of (PIL image, int) with other labels: label_map has one for each of the set's own."""
+
+    def __init__(self, images: Dataset, label_map: Sequence[int]) -> None:
+        self.images, self.label_map = images, label_map
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.images[index]
+        return image, self.label_map[label]
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """The class of every image, int64 [S], or None as `labels_of` gives it."""
+        labels = labels_of(self.images)
+        return None if labels is None else np.asarray(self.label_map)[labels]
+
+
+def _relabelled(images: Dataset, label_map: Sequence[int]) -> Dataset:
+    """The same images with other labels: `label_map` has one for each of theirs."""
+    if isinstance(images, IterableDataset):
+        images = copy.copy(images)
+        images.target_transform = label_map.__getitem__
+        return images
+    if isinstance(images, FileImages):
+        return FileImages(images.reader, label_map)
+    return Relabelled(images, label_map)
+
+
+def _spread(indices: Sequence[int], most: int) -> list[int]:
+    """At most so many of the indices, evenly spread."""
+    places = np.linspace(0, len(indices) - 1, num=min(most, len(indices)), dtype=int)
+    return [int(indices[place]) for place in places]
 
 
 def last_bytes(file: Any, count: int = 64) -> bytes:
@@ -243,34 +393,99 @@ def last_bytes(file: Any, count: int = 64) -> bytes:
 # Opening
 
 
-def open_data(spec: str | Path = EMBEDDED, *, root: str | Path | None = None) -> Data:
+def open_data(
+    spec: str | Path = EMBEDDED,
+    *,
+    root: str | Path | None = None,
+    class_map: str | Path | None = None,
+    train: bool = True,
+) -> Data:
     """Open a data set for training and testing.
+
+    Classes are in the order that torchvision gives them: that of folders is the order of their names as text.
 
     Args:
         spec: "fashion-mnist-10k" (embedded: 10,000 and 2,000 images of Fashion-MNIST, equally many of each
-            class); a folder with the four idx files, plain or gzipped, taken to be Fashion-MNIST; an image
-            folder with train/ and one of val/, validation/, valid/, test/, each with one folder per class;
-            "torchvision:NAME" (as the class in torchvision.datasets); or a name that timm.data.create_dataset
-            knows: "hfds/...", "wds/...", "torch/...", ... .
+            class); a folder with four idx files, plain or gzipped, of Fashion-MNIST, MNIST and alike; an
+            image folder with train/ and one of val/, validation/, valid/, test/, each with one folder per
+            class, in which images may lie at any depth; "torchvision:NAME" (as the class in
+            torchvision.datasets); or a name that timm.data.create_dataset knows: "hfds/...", "wds/...",
+            "torch/...", ... .
         root: where torchvision and timm find, or download to, the set; without part otherwise.
+        class_map: a text file with one class name a line, in the order that the labels are to have: as
+            `--class-map` of timm's scripts. Class folders that are not in it are left out.
+        train: whether the training images are wanted; without them an image folder needs no train/, and may
+            itself be that of the classes.
 
     Raises:
-        DataError: nothing is there, or not what was expected, or train and test classes differ. Unreadable
-            images and empty classes are left to `check_data`.
+        DataError: nothing is there, or not what was expected; train and test classes differ; a class has more
+            than a few files that are no images to torchvision and timm but may be some; pixels of more than
+            8 bits have no known meaning. Unreadable images and empty classes are left to `check_data`.
     """
     spec = str(spec)
-    if spec == EMBEDDED:
-        return _open_idx(EMBEDDED_FOLDER, name=spec)
-    if spec.startswith("torchvision:"):
-        return _open_torchvision(spec, root)
+    names = None if class_map is None else read_class_map(class_map)
     folder = Path(spec).expanduser()
-    if folder.is_dir():
-        if any(folder.glob("*-idx?-ubyte*")):
-            return _open_idx(folder, name=spec)
-        return _open_image_folder(folder, name=spec)
-    if spec.partition("/")[0].lower() in TIMM_PREFIXES and "/" in spec:
-        return _open_timm(spec, root)
-    raise DataError(f"data: {spec!r} is neither a folder that exists nor a known name; expected {KNOWN}")
+    if spec != EMBEDDED and folder.is_dir() and not any(folder.glob("*-idx?-ubyte*")):
+        return _open_image_folder(folder, spec, names, train)
+    if spec == EMBEDDED:
+        data = _open_idx(EMBEDDED_FOLDER, spec)
+    elif folder.is_dir():
+        data = _open_idx(folder, spec)
+    elif spec.startswith("torchvision:"):
+        data = _open_torchvision(spec, root, train)
+    elif spec.partition("/")[0].lower() in TIMM_PREFIXES and "/" in spec:
+        data = _open_timm(spec, root, train)
+    else:
+        raise DataError(f"data: {spec!r} is neither a folder that exists nor a known name; expected {KNOWN}")
+    return data if names is None else _in_order_of(data, names)
+
+
+def _in_order_of(data: Data, names: tuple[str, ...]) -> Data:
+    """The data with labels in the order of a class map, which has to name all of their classes."""
+    if not data.class_names:
+        if data.num_classes not in (None, len(names)):
+            raise DataError(
+                f"class_map: got {len(names)} names, expected {data.num_classes}, the classes of {data.name}"
+            )
+        return replace(data, class_names=names, num_classes=len(names), by_class_map=True)
+    label_map = labels_by_name(data.class_names, names)
+    if label_map is None:
+        both = difference(data.class_names, names, "the class map")
+        raise DataError(f"class_map: expected every class of {data.name}: {both}")
+    return replace(_mapped(data, label_map, names), by_class_map=True)
+
+
+def _mapped(data: Data, label_map: Sequence[int], names: Sequence[str]) -> Data:
+    """The data with their labels replaced: `label_map` has a place among `names` for each."""
+    present = tuple(sorted(label_map)) if len(label_map) < len(names) else None
+    if list(label_map) != list(range(len(label_map))):
+        train = None if data.train is None else _relabelled(data.train, label_map)
+        data = replace(data, train=train, test=_relabelled(data.test, label_map))
+    return replace(data, class_names=tuple(names), num_classes=len(names), labels_present=present)
+
+
+def open_images(paths: Sequence[str | Path]) -> list[Image.Image]:
+    """Image files, decoded; DataError for one that is none, or of whose pixels the meaning is not known."""
+    images = FileImages(_Paths(paths))
+    images.check()
+    return [image for image, _ in images]
+
+
+class _Paths:
+    """A reader, as timm has them, of files without labels."""
+
+    def __init__(self, paths: Sequence[str | Path]) -> None:
+        self.samples = [(str(path), 0) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        return open(path, "rb"), label
+
+    def filename(self, index: int, absolute: bool = False) -> str:
+        return self.samples[index][0]
 
 
 def is_small_grey(spec: str | Path) -> bool:
@@ -286,55 +501,83 @@ def is_small_grey(spec: str | Path) -> bool:
 def _open_idx(folder: Path, name: str) -> Data:
     train, test = IdxImages.read(folder, "train"), IdxImages.read(folder, "t10k")
     height, width = train.images.shape[1:]
+    is_fashion = hashlib.sha256(test.labels.tobytes()).hexdigest() in FASHION_MNIST_LABELS
+    mean, std = FASHION_MNIST_MEAN, FASHION_MNIST_STD
+    if not is_fashion:
+        mean, std = ((round(float(f(train.images)) / 255, 4),) for f in (np.mean, np.std))
     return Data(
         name=name,
-        num_classes=len(FASHION_MNIST_CLASSES),
-        class_names=FASHION_MNIST_CLASSES,
+        num_classes=int(max(train.labels.max(initial=0), test.labels.max(initial=0))) + 1,
+        class_names=FASHION_MNIST_CLASSES if is_fashion else (),
         in_chans=1,
         image_size=height if height == width else None,
-        mean=FASHION_MNIST_MEAN,
-        std=FASHION_MNIST_STD,
+        mean=mean,
+        std=std,
         train=train,
         test=test,
     )
 
 
-def _open_image_folder(folder: Path, name: str) -> Data:
+def _open_image_folder(folder: Path, name: str, class_map: tuple[str, ...] | None, train: bool) -> Data:
+    train_folder = folder / "train"
     test_folder = next((folder / test for test in TEST_FOLDERS if (folder / test).is_dir()), None)
-    if not (folder / "train").is_dir() or test_folder is None:
+    if test_folder is None and not train and not train_folder.is_dir():
+        test_folder = folder
+    if test_folder is None or (train and not train_folder.is_dir()):
         raise DataError(f"data: found nothing to train and test on in the folder {folder}; expected {KNOWN}")
-    classes, test_classes = _class_folders(folder / "train"), _class_folders(test_folder)
-    if classes != test_classes:
+    folders = [train_folder, test_folder] if train else [test_folder]
+    found = [_class_folders(split) for split in folders]
+    if class_map is None and found[0] != found[-1]:
         raise DataError(
             f"{folder}: the classes of train and {test_folder.name} differ: "
-            f"only in train: {sorted(set(classes) - set(test_classes)) or 'none'}, "
-            f"only in {test_folder.name}: {sorted(set(test_classes) - set(classes)) or 'none'}"
+            f"only in train: {in_short(sorted(set(found[0]) - set(found[1]))) or 'none'}; "
+            f"only in {test_folder.name}: {in_short(sorted(set(found[1]) - set(found[0]))) or 'none'}"
         )
+    classes = class_map or found[0]
     # With the class list given, a class without images keeps its label and is seen to be empty by check_data.
-    class_map = {name: label for label, name in enumerate(classes)}
-    train, test = (_read_image_folder(split, class_map) for split in (folder / "train", test_folder))
-    return _described(name, train, test, classes)
+    class_to_idx = {name: label for label, name in enumerate(classes)}
+    sets = [FileImages(ClassFolders(split, class_to_idx)) for split in folders]
+    notes = []
+    for split, names, images in zip(folders, found, sets, strict=True):
+        if len(images) == 0:
+            raise DataError(
+                f"{split}: no image in any class folder{' of the class map' if class_map else ''}; expected "
+                f"files with one of the endings {' '.join(ENDINGS)}"
+            )
+        notes += _skipped_notes(split, names, images.reader)
+    data = _described(name, sets[0] if train else None, sets[-1], classes)
+    if class_map is not None and not train:
+        missing = set(classes) - set(found[0])
+        present = tuple(label for name, label in class_to_idx.items() if name not in missing)
+        data = replace(data, labels_present=present if missing else None)
+    return replace(data, by_class_map=class_map is not None, notes=tuple(notes))
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
     names = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     if not names:
         raise DataError(f"{folder}: holds no class; expected one folder of images for each class")
-    return tuple(sorted(names, key=natural_key))
+    return tuple(sorted(names))
 
 
-def _read_image_folder(folder: Path, class_map: dict[str, int]) -> FileImages:
-    try:
-        images = create_dataset("", root=str(folder), search_split=False, class_map=class_map)
-    except RuntimeError as error:
-        endings = " ".join(get_img_extensions())
-        raise DataError(
-            f"{folder}: no image in any class folder; expected files with one of the endings {endings}"
-        ) from error
-    return FileImages(images.reader)
+def _skipped_notes(split: Path, names: Sequence[str], reader: ClassFolders) -> list[str]:
+    notes = []
+    if reader.skipped:
+        kinds = Counter(Path(name).suffix.lower() or "without ending" for name in reader.skipped)
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
+        notes.append(
+            f"{split}: {len(reader.skipped)} files are skipped ({counts}): {in_short(reader.skipped, 5)}"
+        )
+    others = [name for name in names if name not in reader.class_to_idx]
+    if others:
+        notes.append(
+            f"{split}: {len(others)} class folders are not in the class map, and are left out: "
+            f"{in_short(others)}"
+        )
+    return notes
 
 
-def _open_torchvision(spec: str, root: str | Path | None) -> Data:
+def _open_torchvision(spec: str, root: str | Path | None, train: bool) -> Data:
     name = spec.partition(":")[2]
     kind = getattr(torchvision.datasets, name, None)
     if not (inspect.isclass(kind) and issubclass(kind, torchvision.datasets.VisionDataset)):
@@ -347,36 +590,46 @@ def _open_torchvision(spec: str, root: str | Path | None) -> Data:
     options = {"download": True} if "download" in parameters else {}
     try:
         if "train" in parameters:
-            train, test = (kind(root, train=split, **options) for split in (True, False))
+            training = kind(root, train=True, **options) if train else None
+            test = kind(root, train=False, **options)
         else:
-            train = kind(root, split="train", **options)
+            training = kind(root, split="train", **options) if train else None
             test = _first_split(lambda split: kind(root, split=split, **options))
     except Exception as error:  # each data set of torchvision, and each way to download, raises its own types
         raise DataError(f"data: torchvision cannot open {name} in {root}: {error}") from error
-    data = _described(spec, train, test, tuple(getattr(train, "classes", ())))
+    data = _described(spec, training, test, _names_of(test))
     if name == "FashionMNIST":
         data = replace(data, mean=FASHION_MNIST_MEAN, std=FASHION_MNIST_STD)
     return data
 
 
-def _open_timm(spec: str, root: str | Path | None) -> Data:
+def _names_of(images: Dataset) -> tuple[str, ...]:
+    """Class names as torchvision's sets have them: ImageNet's by synset, as its folders are called."""
+    names = getattr(images, "wnids", getattr(images, "classes", ()))
+    return tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in names)
+
+
+def _open_timm(spec: str, root: str | Path | None, train: bool) -> Data:
     def read(split: str, is_training: bool = False) -> Dataset:
+        # Streams would convert images of 16 bits to RGB by clipping them to white: they come as they are.
         return create_dataset(
-            spec, root=root and str(root), split=split, is_training=is_training, download=False
-        )
+            spec, root=root and str(root), split=split, is_training=is_training, download=False,
+            input_img_mode=None if spec.lower().startswith("tfds/") else "",
+        )  # fmt: skip
 
     try:
-        train, test = read("train", is_training=True), _first_split(read)
+        training, test = read("train", is_training=True) if train else None, _first_split(read)
     except (Exception, SystemExit) as error:  # any reader, and any library behind it
         raise DataError(f"data: timm cannot open {spec!r} (root={root}): {error!r}") from error
-    if isinstance(train, IterableDataset):
-        classes = tuple(sorted(train.reader.class_to_idx, key=train.reader.class_to_idx.get))
-        return _imagenet_like(spec, train, test, classes, num_classes=len(classes) or None, in_chans=3)
-    if hasattr(train, "reader"):
-        classes = tuple(sorted(train.reader.class_to_idx, key=train.reader.class_to_idx.get))
-        return _described(spec, FileImages(train.reader), FileImages(test.reader), classes)
-    data = _described(spec, train, test, tuple(getattr(train, "classes", ())))
-    if isinstance(train, torchvision.datasets.FashionMNIST):
+    if isinstance(test, IterableDataset):
+        classes = tuple(sorted(test.reader.class_to_idx, key=test.reader.class_to_idx.get))
+        return _imagenet_like(spec, training, test, classes, num_classes=len(classes) or None, in_chans=3)
+    if hasattr(test, "reader"):
+        classes = tuple(sorted(test.reader.class_to_idx, key=test.reader.class_to_idx.get))
+        files = None if training is None else FileImages(training.reader)
+        return _described(spec, files, FileImages(test.reader), classes)
+    data = _described(spec, training, test, _names_of(test))
+    if isinstance(test, torchvision.datasets.FashionMNIST):
         data = replace(data, mean=FASHION_MNIST_MEAN, std=FASHION_MNIST_STD)
     return data
 
@@ -394,35 +647,48 @@ def _first_split(read: Any) -> Dataset:
     raise errors[0]
 
 
-def _described(name: str, train: Dataset, test: Dataset, classes: tuple[str, ...]) -> Data:
+def _described(name: str, train: Dataset | None, test: Dataset, classes: tuple[str, ...]) -> Data:
     """A `Data` of two map-style sets, with what a look at a few images and the labels tells."""
-    looked_at = np.linspace(0, len(train) - 1, num=min(16, len(train)), dtype=int)
-    headers = [_header(train, int(index)) for index in looked_at]
-    sizes = {edge for _, size in headers for edge in size}
+    images = test if train is None else train
+    looked_at = _spread(range(len(images)), 16)
+    headers = [_header(images, index) for index in looked_at]
+    sizes = {edge for _, size, _ in headers for edge in size}
+    if any(deep for *_, deep in headers):
+        _check_depth(images)
+    num_classes = len(classes)
     if not classes:
-        labels = labels_of(train)
-        classes = tuple(str(label) for label in range(0 if labels is None else int(labels.max()) + 1))
+        labels = labels_of(images)
+        num_classes = 0 if labels is None else int(labels.max()) + 1
     return _imagenet_like(
         name,
         train,
         test,
         classes,
-        num_classes=len(classes) or None,
-        in_chans=1 if all(mode in GREY_MODES for mode, _ in headers) else 3,
+        num_classes=num_classes or None,
+        in_chans=1 if all(mode in GREY_MODES for mode, *_ in headers) else 3,
         image_size=sizes.pop() if len(sizes) == 1 else None,
     )
 
 
-def _header(images: Dataset, index: int) -> tuple[str, tuple[int, int]]:
+def _header(images: Dataset, index: int) -> tuple[str, tuple[int, int], bool]:
     if isinstance(images, FileImages):
         return images.header(index)
     image, _ = images[index]
-    return image.mode, image.size
+    return image.mode, image.size, is_deep(image)
+
+
+def _check_depth(images: Dataset) -> None:
+    """DataError unless what the pixels of the deep images among some 64 mean is known."""
+    deep = [index for index in _spread(range(len(images)), 64) if _header(images, index)[-1]]
+    if isinstance(images, FileImages):
+        images.check_depth(deep)
+    else:
+        check_depth((f"image number {index}", images[index][0]) for index in deep)
 
 
 def _imagenet_like(
     name: str,
-    train: Dataset,
+    train: Dataset | None,
     test: Dataset,
     classes: tuple[str, ...],
     *,
@@ -445,6 +711,90 @@ def _imagenet_like(
 
 
 # ---------------------------------------------------------------------------------------------------------
+# The classes of a model
+
+
+def match_classes(
+    data: Data,
+    names: Sequence[str] | None,
+    *,
+    descriptions: Sequence[str] | None = None,
+    is_new: bool = False,
+    subset: bool = False,
+) -> Data:
+    """The data with labels that are the outputs of a model whose classes are `names`.
+
+    Args:
+        names: of the model's classes, in the order of its outputs; None where they are not known.
+        descriptions: what these are in words, by which data may call them.
+        is_new: whether the model's head is new, so that its classes are those of the data.
+        subset: whether the data may have only some of the classes, as is fine for an evaluation.
+
+    Returns:
+        The data, their labels mapped by name where the order is another, with a note of what was done.
+
+    Raises:
+        DataError: the data have other classes than the model; both lists are in the message.
+    """
+    own = data.class_names
+    if not own:
+        if not names:
+            return data
+        return data.noting(f"{data.name} does not name its classes: they are taken in the model's order")
+    if names is None:
+        if is_new:
+            hint = order_hint(own) if not data.by_class_map else ""
+            return data.noting(f"the classes are {in_short(own)}{hint}") if hint else data
+        return data.noting(
+            "the order of the model's classes is not known, as its file does not say it: taken to be that of "
+            f"the data, {in_short(own)}{'' if data.by_class_map else order_hint(own)}"
+        )
+    if data.labels_present is not None:  # of a class map, which names all of the model's classes
+        own = tuple(own[label] for label in data.labels_present)
+    label_map = labels_by_name(own, names)
+    if label_map is None and same_descriptions(own, descriptions):
+        label_map = list(range(len(own)))
+    if label_map is None and data.by_class_map and len(data.class_names) == len(names):
+        return data.noting(
+            f"the model's classes {in_short(names)} are, by the class map, the data's "
+            f"{in_short(data.class_names)}"
+        )
+    if label_map is None:
+        raise DataError(
+            f"data: {data.name} has other classes than the model: {difference(own, names)}. Rename the class "
+            "folders, or give --class-map FILE with the data's names in the order of the model's; --new-head "
+            "trains a new head for other classes"
+        )
+    if len(own) < len(names) and not subset:
+        raise DataError(
+            f"data: {data.name} has {len(own)} of the model's {len(names)} classes ({in_short(own)}); "
+            "training on them would unlearn the others: expected all, or --new-head for a head of these alone"
+        )
+    return _matched(data, own, names, label_map)
+
+
+def _matched(data: Data, own: Sequence[str], names: Sequence[str], label_map: Sequence[int]) -> Data:
+    notes = []
+    if list(label_map) != sorted(label_map):
+        notes.append(
+            f"the classes of {data.name} are in another order than the model's, and are mapped by name: "
+            f"{in_short(own)}; the model has {in_short(names)}"
+        )
+    if len(own) < len(names):
+        notes.append(
+            f"{data.name} has {len(own)} of the model's {len(names)} classes: predictions are made among them"
+        )
+    if data.labels_present is not None:  # from the labels of the class map
+        places = dict(zip(data.labels_present, label_map, strict=True))
+        full = [places.get(label, -1) for label in range(len(data.class_names))]
+        present = tuple(sorted(label_map))
+        data = replace(_mapped(data, full, names), labels_present=present)
+    else:
+        data = _mapped(data, label_map, names)
+    return data.noting(*notes)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Checking
 
 
@@ -464,10 +814,11 @@ def check_data(data: Data, num_classes: int) -> None:
     if data.num_classes is not None and data.num_classes != num_classes:
         raise DataError(
             f"num_classes: the head has {num_classes} outputs, but the data set {data.name} has "
-            f"{data.num_classes} classes; expected one output for each class (--new-head trains a new one)"
+            f"{data.num_classes} classes; expected one output for each class (--new-head trains a new one; "
+            "--class-map names the classes of all outputs where the data have only some)"
         )
     for split, images in (("train", data.train), ("test", data.test)):
-        labels = labels_of(images)
+        labels = None if images is None else labels_of(images)
         if labels is not None:
             _check_labels(labels, data, split)
         if isinstance(images, FileImages) and hasattr(images.reader, "samples"):
@@ -475,15 +826,16 @@ def check_data(data: Data, num_classes: int) -> None:
 
 
 def _check_labels(labels: np.ndarray, data: Data, split: str) -> None:
-    if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(data.class_names):
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= data.num_classes:
         found = f"labels from {labels.min()} to {labels.max()}" if len(labels) else "no labels"
-        raise DataError(f"{data.name}: {split}: got {found}, expected 0 to {len(data.class_names) - 1}")
-    counts = np.bincount(labels, minlength=len(data.class_names))
-    empty = [data.class_names[label] for label in np.flatnonzero(counts == 0)]
+        raise DataError(f"{data.name}: {split}: got {found}, expected 0 to {data.num_classes - 1}")
+    counts = np.bincount(labels, minlength=data.num_classes)
+    expected = range(data.num_classes) if data.labels_present is None else data.labels_present
+    empty = [label for label in expected if counts[label] == 0]
     if empty:
+        names = [data.class_names[label] if data.class_names else str(label) for label in empty]
         raise DataError(
-            f"{data.name}: {split}: no image in {len(empty)} of {len(data.class_names)} classes: "
-            f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}"
+            f"{data.name}: {split}: no image in {len(empty)} of {len(expected)} classes: {in_short(names, 5)}"
         )
 
 
@@ -491,10 +843,3 @@ def labels_of(images: Dataset) -> np.ndarray | None:
     """The class of every image, int64 [S], or None where the labels are known only by reading the images."""
     labels = getattr(images, "labels", getattr(images, "targets", None))
     return None if labels is None else np.asarray(labels, dtype=np.int64)
-
-
-def for_channels(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
-    """Means (or standard deviations) for images that are converted to `in_chans` channels."""
-    if len(values) == in_chans:
-        return tuple(values)
-    return (sum(values) / len(values),) * in_chans

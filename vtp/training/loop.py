@@ -21,9 +21,10 @@ import math
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,13 @@ def train(
 def evaluate(
     model: nn.Module, data: Data, *, batch_size: int = 256, workers: int = 0, precision: str = "no"
 ) -> tuple[float, float]:
-    """Top-1 accuracy (percent) and mean cross-entropy (nats) of `model` on the test images, on its device."""
+    """Top-1 accuracy (percent) and mean cross-entropy (nats) of `model` on the test images, on its device;
+    among the classes that these have, where they have not all."""
     loader = test_loader(data, **_loader_arguments(model, data, batch_size, workers))
     device = _device(model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return _evaluate(model, loader, lambda: torch.autocast(device.type, dtype, enabled=dtype is not None))
+    cast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+    return _evaluate(model, loader, cast, labels=data.labels_present)
 
 
 def calibration_images(
@@ -544,14 +547,14 @@ def _loader_arguments(model: nn.Module, data: Data, batch_size: int, workers: in
     """What both loaders take, with image size (pixels) and channels as the model expects them."""
     edge = data.image_size
     if isinstance(model, OptimizedViT):
-        channels, (height, width) = model.images.channels, model.images.size
+        channels, size = model.images.channels, model.images.size
     else:
         embed = model.patch_embed
-        channels, (height, width) = embed.proj.in_channels, embed.img_size or (edge, edge)
-    if height is None or height != width:
-        raise ValueError(f"model: takes images of {height}x{width}, expected squares of a known size")
+        channels, size = embed.proj.in_channels, embed.img_size or (edge, edge)
+    if None in size:
+        raise ValueError("model: takes images of any size, and the data's are of several; expected one size")
     return {
-        "image_size": height,
+        "image_size": tuple(size),
         "in_chans": channels,
         "batch_size": batch_size,
         "workers": workers,
@@ -570,9 +573,11 @@ def _evaluate(
     cast: Callable[[], AbstractContextManager],
     gather: Callable[[Tensor], Tensor] = lambda scores: scores,
     poll: Callable[[], None] = lambda: None,
+    labels: Sequence[int] | None = None,
 ) -> tuple[float, float]:
     """Top-1 (percent) and mean cross-entropy over loader.
 
+    labels: the classes among which predictions are made; None for all.
     gather: joins the scores of several processes, [images, 2] each; poll: called after each batch.
     """
     was_training, device = model.training, _device(model)
@@ -582,6 +587,10 @@ def _evaluate(
         images, targets = images.to(device), targets.to(device)
         with cast():
             logits = model(images)
+        if labels is not None:
+            others = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
+            others[list(labels)] = False
+            logits = logits.masked_fill(others, -torch.inf)
         loss = F.cross_entropy(logits.float(), targets, reduction="none")
         scores.append(gather(torch.stack([(logits.argmax(dim=-1) == targets).float(), loss], dim=1)))
         poll()

@@ -282,7 +282,7 @@ def test_shifted_crop_equals_torchvisions_padded_random_crop(few: Data) -> None:
     padded = np.pad(np.asarray(image), 2)
     possible = {padded[y : y + 28, x : x + 28].tobytes() for y in range(5) for x in range(5)}
     random.seed(0)
-    seen = {np.asarray(loaders.ShiftedCrop(28, 2)(image)).tobytes() for _ in range(500)}
+    seen = {np.asarray(loaders.ShiftedCrop((28, 28), 2)(image)).tobytes() for _ in range(500)}
     assert seen == possible
 
 
@@ -436,7 +436,7 @@ def test_empty_class_is_refused(image_folder: Path) -> None:
 
 def test_class_lists_that_differ_are_refused(image_folder: Path) -> None:
     (image_folder / "validation" / "dog").rename(image_folder / "validation" / "wolf")
-    with pytest.raises(DataError, match=r"only in train: \['dog'\], only in validation: \['wolf'\]"):
+    with pytest.raises(DataError, match="only in train: dog; only in validation: wolf"):
         open_data(image_folder)
 
 
@@ -524,8 +524,10 @@ def test_missing_idx_file_is_refused_by_name(idx_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"in_chans": 2}, "in_chans: got 2, expected 1"),
+        ({"in_chans": 2}, "in_chans: got 2, expected 1 .*, 3 .* or 4 .*vtp.calibrate"),
+        ({"in_chans": 4}, "color_jitter and auto_augment take images of 1 or 3 channels, got 4"),
         ({"image_size": 0}, "image_size: got 0"),
+        ({"image_size": (28, 0)}, "image_size: got"),
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"batch_size": 101}, "batch_size: got 101, expected at most 100"),
     ],
@@ -559,9 +561,3 @@ def test_sixteen_bit_images_are_not_clipped(tmp_path):
         data = open_data(tmp_path / str(depth))
         batches.append(next(iter(loaders.test_loader(data, image_size=28, in_chans=1, batch_size=2)))[0])
     assert torch.equal(*batches)
-
-
-def test_pixels_of_unknown_range_are_refused():
-    pipeline = loaders._test_pipeline(open_data(), 28, 1)
-    with pytest.raises(DataError, match="mode 'F'"):
-        pipeline.pixels(Image.fromarray(np.zeros((28, 28), dtype=np.float32)))
