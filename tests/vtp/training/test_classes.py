@@ -107,7 +107,7 @@ def test_some_of_the_classes_are_enough_to_evaluate_among_them(numbers, tmp_path
     assert fitted.labels_present == (3, 4, 9)
     if way == "names":
         assert "has 3 of the model's 12 classes: predictions are made among them" in fitted.notes[0]
-        with pytest.raises(DataError, match="training on them would unlearn the others.*--new-head"):
+        with pytest.raises(DataError, match=r"training on them would unlearn the others.*--new-head"):
             fit_data(data, model)
 
 

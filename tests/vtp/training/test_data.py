@@ -16,13 +16,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from timm.data import create_transform
 
 from vtp.training import loaders
-from vtp.training.data import EMBEDDED_FOLDER, Data, DataError, IdxImages, check_data, open_data, read_idx
+from vtp.training.data import (
+    EMBEDDED_FOLDER,
+    IDX_NAMES,
+    Data,
+    DataError,
+    IdxImages,
+    check_data,
+    open_data,
+    read_idx,
+)
 from vtp.training.loaders import Augment, calibration_loader, set_epoch, train_loader
 
 DEBIAN_ORIGINALS = Path("/usr/share/datasets/fashion-mnist")
@@ -561,3 +571,125 @@ def test_sixteen_bit_images_are_not_clipped(tmp_path):
         data = open_data(tmp_path / str(depth))
         batches.append(next(iter(loaders.test_loader(data, image_size=28, in_chans=1, batch_size=2)))[0])
     assert torch.equal(*batches)
+
+
+# Folders as people have them
+
+
+def fill(folder: Path, names: dict[str, int], split: str = "train") -> Path:
+    """split/<name>.<ending>: so many images of each name, in formats that their endings tell."""
+    for name, count in names.items():
+        path, ending = name.rsplit(".", 1)
+        for number in range(count):
+            file = folder / split / f"{path}{number}.{ending}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8, 3), number, dtype=np.uint8)).save(file)
+    return folder
+
+
+def test_images_at_any_depth_and_of_all_formats_of_torchvision_are_read(tmp_path: Path) -> None:
+    endings = ("jpg", "JPEG", "png", "webp", "tif", "TIFF", "bmp", "ppm", "pgm")
+    for split in ("train", "val"):
+        fill(tmp_path, {f"cat/2023/{ending}/a.{ending}": 2 for ending in endings}, split)
+        fill(tmp_path, {"cat/2024/b.png": 3, "dog/c.webp": 4}, split)
+    data = open_data(tmp_path)
+    check_data(data, num_classes=2)
+    expected = torchvision.datasets.ImageFolder(tmp_path / "train")
+    assert data.class_names == tuple(expected.classes) == ("cat", "dog")
+    assert [tuple(sample) for sample in data.train.reader.samples] == expected.samples
+    assert len(expected.samples) == 2 * len(endings) + 3 + 4
+    assert data.notes == ()
+
+
+def test_what_is_skipped_is_counted_and_named(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        fill(tmp_path, {"cat/a.png": 5, "dog/b.png": 5}, split)
+    litter = ("cat/.ipynb_checkpoints/a0-checkpoint.png", "cat/._a1.png", "dog/Thumbs.db", ".DS_Store")
+    for name in (*litter, "cat/notes.txt", "dog/deep/boxes.xml", "dog/animated.gif", "readme.md"):
+        file = tmp_path / "train" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    data = open_data(tmp_path)
+    check_data(data, num_classes=2)
+    assert data.class_names == ("cat", "dog") and len(data.train) == 10
+    (note,) = data.notes
+    assert note.startswith(f"{tmp_path}/train: 6 files are skipped (2 .png, 1 ")
+    for name in (*litter[:2], "cat/notes.txt", "readme.md", "6 in all"):
+        assert name in note
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["cat/{}.heic"], r"class 'cat' loses 4 files: cat/.\.heic, .*expected files with .* \.jpg"),
+        (["cat/old/{}.npy"], r"class 'cat' loses 4 files: cat/old/"),
+        (["dog/{}.gif"], "class 'dog' loses 4 files"),
+        (["dog/{}"], "class 'dog' loses 4 files"),
+        (["{}.png"], "outside of class folders 4 files"),
+        (["cat/{}.xml", "dog/{}.txt", "dog/{}.json"], None),
+    ],
+)  # fmt: skip
+def test_class_that_loses_more_than_a_few_images_is_refused(
+    image_folder: Path, names: list[str], message: str | None
+) -> None:
+    for name in names:
+        for number in range(4):
+            file = image_folder / "train" / name.format(number)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"x")
+    if message is None:
+        assert "12 files are skipped" in open_data(image_folder).notes[0]
+        return
+    with pytest.raises(DataError, match=message):
+        open_data(image_folder)
+
+
+def test_test_images_are_enough_to_evaluate(image_folder: Path) -> None:
+    whole = open_data(image_folder)
+    shutil.rmtree(image_folder / "train")
+    with pytest.raises(DataError, match="found nothing to train and test on"):
+        open_data(image_folder)
+    options = {"image_size": 32, "in_chans": 3, "batch_size": 6}
+    for folder in (image_folder, image_folder / "validation"):
+        data = open_data(folder, train=False)
+        assert data.train is None and data.class_names == ("cat", "dog")
+        check_data(data, num_classes=2)
+        assert equal(*(list(loaders.test_loader(each, **options)) for each in (whole, data)))
+    assert open_data(train=False).class_names == open_data().class_names
+
+
+def test_images_need_not_be_square(image_folder: Path) -> None:
+    data = open_data(image_folder)
+    options = {"image_size": (24, 48), "in_chans": 3, "batch_size": 2}
+    for preset in ("light", "deit"):
+        batches = train_loader(data, augment=Augment.preset(preset, 48), seed=0, **options)
+        assert {images.shape for images, _ in batches} == {(2, 3, 24, 48)}
+    images = torch.cat([images for images, _ in loaders.test_loader(data, **options)])
+    transform = create_transform((3, 24, 48), crop_pct=1.0, interpolation="bicubic")
+    for index, image in enumerate(images):
+        torch.testing.assert_close(image, transform(data.test[index][0].convert("RGB")))
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_crop_mode_of_the_model_is_kept(image_folder: Path, crop_mode: str) -> None:
+    data = open_data(image_folder).for_model({"crop_mode": crop_mode, "crop_pct": 0.9, "mean": None})
+    (images, _), *_ = loaders.test_loader(data, image_size=32, in_chans=3, batch_size=2)
+    transform = create_transform((3, 32, 32), crop_pct=0.9, crop_mode=crop_mode, interpolation="bicubic")
+    for index in range(2):
+        torch.testing.assert_close(images[index], transform(data.test[index][0].convert("RGB")))
+
+
+def test_idx_files_of_another_set_are_not_called_fashion(tmp_path: Path) -> None:
+    for split, count in (("train", 40), ("t10k", 26)):
+        images = np.random.default_rng(0).integers(0, 256, (count, 6, 6), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 26
+        for name, array in ((IDX_NAMES[0], images), (IDX_NAMES[1], labels)):
+            header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, dtype=">u4").tobytes()
+            (tmp_path / f"{split}-{name}").write_bytes(header + array.tobytes())
+    data = open_data(tmp_path)
+    check_data(data, num_classes=26)
+    assert data.class_names == () and open_data(EMBEDDED_FOLDER).class_names[0] == "T-shirt/top"
+    train = data.train.images / 255
+    assert data.mean == (pytest.approx(train.mean(), abs=1e-4),)
+    assert data.std == (pytest.approx(train.std(), abs=1e-4),)
