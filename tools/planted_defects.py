@@ -172,7 +172,7 @@ DEFECTS = [
         "tests/vtp/training/test_loop.py -k average",
     ),
     Defect(
-        "vtp/training/data.py",
+        "vtp/training/sources.py",
         "if len(raw) != expected:",
         "if len(raw) < expected:",
         "an idx file with bytes behind its end is read",

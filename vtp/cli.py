@@ -33,7 +33,17 @@ from vtp.model.images import (
     knows_normalisation,
 )
 from vtp.options import positive, thread_count
-from vtp.pipeline import RECIPES, STAGES, Recipe, RunConfig, classes_of, fit_data, run, short_recipe_for
+from vtp.pipeline import (
+    RECIPES,
+    STAGES,
+    Recipe,
+    RunConfig,
+    classes_of,
+    describe_images,
+    fit_data,
+    run,
+    short_recipe_for,
+)
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactViT, compact
 from vtp.pruning.gates import insert_gates, sites
@@ -45,10 +55,11 @@ from vtp.pruning.selection import make_plan
 from vtp.runtime.latency_profile import profile_widths
 from vtp.training.classes import in_short
 from vtp.training.config import TrainConfig
-from vtp.training.data import EMBEDDED, Data, DataError, open_data, open_images
+from vtp.training.data import EMBEDDED, Data, DataError, open_data
 from vtp.training.loaders import Augment, calibration_count, image_pipeline
 from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images, evaluate, train
 from vtp.training.progress import share_bar
+from vtp.training.sources import open_images
 from vtp.training.sparsity import gate_statistics
 from vtp.training.state import STATE_FORMAT
 from vtp.zoo import FASHION_DEIT, open_model
@@ -203,7 +214,9 @@ def _calibration_data(options: argparse.Namespace, model: nn.Module) -> Data:
             return _fit_data(data, model, subset=True)
         except DataError as error:
             raise DataError(f"{error}; --no-eval looks at no labels") from error
-    return data.for_model(getattr(model, "pretrained_cfg", None))
+    data = data.for_model(getattr(model, "pretrained_cfg", None))
+    describe_images(model, dataclasses.replace(data, class_names=()))
+    return data
 
 
 def _statistics(options: argparse.Namespace, model: nn.Module, data: Data, loader: DataLoader) -> Statistics:

@@ -46,7 +46,8 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
     """The names of a model's classes in the order of its outputs, or None where they are not known."""
     names = _said(model).get("label_names")
     if isinstance(names, dict):  # timm takes them by index too, which JSON has made a string
-        names = [names[index] for index in sorted(names, key=int)]
+        by_index = {str(index): name for index, name in names.items()}
+        names = [by_index[str(index)] for index in range(len(names)) if str(index) in by_index]
     if not names or len(names) != getattr(model, "num_classes", None):
         return None
     return tuple(map(str, names))

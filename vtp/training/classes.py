@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ def read_class_map(path: str | Path) -> tuple[str, ...]:
     """
     if Path(path).suffix != ".txt":
         raise DataError(f"class_map: got {path}, expected a .txt file with one class name a line")
-    if not os.path.isfile(path):
+    if not Path(path).is_file():
         raise DataError(f"class_map: no file {path}")
     try:
         labels = load_class_map(str(path))
@@ -45,7 +44,7 @@ def labels_by_name(own: Sequence[str], names: Sequence[str]) -> list[int] | None
     if own == names:
         return list(range(len(own)))
     place = {name: label for label, name in enumerate(names)}
-    if len(place) < len(names):  # a name twice says nothing about its place
+    if len(place) < len(names) or len(set(own)) < len(own):  # a name twice says nothing about its place
         return None
     return [place[name] for name in own] if set(own) <= set(place) else None
 
@@ -67,7 +66,7 @@ def order_hint(names: Sequence[str]) -> str:
     if list(names) != sorted(names) or by_value == list(names):
         return ""
     return (
-        f" (sorted as text, as torchvision does it: {in_short(names, 4)}; timm's training script and earlier "
+        f" (as text, as torchvision sorts them: {in_short(names, 4)}; timm's training script and earlier "
         f"versions of vtp sort by value: {in_short(by_value, 4)}; --class-map gives another order)"
     )
 

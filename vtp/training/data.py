@@ -8,31 +8,17 @@ batches is in vtp/training/loaders.py.
 
 from __future__ import annotations
 
-import copy
-import gzip
 import hashlib
 import inspect
-import itertools
-import math
-import mimetypes
-import os
-import struct
-import zlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torchvision
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from vtp.model.images import for_channels
 from vtp.training.classes import (
@@ -43,7 +29,17 @@ from vtp.training.classes import (
     read_class_map,
     same_descriptions,
 )
-from vtp.training.pixels import DataError, check_depth, is_deep
+from vtp.training.folders import ENDINGS, ClassFolders
+from vtp.training.pixels import DataError
+from vtp.training.sources import (
+    FileImages,
+    IdxImages,
+    check_depth_of,
+    header_of,
+    labels_of,
+    relabelled,
+    spread,
+)
 
 EMBEDDED = "fashion-mnist-10k"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "datasets" / EMBEDDED
@@ -66,7 +62,6 @@ FASHION_MNIST_LABELS = (
     "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9",
     "d48f3fb4da5912554a7f9c6dce07791ffbb5fcad7c0569b580094b49498bfb11",
 )
-IDX_NAMES = ("images-idx3-ubyte", "labels-idx1-ubyte")
 TEST_FOLDERS = ("val", "validation", "valid", "test")
 TIMM_PREFIXES = ("hfds", "hfids", "tfds", "wds", "torch")
 KNOWN = (
@@ -78,11 +73,6 @@ KNOWN = (
 
 
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B"})
-# A file of these formats that is whole ends in these bytes, give or take some padding.
-END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-# Files below a class folder that are images to torchvision's or to timm's.
-ENDINGS = tuple(dict.fromkeys((*IMG_EXTENSIONS, *get_img_extensions())))
-FEW = 3  # files of a class that may be no such images though they look like some
 
 
 @dataclass(frozen=True)
@@ -140,253 +130,6 @@ class Data:
     def noting(self, *notes: str) -> Data:
         """A copy with more notes."""
         return replace(self, notes=(*self.notes, *notes))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Sources: sets of (PIL image, int)
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """Read one idx file of unsigned bytes, gzipped if the name ends in .gz.
-
-    Returns a read-only uint8 array of the shape the header gives ([images, rows, columns] or [labels]).
-    Raises DataError if the file cannot be read, is not an idx file of unsigned bytes, or is cut short.
-    """
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            raw = file.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: truncated, corrupt or unreadable idx file ({error})") from error
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
-        raise DataError(f"{path}: not an idx file of unsigned bytes: got magic {raw[:4].hex() or 'nothing'}")
-    header = 4 + 4 * raw[3]
-    # Sizes that are cut off count as 0, for the length to be wrong below.
-    shape = struct.unpack(f">{raw[3]}I", raw[4:header].ljust(header - 4, b"\0"))
-    expected = header + math.prod(shape)
-    if len(raw) != expected:
-        raise DataError(f"{path}: truncated or corrupt idx file: got {len(raw)} bytes, expected {expected}")
-    return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape(shape)
-
-
-class IdxImages(Dataset):
-    """Grey images held in memory. images: uint8 [S, H, W]; labels: uint8 [S]."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self.images, self.labels = images, labels
-
-    @classmethod
-    def read(cls, folder: Path, split: str) -> IdxImages:
-        """One split ("train" or "t10k") of an idx folder; DataError if a file is missing or damaged."""
-        paths = [find_idx(folder, f"{split}-{name}") for name in IDX_NAMES]
-        images, labels = (read_idx(path) for path in paths)
-        if images.ndim != 3 or labels.shape != images.shape[:1]:
-            raise DataError(
-                f"{paths[0]} and {paths[1]} do not belong together: got shapes {images.shape} and "
-                f"{labels.shape}, expected [images, rows, columns] and [images]"
-            )
-        return cls(images, labels)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.labels[index])
-
-
-def find_idx(folder: Path, name: str) -> Path:
-    """The plain or gzipped idx file `name` in `folder`; DataError if there is neither."""
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise DataError(f"{folder}: the idx file {name} (or {name}.gz) is missing")
-
-
-class FileImages(Dataset):
-    """Images of one of timm's random-access readers, strictly: timm's ImageDataset goes on with the next
-    image where one is unreadable, which would train on other data than was asked for.
-
-    label_map: the label to give for each that the reader gives; None leaves them as they are.
-    """
-
-    def __init__(self, reader: Any, label_map: Sequence[int] | None = None) -> None:
-        self.reader, self.label_map = reader, label_map
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        try:
-            file, label = self.reader[index]
-            with file:
-                image = Image.open(file)
-                image.load()
-        except Exception as error:  # Pillow's decoders raise many types, SyntaxError among them
-            raise DataError(f"{self.filename(index)}: unreadable or truncated image ({error})") from error
-        return image, label if self.label_map is None else self.label_map[label]
-
-    def filename(self, index: int) -> str:
-        """The image's file, or its number where the reader knows no file."""
-        return self.reader.filename(index, absolute=True) or f"image number {index}"
-
-    @property
-    def labels(self) -> np.ndarray:
-        """The class of every image, int64 [S]"""
-        if hasattr(self.reader, "samples"):
-            labels = np.array([label for _, label in self.reader.samples], dtype=np.int64)
-        else:
-            labels = np.asarray(self.reader.dataset[self.reader.label_key], dtype=np.int64)
-        return labels if self.label_map is None else np.asarray(self.label_map)[labels]
-
-    def header(self, index: int) -> tuple[str, tuple[int, int], bool]:
-        """Pillow mode, (width, height) and whether it has more than 8 bits a channel, from the header of an
-        image; DataError if there is none."""
-        try:
-            file, _ = self.reader[index]
-            with file, Image.open(file) as image:
-                return image.mode, image.size, is_deep(image)
-        except Exception as error:  # as above
-            raise DataError(f"{self.filename(index)}: unreadable image ({error})") from error
-
-    def check_depth(self, indices: Sequence[int]) -> None:
-        """DataError unless what the pixels of these deep images mean is known; looks at 64 of them."""
-        looked_at = _spread(indices, 64)
-        check_depth((self.filename(index), self[index][0]) for index in looked_at)
-
-    def problem(self, index: int, deep: list[int]) -> str | None:
-        """What is wrong with an image, or None, at the cost of its header and its last bytes; adds its index
-        to `deep` if it has more than 8 bits a channel.
-
-        A JPEG or PNG without its end marker is decoded to see whether it is really truncated. Pixels damaged
-        between a good header and a good end are found only when they are decoded.
-        """
-        try:
-            file, _ = self.reader[index]
-            with file, Image.open(file) as image:
-                if is_deep(image):
-                    deep.append(index)
-                marker = END_MARKERS.get(image.format, b"")
-                if marker not in last_bytes(file):
-                    image.load()
-        except Exception as error:  # as above
-            return f"{self.filename(index)} ({error})"
-        return None
-
-    def check(self) -> None:
-        """DataError that names the unreadable and truncated images, if there are any, or that says that the
-        values of deep images have no known meaning."""
-        threads = min(16, 2 * (os.cpu_count() or 1))
-        deep: list[int] = []
-
-        def share(first: int) -> list[str]:
-            found = (self.problem(index, deep) for index in range(first, len(self), threads))
-            return [problem for problem in found if problem]
-
-        with ThreadPoolExecutor(threads) as pool:
-            problems = sorted(itertools.chain.from_iterable(pool.map(share, range(threads))))
-        if problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise DataError(f"unreadable or truncated images: {'; '.join(problems[:5])}{more}")
-        self.check_depth(sorted(deep))
-
-
-class ClassFolders(ReaderImageFolder):
-    """timm's reader, of what torchvision's ImageFolder reads: all images at any depth below a class folder.
-
-    Files of other kinds, and hidden ones, which are copies that editors and file managers leave, are skipped.
-
-    class_to_idx: label of each class folder to read.
-    skipped: what was not read, relative to `root`.
-    """
-
-    def __init__(self, root: Path, class_to_idx: Mapping[str, int]) -> None:
-        self.root, self.class_to_idx = str(root), dict(class_to_idx)
-        self.skipped = [entry.name for entry in os.scandir(root) if entry.is_file()]
-        self.samples = make_dataset(self.root, self.class_to_idx, is_valid_file=self._take, allow_empty=True)
-        self.skipped = [name for name in self.skipped if not _is_litter(name)]
-        _refuse_lost_images(root, self.skipped)
-
-    def _take(self, path: str) -> bool:
-        name = os.path.relpath(path, self.root)
-        if name.lower().endswith(ENDINGS) and not _is_hidden(name):
-            return True
-        self.skipped.append(name)
-        return False
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in Path(name).parts)
-
-
-def _is_litter(name: str) -> bool:
-    """Whether a file is one that an operating system leaves, and nobody's data."""
-    return Path(name).name in ("Thumbs.db", "desktop.ini") or (
-        _is_hidden(name) and not name.lower().endswith(ENDINGS)
-    )
-
-
-def _refuse_lost_images(root: Path, skipped: list[str]) -> None:
-    """DataError if among the skipped files of a class there are more than a few that may well be images:
-    their endings are those of images that other programs read, or unknown."""
-    lost: dict[str, list[str]] = {}
-    for name in skipped:
-        kind = mimetypes.guess_type(name)[0]
-        if (kind is None or kind.startswith("image/")) and not _is_hidden(name):
-            first, *rest = Path(name).parts
-            lost.setdefault(first if rest else "", []).append(name)
-    for label, names in lost.items():
-        if len(names) > FEW:
-            where = f"class {label!r} loses" if label else "there are outside of class folders"
-            raise DataError(
-                f"{root}: {where} {len(names)} files: {in_short(names, 5)}; expected files with one of the "
-                f"endings {' '.join(ENDINGS)} in class folders: convert or move these files, or move them out"
-            )
-
-
-class Relabelled(Dataset):
-    """A map-style set of (PIL image, int) with other labels: label_map has one for each of the set's own."""
-
-    def __init__(self, images: Dataset, label_map: Sequence[int]) -> None:
-        self.images, self.label_map = images, label_map
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image, label = self.images[index]
-        return image, self.label_map[label]
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        """The class of every image, int64 [S], or None as `labels_of` gives it."""
-        labels = labels_of(self.images)
-        return None if labels is None else np.asarray(self.label_map)[labels]
-
-
-def _relabelled(images: Dataset, label_map: Sequence[int]) -> Dataset:
-    """The same images with other labels: `label_map` has one for each of theirs."""
-    if isinstance(images, IterableDataset):
-        images = copy.copy(images)
-        images.target_transform = label_map.__getitem__
-        return images
-    if isinstance(images, FileImages):
-        return FileImages(images.reader, label_map)
-    return Relabelled(images, label_map)
-
-
-def _spread(indices: Sequence[int], most: int) -> list[int]:
-    """At most so many of the indices, evenly spread."""
-    places = np.linspace(0, len(indices) - 1, num=min(most, len(indices)), dtype=int)
-    return [int(indices[place]) for place in places]
-
-
-def last_bytes(file: Any, count: int = 64) -> bytes:
-    """The last `count` bytes of an open binary file, whose position is left as it was."""
-    position = file.tell()
-    file.seek(max(0, file.seek(0, os.SEEK_END) - count))
-    tail = file.read()
-    file.seek(position)
-    return tail
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -459,33 +202,9 @@ def _mapped(data: Data, label_map: Sequence[int], names: Sequence[str]) -> Data:
     """The data with their labels replaced: `label_map` has a place among `names` for each."""
     present = tuple(sorted(label_map)) if len(label_map) < len(names) else None
     if list(label_map) != list(range(len(label_map))):
-        train = None if data.train is None else _relabelled(data.train, label_map)
-        data = replace(data, train=train, test=_relabelled(data.test, label_map))
+        train = None if data.train is None else relabelled(data.train, label_map)
+        data = replace(data, train=train, test=relabelled(data.test, label_map))
     return replace(data, class_names=tuple(names), num_classes=len(names), labels_present=present)
-
-
-def open_images(paths: Sequence[str | Path]) -> list[Image.Image]:
-    """Image files, decoded; DataError for one that is none, or of whose pixels the meaning is not known."""
-    images = FileImages(_Paths(paths))
-    images.check()
-    return [image for image, _ in images]
-
-
-class _Paths:
-    """A reader, as timm has them, of files without labels."""
-
-    def __init__(self, paths: Sequence[str | Path]) -> None:
-        self.samples = [(str(path), 0) for path in paths]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, label = self.samples[index]
-        return open(path, "rb"), label
-
-    def filename(self, index: int, absolute: bool = False) -> str:
-        return self.samples[index][0]
 
 
 def is_small_grey(spec: str | Path) -> bool:
@@ -561,13 +280,8 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
 
 
 def _skipped_notes(split: Path, names: Sequence[str], reader: ClassFolders) -> list[str]:
-    notes = []
-    if reader.skipped:
-        kinds = Counter(Path(name).suffix.lower() or "without ending" for name in reader.skipped)
-        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
-        notes.append(
-            f"{split}: {len(reader.skipped)} files are skipped ({counts}): {in_short(reader.skipped, 5)}"
-        )
+    skipped = reader.skipped_in_words()
+    notes = [] if skipped is None else [f"{split}: {skipped}"]
     others = [name for name in names if name not in reader.class_to_idx]
     if others:
         notes.append(
@@ -650,11 +364,11 @@ def _first_split(read: Any) -> Dataset:
 def _described(name: str, train: Dataset | None, test: Dataset, classes: tuple[str, ...]) -> Data:
     """A `Data` of two map-style sets, with what a look at a few images and the labels tells."""
     images = test if train is None else train
-    looked_at = _spread(range(len(images)), 16)
-    headers = [_header(images, index) for index in looked_at]
+    looked_at = spread(range(len(images)), 16)
+    headers = [header_of(images, index) for index in looked_at]
     sizes = {edge for _, size, _ in headers for edge in size}
     if any(deep for *_, deep in headers):
-        _check_depth(images)
+        check_depth_of(images)
     num_classes = len(classes)
     if not classes:
         labels = labels_of(images)
@@ -668,22 +382,6 @@ def _described(name: str, train: Dataset | None, test: Dataset, classes: tuple[s
         in_chans=1 if all(mode in GREY_MODES for mode, *_ in headers) else 3,
         image_size=sizes.pop() if len(sizes) == 1 else None,
     )
-
-
-def _header(images: Dataset, index: int) -> tuple[str, tuple[int, int], bool]:
-    if isinstance(images, FileImages):
-        return images.header(index)
-    image, _ = images[index]
-    return image.mode, image.size, is_deep(image)
-
-
-def _check_depth(images: Dataset) -> None:
-    """DataError unless what the pixels of the deep images among some 64 mean is known."""
-    deep = [index for index in _spread(range(len(images)), 64) if _header(images, index)[-1]]
-    if isinstance(images, FileImages):
-        images.check_depth(deep)
-    else:
-        check_depth((f"image number {index}", images[index][0]) for index in deep)
 
 
 def _imagenet_like(
@@ -743,8 +441,8 @@ def match_classes(
         return data.noting(f"{data.name} does not name its classes: they are taken in the model's order")
     if names is None:
         if is_new:
-            hint = order_hint(own) if not data.by_class_map else ""
-            return data.noting(f"the classes are {in_short(own)}{hint}") if hint else data
+            hint = "" if data.by_class_map else order_hint(own)
+            return data.noting(f"labels are in the order of the names of the classes{hint}") if hint else data
         return data.noting(
             "the order of the model's classes is not known, as its file does not say it: taken to be that of "
             f"the data, {in_short(own)}{'' if data.by_class_map else order_hint(own)}"
@@ -837,9 +535,3 @@ def _check_labels(labels: np.ndarray, data: Data, split: str) -> None:
         raise DataError(
             f"{data.name}: {split}: no image in {len(empty)} of {len(expected)} classes: {in_short(names, 5)}"
         )
-
-
-def labels_of(images: Dataset) -> np.ndarray | None:
-    """The class of every image, int64 [S], or None where the labels are known only by reading the images."""
-    labels = getattr(images, "labels", getattr(images, "targets", None))
-    return None if labels is None else np.asarray(labels, dtype=np.int64)

@@ -23,17 +23,9 @@ from PIL import Image
 from timm.data import create_transform
 
 from vtp.training import loaders
-from vtp.training.data import (
-    EMBEDDED_FOLDER,
-    IDX_NAMES,
-    Data,
-    DataError,
-    IdxImages,
-    check_data,
-    open_data,
-    read_idx,
-)
+from vtp.training.data import EMBEDDED_FOLDER, Data, DataError, check_data, open_data
 from vtp.training.loaders import Augment, calibration_loader, set_epoch, train_loader
+from vtp.training.sources import IDX_NAMES, IdxImages, read_idx
 
 DEBIAN_ORIGINALS = Path("/usr/share/datasets/fashion-mnist")
 Batches = list[tuple[torch.Tensor, torch.Tensor]]

@@ -11,8 +11,9 @@ from PIL import Image
 
 from vtp.model.images import image_config
 from vtp.training import loaders
-from vtp.training.data import DataError, check_data, open_data, open_images
+from vtp.training.data import DataError, check_data, open_data
 from vtp.training.pixels import is_deep, to_8_bit, with_channels
+from vtp.training.sources import open_images
 from vtp.zoo import open_model
 
 RNG = np.random.default_rng(0)
