@@ -31,6 +31,7 @@ from vtp.model.images import (
     class_names,
     image_config,
     knows_normalisation,
+    set_imagenet_names,
 )
 from vtp.options import positive, thread_count
 from vtp.pipeline import (
@@ -249,18 +250,21 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    model = open_model(options.file).eval()
+    model = open_model(options.file).float().eval()
+    if model.num_classes < 1:
+        raise FileError(f"file: {options.file} has no classes: its outputs are features")
     if not knows_normalisation(model):
         raise FileError(
             f"file: {options.file} does not say how its images are normalised; say it once: model = "
             "vtp.load(FILE); model.pretrained_cfg = {'mean': ..., 'std': ..., 'label_names': ...}; "
             "vtp.save(model, FILE)"
         )
-    names, words, config = class_names(model), class_descriptions(model), image_config(model)
-    pipeline = image_pipeline(config)
-    images = open_images(options.images)
-    if names is None:
-        print(f"vtp: note: {options.file} does not name its classes: their numbers, from 0", file=sys.stderr)
+    pipeline, images = image_pipeline(image_config(model)), open_images(options.images)
+    if class_names(model) is None:
+        set_imagenet_names(model)
+        guess = "numbered from 0" if class_names(model) is None else "taken to be ImageNet's, as timm does"
+        print(f"vtp: note: {options.file} does not name its classes: {guess}", file=sys.stderr)
+    names, words = class_names(model), class_descriptions(model)
     for path, image in zip(options.images, images, strict=True):
         with torch.inference_mode():
             probabilities = model(pipeline.batch([pipeline.pixels(image)]))[0].float().softmax(dim=0)

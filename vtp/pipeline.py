@@ -41,7 +41,9 @@ from vtp.model.images import (
     class_descriptions,
     class_names,
     image_config,
+    imagenet_classes,
     set_image_config,
+    set_imagenet_names,
 )
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactViT, compact
@@ -381,6 +383,13 @@ def fit_data(data: Data, model: nn.Module, *, subset: bool = False) -> Data:
     Raises:
         DataError: the data cannot be used with this model.
     """
+    if class_names(model) is None and not awaits_classes(model):
+        synsets = imagenet_classes(model)
+        if synsets is not None and data.class_names and set(data.class_names) <= set(synsets):
+            set_imagenet_names(model)
+            data = data.noting(
+                "the model does not name its classes: taken to be ImageNet's, as the data's are"
+            )
     fitted = match_classes(
         data.for_model(getattr(model, "pretrained_cfg", None)),
         class_names(model),

@@ -78,18 +78,23 @@ def set_image_config(model: nn.Module, **fields: Any) -> None:
     model.pretrained_cfg = model.default_cfg = {**said, **fields}
 
 
-def set_imagenet_names(model: nn.Module) -> None:
-    """Name the classes of a model with weights that timm released, whose classes are those of an ImageNet."""
+def imagenet_classes(model: nn.Module) -> tuple[str, ...] | None:
+    """The synsets of the ImageNet that has as many classes as a model of timm's, by which timm guesses too;
+    None where there is none, or the model has another head than its description."""
     config = _said(model)
     subset = infer_imagenet_subset(config)
-    if subset is None or config.get("label_names") or config["num_classes"] != model.num_classes:
+    if subset is None or "architecture" not in config or config["num_classes"] != model.num_classes:
+        return None
+    return tuple(ImageNetInfo(subset).label_names())
+
+
+def set_imagenet_names(model: nn.Module) -> None:
+    """Name the classes of a model, which are known to be those of `imagenet_classes`: by synset, in words."""
+    names = imagenet_classes(model)
+    if names is None or class_names(model) is not None:
         return
-    info = ImageNetInfo(subset)
-    set_image_config(
-        model,
-        label_names=tuple(info.label_names()),
-        label_descriptions=info.label_descriptions(as_dict=True),
-    )
+    info = ImageNetInfo(infer_imagenet_subset(_said(model)))
+    set_image_config(model, label_names=names, label_descriptions=info.label_descriptions(as_dict=True))
 
 
 def new_head(model: nn.Module, num_classes: int) -> None:

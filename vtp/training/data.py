@@ -198,13 +198,19 @@ def _in_order_of(data: Data, names: tuple[str, ...]) -> Data:
     return replace(_mapped(data, label_map, names), by_class_map=True)
 
 
-def _mapped(data: Data, label_map: Sequence[int], names: Sequence[str]) -> Data:
+def _mapped(data: Data, label_map: list[int], names: Sequence[str]) -> Data:
     """The data with their labels replaced: `label_map` has a place among `names` for each."""
-    present = tuple(sorted(label_map)) if len(label_map) < len(names) else None
-    if list(label_map) != list(range(len(label_map))):
+    own = range(len(label_map))
+    present = tuple(sorted(label_map[label] for label in data.labels_present or own))
+    if label_map != list(own):
         train = None if data.train is None else relabelled(data.train, label_map)
         data = replace(data, train=train, test=relabelled(data.test, label_map))
-    return replace(data, class_names=tuple(names), num_classes=len(names), labels_present=present)
+    return replace(
+        data,
+        class_names=tuple(names),
+        num_classes=len(names),
+        labels_present=present if len(present) < len(names) else None,
+    )
 
 
 def is_small_grey(spec: str | Path) -> bool:
@@ -447,8 +453,6 @@ def match_classes(
             "the order of the model's classes is not known, as its file does not say it: taken to be that of "
             f"the data, {in_short(own)}{'' if data.by_class_map else order_hint(own)}"
         )
-    if data.labels_present is not None:  # of a class map, which names all of the model's classes
-        own = tuple(own[label] for label in data.labels_present)
     label_map = labels_by_name(own, names)
     if label_map is None and same_descriptions(own, descriptions):
         label_map = list(range(len(own)))
@@ -463,33 +467,21 @@ def match_classes(
             "folders, or give --class-map FILE with the data's names in the order of the model's; --new-head "
             "trains a new head for other classes"
         )
-    if len(own) < len(names) and not subset:
-        raise DataError(
-            f"data: {data.name} has {len(own)} of the model's {len(names)} classes ({in_short(own)}); "
-            "training on them would unlearn the others: expected all, or --new-head for a head of these alone"
-        )
-    return _matched(data, own, names, label_map)
-
-
-def _matched(data: Data, own: Sequence[str], names: Sequence[str], label_map: Sequence[int]) -> Data:
-    notes = []
-    if list(label_map) != sorted(label_map):
-        notes.append(
+    mapped = _mapped(data, label_map, names)
+    if label_map != sorted(label_map):
+        mapped = mapped.noting(
             f"the classes of {data.name} are in another order than the model's, and are mapped by name: "
             f"{in_short(own)}; the model has {in_short(names)}"
         )
-    if len(own) < len(names):
-        notes.append(
-            f"{data.name} has {len(own)} of the model's {len(names)} classes: predictions are made among them"
+    if mapped.labels_present is None:
+        return mapped
+    some = f"{data.name} has {len(mapped.labels_present)} of the model's {len(names)} classes"
+    if not subset:
+        raise DataError(
+            f"data: {some}; training on them would unlearn the others: expected all, or --new-head for a "
+            "head of these alone"
         )
-    if data.labels_present is not None:  # from the labels of the class map
-        places = dict(zip(data.labels_present, label_map, strict=True))
-        full = [places.get(label, -1) for label in range(len(data.class_names))]
-        present = tuple(sorted(label_map))
-        data = replace(_mapped(data, full, names), labels_present=present)
-    else:
-        data = _mapped(data, label_map, names)
-    return data.noting(*notes)
+    return mapped.noting(f"{some}: predictions are made among these")
 
 
 # ---------------------------------------------------------------------------------------------------------

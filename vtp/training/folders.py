@@ -52,7 +52,7 @@ class ClassFolders(ReaderImageFolder):
         return f"{len(self.skipped)} files are skipped ({counts}): {in_short(self.skipped, 5)}"
 
     def _take(self, path: str) -> bool:
-        name = os.path.relpath(path, self.root)
+        name = path[len(self.root) + 1 :]
         if name.lower().endswith(ENDINGS) and not _is_hidden(name):
             return True
         self.skipped.append(name)
@@ -60,7 +60,7 @@ class ClassFolders(ReaderImageFolder):
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in Path(name).parts)
+    return name.startswith(".") or f"{os.sep}." in name
 
 
 def _is_litter(name: str) -> bool:

@@ -14,9 +14,11 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image
 
-# By number of channels. Four are the bands of an RGBA file as they are: CMYK is Pillow's mode of four bands
-# of which none is alpha, by which resizing would multiply the others.
+# By number of channels. Four are the bands of a file as they are: CMYK is Pillow's mode of four bands of
+# which none is alpha, by which resizing would multiply the others.
 MODES = {1: "L", 3: "RGB", 4: "CMYK"}
+_FOUR_BANDS = ("RGBA", "RGBX", "CMYK")
+SAMPLES_PER_PIXEL = 277  # a tag of TIFF
 CHANNELS = "1 (grey), 3 (RGB) or 4 (RGB and one more)"
 DEEP_MODES = ("I", "F")
 # Of Pillow's decoders that read 16 bits a channel and keep 8 of them.
@@ -81,10 +83,20 @@ def to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def with_channels(image: Image.Image, channels: int) -> Image.Image:
-    """The image with 8 bits in each of 1, 3 or 4 channels, in the mode of `MODES`."""
+    """The image with 8 bits in each of 1, 3 or 4 channels, in the mode of `MODES`.
+
+    Raises:
+        DataError: a value is beyond full scale; four channels are wanted of a TIFF whose fourth is not read.
+    """
     mode = MODES[channels]
     if channels == 4:
-        if image.mode != "RGBA":
+        samples = getattr(image, "tag_v2", {}).get(SAMPLES_PER_PIXEL, 0)
+        if samples > len(image.getbands()):
+            raise DataError(
+                f"image: a TIFF of {samples} channels, of which Pillow reads {len(image.getbands())} as the "
+                "last one is not marked as alpha; expected an RGBA file"
+            )
+        if image.mode not in _FOUR_BANDS:
             image = to_8_bit(image).convert("RGBA")
         return Image.frombytes(mode, image.size, image.tobytes())
     return image if image.mode == mode else to_8_bit(image).convert(mode)

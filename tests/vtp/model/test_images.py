@@ -1,5 +1,7 @@
 """What a model says of its images and classes: timm reads it, files and packed models carry it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import timm
@@ -7,6 +9,7 @@ import torch
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
 import vtp
+from tests.support.folders import write_classes
 from tests.support.models import TINY, build, gated
 from vtp.model.images import (
     awaits_classes,
@@ -18,8 +21,10 @@ from vtp.model.images import (
     set_image_config,
     set_imagenet_names,
 )
-from vtp.training.data import open_data
+from vtp.pipeline import fit_data
+from vtp.training.data import DataError, open_data
 from vtp.training.loop import evaluate
+from vtp.training.sources import IdxImages
 from vtp.zoo import open_model
 
 SAID = {"mean": (0.1,), "std": (0.2,), "crop_pct": 0.9, "crop_mode": "squash", "interpolation": "bilinear"}
@@ -34,12 +39,13 @@ def says_all(dtype=torch.float32):
 
 def test_timms_own_helper_serves_the_shipped_baseline_as_it_was_trained():
     model, data = open_model("fashion-deit").eval(), open_data()
+    data = dataclasses.replace(data, test=IdxImages(data.test.images[:300], data.test.labels[:300]))
     transform = create_transform(**resolve_model_data_config(model))
     images = torch.stack([transform(data.test[index][0]) for index in range(len(data.test))])
     with torch.inference_mode():
         found = model(images).argmax(dim=1)
     top1 = 100 * float((found == torch.tensor(data.test.labels)).double().mean())
-    assert top1 == evaluate(model, data)[0] and top1 > 89
+    assert top1 == evaluate(model, data)[0] and top1 > 85
     assert class_names(model) == data.class_names
 
 
@@ -108,6 +114,18 @@ def test_released_weights_have_imagenets_classes_and_new_ones_have_none():
     assert class_names(other) is None
     fresh = open_model("vit_tiny_patch16_224", from_scratch=True)
     assert class_names(fresh) is None and awaits_classes(fresh)
+
+
+def test_a_model_of_timms_that_does_not_name_its_classes_is_imagenets_if_the_data_are(tmp_path):
+    model = timm.create_model("deit_tiny_patch16_224", img_size=16, depth=1, embed_dim=12, num_heads=3)
+    write_classes(tmp_path, {"n02123045": 1, "n01440764": 2})
+    data = fit_data(open_data(tmp_path), model, subset=True)
+    assert "taken to be ImageNet's" in data.notes[0] and data.labels_present == (0, 281)
+    assert class_names(model) == tuple(ImageNetInfo().label_names())
+    other = timm.create_model("deit_tiny_patch16_224", img_size=16, depth=1, embed_dim=12, num_heads=3)
+    pets = open_data(write_classes(tmp_path / "pets", {"cat": 1, "dog": 2}))
+    with pytest.raises(DataError, match="the head has 1000 outputs, but"):
+        fit_data(pets, other, subset=True)
 
 
 def test_names_by_index_as_hubs_have_them_are_in_order():

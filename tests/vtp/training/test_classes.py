@@ -92,22 +92,23 @@ def test_class_folder_that_was_renamed_is_refused_with_both_lists_or_mapped(tmp_
     assert class_names(model) == ("ape", "cat", "dog")
 
 
-@pytest.mark.parametrize("way", ["names", "class map"])
+@pytest.mark.parametrize("way", ["names", "class map", "both"])
 def test_some_of_the_classes_are_enough_to_evaluate_among_them(numbers, tmp_path, way):
     _, model = named(numbers, sorted(NUMBERS))
     model.head.bias.data[sorted(NUMBERS).index("3")] = 1e3  # the answer to everything, were it allowed
     few = write_classes(tmp_path, {name: NUMBERS[name] for name in ("11", "2", "7")}, splits=("val",))
     options = {}
-    if way == "class map":
-        set_image_config(model, label_names=None)
+    if way != "names":
         (tmp_path / "map.txt").write_text("\n".join(sorted(NUMBERS)))
         options = {"class_map": tmp_path / "map.txt"}
+    if way == "class map":
+        set_image_config(model, label_names=None)
     data = open_data(few, train=False, **options)
     fitted = fit_data(data, model, subset=True)
     assert evaluate(model, fitted)[0] == 100
     assert fitted.labels_present == (3, 4, 9)
     if way == "names":
-        assert "has 3 of the model's 12 classes: predictions are made among them" in fitted.notes[0]
+        assert "has 3 of the model's 12 classes: predictions are made among these" in fitted.notes[0]
         with pytest.raises(DataError, match=r"training on them would unlearn the others.*--new-head"):
             fit_data(data, model)
 

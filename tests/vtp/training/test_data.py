@@ -23,11 +23,12 @@ from PIL import Image
 from timm.data import create_transform
 
 from vtp.training import loaders
-from vtp.training.data import EMBEDDED_FOLDER, Data, DataError, check_data, open_data
+from vtp.training.data import EMBEDDED_FOLDER, Data, DataError, check_data, match_classes, open_data
 from vtp.training.loaders import Augment, calibration_loader, set_epoch, train_loader
 from vtp.training.sources import IDX_NAMES, IdxImages, read_idx
 
 DEBIAN_ORIGINALS = Path("/usr/share/datasets/fashion-mnist")
+TESTED = {"image_size": 28, "in_chans": 1, "batch_size": 5}
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -216,13 +217,27 @@ def test_webdataset_stream_repeats_itself_and_starts_anywhere(fashion: Data, tmp
         assert equal(whole[1:], epoch_of(loader, 1, start=1))
         assert not equal(whole, epoch_of(loader, 2))
         assert torch.equal(before, torch.get_rng_state())
-    assert (
-        sum(len(labels) for _, labels in loaders.test_loader(data, image_size=28, in_chans=1, batch_size=5))
-        == 12
-    )
+    assert sum(len(labels) for _, labels in loaders.test_loader(data, **TESTED)) == 12
+    named = match_classes(replace(data, class_names=tuple("abcdefghij"), num_classes=10), "jihgfedcba")
+    pairs = zip(*(loaders.test_loader(each, **TESTED) for each in (data, named)), strict=True)
+    assert all(torch.equal(labels, 9 - mapped) for (_, labels), (_, mapped) in pairs)
     calibration = make_calibration_loader(data, images=10)
     assert [len(labels) for _, labels in calibration] == [8, 8], "whole batches"
     assert equal(list(calibration), list(calibration))
+
+
+def test_deep_image_of_a_stream_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset", reason="needs the optional package webdataset")
+    splits = {}
+    for split in ("train", "validation"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            add_to_shard(tar, "0", Image.fromarray(np.full((28, 28), 4000, dtype=np.uint16)), 0)
+        splits[split] = {
+            "name": split, "num_samples": 1, "filenames": [f"{split}.tar"], "shard_lengths": [1],
+        }  # fmt: skip
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(DataError, match="image 0 of a stream has more than 8 bits a channel"):
+        list(loaders.test_loader(open_data("wds/any", root=tmp_path), **TESTED))
 
 
 def add_to_shard(tar: tarfile.TarFile, key: str, image: Image.Image, label: int) -> None:

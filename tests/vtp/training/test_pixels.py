@@ -126,6 +126,10 @@ def test_four_channels_stay_apart_where_alpha_would_multiply_them(tmp_path):
     bands[..., 3] = 0  # as alpha it would make everything black
     write(tmp_path, "0.png", bands)
     images = batch(tmp_path, 4)
+    for mode in ("RGBA", "CMYK"):
+        Image.frombytes(mode, (40, 40), bands.tobytes()).save(tmp_path / f"{mode}.tif")
+        (other,) = open_images([tmp_path / f"{mode}.tif"])
+        assert np.array_equal(np.asarray(with_channels(other, 4)), bands), mode
     data = open_data(tmp_path)
     for channel in range(4):
         alone = tmp_path / f"alone{channel}"
@@ -135,6 +139,14 @@ def test_four_channels_stay_apart_where_alpha_would_multiply_them(tmp_path):
     light = loaders.Augment.preset("light")
     options = {"image_size": 28, "in_chans": 4, "batch_size": 2, "seed": 0}
     assert next(iter(loaders.train_loader(data, augment=light, **options)))[0].shape == (2, 4, 28, 28)
+
+
+def test_fourth_channel_that_pillow_drops_is_not_made_up(tmp_path):
+    Image.new("RGBX", (8, 8), (1, 2, 3, 4)).save(tmp_path / "thermal.tif")
+    (image,) = open_images([tmp_path / "thermal.tif"])
+    with pytest.raises(DataError, match="TIFF of 4 channels, of which Pillow reads 3"):
+        with_channels(image, 4)
+    assert with_channels(image, 3).getpixel((0, 0)) == (1, 2, 3)
 
 
 def test_prediction_takes_pixels_as_evaluation_does(tmp_path):
