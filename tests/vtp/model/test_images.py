@@ -112,7 +112,7 @@ def test_released_weights_have_imagenets_classes_and_new_ones_have_none():
     assert class_names(model) == tuple(ImageNetInfo().label_names())
     assert class_descriptions(model)[281] == "tabby, tabby cat"
     assert class_names(other) is None
-    fresh = open_model("vit_tiny_patch16_224", from_scratch=True)
+    fresh = open_model("fashion-deit", from_scratch=True)
     assert class_names(fresh) is None and awaits_classes(fresh)
 
 
