@@ -38,10 +38,13 @@ def open_data(model: nn.Module, folder: str | None, batch_size: int) -> tuple[Da
         toy = TensorDataset(images, labels)
         return DataLoader(toy, batch_size, shuffle=True), DataLoader(toy, batch_size)
     settings = timm.data.resolve_data_config(model=model)
-    sets = (
+    sets = [
         timm.data.create_dataset("", root=folder, split=split, is_training=training)
         for split, training in (("train", True), ("val", False))
-    )
+    ]
+    # Files of the model then say what their outputs are called.
+    labels = sets[0].reader.class_to_idx
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": tuple(sorted(labels, key=labels.get))}
     train, test = (
         timm.data.create_loader(
             dataset,

@@ -33,8 +33,17 @@ from torch.utils.data import DataLoader
 from vtp.checkpoint import load, save
 from vtp.files import FileError, fingerprint, refuse_unwritable, write_atomic
 from vtp.machine import environment
-from vtp.model.architecture import UnsupportedModelError, describe
+from vtp.model.architecture import describe
 from vtp.model.cost import count
+from vtp.model.images import (
+    awaits_classes,
+    class_descriptions,
+    class_names,
+    image_config,
+    imagenet_classes,
+    set_image_config,
+    set_imagenet_names,
+)
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactViT, compact
 from vtp.pruning.gates import insert_gates
@@ -45,7 +54,15 @@ from vtp.report import comparison_table, write_report
 from vtp.runtime.optimize import optimize
 from vtp.timing import interleaved_latency
 from vtp.training.config import TrainConfig
-from vtp.training.data import EMBEDDED, Data, DataError, check_data, is_small_grey, open_data
+from vtp.training.data import (
+    EMBEDDED,
+    Data,
+    DataError,
+    check_data,
+    is_small_grey,
+    match_classes,
+    open_data,
+)
 from vtp.training.identity import data_identity, settings_that_count
 from vtp.training.loaders import Augment, calibration_count
 from vtp.training.loop import accelerator, calibration_images, evaluate, train
@@ -136,7 +153,7 @@ class RunConfig:
 
     Attributes:
         model: "fashion-deit", a timm name (released weights), or a file that `vtp.save` wrote.
-        data: as `open_data` takes it; data_root: for data sets that keep their files elsewhere.
+        data, class_map: as `open_data` takes them; data_root: for data sets that keep their files elsewhere.
         from_scratch: new weights, and a dense training stage, instead of a released baseline.
         new_head: keep the baseline's weights but give it a new head for the classes of `data`, and train
             that first.
@@ -153,6 +170,7 @@ class RunConfig:
     model: str = FASHION_DEIT
     data: str = EMBEDDED
     data_root: str | None = None
+    class_map: str | None = None
     from_scratch: bool = False
     new_head: bool = False
     budget: dict[str, Any] = dataclasses.field(default_factory=lambda: {"rate": 0.4})
@@ -211,7 +229,9 @@ def run(
         _begin_folder(config, run_dir, resume, model, data)
     process.wait_for_everyone()
     _say(console, f"model {config.model}: {count(model)}; data {data.name}: {_size(data)}")
-    image_size = model.patch_embed.img_size[0]
+    for note in data.notes:
+        _say(console, f"note: {note}")
+    image_size = max(model.patch_embed.img_size)
 
     def stage(name: str, start: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
         settings = getattr(config.recipe, name)
@@ -338,7 +358,7 @@ def _size(data: Data) -> str:
 
 
 def _open(config: RunConfig) -> tuple[nn.Module, Data]:
-    data = open_data(config.data, root=config.data_root)
+    data = open_data(config.data, root=config.data_root, class_map=config.class_map)
     seed = config.recipe.dense.seed
     classes = classes_of(data) if config.new_head else None
     model = open_model(config.model, from_scratch=config.from_scratch, num_classes=classes, seed=seed)
@@ -352,21 +372,47 @@ def classes_of(data: Data) -> int:
     return data.num_classes
 
 
-def fit_data(data: Data, model: nn.Module) -> Data:
-    """The data, checked against the model's head and normalised as its released weights expect.
+def fit_data(data: Data, model: nn.Module, *, subset: bool = False) -> Data:
+    """The data with labels that are the model's outputs and images as it expects them; checked.
+
+    What the model does not say yet of its images and classes it takes from the data, for its files to say it.
+
+    Args:
+        subset: whether the data may have only some of the model's classes.
 
     Raises:
         DataError: the data cannot be used with this model.
     """
-    check_data(data, model.num_classes)
-    pretrained_cfg = getattr(model, "pretrained_cfg", None)
-    return data if pretrained_cfg is None else data.for_model(pretrained_cfg)
+    if class_names(model) is None and not awaits_classes(model):
+        synsets = imagenet_classes(model)
+        if synsets is not None and data.class_names and set(data.class_names) <= set(synsets):
+            set_imagenet_names(model)
+            data = data.noting(
+                "the model does not name its classes: taken to be ImageNet's, as the data's are"
+            )
+    fitted = match_classes(
+        data.for_model(getattr(model, "pretrained_cfg", None)),
+        class_names(model),
+        descriptions=class_descriptions(model),
+        is_new=awaits_classes(model),
+        subset=subset,
+    )
+    check_data(fitted, model.num_classes)
+    describe_images(model, fitted)
+    return fitted
+
+
+def describe_images(model: nn.Module, data: Data) -> None:
+    """Let a model say of its images and classes, where it does not yet, what they are in these data."""
+    fields = {name: getattr(data, name) for name in ("mean", "std", "crop_mode", "interpolation")}
+    set_image_config(model, **fields)
+    set_image_config(model, **image_config(model))
+    if class_names(model) is None and data.class_names:
+        set_image_config(model, label_names=data.class_names)
 
 
 def _check_before_training(config: RunConfig, model: nn.Module, data: Data) -> None:
     """Refuse now what would stop a later stage: the model, a budget no plan can meet, settings of a stage."""
-    if model.patch_embed.img_size[0] != model.patch_embed.img_size[1]:
-        raise UnsupportedModelError(f"model: images of {model.patch_embed.img_size}, expected square ones")
     insert_gates(model)  # refuses a model that has some, or that is not supported
     check_budget(model, config.budget, calibrated=config.one_shot, refitted=config.one_shot or config.refit)
     for name in config.stages:

@@ -11,6 +11,7 @@ from torch import nn
 from vtp.checkpoint import load
 from vtp.files import FileError
 from vtp.model.architecture import Architecture, describe
+from vtp.model.images import new_head, set_image_config, set_imagenet_names
 
 FASHION_DEIT = "fashion-deit"
 
@@ -38,6 +39,9 @@ def open_model(
         from_scratch: new weights drawn from `seed` instead of released ones.
         num_classes: give the model a new head of so many classes; None keeps its own.
 
+    Returns:
+        The model, which says what its classes are where that is known (`vtp.model.images.class_names`).
+
     Raises:
         FileError: `name` is neither a file nor a model that timm knows, or the file cannot be read.
         UnsupportedModelError: the method does not support that timm model.
@@ -57,12 +61,16 @@ def open_model(
         with torch.device("meta"):  # refuse what is not supported before its weights are fetched
             describe(timm.create_model(name))
         model = timm.create_model(name, pretrained=not from_scratch)
+        if not from_scratch:
+            set_imagenet_names(model)
     else:
         raise FileError(
             f"model: got {name!r}, expected {FASHION_DEIT!r}, a timm model name or a file of vtp's"
         )
     if num_classes is not None:
-        model.reset_classifier(num_classes)
+        new_head(model, num_classes)
+    elif from_scratch:
+        set_image_config(model, label_names=())
     return model
 
 

@@ -14,18 +14,20 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vtp
+from tests.support.folders import knows, write_classes
 from tests.support.models import TINY, build, gated
 from vtp import cli
 from vtp.cli import main
 from vtp.comparison import own_model
 from vtp.files import FileError
+from vtp.model.images import class_names
 from vtp.pipeline import fit_data
 from vtp.training.data import open_data
 from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images, evaluate
 from vtp.training.teacher import Teacher
 from vtp.zoo import open_teacher
 
-COMMANDS = ("run", "train", "prune", "finetune", "eval", "bench", "inspect")
+COMMANDS = ("run", "train", "prune", "finetune", "eval", "predict", "bench", "inspect")
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +58,17 @@ def run(*arguments):
 
 @pytest.fixture
 def refused(capsys):
-    """A function that runs a command that must be refused: status 2, one line that matches, no traceback."""
+    """A function that runs a command that must be refused: status 2, one line that matches, no traceback;
+    before it there may be notes on the data."""
 
     def check(message, *arguments):
         capsys.readouterr()
         assert run(*arguments) == 2
         out, error = capsys.readouterr()
         assert out == ""
-        assert error.startswith("vtp: error: ")
-        assert error.count("\n") == 1
+        *notes, last = error.splitlines()
+        assert last.startswith("vtp: error: ")
+        assert all(line.startswith("vtp: note: ") for line in notes)
         assert re.search(message, error), error
 
     return check
@@ -214,6 +218,11 @@ def calibrated(files, tmp_path_factory):
     return folder, printed.read_text()
 
 
+def test_pruned_file_says_what_its_images_and_classes_are(calibrated):
+    small = vtp.load(calibrated[0] / "small.safetensors")
+    assert class_names(small) == ("dark", "light") and small.pretrained_cfg["input_size"] == (1, 8, 8)
+
+
 def test_prune_cuts_a_dense_model_on_unlabelled_training_images(files, calibrated):
     folder, _ = calibrated
     small, plan = vtp.load(folder / "small.safetensors"), vtp.PruningPlan.load(folder / "plan.json")
@@ -313,6 +322,98 @@ def test_prune_refuses_a_compact_model_and_options_without_effect(files, tmp_pat
         "scope: got 'optimal'|statistics", "prune", files / "gated.safetensors", *out, "--scope", "optimal"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------- what a file says
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    """A folder of images, a file of a model that knows them, and its classes in an order of their own."""
+    folder = tmp_path_factory.mktemp("pets")
+    names = {"dog": 1, "cat": 2, "ape": 3}
+    write_classes(folder / "images", names)
+    (folder / "map.txt").write_text("\n".join(names))
+    data = open_data(folder / "images", class_map=folder / "map.txt")
+    model = knows(data)
+    fit_data(data, model)
+    vtp.save(model, folder / "model.safetensors")
+    return folder
+
+
+def test_eval_maps_classes_by_name_says_so_and_needs_no_training_images(pets, tmp_path, capsys):
+    shutil.copytree(pets / "images" / "val", tmp_path / "val")
+    for data in (pets / "images", tmp_path, tmp_path / "val"):
+        assert run("eval", "--model", pets / "model.safetensors", "--data", data) == 0
+        out, error = capsys.readouterr()
+        assert out.startswith("top-1 100.00,")
+        assert (
+            "another order than the model's, and are mapped by name: ape, cat, dog; the model has dog"
+            in error
+        )
+
+
+def test_eval_and_training_refuse_other_classes_and_write_nothing(pets, tmp_path, refused):
+    images = write_classes(tmp_path / "images", {"dog": 1, "kitten": 2, "ape": 3})
+    usual = ["--model", pets / "model.safetensors", "--data", images]
+    message = "the data have ape, dog, kitten; the model has dog, cat, ape.*--class-map FILE.*--new-head"
+    refused(message, "eval", *usual)
+    refused(message, "train", "dense", *usual, "--out", tmp_path / "run")
+    refused(message, "run", *usual, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "map.txt").write_text("dog\nkitten\nape\n")
+    assert run("eval", *usual, "--class-map", tmp_path / "map.txt") == 0
+
+
+def test_trained_model_says_what_its_classes_are(pets, tmp_path, capsys):
+    options = ["--set=dense.epochs=1", "--set=dense.warmup_epochs=0", "--batch-size", 2, "--new-head"]
+    usual = ["--model", pets / "model.safetensors", "--data", pets / "images", "--out", tmp_path]
+    assert run("train", "dense", *usual, *options) == 0
+    assert class_names(vtp.load(tmp_path / "dense.safetensors")) == ("ape", "cat", "dog")
+    teacher = ["--teacher", pets / "model.safetensors", "--set=dense.distill_alpha=0.5"]
+    capsys.readouterr()
+    assert run("train", "dense", *usual, *options, *teacher) == 2
+    assert "the teacher has dog, cat, ape; the model has ape, cat, dog" in capsys.readouterr().err
+
+
+def test_predict_prints_names_and_probabilities(pets, capsys):
+    images = [pets / "images" / "val" / name / "0.png" for name in ("cat", "ape")]
+    assert run("predict", pets / "model.safetensors", *images) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{images[0]}:" and lines[4] == f"{images[1]}:" and len(lines) == 8
+    for first, name in ((1, "cat"), (5, "ape")):
+        shares = [float(line.split("%")[0]) for line in lines[first : first + 3]]
+        assert lines[first].endswith(f"%  {name}") and shares[0] > 99
+        assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.02)
+
+
+def test_predict_says_what_it_does_not_know_and_what_is_no_image(files, pets, tmp_path, capsys, refused):
+    image = pets / "images" / "val" / "cat" / "0.png"
+    refused(
+        "does not say how its images are normalised.*vtp.save", "predict", files / "dense.safetensors", image
+    )
+    (tmp_path / "notes.png").write_text("x")
+    refused(r"notes\.png", "predict", pets / "model.safetensors", image, tmp_path / "notes.png")
+    refused(r"none\.png", "predict", pets / "model.safetensors", tmp_path / "none.png")
+    model = vtp.load(pets / "model.safetensors")
+    del model.pretrained_cfg["label_names"]
+    vtp.save(model, tmp_path / "unnamed.safetensors")
+    capsys.readouterr()
+    assert run("predict", tmp_path / "unnamed.safetensors", image) == 0
+    out, error = capsys.readouterr()
+    assert out.splitlines()[1].endswith("%  class 1") and "does not name its classes" in error
+
+
+def test_inspect_shows_images_and_classes(files, pets, capsys):
+    out = inspected(capsys, pets / "model.safetensors")
+    assert (
+        "images: 1x8x8 (channels, height, width), mean 0.449, std 0.226, center crop of 100.0%, bicubic"
+        in out
+    )
+    assert "classes: 3: dog, cat, ape\n" in out
+    out = inspected(capsys, files / "dense.safetensors")
+    assert "images: 1x8x8 (channels, height, width); how they are normalised is not known\n" in out
+    assert "classes: not known\n" in out
 
 
 # -------------------------------------------------------------------------------------------------- inspect

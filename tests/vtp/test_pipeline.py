@@ -12,6 +12,7 @@ from importlib import resources
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from rich.console import Console
@@ -19,6 +20,7 @@ from rich.console import Console
 import vtp
 from tests.support.models import TINY, build
 from vtp import cli, pipeline
+from vtp.model.images import class_names
 from vtp.pipeline import RECIPES, STAGES, RunConfig, run
 from vtp.timing import interleaved_latency
 from vtp.training.data import DataError, open_data
@@ -100,6 +102,15 @@ def one_shot_config(folder, out, **changes) -> RunConfig:
         "one_shot": True, "images": 24, "budget": {"macs": 14e3, "scope": "optimal"},
     }  # fmt: skip
     return small_config(folder, **{**settings, **changes})
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse", "pruned", "compact"])
+def test_every_model_of_a_run_says_what_its_images_and_classes_are(finished, name):
+    model = vtp.load(finished / f"{name}.safetensors")
+    assert class_names(model) == ("class0", "class1", "class2")
+    config = timm.data.resolve_model_data_config(model)
+    assert (config["input_size"], config["crop_pct"]) == ((1, 28, 28), 1.0)
+    assert config["mean"] == pytest.approx([sum(timm.data.IMAGENET_DEFAULT_MEAN) / 3])
 
 
 def test_one_shot_run_resumes_with_what_it_has_calibrated_and_cut(one_shot):

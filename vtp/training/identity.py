@@ -18,8 +18,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from vtp.files import fingerprint
 from vtp.training.config import TrainConfig
-from vtp.training.data import Data, FileImages, IdxImages, labels_of
+from vtp.training.data import Data
 from vtp.training.loaders import Augment
+from vtp.training.sources import FileImages, IdxImages, labels_of
 
 
 def data_identity(data: Data) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def data_identity(data: Data) -> dict[str, Any]:
     Of image files the relative names, sizes in bytes and labels count, of idx files all of it, of what timm
     or torchvision open by name that name and the labels. Files are asked for their size; none is read.
     """
-    about = ("num_classes", "in_chans", "image_size", "mean", "std", "crop_pct", "interpolation")
+    about = ("num_classes", "in_chans", "image_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
     found = {f"data.{name}": getattr(data, name) for name in about}
     found["data.class_names"] = _digest(data.class_names)
     for split, images in (("train", data.train), ("test", data.test)):

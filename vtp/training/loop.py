@@ -16,9 +16,10 @@ import math
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,13 @@ from torch.utils.data import DataLoader
 
 from vtp.runtime.optimize import OptimizedViT
 from vtp.training.config import TrainConfig
-from vtp.training.data import Data, is_multi_label, labels_of
+from vtp.training.data import Data, is_multi_label
 from vtp.training.identity import stage_identity
 from vtp.training.loaders import Augment, calibration_loader, set_epoch, test_loader, train_loader
 from vtp.training.multi_label import mean_average_precision
 from vtp.training.progress import StageProgress, append_metrics, rewrite_metrics, tensorboard
 from vtp.training.signals import deferred_signals, shielded
+from vtp.training.sources import labels_of
 from vtp.training.sparsity import (
     gate_param_groups,
     gate_statistics,
@@ -120,14 +122,16 @@ def train(
 def evaluate(
     model: nn.Module, data: Data, *, batch_size: int = 256, workers: int = 0, precision: str = "no"
 ) -> tuple[float, float]:
-    """Top-1 accuracy (percent) and mean cross-entropy (nats) of `model` on the test images, on its device.
+    """Top-1 accuracy (percent) and mean cross-entropy (nats) of `model` on the test images, on its device;
+    among the classes that these have, where they have not all.
 
     Where an image may be of several classes, it counts as right if one of them has the best score.
     """
     loader = test_loader(data, **_loader_arguments(model, data, batch_size, workers))
     device = _device(model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    found = _evaluate(model, loader, lambda: torch.autocast(device.type, dtype, enabled=dtype is not None))
+    cast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+    found = _evaluate(model, loader, cast, labels=data.labels_present)
     return found["top1"], found["loss"]
 
 
@@ -214,7 +218,7 @@ class _Stage:
             self.ema = ModelEmaV3(self.raw, decay=config.ema_decay, use_warmup=True, exclude_buffers=True)
         if teacher is not None and config.distill_alpha > 0:
             takes = _loader_arguments(self.raw, data, config.batch_size, config.workers)
-            shape = (takes["in_chans"], takes["image_size"], takes["image_size"])
+            shape = (takes["in_chans"], *takes["image_size"])
             self.teacher = Teacher(teacher, data, shape=shape, num_classes=self.raw.num_classes).to(device)
         if hasattr(self.raw, "set_distilled_training"):  # a head for the labels and one for the teacher
             self.raw.set_distilled_training(self.teacher is not None)
@@ -577,14 +581,14 @@ def _loader_arguments(model: nn.Module, data: Data, batch_size: int, workers: in
     """What both loaders take, with image size (pixels) and channels as the model expects them."""
     edge = data.image_size
     if isinstance(model, OptimizedViT):
-        channels, (height, width) = model.images.channels, model.images.size
+        channels, size = model.images.channels, model.images.size
     else:
         embed = model.patch_embed
-        channels, (height, width) = embed.proj.in_channels, embed.img_size or (edge, edge)
-    if height is None or height != width:
-        raise ValueError(f"model: takes images of {height}x{width}, expected squares of a known size")
+        channels, size = embed.proj.in_channels, embed.img_size or (edge, edge)
+    if None in size:
+        raise ValueError("model: takes images of any size, and the data's are of several; expected one size")
     return {
-        "image_size": height,
+        "image_size": tuple(size),
         "in_chans": channels,
         "batch_size": batch_size,
         "workers": workers,
@@ -603,12 +607,14 @@ def _evaluate(
     cast: Callable[[], AbstractContextManager],
     gather: Callable[[Tensor], Tensor] = lambda scores: scores,
     poll: Callable[[], None] = lambda: None,
+    labels: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """Of the model on the images of a loader: "loss", the mean cross-entropy, and "top1" in percent.
 
     Where an image may be of several classes the entropy is that of each class by itself, "top1" the share of
     images of whose classes one has the best score, and "map" the mean average precision.
 
+    labels: the classes among which predictions are made; None for all.
     gather: joins the scores of several processes, one row for each image; poll: called after each batch.
     """
     was_training, device = model.training, _device(model)
@@ -618,10 +624,18 @@ def _evaluate(
         images, targets = images.to(device), targets.to(device)
         with cast():
             logits = model(images)
-        logits, best = logits.float(), logits.argmax(dim=-1)
+        logits = logits.float()
+        if labels is not None:
+            others = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
+            others[list(labels)] = False
+            logits = logits.masked_fill(others, -torch.inf)
+        best = logits.argmax(dim=-1)
         if targets.ndim == 2:
-            loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
-            right, more = targets.gather(1, best[:, None])[:, 0], [logits, targets]
+            own = slice(None) if labels is None else list(labels)
+            loss = F.binary_cross_entropy_with_logits(logits[:, own], targets[:, own], reduction="none").mean(
+                -1
+            )
+            right, more = targets.gather(1, best[:, None])[:, 0], [logits[:, own], targets[:, own]]
         else:
             loss = F.cross_entropy(logits, targets, reduction="none")
             right, more = (best == targets).float(), []

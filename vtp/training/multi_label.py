@@ -12,12 +12,16 @@ A label is then a vector of 0 and 1, one for each class in the order of the colu
 
 from __future__ import annotations
 
+import copy
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vtp.training.pixels import DataError
 
 METADATA = "metadata.csv"
 
@@ -29,7 +33,7 @@ class MultiLabelReader:
         samples: (path, label) for each image; class_names: the columns.
 
     Raises:
-        ValueError: the file is not as above, or names an image that is not there.
+        DataError: the file is not as above, or names an image that is not there.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,25 +42,36 @@ class MultiLabelReader:
             with open(file, newline="", encoding="utf-8-sig") as lines:
                 header, *rows = list(csv.reader(lines)) or [[]]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{file}: cannot be read ({error})") from error
+            raise DataError(f"{file}: cannot be read ({error})") from error
         if header[:1] != ["file_name"] or len(header) < 2 or len(set(header)) < len(header):
-            raise ValueError(f"{file}: got columns {header[:6]}, expected file_name and one for each class")
+            raise DataError(f"{file}: got columns {header[:6]}, expected file_name and one for each class")
         self.class_names = tuple(header[1:])
         self.samples = [self._sample(file, line, row) for line, row in enumerate(rows, 2) if row]
         if not self.samples:
-            raise ValueError(f"{file}: lists no image")
+            raise DataError(f"{file}: lists no image")
 
     def _sample(self, file: Path, line: int, row: list[str]) -> tuple[str, tuple[int, ...]]:
         name, *values = (value.strip() for value in row)
         if len(values) != len(self.class_names) or not set(values) <= {"0", "1"}:
-            raise ValueError(
+            raise DataError(
                 f"{file}, line {line}: got {row[:6]}, expected a file name and "
                 f"{len(self.class_names)} times 0 or 1"
             )
         path = self.root / name
         if not path.is_file():
-            raise ValueError(f"{file}, line {line}: there is no image {path}")
+            raise DataError(f"{file}, line {line}: there is no image {path}")
         return str(path), tuple(map(int, values))
+
+    def relabelled(self, label_map: Sequence[int], num_classes: int) -> MultiLabelReader:
+        """The same images with vectors of so many classes: `label_map` has a place for each column."""
+        other = copy.copy(self)
+        other.samples = []
+        for path, label in self.samples:
+            wider = [0] * num_classes
+            for place, value in zip(label_map, label, strict=True):
+                wider[place] = value
+            other.samples.append((path, tuple(wider)))
+        return other
 
     def __len__(self) -> int:
         return len(self.samples)

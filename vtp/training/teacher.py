@@ -15,10 +15,10 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from vtp.training.data import Data, for_channels
+from vtp.model.images import for_channels, image_config, knows_normalisation
+from vtp.training.data import Data
 
 # Of red, green and blue in grey, as Pillow has it.
 GREY = (0.299, 0.587, 0.114)
@@ -46,19 +46,18 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        said = getattr(model, "pretrained_cfg", None) or {}
-        config = resolve_model_data_config(model, pretrained_cfg=dict(said))
+        said, expected = getattr(model, "pretrained_cfg", None) or {}, image_config(model)
         channels = _channels(model) or shape[0]
         if channels != shape[0] and not {channels, shape[0]} <= {1, 3}:
             raise ValueError(f"teacher: input channels {channels}, expected the model's {shape[0]}")
         self.size = _size(model) or tuple((said.get("input_size") or shape)[1:])
-        self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+        self.mode = "bilinear" if expected["interpolation"] == "bilinear" else "bicubic"
         self.grey = channels == 1 < shape[0]
         device = next((parameter.device for parameter in model.parameters()), None)
         for name in ("mean", "std"):
             own = getattr(data, name)
-            expected = config[name] if said.get(name) else own
-            for buffer, values, count in ((f"student_{name}", own, shape[0]), (name, expected, channels)):
+            its = expected[name] if knows_normalisation(model) else own
+            for buffer, values, count in ((f"student_{name}", own, shape[0]), (name, its, channels)):
                 tensor = torch.tensor(for_channels(values, count), device=device).view(1, -1, 1, 1)
                 self.register_buffer(buffer, tensor)
         # Values that are the same already would only be rounded.

@@ -15,7 +15,7 @@ from tests.vtp.training.test_loop import CONFIG, images, make_data, make_model, 
 from vtp import save
 from vtp.cli import main
 from vtp.training.config import TrainConfig
-from vtp.training.data import DataError, check_data, open_data
+from vtp.training.data import DataError, check_data, match_classes, open_data
 from vtp.training.loaders import Augment
 from vtp.training.loaders import test_loader as evaluation_loader
 from vtp.training.loop import _class_weight, evaluate
@@ -172,6 +172,14 @@ def test_a_table_that_is_not_one_is_refused_with_line_and_reason(folder, text, m
     (folder / "train" / "metadata.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         open_data(folder)
+
+
+def test_labels_are_given_the_order_of_the_models_classes(folder):
+    names = ("never said", "other", "bright", "left")
+    data = match_classes(open_data(folder, train=False), names, subset=True)
+    assert data.labels_present == (0, 2, 3)
+    for index, (_, (bright, left, third)) in enumerate(several(8, 8)):
+        assert data.test[index][1] == (third, 0, bright, left)
 
 
 def test_a_class_that_no_image_has_is_named(folder):
