@@ -487,7 +487,8 @@ def _check_same_run(run_dir: Path, wanted: dict[str, Any], resume: bool, data: D
 def _what_counts(written: dict[str, Any], run_dir: Path, data: Data) -> dict[str, Any]:
     """What must stay the same for a run to be resumed: what is in its model and data, not what they are
     called; of a stage that has not begun no more than the seed, by which images are drawn too."""
-    counts = {name: written[name] for name in written.keys() - {"model", "data", "data_root", "identity"}}
+    names = {"model", "checkpoint", "data", "data_root", "class_map"}  # of files and folders
+    counts = {name: written[name] for name in written.keys() - names - {"identity"}}
     for stage in STAGES:
         if isinstance(settings := counts.get(stage), dict):
             begun = (run_dir / "checkpoints" / f"{stage}.safetensors").exists()
