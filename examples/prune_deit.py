@@ -9,6 +9,7 @@ The loop is as plain as can be; `vtp run` has schedules, augmentation, distillat
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import timm
@@ -37,10 +38,13 @@ def open_data(model: nn.Module, folder: str | None, batch_size: int) -> tuple[Da
         toy = TensorDataset(images, labels)
         return DataLoader(toy, batch_size, shuffle=True), DataLoader(toy, batch_size)
     settings = timm.data.resolve_data_config(model=model)
-    sets = (
+    sets = [
         timm.data.create_dataset("", root=folder, split=split, is_training=training)
         for split, training in (("train", True), ("val", False))
-    )
+    ]
+    # Files of the model then say what their outputs are called.
+    labels = sets[0].reader.class_to_idx
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": tuple(sorted(labels, key=labels.get))}
     train, test = (
         timm.data.create_loader(
             dataset,
@@ -110,6 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.data is None and not options.toy:
         parser.error("--data: name a folder with train/ and val/, or try --toy")
+    if options.out.is_dir() or not os.access(options.out.parent, os.W_OK):  # better now than after training
+        parser.error(f"--out: got {options.out}, expected a file in a folder that can be written")
 
     lr = options.lr or (1e-3 if options.toy else 2e-5)
     torch.manual_seed(0)

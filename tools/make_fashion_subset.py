@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import vtp
-from vtp.training.data import read_idx
+from vtp.training.sources import read_idx
 
 SEED = 2104_08500
 PER_CLASS = {"train": 1000, "t10k": 200}

@@ -6,7 +6,8 @@ The metadata entry "vtp" of the file is JSON with these fields:
     kind             "dense", "gated" or "compact"
     architecture     the fields of vtp.model.architecture.Architecture
     plan             of a compact model: kept indices, scores, budget, parent fingerprint; else null
-    pretrained_cfg   timm's description of the baseline (name, mean, std, ...), or null
+    pretrained_cfg   timm's description of the baseline (name, ...), of the images that the model expects
+                     (input_size, mean, std, ...) and of its classes (label_names); null in older files
     versions         of vtp, torch and timm that wrote the file
     user             what the caller added
     sha256           over all tensors and the fields above: damage and careless edits are noticed, but it is
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from vtp.files import FileError, fingerprint, write_atomic
 from vtp.model.architecture import Architecture, UnsupportedModelError, describe, describe_surroundings
+from vtp.model.images import described
 from vtp.pruning.compact import CompactViT, LayerNormGather, empty_compact
 from vtp.pruning.gates import GatedLinear, insert_gates
 from vtp.pruning.plan import PruningPlan
@@ -225,15 +227,16 @@ def _check_tensors(path: str | Path, model: nn.Module, tensors: dict[str, Tensor
                 raise FileError(f"path: {name}.index of {path} is not within [0, {module.dim})")
 
 
-def _pretrained_cfg(model: nn.Module) -> dict[str, Any] | None:
+def _pretrained_cfg(model: nn.Module) -> dict[str, Any]:
     """The plain values of timm's description; it may also carry weights or objects, which do not belong."""
-    config = getattr(model, "pretrained_cfg", None)
-    return None if config is None else {name: value for name, value in config.items() if _is_plain(value)}
+    return {name: value for name, value in described(model).items() if _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
+    if isinstance(value, dict):  # descriptions of classes, and no state dict, whose values are tensors
+        return all(isinstance(key, str) and _is_plain(each) for key, each in value.items())
     return value is None or isinstance(value, (str, int, float, bool))
 
 

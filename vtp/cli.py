@@ -26,25 +26,54 @@ from vtp.files import FileError, refuse_unwritable, write_atomic
 from vtp.machine import description, in_one_line
 from vtp.model.architecture import describe
 from vtp.model.cost import count
+from vtp.model.images import (
+    class_descriptions,
+    class_names,
+    image_config,
+    knows_normalisation,
+    new_head,
+    set_image_config,
+    set_imagenet_names,
+)
 from vtp.options import positive, thread_count
-from vtp.pipeline import RECIPES, STAGES, Recipe, RunConfig, classes_of, fit_data, run, short_recipe_for
+from vtp.pipeline import (
+    RECIPES,
+    STAGES,
+    Recipe,
+    RunConfig,
+    classes_of,
+    describe_images,
+    fit_data,
+    make_run_folder,
+    run,
+    short_recipe_for,
+)
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactViT, compact
 from vtp.pruning.gates import insert_gates, sites
 from vtp.pruning.latency_table import make_cache_folder, store_table
-from vtp.pruning.one_shot import IMAGES, check_budget, tokens_size
+from vtp.pruning.one_shot import IMAGES, check_budget, check_images, tokens_size
 from vtp.pruning.plan import PruningPlan
 from vtp.pruning.scores import SCOPES, SCORES
 from vtp.pruning.selection import make_plan
 from vtp.runtime.latency_profile import profile_widths
+from vtp.training.classes import in_short
 from vtp.training.config import TrainConfig
 from vtp.training.data import EMBEDDED, Data, DataError, open_data
-from vtp.training.loaders import Augment, calibration_count
-from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images, evaluate, train
+from vtp.training.loaders import Augment, calibration_count, image_pipeline
+from vtp.training.loop import (
+    NonFiniteLossError,
+    TrainingInterrupted,
+    accelerator,
+    calibration_images,
+    evaluate,
+    train,
+)
 from vtp.training.progress import share_bar
+from vtp.training.sources import open_images
 from vtp.training.sparsity import gate_statistics
 from vtp.training.state import STATE_FORMAT
-from vtp.zoo import FASHION_DEIT, open_model
+from vtp.zoo import FASHION_DEIT, open_model, open_teacher
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -79,6 +108,7 @@ def _run(options: argparse.Namespace) -> None:
         model=options.model,
         data=options.data,
         data_root=options.data_root,
+        class_map=options.class_map,
         from_scratch=options.from_scratch,
         new_head=options.new_head,
         budget=_budget(options, calibrated=options.one_shot),
@@ -92,7 +122,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
-    data = open_data(options.data, root=options.data_root)
+    data = _open_data(options)
     seed = recipe.dense.seed
     classes = classes_of(data) if options.new_head else None
     model = open_model(options.model, from_scratch=options.from_scratch, num_classes=classes, seed=seed)
@@ -104,36 +134,52 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
+    recipe = _recipe(options)
     model = checkpoint.load(options.file)
     if not isinstance(model, CompactViT):
         raise FileError(
             f"file: {options.file} holds no compact model; `vtp prune` makes one from a gated model"
         )
-    data = open_data(options.data, root=options.data_root)
-    _train_stage(options, _recipe(options), "finetune", model, data)
+    data = _open_data(options)
+    if options.new_head:
+        torch.manual_seed(recipe.finetune.seed)
+        new_head(model, classes_of(data))
+    _train_stage(options, recipe, "finetune", model, data)
 
 
 def _train_stage(
     options: argparse.Namespace, recipe: Recipe, stage: str, model: nn.Module, data: Data
 ) -> None:
-    data = fit_data(data, model)
+    if options.teacher is None and options.teacher_checkpoint is not None:
+        raise ValueError("--teacher-checkpoint: without effect without --teacher NAME")
+    teacher = None
+    if options.teacher is not None:
+        teacher = open_teacher(options.teacher, checkpoint=options.teacher_checkpoint)
+        if not knows_normalisation(teacher):
+            # One of ours, which was trained on images normalised as the data are.
+            set_image_config(teacher, mean=data.mean, std=data.std)
+    data = _fit_data(data, model)
     settings: TrainConfig = getattr(recipe, stage)
-    teacher = None if options.teacher is None else open_model(options.teacher)
+    if teacher is not None:
+        _refuse_other_classes(teacher, model)
     if teacher is not None and not settings.distill_alpha:
         raise ValueError(
             f"--teacher: it has no effect as {stage}.distill_alpha is 0; add --set {stage}.distill_alpha=0.5"
         )
     if teacher is None and settings.distill_alpha:
         settings = dataclasses.replace(settings, distill_alpha=0.0)
-    run_dir = Path(options.out)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir = make_run_folder(options.out)
     result = train(
         model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
-        augment=Augment.preset(recipe.augment_of(stage), model.patch_embed.img_size[0]),
+        augment=Augment.preset(recipe.augment_of(stage), max(model.patch_embed.img_size)),
     )  # fmt: skip
+    if not accelerator(settings.precision).is_main_process:
+        return
     file = run_dir / ("compact.safetensors" if stage == "finetune" else f"{stage}.safetensors")
     checkpoint.save(result.model, file, metadata={"top1": result.top1, "data": Path(data.name).name})
-    _console.print(f"top-1 {result.top1:.2f}; {count(result.model)}; wrote {file}")
+    precision = result.history[-1].get("test_map")
+    several = "" if precision is None else f", mean average precision {precision:.2f}"
+    _console.print(f"top-1 {result.top1:.2f}{several}; {count(result.model)}; wrote {file}")
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -159,6 +205,7 @@ def _prune(options: argparse.Namespace) -> None:
 
 def _prune_calibrated(options: argparse.Namespace) -> None:
     """From a dense or gated model and images to a compact one, without training."""
+    check_images(options.images or IMAGES)
     for file in filter(None, (options.out, options.plan, options.statistics)):
         refuse_unwritable(file)
     model = open_model(options.file)
@@ -188,14 +235,15 @@ def _prune_calibrated(options: argparse.Namespace) -> None:
 
 def _calibration_data(options: argparse.Namespace, model: nn.Module) -> Data:
     """The data as the model takes them; checked for their labels where these are used."""
-    data = open_data(options.calibrate, root=options.data_root)
+    data = open_data(options.calibrate, root=options.data_root, class_map=options.class_map)
     if not options.no_eval:
         try:
-            return fit_data(data, model)
+            return _fit_data(data, model, subset=True)
         except DataError as error:
             raise DataError(f"{error}; --no-eval looks at no labels") from error
-    pretrained_cfg = getattr(model, "pretrained_cfg", None)
-    return data if pretrained_cfg is None else data.for_model(pretrained_cfg)
+    data = data.for_model(getattr(model, "pretrained_cfg", None))
+    describe_images(model, dataclasses.replace(data, class_names=()))
+    return data
 
 
 def _statistics(options: argparse.Namespace, model: nn.Module, data: Data, loader: DataLoader) -> Statistics:
@@ -221,10 +269,37 @@ def _statistics(options: argparse.Namespace, model: nn.Module, data: Data, loade
 
 def _eval(options: argparse.Namespace) -> None:
     model = open_model(options.model)
-    data = fit_data(open_data(options.data, root=options.data_root), model)
+    data = _fit_data(_open_data(options, train=False), model, subset=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     top1, loss = evaluate(model.to(device).eval(), data, workers=options.workers)
     _console.print(f"top-1 {top1:.2f}, cross-entropy {loss:.4f}; {count(model)}")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    model = open_model(options.file).float().eval()
+    if model.num_classes < 1:
+        raise FileError(f"file: {options.file} has no classes: its outputs are features")
+    if not knows_normalisation(model):
+        raise FileError(
+            f"file: {options.file} does not say how its images are normalised; say it once: model = "
+            "vtp.load(FILE); model.pretrained_cfg = {'mean': ..., 'std': ..., 'label_names': ...}; "
+            "vtp.save(model, FILE)"
+        )
+    pipeline, images = image_pipeline(image_config(model)), open_images(options.images)
+    if class_names(model) is None:
+        set_imagenet_names(model)
+        guess = "numbered from 0" if class_names(model) is None else "taken to be ImageNet's, as timm does"
+        print(f"vtp: note: {options.file} does not name its classes: {guess}", file=sys.stderr)
+    names, words = class_names(model), class_descriptions(model)
+    for path, image in zip(options.images, images, strict=True):
+        with torch.inference_mode():
+            probabilities = model(pipeline.batch([pipeline.pixels(image)]))[0].float().softmax(dim=0)
+        _console.print(f"{path}:")
+        best = probabilities.topk(min(5, len(probabilities)))
+        for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            name = f"class {label}" if names is None else names[label]
+            more = "" if words is None or words[label] == name else f" ({words[label]})"
+            _console.print(f"  {probability:7.2%}  {name}{more}")
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -316,6 +391,7 @@ def _inspect(options: argparse.Namespace) -> None:
     baseline = (description["pretrained_cfg"] or {}).get("architecture")
     if baseline:
         _console.print(f"baseline: {baseline}")
+    _console.print(_images_and_classes(model))
     for name, value in description["user"].items():
         _console.print(f"{name}: {value}")
     if isinstance(model, CompactViT):
@@ -327,6 +403,45 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ helpers
+
+
+def _open_data(options: argparse.Namespace, *, train: bool = True) -> Data:
+    return open_data(options.data, root=options.data_root, class_map=options.class_map, train=train)
+
+
+def _fit_data(data: Data, model: nn.Module, *, subset: bool = False) -> Data:
+    """`fit_data`, with what there is to say about the data on stderr."""
+    fitted = fit_data(data, model, subset=subset)
+    for note in fitted.notes:
+        print(f"vtp: note: {note}", file=sys.stderr)
+    return fitted
+
+
+def _refuse_other_classes(teacher: nn.Module, model: nn.Module) -> None:
+    """Logits are compared place by place: a teacher with other classes, or in another order, misleads."""
+    theirs, names = class_names(teacher), class_names(model)
+    if theirs is not None and names is not None and theirs != names:
+        raise ValueError(
+            "--teacher: expected the model's classes in their order: the teacher has "
+            f"{in_short(theirs)}; the model has {in_short(names)}"
+        )
+
+
+def _images_and_classes(model: nn.Module) -> str:
+    """What the file of a model says of its images and classes, in two lines."""
+    config, names = image_config(model), class_names(model)
+    size = "x".join(map(str, config["input_size"]))
+    images = f"images: {size} (channels, height, width)"
+    if knows_normalisation(model):
+        mean, std = ("/".join(f"{value:.4g}" for value in config[name]) for name in ("mean", "std"))
+        images += (
+            f", mean {mean}, std {std}, {config['crop_mode']} crop of {config['crop_pct']:.1%}, "
+            f"{config['interpolation']}"
+        )
+    else:
+        images += "; how they are normalised is not known"
+    known = "not known" if names is None else f"{len(names)}: {in_short(names)}"
+    return f"{images}\nclasses: {known}"
 
 
 def _is_gated(model: nn.Module) -> bool:
@@ -442,6 +557,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prune(commands)
     _add_finetune(commands)
     _add_eval(commands)
+    _add_predict(commands)
     _add_bench(commands)
     _add_inspect(commands)
     return parser
@@ -517,6 +633,7 @@ def _add_prune(commands: Any) -> None:
         help="measure on these data what a cut may take, and refit what is left",
     )
     group.add_argument("--data-root", help=_DATA_ROOT_HELP)
+    group.add_argument("--class-map", metavar="FILE", help=_CLASS_MAP_HELP)
     group.add_argument("--images", type=positive(int), help=_IMAGES_HELP)
     group.add_argument("--seed", type=int, help="which images are drawn (default 0)")
     group.add_argument("--workers", type=int, help="processes that load images (default 0)")
@@ -535,6 +652,7 @@ def _add_finetune(commands: Any) -> None:
         "vtp finetune small.safetensors --teacher runs/demo/dense.safetensors --out runs/small",
     )  # fmt: skip
     parser.add_argument("file", help="a compact model")
+    parser.add_argument("--new-head", action="store_true", help="a new head for the data's classes")
     _data_options(parser)
     _training_options(parser)
     _teacher_option(parser)
@@ -548,6 +666,15 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--model", default=FASHION_DEIT, help=_MODEL_HELP)
     _data_options(parser)
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+
+
+def _add_predict(commands: Any) -> None:
+    parser = _command(
+        commands, "predict", _predict, "the most probable classes of images",
+        "vtp predict runs/demo/compact.safetensors cat.jpg dog.webp",
+    )  # fmt: skip
+    parser.add_argument("file", help=f"{FASHION_DEIT!r}, a timm model name, or a file of ours")
+    parser.add_argument("images", nargs="+", help="image files")
 
 
 def _add_bench(commands: Any) -> None:
@@ -580,9 +707,13 @@ def _add_inspect(commands: Any) -> None:
 
 
 _WITH_CALIBRATION = (
-    "data_root", "images", "seed", "workers", "memory", "statistics", "no_eval", "key_width",
+    "data_root", "class_map", "images", "seed", "workers", "memory", "statistics", "no_eval", "key_width",
 )  # fmt: skip
 _DATA_ROOT_HELP = "folder of data sets that timm or torchvision open by name"
+_CLASS_MAP_HELP = (
+    "text file with one class name a line, in the order of the labels (default: that of the model's classes, "
+    "or of the folders' names as text)"
+)
 _IMAGES_HELP = f"training images that calibration and refit take (default {IMAGES})"
 _MEMORY_HELP = "what their tokens may take; the rest lies in a temporary file (default: no limit)"
 _MODEL_HELP = f"{FASHION_DEIT!r} (default), a timm model name, or a file of ours"
@@ -601,9 +732,10 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         default=EMBEDDED,
         help=f"{EMBEDDED!r} (default, in the package), a folder of idx files, an image folder with train/ "
-        "and val/, or a name that timm.data.create_dataset knows",
+        "and val/ (eval: val/ is enough), or a name that timm.data.create_dataset knows",
     )
     parser.add_argument("--data-root", help=_DATA_ROOT_HELP)
+    parser.add_argument("--class-map", metavar="FILE", help=_CLASS_MAP_HELP)
 
 
 def _training_options(parser: argparse.ArgumentParser) -> None:
@@ -630,7 +762,17 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _teacher_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher", help="dense model to distil from; without it there is no distillation")
+    parser.add_argument(
+        "--teacher",
+        help="model to distil from: any timm name, such as regnety_160.deit_in1k, or a file of ours; "
+        "without it there is no distillation",
+    )
+    parser.add_argument(
+        "--teacher-checkpoint",
+        metavar="FILE",
+        help="your own weights for a teacher of a timm name: a checkpoint of DeiT's or timm's training, or "
+        "plain safetensors; no pickle is executed",
+    )
 
 
 def _budget_options(parser: argparse.ArgumentParser) -> None:

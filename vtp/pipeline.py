@@ -26,29 +26,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
 from vtp.checkpoint import load, save
-from vtp.files import FileError, fingerprint, write_atomic
+from vtp.files import FileError, fingerprint, refuse_unwritable, write_atomic
 from vtp.machine import environment
-from vtp.model.architecture import UnsupportedModelError, describe
+from vtp.model.architecture import describe
 from vtp.model.cost import count
+from vtp.model.images import (
+    awaits_classes,
+    class_descriptions,
+    class_names,
+    image_config,
+    imagenet_classes,
+    set_image_config,
+    set_imagenet_names,
+)
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactViT, compact
 from vtp.pruning.gates import insert_gates
-from vtp.pruning.one_shot import IMAGES, check_budget, tokens_size
+from vtp.pruning.one_shot import IMAGES, check_budget, check_images, tokens_size
 from vtp.pruning.plan import PlanError
 from vtp.pruning.selection import make_plan, pareto
 from vtp.report import comparison_table, write_report
 from vtp.runtime.optimize import optimize
 from vtp.timing import interleaved_latency
 from vtp.training.config import TrainConfig
-from vtp.training.data import EMBEDDED, Data, DataError, check_data, is_small_grey, open_data
+from vtp.training.data import (
+    EMBEDDED,
+    Data,
+    DataError,
+    check_data,
+    is_small_grey,
+    match_classes,
+    open_data,
+)
+from vtp.training.identity import data_identity, settings_that_count
 from vtp.training.loaders import Augment, calibration_count
-from vtp.training.loop import calibration_images, evaluate, train
+from vtp.training.loop import accelerator, calibration_images, evaluate, train
 from vtp.training.progress import share_bar
 from vtp.zoo import FASHION_DEIT, open_model
 
@@ -136,7 +153,7 @@ class RunConfig:
 
     Attributes:
         model: "fashion-deit", a timm name (released weights), or a file that `vtp.save` wrote.
-        data: as `open_data` takes it; data_root: for data sets that keep their files elsewhere.
+        data, class_map: as `open_data` takes them; data_root: for data sets that keep their files elsewhere.
         from_scratch: new weights, and a dense training stage, instead of a released baseline.
         new_head: keep the baseline's weights but give it a new head for the classes of `data`, and train
             that first.
@@ -153,6 +170,7 @@ class RunConfig:
     model: str = FASHION_DEIT
     data: str = EMBEDDED
     data_root: str | None = None
+    class_map: str | None = None
     from_scratch: bool = False
     new_head: bool = False
     budget: dict[str, Any] = dataclasses.field(default_factory=lambda: {"rate": 0.4})
@@ -162,9 +180,9 @@ class RunConfig:
     images: int = IMAGES
 
     def __post_init__(self) -> None:
-        for name in ("latency_batch", "images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.latency_batch < 1:
+            raise ValueError(f"latency_batch: got {self.latency_batch}, expected at least 1")
+        check_images(self.images)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -201,17 +219,19 @@ def run(
         DataError, PlanError, UnsupportedModelError: before the first step, wherever that can be known.
         TrainingInterrupted, NonFiniteLossError: see `vtp.training.loop`.
     """
-    run_dir, process = Path(run_dir), Accelerator()
+    run_dir, process = Path(run_dir), accelerator()
     # A log file has no width of its own; 80 columns would break the final table.
     width = None if sys.stdout.isatty() else 120
     console = Console(quiet=not (progress and process.is_main_process), width=width)
     model, data = _open(config)
     _check_before_training(config, model, data)
     if process.is_main_process:
-        _begin_folder(config, run_dir, resume)
+        _begin_folder(config, run_dir, resume, model, data)
     process.wait_for_everyone()
     _say(console, f"model {config.model}: {count(model)}; data {data.name}: {_size(data)}")
-    image_size = model.patch_embed.img_size[0]
+    for note in data.notes:
+        _say(console, f"note: {note}")
+    image_size = max(model.patch_embed.img_size)
 
     def stage(name: str, start: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
         settings = getattr(config.recipe, name)
@@ -338,7 +358,7 @@ def _size(data: Data) -> str:
 
 
 def _open(config: RunConfig) -> tuple[nn.Module, Data]:
-    data = open_data(config.data, root=config.data_root)
+    data = open_data(config.data, root=config.data_root, class_map=config.class_map)
     seed = config.recipe.dense.seed
     classes = classes_of(data) if config.new_head else None
     model = open_model(config.model, from_scratch=config.from_scratch, num_classes=classes, seed=seed)
@@ -352,21 +372,47 @@ def classes_of(data: Data) -> int:
     return data.num_classes
 
 
-def fit_data(data: Data, model: nn.Module) -> Data:
-    """The data, checked against the model's head and normalised as its released weights expect.
+def fit_data(data: Data, model: nn.Module, *, subset: bool = False) -> Data:
+    """The data with labels that are the model's outputs and images as it expects them; checked.
+
+    What the model does not say yet of its images and classes it takes from the data, for its files to say it.
+
+    Args:
+        subset: whether the data may have only some of the model's classes.
 
     Raises:
         DataError: the data cannot be used with this model.
     """
-    check_data(data, model.num_classes)
-    pretrained_cfg = getattr(model, "pretrained_cfg", None)
-    return data if pretrained_cfg is None else data.for_model(pretrained_cfg)
+    if class_names(model) is None and not awaits_classes(model):
+        synsets = imagenet_classes(model)
+        if synsets is not None and data.class_names and set(data.class_names) <= set(synsets):
+            set_imagenet_names(model)
+            data = data.noting(
+                "the model does not name its classes: taken to be ImageNet's, as the data's are"
+            )
+    fitted = match_classes(
+        data.for_model(getattr(model, "pretrained_cfg", None)),
+        class_names(model),
+        descriptions=class_descriptions(model),
+        is_new=awaits_classes(model),
+        subset=subset,
+    )
+    check_data(fitted, model.num_classes)
+    describe_images(model, fitted)
+    return fitted
+
+
+def describe_images(model: nn.Module, data: Data) -> None:
+    """Let a model say of its images and classes, where it does not yet, what they are in these data."""
+    fields = {name: getattr(data, name) for name in ("mean", "std", "crop_mode", "interpolation")}
+    set_image_config(model, **fields)
+    set_image_config(model, **image_config(model))
+    if class_names(model) is None and data.class_names:
+        set_image_config(model, label_names=data.class_names)
 
 
 def _check_before_training(config: RunConfig, model: nn.Module, data: Data) -> None:
     """Refuse now what would stop a later stage: the model, a budget no plan can meet, settings of a stage."""
-    if model.patch_embed.img_size[0] != model.patch_embed.img_size[1]:
-        raise UnsupportedModelError(f"model: images of {model.patch_embed.img_size}, expected square ones")
     insert_gates(model)  # refuses a model that has some, or that is not supported
     check_budget(model, config.budget, calibrated=config.one_shot, refitted=config.one_shot or config.refit)
     for name in config.stages:
@@ -378,15 +424,45 @@ def _check_before_training(config: RunConfig, model: nn.Module, data: Data) -> N
             raise ValueError(f"{name}.batch_size: got {stage.batch_size}, expected at most {images} images")
 
 
-def _begin_folder(config: RunConfig, run_dir: Path, resume: bool) -> None:
-    file, wanted = run_dir / "config.json", config.to_dict()
+def make_run_folder(run_dir: str | Path) -> Path:
+    """The folder of a run, made if it is not there. Raises FileError if it is a file or cannot be written."""
+    run_dir = Path(run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise FileError(f"run folder: {run_dir} is a file, expected a folder")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"run folder: cannot make {run_dir}: {error.strerror}") from error
-    if not file.exists():
-        write_atomic(file, lambda path: path.write_text(json.dumps(wanted, indent=1)))
-        return
+    refuse_unwritable(run_dir / "metrics.jsonl")
+    return run_dir
+
+
+def _begin_folder(config: RunConfig, run_dir: Path, resume: bool, model: nn.Module, data: Data) -> None:
+    """Write down what is asked for, which for a run that is resumed must be what it was begun with."""
+    file = make_run_folder(run_dir) / "config.json"
+    identity = {"model": fingerprint(model.state_dict()), **data_identity(data)}
+    wanted = config.to_dict() | {"identity": identity}
+    if file.exists() and not _nothing_trained(run_dir):
+        _check_same_run(run_dir, wanted, resume, data)
+    write_atomic(file, lambda path: path.write_text(json.dumps(wanted, indent=1)))
+
+
+def _nothing_trained(run_dir: Path) -> bool:
+    """Whether a run folder has no more in it than a run that failed at once has left: nothing to lose."""
+    names, metrics = {path.name for path in run_dir.iterdir()}, run_dir / "metrics.jsonl"
+    if not names <= {"config.json", "dense.safetensors", metrics.name, "checkpoints", "tensorboard"}:
+        return False
+    if (metrics.exists() and metrics.stat().st_size) or any((run_dir / "checkpoints").glob("*")):
+        return False
+    try:
+        return "budget" in json.loads((run_dir / "config.json").read_text())  # one of ours
+    except (ValueError, TypeError):
+        return False
+
+
+def _check_same_run(run_dir: Path, wanted: dict[str, Any], resume: bool, data: Data) -> None:
+    """Raise FileError unless a run is resumed that was begun with what is wanted now."""
+    file = run_dir / "config.json"
     if not resume:
         raise FileError(
             f"run folder: {run_dir} holds a run already; continue it with --resume, or name another"
@@ -395,11 +471,29 @@ def _begin_folder(config: RunConfig, run_dir: Path, resume: bool) -> None:
         found = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
         raise FileError(f"run folder: {file} is damaged ({error}); name another folder") from error
-    odd = [name for name in wanted if found.get(name) != wanted[name]]
+    if not isinstance(found.get("identity"), dict):
+        raise FileError(
+            f"run folder: {file} does not say what is in the model and the data, as that of an older vtp; it "
+            "cannot be resumed: name another folder (the models in this one still load)"
+        )
+    before, now = (_what_counts(each, run_dir, data) for each in (found, wanted))
+    odd = [name for name in now if before.get(name) != now[name]]
     if odd:
         raise FileError(
             f"run folder: {run_dir} holds a run with another {', '.join(odd)}; it cannot be resumed"
         )
+
+
+def _what_counts(written: dict[str, Any], run_dir: Path, data: Data) -> dict[str, Any]:
+    """What must stay the same for a run to be resumed: what is in its model and data, not what they are
+    called; of a stage that has not begun no more than the seed, by which images are drawn too."""
+    names = {"model", "checkpoint", "data", "data_root", "class_map"}  # of files and folders
+    counts = {name: written[name] for name in written.keys() - names - {"identity"}}
+    for stage in STAGES:
+        if isinstance(settings := counts.get(stage), dict):
+            begun = (run_dir / "checkpoints" / f"{stage}.safetensors").exists()
+            counts[stage] = settings_that_count(settings, data) if begun else settings.get("seed")
+    return counts | written["identity"]
 
 
 def _results(models: dict[str, nn.Module], data: Data, run_dir: Path, config: RunConfig) -> dict[str, Any]:

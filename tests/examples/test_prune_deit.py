@@ -29,3 +29,11 @@ def test_prune_deit_asks_for_data():
     done = example("prune_deit.py")
     assert done.returncode == 2
     assert "--data" in done.stderr
+
+
+def test_prune_deit_refuses_a_file_that_cannot_be_written_before_it_trains(tmp_path):
+    for out in (tmp_path, tmp_path / "none" / "pruned.safetensors"):
+        done = example("prune_deit.py", "--toy", "--out", str(out))
+        assert done.returncode == 2
+        assert f"--out: got {out}, expected a file in a folder that can be written" in done.stderr
+        assert done.stdout == ""

@@ -8,21 +8,26 @@ import signal
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 import vtp
+from tests.support.folders import knows, write_classes
 from tests.support.models import TINY, build, gated
 from vtp import cli
 from vtp.cli import main
 from vtp.comparison import own_model
 from vtp.files import FileError
+from vtp.model.images import class_names
 from vtp.pipeline import fit_data
 from vtp.training.data import open_data
 from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images, evaluate
+from vtp.training.teacher import Teacher
+from vtp.zoo import open_teacher
 
-COMMANDS = ("run", "train", "prune", "finetune", "eval", "bench", "inspect")
+COMMANDS = ("run", "train", "prune", "finetune", "eval", "predict", "bench", "inspect")
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +58,17 @@ def run(*arguments):
 
 @pytest.fixture
 def refused(capsys):
-    """A function that runs a command that must be refused: status 2, one line that matches, no traceback."""
+    """A function that runs a command that must be refused: status 2, one line that matches, no traceback;
+    before it there may be notes on the data."""
 
     def check(message, *arguments):
         capsys.readouterr()
         assert run(*arguments) == 2
         out, error = capsys.readouterr()
         assert out == ""
-        assert error.startswith("vtp: error: ")
-        assert error.count("\n") == 1
+        *notes, last = error.splitlines()
+        assert last.startswith("vtp: error: ")
+        assert all(line.startswith("vtp: note: ") for line in notes)
         assert re.search(message, error), error
 
     return check
@@ -211,6 +218,11 @@ def calibrated(files, tmp_path_factory):
     return folder, printed.read_text()
 
 
+def test_pruned_file_says_what_its_images_and_classes_are(calibrated):
+    small = vtp.load(calibrated[0] / "small.safetensors")
+    assert class_names(small) == ("dark", "light") and small.pretrained_cfg["input_size"] == (1, 8, 8)
+
+
 def test_prune_cuts_a_dense_model_on_unlabelled_training_images(files, calibrated):
     folder, _ = calibrated
     small, plan = vtp.load(folder / "small.safetensors"), vtp.PruningPlan.load(folder / "plan.json")
@@ -310,6 +322,98 @@ def test_prune_refuses_a_compact_model_and_options_without_effect(files, tmp_pat
         "scope: got 'optimal'|statistics", "prune", files / "gated.safetensors", *out, "--scope", "optimal"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------- what a file says
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    """A folder of images, a file of a model that knows them, and its classes in an order of their own."""
+    folder = tmp_path_factory.mktemp("pets")
+    names = {"dog": 1, "cat": 2, "ape": 3}
+    write_classes(folder / "images", names)
+    (folder / "map.txt").write_text("\n".join(names))
+    data = open_data(folder / "images", class_map=folder / "map.txt")
+    model = knows(data)
+    fit_data(data, model)
+    vtp.save(model, folder / "model.safetensors")
+    return folder
+
+
+def test_eval_maps_classes_by_name_says_so_and_needs_no_training_images(pets, tmp_path, capsys):
+    shutil.copytree(pets / "images" / "val", tmp_path / "val")
+    for data in (pets / "images", tmp_path, tmp_path / "val"):
+        assert run("eval", "--model", pets / "model.safetensors", "--data", data) == 0
+        out, error = capsys.readouterr()
+        assert out.startswith("top-1 100.00,")
+        assert (
+            "another order than the model's, and are mapped by name: ape, cat, dog; the model has dog"
+            in error
+        )
+
+
+def test_eval_and_training_refuse_other_classes_and_write_nothing(pets, tmp_path, refused):
+    images = write_classes(tmp_path / "images", {"dog": 1, "kitten": 2, "ape": 3})
+    usual = ["--model", pets / "model.safetensors", "--data", images]
+    message = "the data have ape, dog, kitten; the model has dog, cat, ape.*--class-map FILE.*--new-head"
+    refused(message, "eval", *usual)
+    refused(message, "train", "dense", *usual, "--out", tmp_path / "run")
+    refused(message, "run", *usual, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "map.txt").write_text("dog\nkitten\nape\n")
+    assert run("eval", *usual, "--class-map", tmp_path / "map.txt") == 0
+
+
+def test_trained_model_says_what_its_classes_are(pets, tmp_path, capsys):
+    options = ["--set=dense.epochs=1", "--set=dense.warmup_epochs=0", "--batch-size", 2, "--new-head"]
+    usual = ["--model", pets / "model.safetensors", "--data", pets / "images", "--out", tmp_path]
+    assert run("train", "dense", *usual, *options) == 0
+    assert class_names(vtp.load(tmp_path / "dense.safetensors")) == ("ape", "cat", "dog")
+    teacher = ["--teacher", pets / "model.safetensors", "--set=dense.distill_alpha=0.5"]
+    capsys.readouterr()
+    assert run("train", "dense", *usual, *options, *teacher) == 2
+    assert "the teacher has dog, cat, ape; the model has ape, cat, dog" in capsys.readouterr().err
+
+
+def test_predict_prints_names_and_probabilities(pets, capsys):
+    images = [pets / "images" / "val" / name / "0.png" for name in ("cat", "ape")]
+    assert run("predict", pets / "model.safetensors", *images) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{images[0]}:" and lines[4] == f"{images[1]}:" and len(lines) == 8
+    for first, name in ((1, "cat"), (5, "ape")):
+        shares = [float(line.split("%")[0]) for line in lines[first : first + 3]]
+        assert lines[first].endswith(f"%  {name}") and shares[0] > 99
+        assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.02)
+
+
+def test_predict_says_what_it_does_not_know_and_what_is_no_image(files, pets, tmp_path, capsys, refused):
+    image = pets / "images" / "val" / "cat" / "0.png"
+    refused(
+        "does not say how its images are normalised.*vtp.save", "predict", files / "dense.safetensors", image
+    )
+    (tmp_path / "notes.png").write_text("x")
+    refused(r"notes\.png", "predict", pets / "model.safetensors", image, tmp_path / "notes.png")
+    refused(r"none\.png", "predict", pets / "model.safetensors", tmp_path / "none.png")
+    model = vtp.load(pets / "model.safetensors")
+    del model.pretrained_cfg["label_names"]
+    vtp.save(model, tmp_path / "unnamed.safetensors")
+    capsys.readouterr()
+    assert run("predict", tmp_path / "unnamed.safetensors", image) == 0
+    out, error = capsys.readouterr()
+    assert out.splitlines()[1].endswith("%  class 1") and "does not name its classes" in error
+
+
+def test_inspect_shows_images_and_classes(files, pets, capsys):
+    out = inspected(capsys, pets / "model.safetensors")
+    assert (
+        "images: 1x8x8 (channels, height, width), mean 0.449, std 0.226, center crop of 100.0%, bicubic"
+        in out
+    )
+    assert "classes: 3: dog, cat, ape\n" in out
+    out = inspected(capsys, files / "dense.safetensors")
+    assert "images: 1x8x8 (channels, height, width); how they are normalised is not known\n" in out
+    assert "classes: not known\n" in out
 
 
 # -------------------------------------------------------------------------------------------------- inspect
@@ -550,6 +654,7 @@ def test_one_shot_run_takes_the_short_recipe_of_its_kind_of_data(tmp_path):
         (["--no-refit", "--key-width", "8"], r"key_width: got 8\.0, which takes a refit"),
         (["--one-shot", "--macs", "1"], "macs: 1 cannot be met"),
         (["--one-shot", "--score", "gate"], "the model has no gates"),
+        (["--one-shot", "--images", "50000"], "images: got 50000, expected 1 to 16384"),
     ],
     ids=" ".join,
 )
@@ -567,11 +672,98 @@ def test_train_and_finetune_refuse_the_wrong_kind_of_model(files, tmp_path, refu
     assert list(tmp_path.iterdir()) == []
 
 
+QUICK = ("--augment", "none", "--batch-size", "4", "--set", "finetune.epochs=1", "--set",
+         "finetune.warmup_epochs=0")  # fmt: skip
+
+
+def test_finetune_gives_a_compact_model_a_new_head_as_its_message_advises(files, tmp_path, refused):
+    small = vtp.load(files / "compact.safetensors")
+    small.reset_classifier(7)  # one of other classes
+    vtp.save(small, tmp_path / "small.safetensors")
+    command = ["finetune", tmp_path / "small.safetensors", "--data", files / "images", *QUICK, "--out"]
+    refused("7 outputs, .* has 2 classes.*--new-head", *command, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for out in ("run", "again"):
+        assert run(*command, tmp_path / out, "--new-head", "--seed", 4) == 0
+    tuned, again = (vtp.load(tmp_path / out / "compact.safetensors") for out in ("run", "again"))
+    assert tuned.num_classes == 2 and tuned.plan == small.plan
+    assert torch.equal(tuned.head.weight, again.head.weight)
+
+
+def test_a_teacher_may_be_any_model_that_timm_has_released(files, tmp_path, refused, monkeypatch):
+    command = ["finetune", files / "compact.safetensors", "--data", files / "images", *QUICK, "--out"]
+    command += [tmp_path / "run", "--teacher"]
+    refused("teacher: got 'none-such', expected", *command, "none-such")
+    create, asked = vtp.zoo.timm.create_model, []
+
+    def without_network(name, pretrained=False):
+        asked.append((name, pretrained))
+        overlay = {"input_size": (3, 32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        return create(name, num_classes=2, pretrained_cfg_overlay=overlay)
+
+    monkeypatch.setattr(vtp.zoo.timm, "create_model", without_network)
+    assert run(*command, "regnety_002") == 0
+    assert asked == [("regnety_002", True)]
+
+
+class Executed:
+    """What no file may bring to run."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_a_teacher_may_have_weights_of_ones_own(files, tmp_path, refused):
+    teacher = timm.create_model("regnety_002", num_classes=2)
+    weights = teacher.state_dict()
+    torch.save({"model": weights, "epoch": 3}, tmp_path / "deit.pth")
+    save_file(weights, tmp_path / "plain.safetensors")
+    torch.save({"state_dict": weights, "args": Executed()}, tmp_path / "pickle.pth")
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "other.pth")
+    for name in ("deit.pth", "plain.safetensors"):
+        opened = open_teacher("regnety_002", checkpoint=tmp_path / name)
+        assert not opened.training
+        assert all(torch.equal(value, weights[key]) for key, value in opened.state_dict().items())
+    command = ["finetune", files / "compact.safetensors", "--data", files / "images", *QUICK]
+    command += ["--out", tmp_path / "run", "--teacher-checkpoint"]
+    refused("--teacher-checkpoint: without effect without --teacher", *command, tmp_path / "deit.pth")
+    for name, reason in (("pickle", "Error"), ("other", "Missing key"), ("none", "FileNotFoundError")):
+        message = (
+            f"teacher: timm cannot open regnety_002 with the weights in {tmp_path}/{name}.pth .*{reason}"
+        )
+        refused(message, *command, tmp_path / f"{name}.pth", "--teacher", "regnety_002")
+    refused("expected a timm name", *command, tmp_path / "deit.pth", "--teacher", files / "dense.safetensors")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_ours_sees_the_pixels_of_the_data_whatever_the_student_expects(
+    files, tmp_path, monkeypatch
+):
+    shown = []
+    original = Teacher.images
+    monkeypatch.setattr(
+        Teacher, "images", lambda self, x: shown.append((x, original(self, x))) or shown[-1][1]
+    )
+    small = vtp.load(files / "compact.safetensors")
+    small.pretrained_cfg = {"mean": (0.5,), "std": (0.5,)}
+    vtp.save(small, tmp_path / "small.safetensors")
+    command = ["finetune", tmp_path / "small.safetensors", "--data", files / "images", *QUICK, "--out"]
+    assert run(*command, tmp_path / "run", "--teacher", files / "dense.safetensors") == 0
+    data = open_data(files / "images")
+    students, teachers = shown[-1]
+    pixels = students * 0.5 + 0.5
+    torch.testing.assert_close(teachers, (pixels - data.mean[0]) / data.std[0])
+
+
 def test_training_cannot_write_over_a_file_or_into_a_read_only_place(files, refused, tmp_path):
     (tmp_path / "file").write_text("x")
     sparse = ["train", "sparse", "--model", files / "dense.safetensors", "--data", files / "images"]
-    for out in (tmp_path / "file", "/proc/run"):
-        refused("file|proc", *sparse, "--out", out)
+    tune = ["finetune", files / "compact.safetensors", "--data", files / "images"]
+    for command in (sparse, tune):
+        refused(
+            f"run folder: {tmp_path}/file is a file, expected a folder", *command, "--out", tmp_path / "file"
+        )
+        refused("run folder: cannot make /proc/run: ", *command, "--out", "/proc/run")
 
 
 # ------------------------------------------------------------------------------------------------ bench

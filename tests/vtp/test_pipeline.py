@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from importlib import resources
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from rich.console import Console
@@ -18,10 +20,11 @@ from rich.console import Console
 import vtp
 from tests.support.models import TINY, build
 from vtp import cli, pipeline
-from vtp.pipeline import RECIPES, RunConfig, run
+from vtp.model.images import class_names
+from vtp.pipeline import RECIPES, STAGES, RunConfig, run
 from vtp.timing import interleaved_latency
 from vtp.training.data import DataError, open_data
-from vtp.training.loop import TrainingInterrupted, calibration_images
+from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images
 from vtp.zoo import open_model
 
 FILES = [
@@ -99,6 +102,15 @@ def one_shot_config(folder, out, **changes) -> RunConfig:
         "one_shot": True, "images": 24, "budget": {"macs": 14e3, "scope": "optimal"},
     }  # fmt: skip
     return small_config(folder, **{**settings, **changes})
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse", "pruned", "compact"])
+def test_every_model_of_a_run_says_what_its_images_and_classes_are(finished, name):
+    model = vtp.load(finished / f"{name}.safetensors")
+    assert class_names(model) == ("class0", "class1", "class2")
+    config = timm.data.resolve_model_data_config(model)
+    assert (config["input_size"], config["crop_pct"]) == ((1, 28, 28), 1.0)
+    assert config["mean"] == pytest.approx([sum(timm.data.IMAGENET_DEFAULT_MEAN) / 3])
 
 
 def test_one_shot_run_resumes_with_what_it_has_calibrated_and_cut(one_shot):
@@ -217,6 +229,113 @@ def test_resuming_with_another_budget_is_refused(folder, finished):
         run(small_config(folder, budget={"rate": 0.5}), finished, resume=True, progress=False)
 
 
+class Begun(Exception):
+    """Training was about to begin: nothing in the run folder stood against it."""
+
+
+@pytest.fixture
+def only_begin(monkeypatch):
+    """Runs end where their first stage would begin."""
+
+    def stop(*arguments, **options):
+        raise Begun
+
+    monkeypatch.setattr(pipeline, "train", stop)
+
+
+def with_workers(config: RunConfig, workers: int) -> RunConfig:
+    stages = {name: dataclasses.replace(getattr(config.recipe, name), workers=workers) for name in STAGES}
+    return dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, **stages))
+
+
+def test_a_run_is_resumed_with_its_data_elsewhere_and_any_number_of_workers(
+    folder, finished, tmp_path, only_begin, monkeypatch
+):
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(folder, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for data in ("moved", "moved/", tmp_path / "moved", folder):
+        with pytest.raises(Begun):
+            run(with_workers(small_config(data), 2), tmp_path / "run", resume=True, progress=False)
+    file = tmp_path / "moved" / "train" / "class1" / "3.png"
+    file.write_bytes(file.read_bytes() + b"longer")
+    with pytest.raises(vtp.FileError, match=r"another data\.train; it cannot be resumed"):
+        run(small_config("moved"), tmp_path / "run", resume=True, progress=False)
+
+
+def test_a_run_is_resumed_with_its_model_elsewhere_but_not_with_another(folder, tmp_path, only_begin):
+    dense = build(dataclasses.replace(TINY, num_classes=3), torch.float32)
+    for name in ("model", "moved"):
+        vtp.save(dense, tmp_path / f"{name}.safetensors")
+    vtp.save(
+        build(dataclasses.replace(TINY, num_classes=3), torch.float32, seed=9), tmp_path / "other.safetensors"
+    )
+
+    def begin(name, resume):
+        config = small_config(folder, model=str(tmp_path / f"{name}.safetensors"))
+        config = dataclasses.replace(config, from_scratch=False, new_head=False)
+        run(config, tmp_path / "run", resume=resume, progress=False)
+
+    with pytest.raises(Begun):
+        begin("model", resume=False)
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "sparse.safetensors").touch()
+    with pytest.raises(Begun):
+        begin("moved", resume=True)
+    with pytest.raises(vtp.FileError, match="holds a run with another model"):
+        begin("other", resume=True)
+
+
+def test_a_try_that_failed_at_once_does_not_stand_in_the_way_of_the_next(folder, tmp_path):
+    config = small_config(folder)
+    bad = dataclasses.replace(config.recipe.dense, lr=1e30, min_lr=0.0)
+    with pytest.raises(NonFiniteLossError):
+        run(
+            dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, dense=bad)),
+            tmp_path / "run",
+            progress=False,
+        )
+    assert (tmp_path / "run" / "config.json").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "train", lambda *_, **__: pytest.fail("stop here", pytrace=False))
+        with pytest.raises(pytest.fail.Exception, match="stop here"):
+            run(config, tmp_path / "run", progress=False)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["dense"]["lr"] == config.recipe.dense.lr
+
+
+def test_settings_of_a_stage_that_has_not_begun_may_change(folder, finished, tmp_path, only_begin):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "finetune.safetensors").unlink()
+    config = small_config(folder)
+    smaller = dataclasses.replace(config.recipe.finetune, batch_size=8)
+    changed = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, finetune=smaller))
+    with pytest.raises(Begun):
+        run(changed, tmp_path / "run", resume=True, progress=False)
+    smaller = dataclasses.replace(config.recipe.sparse, batch_size=8)
+    changed = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, sparse=smaller))
+    with pytest.raises(vtp.FileError, match="another sparse; it cannot be resumed"):
+        run(changed, tmp_path / "run", resume=True, progress=False)
+
+
+def test_run_folders_of_an_older_version_and_of_others_are_refused_with_what_to_do(
+    folder, finished, tmp_path
+):
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    written = json.loads(file.read_text())
+    del written["identity"]
+    file.write_text(json.dumps(written))
+    with pytest.raises(vtp.FileError, match=r"as that of an older vtp; .* name another folder"):
+        run(small_config(folder), tmp_path / "run", resume=True, progress=False)
+    foreign = tmp_path / "foreign" / "config.json"
+    foreign.parent.mkdir()
+    foreign.write_text('{"architectures": ["ViT"]}')
+    with pytest.raises(vtp.FileError, match="holds a run already"):
+        run(small_config(folder), foreign.parent, progress=False)
+    assert foreign.read_text() == '{"architectures": ["ViT"]}'
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -304,3 +423,19 @@ def test_settings_of_the_last_stage_are_refused_before_the_first(folder, tmp_pat
     with pytest.raises(ValueError, match=rf"finetune\.{next(iter(change))}"):
         run(config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.thorough  # two processes that share a stage, without the start of torchrun: test_loop.py
+def test_torchrun_on_a_cpu_makes_one_run_of_two_processes(folder, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "vtp.cli", *arguments(folder, tmp_path / "run")]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    places = [(record["stage"], record["epoch"], record["step"]) for record in records]
+    half = 48 // 8 // 2  # batches of an epoch, of which each process has every other
+    assert places == [("dense", 1, half), ("sparse", 1, half), ("sparse", 2, 2 * half), ("finetune", 1, half)]
+    assert done.stdout.count("report: ") == 1
+    vtp.load(tmp_path / "run" / "compact.safetensors")

@@ -28,7 +28,7 @@ from vtp.model.architecture import Architecture, describe
 from vtp.model.widths import SITES
 from vtp.pruning.dense_block import attend, centred, scaled_weight, split_heads
 from vtp.pruning.moments import Moments, narrowed_scores, oas_damping, obs_curve, turned_values
-from vtp.pruning.streams import Progress, Store, Stream, batches, embedded, plain_copy
+from vtp.pruning.streams import Progress, Store, Stream, embedded, first_images, plain_copy
 
 STATISTICS_VERSION = 1
 # The share of a unit's width to which it is cut alone, to measure what that does to the output; queries and
@@ -132,7 +132,7 @@ def calibrate(
         images: normalised, [M, C, H, W]; or an iterable of such batches or of (batch, labels), as a loader
             is, which is read once. Of the training set, and as they are evaluated: not augmented. A thousand
             or two; some ten rows (images times tokens) for each hidden dimension are looked at, and images
-            beyond that are not.
+            beyond that are not read: a loader may be endless.
         memory_gb: what the images' tokens may take, in units of 1e9 bytes; the rest goes to a temporary file.
             Beside them there are the second moments of one block, 0.1 GB for a DeiT-B.
         progress: called with what is going on and the share that is done.
@@ -152,7 +152,7 @@ def calibrate(
     device = plain.patch_embed.proj.weight.device
     store = Store(memory_gb, device)
     try:
-        stream = embedded(plain, _enough(images, architecture), store, progress)
+        stream = embedded(plain, first_images(images, _images_needed(architecture)), store, progress)
         probe = _Probe(plain, stream)
         tensors: dict[str, Tensor] = {}
         for i, block in enumerate(plain.blocks):
@@ -166,15 +166,10 @@ def calibrate(
         store.close()
 
 
-def _enough(images: Tensor | Iterable, architecture: Architecture) -> Iterator[Any]:
-    """As many of the images as have the rows that are looked at."""
+def _images_needed(architecture: Architecture) -> int:
+    """As many as have the rows that are looked at."""
     widest = max(architecture.embed_dim, architecture.mlp_hidden)
-    left = -(-max(ROWS_PER_INPUT * widest, LEAST_ROWS) // architecture.num_tokens)
-    for batch in batches(images):
-        yield batch[:left] if isinstance(batch, Tensor) and batch.ndim else batch
-        left -= len(batch)
-        if left <= 0:
-            return
+    return -(-max(ROWS_PER_INPUT * widest, LEAST_ROWS) // architecture.num_tokens)
 
 
 @dataclasses.dataclass

@@ -320,8 +320,9 @@ def compact(
         model: the model that the plan was made for. It is not changed.
         plan: what is kept.
         images: what is left learns from these, in closed form, to do what the dense model did (see
-            `pruning/refit.py`); unlabelled, as `vtp.calibrate` takes them, some two thousand. None leaves the
-            weights as they are: the result then computes what `model` does with the removed gates at 0.
+            `pruning/refit.py`); unlabelled, as `vtp.calibrate` takes them, some two thousand; no more than
+            16,384 are read, as their tokens are kept: a loader may be endless. None leaves the weights as
+            they are: the result then computes what `model` does with the removed gates at 0.
         memory_gb: what the tokens of the images may take, for both models, in units of 1e9 bytes; the rest
             goes to a temporary file.
         progress: called with what is going on and the share that is done.

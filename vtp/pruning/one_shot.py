@@ -9,6 +9,7 @@ from torch import nn
 from vtp.model.architecture import Architecture
 from vtp.pruning.gates import with_gates
 from vtp.pruning.plan import PlanError
+from vtp.pruning.refit import MOST_IMAGES
 from vtp.pruning.scores import OF_STATISTICS
 from vtp.pruning.selection import make_plan
 
@@ -44,6 +45,12 @@ def check_budget(model: nn.Module, budget: Mapping[str, Any], *, calibrated: boo
         make_plan(gated, rate=0.0, **ranges)
         settings |= {"scope": "global", "min_keep": 0}  # it may remove all of a branch whatever min_keep is
     make_plan(gated, **settings)
+
+
+def check_images(images: int) -> None:
+    """Raise ValueError for a number of images that is none, or that a refit does not read."""
+    if not 1 <= images <= MOST_IMAGES:
+        raise ValueError(f"images: got {images}, expected 1 to {MOST_IMAGES}")
 
 
 def tokens_size(architecture: Architecture, images: int, memory_gb: float | None) -> str:

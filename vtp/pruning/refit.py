@@ -28,11 +28,13 @@ from vtp.model.widths import SITES
 from vtp.pruning.dense_block import attend, centred, scaled_weight, split_heads
 from vtp.pruning.moments import Moments, finite, narrowed_scores, ridge, turned_values
 from vtp.pruning.plan import PruningPlan
-from vtp.pruning.streams import Progress, Store, embedded
+from vtp.pruning.streams import Progress, Store, embedded, first_images
 
 # Rows that moments are taken from, spread over all images: so many for each input of the widest layer, and
 # this many at least. Images count, as the tokens of one are alike; more rows take time and add little.
 ROWS_PER_INPUT, LEAST_ROWS = 20, 32_768
+# Two thousand are enough (docs/one-shot.md), and all that are read are kept: these take a DeiT-B 20 GB.
+MOST_IMAGES = 16_384
 
 
 @torch.no_grad()
@@ -53,7 +55,7 @@ def refit(
         plain: the dense model, from `streams.plain_copy`.
         small: the model cut to the plan, of the same dtype, in eval mode.
         plan: what it was cut to.
-        images: as `vtp.calibrate` takes them.
+        images: as `vtp.calibrate` takes them; the first `MOST_IMAGES` are read.
         memory_gb: for both models' streams, in units of 1e9 bytes; the rest lies in a temporary file.
         progress: called with what is going on and the share that is done.
         damping: as `moments.ridge` takes it.
@@ -65,7 +67,7 @@ def refit(
     """
     store = Store(memory_gb, plain.patch_embed.proj.weight.device)
     try:
-        dense = embedded(plain, images, store, progress).pieces
+        dense = embedded(plain, first_images(images, MOST_IMAGES), store, progress).pieces
         cut = [store.keep(piece.clone()) for piece in dense]
         for i, (block, own) in enumerate(zip(plain.blocks, small.blocks, strict=True)):
             if progress is not None:

@@ -174,6 +174,15 @@ def batches(images: Tensor | Iterable) -> Iterator[Any]:
         yield batch[0] if isinstance(batch, (tuple, list)) and batch else batch
 
 
+def first_images(images: Tensor | Iterable, most: int) -> Iterator[Any]:
+    """Batches with so many of the images and no more, which are not read either: a stream may be endless."""
+    for batch in batches(images):
+        yield batch[:most] if isinstance(batch, Tensor) and batch.ndim else batch
+        most -= len(batch)
+        if most <= 0:
+            return
+
+
 def _pieces(images: Iterable, model: nn.Module) -> Iterator[Tensor]:
     """The images in batches of about `_PIECE` tokens, checked."""
     architecture = describe(model)

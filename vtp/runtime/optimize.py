@@ -25,6 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vtp.machine import return_freed_memory
+from vtp.model.images import described
 from vtp.pruning.compact import CompactBlock, CompactViT
 from vtp.runtime import cpu
 from vtp.runtime.packed import PackedBlock, absorb_constants
@@ -103,6 +104,7 @@ def _on_first_of(backends: Sequence[Backend], model: CompactViT, dtype: torch.dt
             break
         reasons.append(reason)
     fast = OptimizedViT(backend.pack(packed, dtype), spec, backend.engine(reasons))
+    fast.pretrained_cfg = described(model)
     del packed  # with the copies on the way, twice the size of what is left
     return_freed_memory()
     return fast
@@ -188,7 +190,10 @@ class OptimizedViT(nn.Module):
         vit: the CompactViT that it was made from, with packed blocks; on the CPU's C++ engine a `CpuViT`.
         images: what images it takes.
         engine: what it runs on, in words, with the reason where that is not the fastest there is.
+        pretrained_cfg: the model's, for `timm.data.resolve_model_data_config`.
     """
+
+    pretrained_cfg: dict | None = None
 
     def __init__(self, vit: nn.Module, images: ImageSpec, engine: str) -> None:
         super().__init__()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+INV_FREQ = "inv_freq"
 L1_MODES = ("subgradient", "proximal")
 SCHEDULES = ("cosine", "constant")
+DISTILLATIONS = ("soft", "hard")
 PRECISIONS = ("no", "bf16", "fp16")
 # Of timm's optimizers those whose state goes through a checkpoint and back, tried one by one.
 OPTIMIZERS = (
@@ -26,10 +28,14 @@ class TrainConfig:
     lr: peak learning rate; the schedule goes from lr/100 up to it in warmup_epochs and down to min_lr.
     weight_decay: on weights of two and more dimensions, less those that the model exempts.
     label_smoothing, mixup, cutmix: as in DeiT; 0 is off.
+    class_weight: weight of each class in the task loss, in the order of the labels; "inv_freq" makes them
+        inverse to how often a class is seen in training, with a mean of 1; None weighs all alike.
     clip_grad: largest norm of the gradient; None is off.
     drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
     ema_decay: decay of the moving average of weights, warmed up as 1 - (1 + step)^(-2/3); None is off.
     distill_alpha, distill_temperature: weight and temperature of distillation; alpha 0 is off.
+    distill_type: "soft" learns the teacher's probabilities, "hard" its decisions, as DeiT was distilled
+        (without a temperature): see `teacher.py`.
     l1: lambda, weight of sum |g|; 0 is off. l1_mode: see `sparsity.py`.
     gate_lr: learning rate of the gates as a multiple of lr.
     precision: "no" (float32), "bf16" or "fp16" (GPU only).
@@ -47,11 +53,13 @@ class TrainConfig:
     label_smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
+    class_weight: str | Sequence[float] | None = None
     clip_grad: float | None = None
     drop_path: float = 0.0
     ema_decay: float | None = None
     distill_alpha: float = 0.0
     distill_temperature: float = 1.0
+    distill_type: str = "soft"
     l1: float = 0.0
     l1_mode: str = "subgradient"
     gate_lr: float = 1.0
@@ -84,7 +92,15 @@ class TrainConfig:
             self._require("clip_grad", (int, float), lambda v: 0 < v < math.inf, "a positive number or None")
         if self.ema_decay is not None:
             self._require("ema_decay", (int, float), lambda v: 0 < v < 1, "a number between 0 and 1, or None")
-        for name, choices in (("l1_mode", L1_MODES), ("precision", PRECISIONS), ("sched", SCHEDULES)):
+        if self.class_weight is not None:
+            expected = f"None, {INV_FREQ!r}, or a list with a positive number for each class"
+            self._require("class_weight", (str, list, tuple), _is_class_weight, expected)
+        for name, choices in (
+            ("l1_mode", L1_MODES),
+            ("precision", PRECISIONS),
+            ("sched", SCHEDULES),
+            ("distill_type", DISTILLATIONS),
+        ):
             self._require(name, str, lambda v, c=choices: v in c, f"one of {', '.join(choices)}")
         self._require("opt", str, lambda v: v in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         if self.mixup or self.cutmix:
@@ -94,3 +110,10 @@ class TrainConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, kind) or not ok(value):
             raise ValueError(f"TrainConfig.{name}: got {value!r}, expected {expected}")
+
+
+def _is_class_weight(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == INV_FREQ
+    numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in value)
+    return bool(value) and numbers and all(0 < each < math.inf for each in value)

@@ -1,33 +1,46 @@
 """Images to train and test on: opening a data set and checking it.
 
 `open_data` turns a name or a folder into a `Data`: two sets of (PIL image, label) and what is known about
-them. `check_data` finds what would stop a run before its first step. Readers of files and archives are
-timm's. How the sets become batches is in vtp/training/loaders.py.
+them; `match_classes` gives its labels the order of a model's classes; `check_data` finds what would stop a
+run before its first step. Readers of files and archives are timm's and torchvision's. How the sets become
+batches is in vtp/training/loaders.py.
 """
 
 from __future__ import annotations
 
-import gzip
+import hashlib
 import inspect
-import itertools
-import math
-import os
-import struct
-import zlib
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torchvision
-from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, resolve_data_config
-from timm.data.constants import DEFAULT_CROP_PCT
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils.misc import natural_key
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
 from torch.utils.data import Dataset, IterableDataset
+
+from vtp.model.images import for_channels
+from vtp.training.classes import (
+    difference,
+    in_short,
+    labels_by_name,
+    order_hint,
+    read_class_map,
+    same_descriptions,
+)
+from vtp.training.folders import ENDINGS, ClassFolders
+from vtp.training.multi_label import METADATA, MultiLabelReader
+from vtp.training.pixels import DataError
+from vtp.training.sources import (
+    FileImages,
+    IdxImages,
+    check_depth_of,
+    header_of,
+    labels_of,
+    relabelled,
+    spread,
+)
 
 EMBEDDED = "fashion-mnist-10k"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "datasets" / EMBEDDED
@@ -44,24 +57,23 @@ FASHION_MNIST_CLASSES = (
     "Ankle boot",
 )
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,), (0.3530,)
-IDX_NAMES = ("images-idx3-ubyte", "labels-idx1-ubyte")
+# SHA-256 of the test labels, of the whole set and of the embedded one: by these it is known from sets whose
+# files have the same names (MNIST, KMNIST).
+FASHION_MNIST_LABELS = (
+    "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9",
+    "d48f3fb4da5912554a7f9c6dce07791ffbb5fcad7c0569b580094b49498bfb11",
+)
 TEST_FOLDERS = ("val", "validation", "valid", "test")
 TIMM_PREFIXES = ("hfds", "hfids", "tfds", "wds", "torch")
 KNOWN = (
-    f"'{EMBEDDED}' (ships with the package); a folder with the four idx files of Fashion-MNIST "
-    "(train-images-idx3-ubyte[.gz] and so on); an image folder (train/ and val/, validation/ or test/, each "
-    "with one folder per class); 'torchvision:NAME'; or a name of timm.data.create_dataset "
+    f"'{EMBEDDED}' (ships with the package); a folder with the four idx files of Fashion-MNIST, MNIST and "
+    "alike (train-images-idx3-ubyte[.gz] and so on); an image folder (train/ and val/, validation/ or test/, "
+    "each with one folder per class); 'torchvision:NAME'; or a name of timm.data.create_dataset "
     f"({', '.join(f'{prefix}/...' for prefix in TIMM_PREFIXES)})"
 )
 
 
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B"})
-# A file of these formats that is whole ends in these bytes, give or take some padding.
-END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-
-
-class DataError(ValueError):
-    """The data cannot be used as asked; the message names what is wrong and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +83,19 @@ class Data:
     Attributes:
         name: as given to `open_data`.
         num_classes: None for a stream that does not say.
-        class_names: one for each class, in the order of the labels; empty for a stream that does not say.
+        class_names: one for each class, in the order of the labels; empty where the data do not name them.
         in_chans: 1 (grey) or 3 (RGB), as stored.
         image_size: edge in pixels if the images are squares of one size, else None.
         mean, std: of the pixel values in 0..1, one for each channel as stored.
-        train, test: map-style sets of (PIL image, int), or two streams of them.
-        crop_pct: share of the resized image's edge that a test image keeps. Small images are kept
-            whole whatever it says (see vtp/training/loaders.py).
-        interpolation: of the test transform, as timm spells it.
+        train, test: map-style sets of (PIL image, int), or two streams of them; `train` is None where only
+            data to evaluate on were asked for.
+        crop_pct: share of the resized image's edge that a test image keeps; None where nothing is said: all
+            of small images, else timm's default.
+        crop_mode, interpolation: of the test transform, as timm spells them.
+        labels_present: where the data have only some of a model's classes, the labels of these: predictions
+            are then made among them alone.
+        by_class_map: whether the order of the classes was given by a class map.
+        notes: what a user has to know about how the data were read, a sentence each.
     """
 
     name: str
@@ -88,189 +105,113 @@ class Data:
     image_size: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    train: Dataset
+    train: Dataset | None
     test: Dataset
-    crop_pct: float = DEFAULT_CROP_PCT
+    crop_pct: float | None = None
+    crop_mode: str = "center"
     interpolation: str = "bicubic"
+    labels_present: tuple[int, ...] | None = None
+    by_class_map: bool = False
+    notes: tuple[str, ...] = ()
 
-    def for_model(self, pretrained_cfg: Mapping[str, Any]) -> Data:
-        """A copy normalised and cropped as a timm model's `pretrained_cfg` says: what its weights expect."""
-        config = resolve_data_config(pretrained_cfg=dict(pretrained_cfg))
-        return replace(self, **{key: config[key] for key in ("mean", "std", "crop_pct", "interpolation")})
+    def for_model(self, pretrained_cfg: Mapping[str, Any] | None) -> Data:
+        """A copy normalised and cropped as a timm model's `pretrained_cfg` says, as far as it does: what its
+        weights expect."""
+        names = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+        said = {name: (pretrained_cfg or {}).get(name) for name in names}
+        return replace(
+            self,
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in said.items()
+                if value is not None
+            },
+        )
 
-
-# ---------------------------------------------------------------------------------------------------------
-# Sources: sets of (PIL image, int)
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """Read one idx file of unsigned bytes, gzipped if the name ends in .gz.
-
-    Returns a read-only uint8 array of the shape the header gives ([images, rows, columns] or [labels]).
-    Raises DataError if the file cannot be read, is not an idx file of unsigned bytes, or is cut short.
-    """
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            raw = file.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: truncated, corrupt or unreadable idx file ({error})") from error
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
-        raise DataError(f"{path}: not an idx file of unsigned bytes: got magic {raw[:4].hex() or 'nothing'}")
-    header = 4 + 4 * raw[3]
-    # Sizes that are cut off count as 0, for the length to be wrong below.
-    shape = struct.unpack(f">{raw[3]}I", raw[4:header].ljust(header - 4, b"\0"))
-    expected = header + math.prod(shape)
-    if len(raw) != expected:
-        raise DataError(f"{path}: truncated or corrupt idx file: got {len(raw)} bytes, expected {expected}")
-    return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape(shape)
-
-
-class IdxImages(Dataset):
-    """Grey images held in memory. images: uint8 [S, H, W]; labels: uint8 [S]."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self.images, self.labels = images, labels
-
-    @classmethod
-    def read(cls, folder: Path, split: str) -> IdxImages:
-        """One split ("train" or "t10k") of an idx folder; DataError if a file is missing or damaged."""
-        paths = [find_idx(folder, f"{split}-{name}") for name in IDX_NAMES]
-        images, labels = (read_idx(path) for path in paths)
-        if images.ndim != 3 or labels.shape != images.shape[:1]:
-            raise DataError(
-                f"{paths[0]} and {paths[1]} do not belong together: got shapes {images.shape} and "
-                f"{labels.shape}, expected [images, rows, columns] and [images]"
-            )
-        return cls(images, labels)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.labels[index])
-
-
-def find_idx(folder: Path, name: str) -> Path:
-    """The plain or gzipped idx file `name` in `folder`; DataError if there is neither."""
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise DataError(f"{folder}: the idx file {name} (or {name}.gz) is missing")
-
-
-class FileImages(Dataset):
-    """Images of one of timm's random-access readers, strictly: timm's ImageDataset goes on with the next
-    image where one is unreadable, which would train on other data than was asked for."""
-
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        try:
-            file, label = self.reader[index]
-            with file:
-                image = Image.open(file)
-                image.load()
-        except Exception as error:  # Pillow's decoders raise many types, SyntaxError among them
-            raise DataError(f"{self.filename(index)}: unreadable or truncated image ({error})") from error
-        return image, label
-
-    def filename(self, index: int) -> str:
-        """The image's file, or its number where the reader knows no file."""
-        return self.reader.filename(index, absolute=True) or f"image number {index}"
-
-    @property
-    def labels(self) -> np.ndarray:
-        """The class of every image, int64 [S]"""
-        if hasattr(self.reader, "samples"):
-            return np.array([label for _, label in self.reader.samples], dtype=np.int64)
-        return np.asarray(self.reader.dataset[self.reader.label_key], dtype=np.int64)
-
-    def header(self, index: int) -> tuple[str, tuple[int, int]]:
-        """Pillow mode and (width, height) from the image's header; DataError if there is none."""
-        try:
-            file, _ = self.reader[index]
-            with file, Image.open(file) as image:
-                return image.mode, image.size
-        except Exception as error:  # as above
-            raise DataError(f"{self.filename(index)}: unreadable image ({error})") from error
-
-    def problem(self, index: int) -> str | None:
-        """What is wrong with an image, or None, at the cost of its header and its last bytes.
-
-        A JPEG or PNG without its end marker is decoded to see whether it is really truncated. Pixels damaged
-        between a good header and a good end are found only when they are decoded.
-        """
-        try:
-            file, _ = self.reader[index]
-            with file, Image.open(file) as image:
-                marker = END_MARKERS.get(image.format, b"")
-                if marker not in last_bytes(file):
-                    image.load()
-        except Exception as error:  # as above
-            return f"{self.filename(index)} ({error})"
-        return None
-
-    def check(self) -> None:
-        """DataError that names the unreadable and truncated images, if there are any."""
-        threads = min(16, 2 * (os.cpu_count() or 1))
-
-        def share(first: int) -> list[str]:
-            found = (self.problem(index) for index in range(first, len(self), threads))
-            return [problem for problem in found if problem]
-
-        with ThreadPoolExecutor(threads) as pool:
-            problems = sorted(itertools.chain.from_iterable(pool.map(share, range(threads))))
-        if problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise DataError(f"unreadable or truncated images: {'; '.join(problems[:5])}{more}")
-
-
-def last_bytes(file: Any, count: int = 64) -> bytes:
-    """The last `count` bytes of an open binary file, whose position is left as it was."""
-    position = file.tell()
-    file.seek(max(0, file.seek(0, os.SEEK_END) - count))
-    tail = file.read()
-    file.seek(position)
-    return tail
+    def noting(self, *notes: str) -> Data:
+        """A copy with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Opening
 
 
-def open_data(spec: str | Path = EMBEDDED, *, root: str | Path | None = None) -> Data:
+def open_data(
+    spec: str | Path = EMBEDDED,
+    *,
+    root: str | Path | None = None,
+    class_map: str | Path | None = None,
+    train: bool = True,
+) -> Data:
     """Open a data set for training and testing.
+
+    Classes are in the order that torchvision gives them: that of folders is the order of their names as text.
 
     Args:
         spec: "fashion-mnist-10k" (embedded: 10,000 and 2,000 images of Fashion-MNIST, equally many of each
-            class); a folder with the four idx files, plain or gzipped, taken to be Fashion-MNIST; an image
-            folder with train/ and one of val/, validation/, valid/, test/, each with one folder per class;
-            "torchvision:NAME" (as the class in torchvision.datasets); or a name that timm.data.create_dataset
-            knows: "hfds/...", "wds/...", "torch/...", ... .
+            class); a folder with four idx files, plain or gzipped, of Fashion-MNIST, MNIST and alike; an
+            image folder with train/ and one of val/, validation/, valid/, test/, each with one folder per
+            class, in which images may lie at any depth, or each with a metadata.csv where an image may be of
+            several (see `multi_label`); "torchvision:NAME" (as the class in torchvision.datasets); or a name
+            that timm.data.create_dataset knows: "hfds/...", "wds/...", "torch/...", ... .
         root: where torchvision and timm find, or download to, the set; without part otherwise.
+        class_map: a text file with one class name a line, in the order that the labels are to have: as
+            `--class-map` of timm's scripts. Class folders that are not in it are left out.
+        train: whether the training images are wanted; without them an image folder needs no train/, and may
+            itself be that of the classes.
 
     Raises:
-        DataError: nothing is there, or not what was expected, or train and test classes differ. Unreadable
-            images and empty classes are left to `check_data`.
+        DataError: nothing is there, or not what was expected; train and test classes differ; a class has more
+            than a few files that are no images to torchvision and timm but may be some; pixels of more than
+            8 bits have no known meaning. Unreadable images and empty classes are left to `check_data`.
     """
     spec = str(spec)
-    if spec == EMBEDDED:
-        return _open_idx(EMBEDDED_FOLDER, name=spec)
-    if spec.startswith("torchvision:"):
-        return _open_torchvision(spec, root)
+    names = None if class_map is None else read_class_map(class_map)
     folder = Path(spec).expanduser()
-    if folder.is_dir():
-        if any(folder.glob("*-idx?-ubyte*")):
-            return _open_idx(folder, name=spec)
-        return _open_image_folder(folder, name=spec)
-    if spec.partition("/")[0].lower() in TIMM_PREFIXES and "/" in spec:
-        return _open_timm(spec, root)
-    raise DataError(f"data: {spec!r} is neither a folder that exists nor a known name; expected {KNOWN}")
+    if spec != EMBEDDED and folder.is_dir() and not any(folder.glob("*-idx?-ubyte*")):
+        return _open_image_folder(folder, spec, names, train)
+    if spec == EMBEDDED:
+        data = _open_idx(EMBEDDED_FOLDER, spec)
+    elif folder.is_dir():
+        data = _open_idx(folder, spec)
+    elif spec.startswith("torchvision:"):
+        data = _open_torchvision(spec, root, train)
+    elif spec.partition("/")[0].lower() in TIMM_PREFIXES and "/" in spec:
+        data = _open_timm(spec, root, train)
+    else:
+        raise DataError(f"data: {spec!r} is neither a folder that exists nor a known name; expected {KNOWN}")
+    return data if names is None else _in_order_of(data, names)
+
+
+def _in_order_of(data: Data, names: tuple[str, ...]) -> Data:
+    """The data with labels in the order of a class map, which has to name all of their classes."""
+    if not data.class_names:
+        if data.num_classes not in (None, len(names)):
+            raise DataError(
+                f"class_map: got {len(names)} names, expected {data.num_classes}, the classes of {data.name}"
+            )
+        return replace(data, class_names=names, num_classes=len(names), by_class_map=True)
+    label_map = labels_by_name(data.class_names, names)
+    if label_map is None:
+        both = difference(data.class_names, names, "the class map")
+        raise DataError(f"class_map: expected every class of {data.name}: {both}")
+    return replace(_mapped(data, label_map, names), by_class_map=True)
+
+
+def _mapped(data: Data, label_map: list[int], names: Sequence[str]) -> Data:
+    """The data with their labels replaced: `label_map` has a place among `names` for each."""
+    own = range(len(label_map))
+    present = tuple(sorted(label_map[label] for label in data.labels_present or own))
+    if label_map != list(own):
+        train = None if data.train is None else relabelled(data.train, label_map, len(names))
+        data = replace(data, train=train, test=relabelled(data.test, label_map, len(names)))
+    return replace(
+        data,
+        class_names=tuple(names),
+        num_classes=len(names),
+        labels_present=present if len(present) < len(names) else None,
+    )
 
 
 def is_small_grey(spec: str | Path) -> bool:
@@ -286,55 +227,91 @@ def is_small_grey(spec: str | Path) -> bool:
 def _open_idx(folder: Path, name: str) -> Data:
     train, test = IdxImages.read(folder, "train"), IdxImages.read(folder, "t10k")
     height, width = train.images.shape[1:]
+    is_fashion = hashlib.sha256(test.labels.tobytes()).hexdigest() in FASHION_MNIST_LABELS
+    mean, std = FASHION_MNIST_MEAN, FASHION_MNIST_STD
+    if not is_fashion:
+        mean, std = ((round(float(f(train.images)) / 255, 4),) for f in (np.mean, np.std))
     return Data(
         name=name,
-        num_classes=len(FASHION_MNIST_CLASSES),
-        class_names=FASHION_MNIST_CLASSES,
+        num_classes=int(max(train.labels.max(initial=0), test.labels.max(initial=0))) + 1,
+        class_names=FASHION_MNIST_CLASSES if is_fashion else (),
         in_chans=1,
         image_size=height if height == width else None,
-        mean=FASHION_MNIST_MEAN,
-        std=FASHION_MNIST_STD,
+        mean=mean,
+        std=std,
         train=train,
         test=test,
     )
 
 
-def _open_image_folder(folder: Path, name: str) -> Data:
+def _open_image_folder(folder: Path, name: str, class_map: tuple[str, ...] | None, train: bool) -> Data:
+    train_folder = folder / "train"
     test_folder = next((folder / test for test in TEST_FOLDERS if (folder / test).is_dir()), None)
-    if not (folder / "train").is_dir() or test_folder is None:
+    if test_folder is None and not train and not train_folder.is_dir():
+        test_folder = folder
+    if test_folder is None or (train and not train_folder.is_dir()):
         raise DataError(f"data: found nothing to train and test on in the folder {folder}; expected {KNOWN}")
-    classes, test_classes = _class_folders(folder / "train"), _class_folders(test_folder)
-    if classes != test_classes:
+    if (test_folder / METADATA).is_file():
+        return _open_multi_label(train_folder if train else None, test_folder, name)
+    folders = [train_folder, test_folder] if train else [test_folder]
+    found = [_class_folders(split) for split in folders]
+    if class_map is None and found[0] != found[-1]:
         raise DataError(
             f"{folder}: the classes of train and {test_folder.name} differ: "
-            f"only in train: {sorted(set(classes) - set(test_classes)) or 'none'}, "
-            f"only in {test_folder.name}: {sorted(set(test_classes) - set(classes)) or 'none'}"
+            f"only in train: {in_short(sorted(set(found[0]) - set(found[1]))) or 'none'}; "
+            f"only in {test_folder.name}: {in_short(sorted(set(found[1]) - set(found[0]))) or 'none'}"
         )
+    classes = class_map or found[0]
     # With the class list given, a class without images keeps its label and is seen to be empty by check_data.
-    class_map = {name: label for label, name in enumerate(classes)}
-    train, test = (_read_image_folder(split, class_map) for split in (folder / "train", test_folder))
-    return _described(name, train, test, classes)
+    class_to_idx = {name: label for label, name in enumerate(classes)}
+    sets = [FileImages(ClassFolders(split, class_to_idx)) for split in folders]
+    notes = []
+    for split, names, images in zip(folders, found, sets, strict=True):
+        if len(images) == 0:
+            raise DataError(
+                f"{split}: no image in any class folder{' of the class map' if class_map else ''}; expected "
+                f"files with one of the endings {' '.join(ENDINGS)}"
+            )
+        notes += _skipped_notes(split, names, images.reader)
+    data = _described(name, sets[0] if train else None, sets[-1], classes)
+    if class_map is not None and not train:
+        missing = set(classes) - set(found[0])
+        present = tuple(label for name, label in class_to_idx.items() if name not in missing)
+        data = replace(data, labels_present=present if missing else None)
+    return replace(data, by_class_map=class_map is not None, notes=tuple(notes))
+
+
+def _open_multi_label(train_folder: Path | None, test_folder: Path, name: str) -> Data:
+    test = MultiLabelReader(test_folder)
+    train = None if train_folder is None else MultiLabelReader(train_folder)
+    if train is not None and train.class_names != test.class_names:
+        raise DataError(
+            f"{test_folder / METADATA}: got columns {test.class_names}, expected those of "
+            f"{train.root / METADATA}: {train.class_names}"
+        )
+    return _described(name, train and FileImages(train), FileImages(test), test.class_names)
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
     names = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     if not names:
         raise DataError(f"{folder}: holds no class; expected one folder of images for each class")
-    return tuple(sorted(names, key=natural_key))
+    return tuple(sorted(names))
 
 
-def _read_image_folder(folder: Path, class_map: dict[str, int]) -> FileImages:
-    try:
-        images = create_dataset("", root=str(folder), search_split=False, class_map=class_map)
-    except RuntimeError as error:
-        endings = " ".join(get_img_extensions())
-        raise DataError(
-            f"{folder}: no image in any class folder; expected files with one of the endings {endings}"
-        ) from error
-    return FileImages(images.reader)
+def _skipped_notes(split: Path, names: Sequence[str], reader: ClassFolders) -> list[str]:
+    skipped = reader.skipped_in_words()
+    notes = [] if skipped is None else [f"{split}: {skipped}"]
+    others = [name for name in names if name not in reader.class_to_idx]
+    if others:
+        notes.append(
+            f"{split}: {len(others)} class folders are not in the class map, and are left out: "
+            f"{in_short(others)}"
+        )
+    return notes
 
 
-def _open_torchvision(spec: str, root: str | Path | None) -> Data:
+def _open_torchvision(spec: str, root: str | Path | None, train: bool) -> Data:
     name = spec.partition(":")[2]
     kind = getattr(torchvision.datasets, name, None)
     if not (inspect.isclass(kind) and issubclass(kind, torchvision.datasets.VisionDataset)):
@@ -347,36 +324,46 @@ def _open_torchvision(spec: str, root: str | Path | None) -> Data:
     options = {"download": True} if "download" in parameters else {}
     try:
         if "train" in parameters:
-            train, test = (kind(root, train=split, **options) for split in (True, False))
+            training = kind(root, train=True, **options) if train else None
+            test = kind(root, train=False, **options)
         else:
-            train = kind(root, split="train", **options)
+            training = kind(root, split="train", **options) if train else None
             test = _first_split(lambda split: kind(root, split=split, **options))
     except Exception as error:  # each data set of torchvision, and each way to download, raises its own types
         raise DataError(f"data: torchvision cannot open {name} in {root}: {error}") from error
-    data = _described(spec, train, test, tuple(getattr(train, "classes", ())))
+    data = _described(spec, training, test, _names_of(test))
     if name == "FashionMNIST":
         data = replace(data, mean=FASHION_MNIST_MEAN, std=FASHION_MNIST_STD)
     return data
 
 
-def _open_timm(spec: str, root: str | Path | None) -> Data:
+def _names_of(images: Dataset) -> tuple[str, ...]:
+    """Class names as torchvision's sets have them: ImageNet's by synset, as its folders are called."""
+    names = getattr(images, "wnids", getattr(images, "classes", ()))
+    return tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in names)
+
+
+def _open_timm(spec: str, root: str | Path | None, train: bool) -> Data:
     def read(split: str, is_training: bool = False) -> Dataset:
+        # Streams would convert images of 16 bits to RGB by clipping them to white: they come as they are.
         return create_dataset(
-            spec, root=root and str(root), split=split, is_training=is_training, download=False
-        )
+            spec, root=root and str(root), split=split, is_training=is_training, download=False,
+            input_img_mode=None if spec.lower().startswith("tfds/") else "",
+        )  # fmt: skip
 
     try:
-        train, test = read("train", is_training=True), _first_split(read)
+        training, test = read("train", is_training=True) if train else None, _first_split(read)
     except (Exception, SystemExit) as error:  # any reader, and any library behind it
         raise DataError(f"data: timm cannot open {spec!r} (root={root}): {error!r}") from error
-    if isinstance(train, IterableDataset):
-        classes = tuple(sorted(train.reader.class_to_idx, key=train.reader.class_to_idx.get))
-        return _imagenet_like(spec, train, test, classes, num_classes=len(classes) or None, in_chans=3)
-    if hasattr(train, "reader"):
-        classes = tuple(sorted(train.reader.class_to_idx, key=train.reader.class_to_idx.get))
-        return _described(spec, FileImages(train.reader), FileImages(test.reader), classes)
-    data = _described(spec, train, test, tuple(getattr(train, "classes", ())))
-    if isinstance(train, torchvision.datasets.FashionMNIST):
+    if isinstance(test, IterableDataset):
+        classes = tuple(sorted(test.reader.class_to_idx, key=test.reader.class_to_idx.get))
+        return _imagenet_like(spec, training, test, classes, num_classes=len(classes) or None, in_chans=3)
+    if hasattr(test, "reader"):
+        classes = tuple(sorted(test.reader.class_to_idx, key=test.reader.class_to_idx.get))
+        files = None if training is None else FileImages(training.reader)
+        return _described(spec, files, FileImages(test.reader), classes)
+    data = _described(spec, training, test, _names_of(test))
+    if isinstance(test, torchvision.datasets.FashionMNIST):
         data = replace(data, mean=FASHION_MNIST_MEAN, std=FASHION_MNIST_STD)
     return data
 
@@ -394,35 +381,32 @@ def _first_split(read: Any) -> Dataset:
     raise errors[0]
 
 
-def _described(name: str, train: Dataset, test: Dataset, classes: tuple[str, ...]) -> Data:
+def _described(name: str, train: Dataset | None, test: Dataset, classes: tuple[str, ...]) -> Data:
     """A `Data` of two map-style sets, with what a look at a few images and the labels tells."""
-    looked_at = np.linspace(0, len(train) - 1, num=min(16, len(train)), dtype=int)
-    headers = [_header(train, int(index)) for index in looked_at]
-    sizes = {edge for _, size in headers for edge in size}
+    images = test if train is None else train
+    looked_at = spread(range(len(images)), 16)
+    headers = [header_of(images, index) for index in looked_at]
+    sizes = {edge for _, size, _ in headers for edge in size}
+    if any(deep for *_, deep in headers):
+        check_depth_of(images)
+    num_classes = len(classes)
     if not classes:
-        labels = labels_of(train)
-        classes = tuple(str(label) for label in range(0 if labels is None else int(labels.max()) + 1))
+        labels = labels_of(images)
+        num_classes = 0 if labels is None else int(labels.max()) + 1
     return _imagenet_like(
         name,
         train,
         test,
         classes,
-        num_classes=len(classes) or None,
-        in_chans=1 if all(mode in GREY_MODES for mode, _ in headers) else 3,
+        num_classes=num_classes or None,
+        in_chans=1 if all(mode in GREY_MODES for mode, *_ in headers) else 3,
         image_size=sizes.pop() if len(sizes) == 1 else None,
     )
 
 
-def _header(images: Dataset, index: int) -> tuple[str, tuple[int, int]]:
-    if isinstance(images, FileImages):
-        return images.header(index)
-    image, _ = images[index]
-    return image.mode, image.size
-
-
 def _imagenet_like(
     name: str,
-    train: Dataset,
+    train: Dataset | None,
     test: Dataset,
     classes: tuple[str, ...],
     *,
@@ -445,6 +429,76 @@ def _imagenet_like(
 
 
 # ---------------------------------------------------------------------------------------------------------
+# The classes of a model
+
+
+def match_classes(
+    data: Data,
+    names: Sequence[str] | None,
+    *,
+    descriptions: Sequence[str] | None = None,
+    is_new: bool = False,
+    subset: bool = False,
+) -> Data:
+    """The data with labels that are the outputs of a model whose classes are `names`.
+
+    Args:
+        names: of the model's classes, in the order of its outputs; None where they are not known.
+        descriptions: what these are in words, by which data may call them.
+        is_new: whether the model's head is new, so that its classes are those of the data.
+        subset: whether the data may have only some of the classes, as is fine for an evaluation.
+
+    Returns:
+        The data, their labels mapped by name where the order is another, with a note of what was done.
+
+    Raises:
+        DataError: the data have other classes than the model; both lists are in the message.
+    """
+    own = data.class_names
+    if not own:
+        if not names:
+            return data
+        return data.noting(f"{data.name} does not name its classes: they are taken in the model's order")
+    if names is None:
+        if is_new:
+            hint = "" if data.by_class_map else order_hint(own)
+            return data.noting(f"labels are in the order of the names of the classes{hint}") if hint else data
+        return data.noting(
+            "the order of the model's classes is not known, as its file does not say it: taken to be that of "
+            f"the data, {in_short(own)}{'' if data.by_class_map else order_hint(own)}"
+        )
+    label_map = labels_by_name(own, names)
+    if label_map is None and same_descriptions(own, descriptions):
+        label_map = list(range(len(own)))
+    if label_map is None and data.by_class_map and len(data.class_names) == len(names):
+        return data.noting(
+            f"the model's classes {in_short(names)} are, by the class map, the data's "
+            f"{in_short(data.class_names)}"
+        )
+    if label_map is None:
+        raise DataError(
+            f"data: {data.name} has other classes than the model: {difference(own, names)}. Rename the class "
+            "folders, or give --class-map FILE with the data's names in the order of the model's; --new-head "
+            "trains a new head for other classes"
+        )
+    mapped = _mapped(data, label_map, names)
+    if label_map != sorted(label_map):
+        mapped = mapped.noting(
+            f"the classes of {data.name} are in another order than the model's, and are mapped by name: "
+            f"{in_short(own)}; the model has {in_short(names)}"
+        )
+    if mapped.labels_present is None:
+        return mapped
+    some = f"{data.name} has {len(mapped.labels_present)} of the model's {len(names)} classes"
+    if not subset:
+        raise DataError(
+            f"data: {some}; training on them would unlearn the others: expected all, or --new-head for a "
+            "head of these alone"
+        )
+    return mapped.noting(f"{some}: predictions are made among these")
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Checking
 
 
@@ -464,10 +518,11 @@ def check_data(data: Data, num_classes: int) -> None:
     if data.num_classes is not None and data.num_classes != num_classes:
         raise DataError(
             f"num_classes: the head has {num_classes} outputs, but the data set {data.name} has "
-            f"{data.num_classes} classes; expected one output for each class (--new-head trains a new one)"
+            f"{data.num_classes} classes; expected one output for each class (--new-head trains a new one; "
+            "--class-map names the classes of all outputs where the data have only some)"
         )
     for split, images in (("train", data.train), ("test", data.test)):
-        labels = labels_of(images)
+        labels = None if images is None else labels_of(images)
         if labels is not None:
             _check_labels(labels, data, split)
         if isinstance(images, FileImages) and hasattr(images.reader, "samples"):
@@ -475,26 +530,29 @@ def check_data(data: Data, num_classes: int) -> None:
 
 
 def _check_labels(labels: np.ndarray, data: Data, split: str) -> None:
-    if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(data.class_names):
+    if labels.ndim == 2:  # one number for each class: as if each image were there once for each that it has
+        if labels.shape[1] != data.num_classes or not np.isin(labels, (0, 1)).all():
+            raise DataError(
+                f"{data.name}: {split}: got labels of {labels.shape[1]} numbers from {labels.min()} to "
+                f"{labels.max()}, expected {data.num_classes} times 0 or 1"
+            )
+        labels = labels.nonzero()[1]
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= data.num_classes:
         found = f"labels from {labels.min()} to {labels.max()}" if len(labels) else "no labels"
-        raise DataError(f"{data.name}: {split}: got {found}, expected 0 to {len(data.class_names) - 1}")
-    counts = np.bincount(labels, minlength=len(data.class_names))
-    empty = [data.class_names[label] for label in np.flatnonzero(counts == 0)]
+        raise DataError(f"{data.name}: {split}: got {found}, expected 0 to {data.num_classes - 1}")
+    counts = np.bincount(labels, minlength=data.num_classes)
+    expected = range(data.num_classes) if data.labels_present is None else data.labels_present
+    empty = [label for label in expected if counts[label] == 0]
     if empty:
+        names = [data.class_names[label] if data.class_names else str(label) for label in empty]
         raise DataError(
-            f"{data.name}: {split}: no image in {len(empty)} of {len(data.class_names)} classes: "
-            f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}"
+            f"{data.name}: {split}: no image in {len(empty)} of {len(expected)} classes: {in_short(names, 5)}"
         )
 
 
-def labels_of(images: Dataset) -> np.ndarray | None:
-    """The class of every image, int64 [S], or None where the labels are known only by reading the images."""
-    labels = getattr(images, "labels", getattr(images, "targets", None))
-    return None if labels is None else np.asarray(labels, dtype=np.int64)
-
-
-def for_channels(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
-    """Means (or standard deviations) for images that are converted to `in_chans` channels."""
-    if len(values) == in_chans:
-        return tuple(values)
-    return (sum(values) / len(values),) * in_chans
+def is_multi_label(data: Data) -> bool:
+    """Whether a label of the data is a vector with one number for each class."""
+    if isinstance(data.train, IterableDataset):
+        return False
+    labels = labels_of(data.train)
+    return np.ndim(data.train[0][1] if labels is None else labels[0]) == 1

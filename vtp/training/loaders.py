@@ -25,7 +25,7 @@ import hashlib
 import itertools
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,13 +37,14 @@ from accelerate.data_loader import BatchSamplerShard
 from PIL import Image
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import ResizeKeepRatio
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision import transforms
 
-from vtp.training.data import Data, DataError, for_channels
+from vtp.model.images import default_crop_pct, for_channels
+from vtp.training.data import Data, DataError
+from vtp.training.pixels import CHANNELS, MODES, is_deep, with_channels
 
-# Up to this edge (pixels) images are taken to be cut to their object: the test transform shows them whole.
-SMALL_IMAGE = 64
 # Up to this edge DeiT replaces the random resized crop by a shifted one.
 DEIT_SMALL_IMAGE = 32
 
@@ -162,30 +163,20 @@ class EpochSampler(Sampler):
 
 
 class ShiftedCrop:
-    """A square crop of `size` pixels from around the centre, shifted at random by at most `padding` pixels in
-    each direction; what lies outside of the image is black.
+    """A crop of `size` (height, width) pixels from around the centre, shifted at random by at most `padding`
+    pixels in each direction; what lies outside of the image is black.
 
     torchvision's RandomCrop(size, padding) makes the same image by padding it first, at six times the cost.
     """
 
-    def __init__(self, size: int, padding: int) -> None:
+    def __init__(self, size: tuple[int, int], padding: int) -> None:
         self.size, self.padding = size, padding
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        left = (image.width - self.size) // 2 + random.randint(-self.padding, self.padding)
-        top = (image.height - self.size) // 2 + random.randint(-self.padding, self.padding)
-        return image.crop((left, top, left + self.size, top + self.size))
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """The image with 8 bits a channel. Pillow's own conversion would clip 16 bits to white."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise DataError(
-            f"image: got pixels of mode {image.mode!r}, whose range is not known; expected 8 or 16 bits"
-        )
-    return image
+        height, width = self.size
+        left = (image.width - width) // 2 + random.randint(-self.padding, self.padding)
+        top = (image.height - height) // 2 + random.randint(-self.padding, self.padding)
+        return image.crop((left, top, left + width, top + height))
 
 
 class Pipeline:
@@ -199,15 +190,13 @@ class Pipeline:
         self, steps: list[Any], mean: tuple[float, ...], std: tuple[float, ...], erasing: RandomErasing | None
     ) -> None:
         self.steps = transforms.Compose(steps)
-        self.mode = "L" if len(mean) == 1 else "RGB"
+        self.channels = len(mean)
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         self.erasing = erasing
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """The transformed image, uint8 [H, W, C]; draws from the global generators."""
-        if image.mode != self.mode:
-            image = _to_8_bit(image).convert(self.mode)
-        pixels = np.asarray(self.steps(image))
+        pixels = np.asarray(self.steps(with_channels(image, self.channels)))
         return pixels.reshape(*pixels.shape[:2], -1)
 
     def batch(self, pixels: list[np.ndarray]) -> torch.Tensor:
@@ -217,7 +206,12 @@ class Pipeline:
         return batch.div_(255).sub_(self.mean).div_(self.std)
 
 
-def _training_pipeline(data: Data, image_size: int, in_chans: int, augment: Augment) -> Pipeline:
+def _training_pipeline(data: Data, image_size: tuple[int, int], in_chans: int, augment: Augment) -> Pipeline:
+    if in_chans == 4 and (augment.auto_augment or augment.color_jitter):
+        raise DataError(
+            "augment: color_jitter and auto_augment take images of 1 or 3 channels, got 4; expected neither, "
+            "as in --augment light"
+        )
     mean, std = for_channels(data.mean, in_chans), for_channels(data.std, in_chans)
     steps = create_transform(
         image_size,
@@ -233,8 +227,11 @@ def _training_pipeline(data: Data, image_size: int, in_chans: int, augment: Augm
     ).transforms[:-1]  # the last one converts to a tensor
     if augment.crop_padding is not None:
         steps[0] = ShiftedCrop(image_size, augment.crop_padding)
-        if data.image_size != image_size:
-            steps.insert(0, transforms.Resize(image_size, transforms.InterpolationMode.BICUBIC))
+        height, width = image_size
+        if height != width:
+            steps.insert(0, ResizeKeepRatio(image_size, interpolation="bicubic"))
+        elif data.image_size != height:
+            steps.insert(0, transforms.Resize(height, transforms.InterpolationMode.BICUBIC))
     _keep_one_bit(steps)
     erasing = None
     if augment.reprob > 0:
@@ -259,14 +256,29 @@ def _at_least_one_bit(level_fn: Callable, level: float, hparams: dict[str, Any])
     return (max(1, bits),)
 
 
-def _test_pipeline(data: Data, image_size: int, in_chans: int) -> Pipeline:
-    steps = create_transform(
-        image_size,
-        crop_pct=1.0 if image_size <= SMALL_IMAGE else data.crop_pct,
-        interpolation=data.interpolation,
-        use_prefetcher=True,
-    ).transforms[:-1]  # as above
-    return Pipeline(steps, for_channels(data.mean, in_chans), for_channels(data.std, in_chans), erasing=None)
+def _test_pipeline(data: Data, image_size: tuple[int, int], in_chans: int) -> Pipeline:
+    return image_pipeline(
+        {
+            "input_size": (in_chans, *image_size),
+            "mean": for_channels(data.mean, in_chans),
+            "std": for_channels(data.std, in_chans),
+            "crop_pct": default_crop_pct(*image_size) if data.crop_pct is None else data.crop_pct,
+            "crop_mode": data.crop_mode,
+            "interpolation": data.interpolation,
+        }
+    )
+
+
+def image_pipeline(config: Mapping[str, Any]) -> Pipeline:
+    """How a model's images are made for an evaluation: `config` is that of `vtp.model.images.image_config`.
+
+    Raises:
+        DataError: image files do not hold so many channels.
+    """
+    channels, *size = config["input_size"]
+    _checked(tuple(size), channels, batch_size=1)
+    steps = create_transform(**config, use_prefetcher=True).transforms[:-1]  # as above
+    return Pipeline(steps, config["mean"], config["std"], erasing=None)
 
 
 class TrainingSet(Dataset):
@@ -291,7 +303,7 @@ class TrainingSet(Dataset):
                 for (epoch, index), image in zip(keys, batch, strict=True):
                     _seed_generators(self.seed, epoch, index, 1)
                     self.pipeline.erasing(image)  # in place
-        return batch, torch.tensor(labels, dtype=torch.int64)
+        return batch, _stacked(labels)
 
 
 class EvaluationSet(Dataset):
@@ -306,7 +318,14 @@ class EvaluationSet(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         samples = [_sample(self.images, index) for index in indices]
         batch = self.pipeline.batch([self.pipeline.pixels(image) for image, _ in samples])
-        return batch, torch.tensor([label for _, label in samples], dtype=torch.int64)
+        return batch, _stacked([label for _, label in samples])
+
+
+def _stacked(labels: list[Any]) -> torch.Tensor:
+    """Classes int64 [B], or where a label has one number for each class float32 [B, classes]."""
+    if np.ndim(labels[0]) == 0:
+        return torch.tensor(labels, dtype=torch.int64)
+    return torch.stack([torch.as_tensor(label, dtype=torch.float32) for label in labels])
 
 
 def _sample(images: Dataset, index: int) -> tuple[Image.Image, int]:
@@ -319,10 +338,15 @@ def _sample(images: Dataset, index: int) -> tuple[Image.Image, int]:
 
 
 class StreamSet(IterableDataset):
-    """Samples of one of timm's sequential readers, augmented: (float32 [C, H, W], int)."""
+    """Samples of one of timm's sequential readers, augmented: (float32 [C, H, W], int).
 
-    def __init__(self, reader: Any, pipeline: Pipeline, seed: int) -> None:
-        self.reader, self.pipeline, self.seed = reader, pipeline, seed
+    relabel: gives the label for one that the reader gives; None leaves them as they are.
+    """
+
+    def __init__(
+        self, reader: Any, pipeline: Pipeline, seed: int, relabel: Callable[[int], int] | None = None
+    ) -> None:
+        self.reader, self.pipeline, self.seed, self.relabel = reader, pipeline, seed, relabel
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -334,12 +358,17 @@ class StreamSet(IterableDataset):
         reader.set_epoch(self.epoch)
         worker = get_worker_info()
         for number, (image, label) in enumerate(reader):
+            if is_deep(image):
+                raise DataError(
+                    f"data: image {number} of a stream has more than 8 bits a channel (mode {image.mode!r}), "
+                    "whose meaning takes a look at many; expected 8 bits, or an image folder"
+                )
             with _generators_restored():
                 _seed_generators(self.seed, self.epoch, 0 if worker is None else worker.id, number)
                 sample = self.pipeline.batch([self.pipeline.pixels(image)])[0]
                 if self.pipeline.erasing is not None:
                     self.pipeline.erasing(sample)
-            yield sample, int(label)
+            yield sample, int(label) if self.relabel is None else self.relabel(int(label))
 
 
 class StreamLoader(DataLoader):
@@ -365,7 +394,7 @@ def _as_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torc
 def train_loader(
     data: Data,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     in_chans: int,
     batch_size: int,
     augment: Augment,
@@ -378,21 +407,21 @@ def train_loader(
     create_loader does not fit, because it takes no sampler; its transforms are used as they are.
 
     Args:
-        image_size: edge of the square images that the model takes, in pixels.
-        in_chans: 1 or 3; images are converted to grey or RGB.
+        image_size: of the images that the model takes, in pixels: (height, width), or the edge of a square.
+        in_chans: 1 (grey), 3 (RGB) or 4 (RGB and one more, as in RGBA files), to which images are converted.
         batch_size: for each process.
         seed: int64; with the epoch it determines order and augmentation.
         workers: processes that load; 0 loads in this one.
 
     Returns:
-        A loader of (float32 [B, C, H, W] normalised, int64 [B]).
+        A loader of (float32 [B, C, H, W] normalised, int64 [B]; float32 [B, classes] where an image may be
+        of several classes).
 
     Raises:
         DataError: an argument out of range, fewer images than one batch, or a stream on several processes.
             In iteration: an image that cannot be decoded, by name.
     """
-    _check_arguments(image_size, in_chans, batch_size)
-    pipeline = _training_pipeline(data, image_size, in_chans, augment)
+    pipeline = _training_pipeline(data, _checked(image_size, in_chans, batch_size), in_chans, augment)
     if isinstance(data.train, IterableDataset):
         return _stream_loader(data.train, pipeline, batch_size, seed, workers, drop_last=True)
     if len(data.train) < batch_size:
@@ -410,12 +439,11 @@ def train_loader(
 
 
 def test_loader(
-    data: Data, *, image_size: int, in_chans: int, batch_size: int, workers: int = 0
+    data: Data, *, image_size: int | tuple[int, int], in_chans: int, batch_size: int, workers: int = 0
 ) -> DataLoader:
     """Batches of the whole test set in its order, without augmentation; arguments and batches as in
     `train_loader`, but the last batch may be smaller."""
-    _check_arguments(image_size, in_chans, batch_size)
-    pipeline = _test_pipeline(data, image_size, in_chans)
+    pipeline = _test_pipeline(data, _checked(image_size, in_chans, batch_size), in_chans)
     if isinstance(data.test, IterableDataset):
         return _stream_loader(data.test, pipeline, batch_size, seed=0, workers=workers, drop_last=False)
     return DataLoader(
@@ -436,7 +464,7 @@ def calibration_loader(
     data: Data,
     *,
     images: int,
-    image_size: int,
+    image_size: int | tuple[int, int],
     in_chans: int,
     batch_size: int,
     seed: int,
@@ -450,10 +478,10 @@ def calibration_loader(
         image_size, in_chans, batch_size, workers: and the batches, as in `train_loader`; the last batch may
             be smaller.
     """
-    _check_arguments(image_size, in_chans, batch_size)
+    size = _checked(image_size, in_chans, batch_size)
     if images < 1:
         raise DataError(f"images: got {images}, expected at least 1")
-    pipeline = _test_pipeline(data, image_size, in_chans)
+    pipeline = _test_pipeline(data, size, in_chans)
     if isinstance(data.train, IterableDataset):
         loader = _stream_loader(data.train, pipeline, batch_size, seed, workers, drop_last=False)
         loader.stop_batches = -(-images // batch_size)
@@ -468,13 +496,19 @@ def calibration_loader(
     )
 
 
-def _check_arguments(image_size: int, in_chans: int, batch_size: int) -> None:
-    if in_chans not in (1, 3):
-        raise DataError(f"in_chans: got {in_chans}, expected 1 (grey) or 3 (RGB)")
-    if image_size < 1:
+def _checked(image_size: int | tuple[int, int], in_chans: int, batch_size: int) -> tuple[int, int]:
+    """(height, width) of the images; DataError where an argument is out of range."""
+    if in_chans not in MODES:
+        raise DataError(
+            f"in_chans: got {in_chans}, expected {CHANNELS}: image files hold no other number; batches of "
+            "your own are taken by vtp.calibrate, vtp.compact and every model"
+        )
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or min(size) < 1:
         raise DataError(f"image_size: got {image_size}, expected at least 1 pixel")
     if batch_size < 1:
         raise DataError(f"batch_size: got {batch_size}, expected at least 1")
+    return size
 
 
 def _loader_options(workers: int) -> dict[str, Any]:
@@ -499,7 +533,8 @@ def _stream_loader(
     reader.set_loader_cfg(num_workers=workers)
     # Workers that end with the epoch: their seeds are drawn, and the epoch reaches them, when they start.
     options = _loader_options(workers) | {"persistent_workers": False}
-    return StreamLoader(StreamSet(reader, pipeline, seed), batch_size, drop_last=drop_last, **options)
+    stream = StreamSet(reader, pipeline, seed, images.target_transform)
+    return StreamLoader(stream, batch_size, drop_last=drop_last, **options)
 
 
 def set_epoch(loader: DataLoader, epoch: int, start: int = 0) -> None:

@@ -1,10 +1,6 @@
 """One training loop for the three stages: dense, sparse (a gated model) and finetune (a compact model).
 
-What sparse training does to gates is in `sparsity.py`.
-
-Distillation (Hinton et al., arXiv 1503.02531), with logits z of the student and t of the teacher:
-
-    loss = (1 - alpha) * task + alpha * T^2 * KL(softmax(t / T) || softmax(z / T))
+What sparse training does to gates is in `sparsity.py`, what a teacher is asked and teaches in `teacher.py`.
 
 Runs are reproducible: all that is random in a step is seeded from (seed, stage, epoch, step, process) when
 the step begins, and the data from (seed, stage, epoch, sample). Hence a checkpoint needs no state of any
@@ -16,14 +12,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import json
 import math
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +28,25 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import get_int_from_env
 from timm.data import Mixup
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vtp.files import fingerprint
 from vtp.runtime.optimize import OptimizedViT
 from vtp.training.config import TrainConfig
-from vtp.training.data import Data
+from vtp.training.data import Data, is_multi_label
+from vtp.training.identity import stage_identity
 from vtp.training.loaders import Augment, calibration_loader, set_epoch, test_loader, train_loader
+from vtp.training.multi_label import mean_average_precision
 from vtp.training.progress import StageProgress, append_metrics, rewrite_metrics, tensorboard
 from vtp.training.signals import deferred_signals, shielded
+from vtp.training.sources import labels_of
 from vtp.training.sparsity import (
     gate_param_groups,
     gate_statistics,
@@ -56,9 +55,12 @@ from vtp.training.sparsity import (
     soft_threshold,
 )
 from vtp.training.state import all_finite, first_not_finite, read_state, restore, state_tensors, write_state
+from vtp.training.teacher import Teacher, distillation_loss
 
 CHECK_EVERY = {"cpu": 1}  # steps between looks at the losses; elsewhere a look waits for the device, hence:
 CHECK_EVERY_ELSEWHERE = 16
+# Where torchrun, accelerate launch and MPI say how many processes they have started, as Accelerate reads it.
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class TrainingInterrupted(RuntimeError):
@@ -100,7 +102,9 @@ def train(
 
     stage: name of the stage; it names the checkpoint and the lines of metrics.jsonl, and enters every seed.
     run_dir: receives checkpoints/<stage>.safetensors, metrics.jsonl and tensorboard/<stage>.
-    teacher: dense model to distil from, needed where config.distill_alpha > 0.
+    data: with the mean and std that the model's images are normalised by.
+    teacher: model to distil from, needed where config.distill_alpha > 0; of any architecture, normalisation
+        and image size (see `teacher.Teacher`), with the model's classes in the model's order.
     resume: continue from the stage's checkpoint if there is one; a finished stage returns at once. Without
         it, the stage starts anew and its checkpoint and metrics of an earlier run are removed.
     after_step: called as after_step(model, updates so far) after every update.
@@ -118,11 +122,17 @@ def train(
 def evaluate(
     model: nn.Module, data: Data, *, batch_size: int = 256, workers: int = 0, precision: str = "no"
 ) -> tuple[float, float]:
-    """Top-1 accuracy (percent) and mean cross-entropy (nats) of `model` on the test images, on its device."""
+    """Top-1 accuracy (percent) and mean cross-entropy (nats) of `model` on the test images, on its device;
+    among the classes that these have, where they have not all.
+
+    Where an image may be of several classes, it counts as right if one of them has the best score.
+    """
     loader = test_loader(data, **_loader_arguments(model, data, batch_size, workers))
     device = _device(model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return _evaluate(model, loader, lambda: torch.autocast(device.type, dtype, enabled=dtype is not None))
+    cast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+    found = _evaluate(model, loader, cast, labels=data.labels_present)
+    return found["top1"], found["loss"]
 
 
 def calibration_images(
@@ -172,39 +182,46 @@ class _Stage:
                 f"data: {data.name} has {data.num_classes} classes, expected the model's {model.num_classes}"
             )
         self.config, self.stage, self.run_dir = config, stage, run_dir
-        self.accelerator = _accelerator(config.precision)
-        self._build_models(model, teacher)
+        self.accelerator = accelerator(config.precision)
+        self._build_models(model, teacher, data)
         self._build_loaders(data, augment)
         self._build_optimizer()
-        self.mixup, self.criterion = _criterion(config, self.raw.num_classes)
+        self.multi_label = is_multi_label(data)
+        weight = _class_weight(config, data, self.raw.num_classes, self.accelerator.device)
+        self.mixup, self.criterion = _criterion(config, self.raw.num_classes, self.multi_label, weight)
         self.position = _Position()
         models = {"model": self.raw, "teacher": self.teacher}
         processes = self.accelerator.num_processes
-        self.identity = _identity(data, config, stage, augment, self.steps, processes, models)
+        self.identity = stage_identity(data, config, stage, augment, self.steps, processes, models)
         # The score is wanted for the trained model: in the last third of the steps the learning rate is low
         # and gates and weights are near their final values.
         self.taylor_from = config.epochs * self.steps * 2 // 3
 
-    def _build_models(self, model: nn.Module, teacher: nn.Module | None) -> None:
+    def _build_models(self, model: nn.Module, teacher: nn.Module | None, data: Data) -> None:
         """Copies of the model, for its moving average and of the teacher, on the device."""
         config, device = self.config, self.accelerator.device
         self.raw = copy.deepcopy(model).to(device)
         self.raw.zero_grad()
         _set_drop_path(self.raw, config.drop_path)
-        self.gated = gated_linears(self.raw)
+        gated = gated_linears(self.raw)
+        self.gated = [linear for linear in gated if linear.gate.requires_grad]
         if config.l1 > 0 and not self.gated:
-            raise ValueError(f"config.l1: got {config.l1}, expected 0 as the model has no gates")
+            none = "all of the model's gates are frozen" if gated else "the model has no gates"
+            raise ValueError(f"config.l1: got {config.l1}, expected 0 as {none}")
         self.gates = [linear.gate for linear in self.gated]
-        for linear in self.gated:  # the statistics are to be of this stage
+        for linear in gated:  # the statistics are to be of this stage
             linear.taylor.zero_()
             linear.taylor_steps.zero_()
         self.ema = self.teacher = None
         if config.ema_decay is not None:
             # Buffers are counts and statistics here (those of the gates' Taylor score): copied, not averaged.
             self.ema = ModelEmaV3(self.raw, decay=config.ema_decay, use_warmup=True, exclude_buffers=True)
-        if config.distill_alpha > 0:
-            _check_teacher(teacher, model)
-            self.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+        if teacher is not None and config.distill_alpha > 0:
+            takes = _loader_arguments(self.raw, data, config.batch_size, config.workers)
+            shape = (takes["in_chans"], *takes["image_size"])
+            self.teacher = Teacher(teacher, data, shape=shape, num_classes=self.raw.num_classes).to(device)
+        if hasattr(self.raw, "set_distilled_training"):  # a head for the labels and one for the teacher
+            self.raw.set_distilled_training(self.teacher is not None)
 
     def _build_optimizer(self) -> None:
         """Optimizer and schedule; Accelerate wraps optimizer and model."""
@@ -289,6 +306,8 @@ class _Stage:
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.raw.__dict__.pop("forward", None)  # Accelerate leaves the method of the class as an attribute
         model = self._average() or self.raw
+        if hasattr(model, "set_distilled_training"):
+            model.set_distilled_training(False)
         history = self.position.history
         return TrainResult(model.eval(), history[-1]["test_top1"], history)
 
@@ -347,16 +366,19 @@ class _Stage:
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """Task loss, with the teacher's share where there is one; 0-dim float32."""
-        alpha = self.config.distill_alpha
+        config = self.config
         with self.accelerator.autocast():
-            logits = self.model(images)
-        loss = self.criterion(logits.float(), targets)
+            out = self.model(images)
+        for_labels, for_teacher = (each.float() for each in (out if isinstance(out, tuple) else (out, out)))
+        loss = self.criterion(for_labels, targets)
         if self.teacher is None:
             return loss
         with torch.no_grad(), self.accelerator.autocast():
-            teacher_logits = self.teacher(images)
-        distilled = distillation_loss(logits.float(), teacher_logits.float(), self.config.distill_temperature)
-        return (1 - alpha) * loss + alpha * distilled
+            taught = self.teacher(images).float()
+        distilled = distillation_loss(
+            for_teacher, taught, config.distill_temperature, config.distill_type, self.multi_label
+        )
+        return (1 - config.distill_alpha) * loss + config.distill_alpha * distilled
 
     def _settle(self, losses: list[Tensor]) -> None:
         """Add the losses of the last steps to the epoch's sum; refuse to go on if one is not finite."""
@@ -377,17 +399,14 @@ class _Stage:
         accelerator = self.accelerator
         # With several processes nobody may leave alone: the signal waits for the end of the evaluation.
         poll = self._stop_if_asked if accelerator.num_processes == 1 else lambda: None
-        top1, test_loss = _evaluate(
-            model, self.test_loader, accelerator.autocast, accelerator.gather_for_metrics, poll
-        )
+        found = _evaluate(model, self.test_loader, accelerator.autocast, accelerator.gather_for_metrics, poll)
         record = {
             "stage": self.stage,
             "epoch": position.epoch + 1,
             "epochs": config.epochs,
             "step": self.updates,
             "train_loss": position.loss_sum / self.steps,
-            "test_loss": test_loss,
-            "test_top1": top1,
+            **{f"test_{name}": value for name, value in found.items()},
             **(gate_statistics(self.gates, config.l1) if self.gates else {}),
             "lr": self._lr(),
             "images_per_second": round(self._images_per_second(), 1),
@@ -480,37 +499,55 @@ class _Stage:
 # Pieces of a step
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) at temperature T, mean over the batch; logits [B, classes]. 0-dim."""
-    student = F.log_softmax(logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def _criterion(config: TrainConfig, num_classes: int) -> tuple[Mixup | None, nn.Module]:
-    """Mixup or None, and the loss that takes what it returns."""
+def _criterion(
+    config: TrainConfig, num_classes: int, multi_label: bool, weight: Tensor | None
+) -> tuple[Mixup | None, Callable[[Tensor, Tensor], Tensor]]:
+    """Mixup or None, and the loss that takes what it returns. weight: [classes], or None."""
+    mixup = None
     if config.mixup > 0 or config.cutmix > 0:
-        mixup = Mixup(
-            mixup_alpha=config.mixup,
-            cutmix_alpha=config.cutmix,
-            label_smoothing=config.label_smoothing,
-            num_classes=num_classes,
-        )
+        options = {"multi_label": True} if multi_label else {}
+        try:
+            mixup = Mixup(
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                label_smoothing=config.label_smoothing,
+                num_classes=num_classes,
+                **options,
+            )
+        except TypeError as error:
+            raise ValueError(
+                f"config.mixup, config.cutmix: got {config.mixup} and {config.cutmix}, expected 0: timm "
+                "mixes labels of several classes from 1.0.31 on"
+            ) from error
+    smoothing = 0.0 if mixup is not None else config.label_smoothing  # mixup has smoothed them
+    if multi_label:
+        binary = BinaryCrossEntropy(smoothing=0.0, weight=weight)
+        return mixup, lambda logits, targets: binary(logits, targets * (1 - smoothing) + 0.5 * smoothing)
+    if weight is not None:
+        return mixup, nn.CrossEntropyLoss(weight, label_smoothing=smoothing)
+    if mixup is not None:
         return mixup, SoftTargetCrossEntropy()
-    if config.label_smoothing > 0:
-        return None, LabelSmoothingCrossEntropy(config.label_smoothing)
-    return None, nn.CrossEntropyLoss()
+    return None, LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()
 
 
-def _check_teacher(teacher: nn.Module, model: nn.Module) -> None:
-    """Refuse a teacher that does not take the model's images or has other classes."""
-    for what, of in (
-        ("classes", lambda m: m.num_classes),
-        ("input channels", lambda m: m.patch_embed.proj.in_channels),
-        ("image size", lambda m: m.patch_embed.img_size),
-    ):
-        if of(teacher) != of(model):
-            raise ValueError(f"teacher: {what} {of(teacher)}, expected the model's {of(model)}")
+def _class_weight(config: TrainConfig, data: Data, num_classes: int, device: torch.device) -> Tensor | None:
+    """The weight of each class in the task loss, float32 [classes], or None."""
+    given = config.class_weight
+    if given is None:
+        return None
+    if not isinstance(given, str):
+        if len(given) != num_classes:
+            raise ValueError(f"config.class_weight: got {len(given)} weights, expected {num_classes}")
+        return torch.tensor(given, dtype=torch.float32, device=device)
+    labels = labels_of(data.train)
+    if labels is None:
+        raise ValueError(
+            f"config.class_weight: got {given!r}, expected a list of weights as {data.name} does not say how "
+            "often it has a class"
+        )
+    counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=num_classes)
+    weight = 1.0 / torch.tensor(counts, dtype=torch.float64).clamp(min=1.0)
+    return (weight / weight.mean()).to(device, torch.float32)
 
 
 def _set_drop_path(model: nn.Module, rate: float) -> None:
@@ -544,14 +581,14 @@ def _loader_arguments(model: nn.Module, data: Data, batch_size: int, workers: in
     """What both loaders take, with image size (pixels) and channels as the model expects them."""
     edge = data.image_size
     if isinstance(model, OptimizedViT):
-        channels, (height, width) = model.images.channels, model.images.size
+        channels, size = model.images.channels, model.images.size
     else:
         embed = model.patch_embed
-        channels, (height, width) = embed.proj.in_channels, embed.img_size or (edge, edge)
-    if height is None or height != width:
-        raise ValueError(f"model: takes images of {height}x{width}, expected squares of a known size")
+        channels, size = embed.proj.in_channels, embed.img_size or (edge, edge)
+    if None in size:
+        raise ValueError("model: takes images of any size, and the data's are of several; expected one size")
     return {
-        "image_size": height,
+        "image_size": tuple(size),
         "in_chans": channels,
         "batch_size": batch_size,
         "workers": workers,
@@ -570,57 +607,69 @@ def _evaluate(
     cast: Callable[[], AbstractContextManager],
     gather: Callable[[Tensor], Tensor] = lambda scores: scores,
     poll: Callable[[], None] = lambda: None,
-) -> tuple[float, float]:
-    """Top-1 (percent) and mean cross-entropy over loader.
+    labels: Sequence[int] | None = None,
+) -> dict[str, float]:
+    """Of the model on the images of a loader: "loss", the mean cross-entropy, and "top1" in percent.
 
-    gather: joins the scores of several processes, [images, 2] each; poll: called after each batch.
+    Where an image may be of several classes the entropy is that of each class by itself, "top1" the share of
+    images of whose classes one has the best score, and "map" the mean average precision.
+
+    labels: the classes among which predictions are made; None for all.
+    gather: joins the scores of several processes, one row for each image; poll: called after each batch.
     """
     was_training, device = model.training, _device(model)
     model.eval()
-    scores = []
+    rows = []
     for images, targets in loader:
         images, targets = images.to(device), targets.to(device)
         with cast():
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), targets, reduction="none")
-        scores.append(gather(torch.stack([(logits.argmax(dim=-1) == targets).float(), loss], dim=1)))
+        logits = logits.float()
+        if labels is not None:
+            others = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
+            others[list(labels)] = False
+            logits = logits.masked_fill(others, -torch.inf)
+        best = logits.argmax(dim=-1)
+        if targets.ndim == 2:
+            own = slice(None) if labels is None else list(labels)
+            loss = F.binary_cross_entropy_with_logits(logits[:, own], targets[:, own], reduction="none").mean(
+                -1
+            )
+            right, more = targets.gather(1, best[:, None])[:, 0], [logits[:, own], targets[:, own]]
+        else:
+            loss = F.cross_entropy(logits, targets, reduction="none")
+            right, more = (best == targets).float(), []
+        rows.append(gather(torch.cat([torch.stack([loss, right], dim=1), *more], dim=1)))
         poll()
     model.train(was_training)
-    scores = torch.cat(scores).cpu().double()
-    correct, loss = scores.sum(dim=0).tolist()
-    return 100.0 * correct / len(scores), loss / len(scores)
+    scores = torch.cat(rows).cpu().double()
+    loss, right = scores[:, :2].mean(dim=0).tolist()
+    found = {"loss": loss, "top1": 100.0 * right}
+    if scores.shape[1] > 2:
+        found["map"] = mean_average_precision(*scores[:, 2:].chunk(2, dim=1))
+    return found
 
 
-def _accelerator(precision: str) -> Accelerator:
-    """An Accelerator of this precision. Raises ValueError where the machine cannot do it."""
+def accelerator(precision: str = "no") -> Accelerator:
+    """An Accelerator of this precision, for as many processes as were started.
+
+    Raises:
+        ValueError: the machine cannot do that precision, or Accelerate does not see all of the processes,
+            each of which would then train alone and write the same files.
+    """
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("config.precision: got 'fp16', expected 'no' or 'bf16' as there is no GPU")
     # Accelerate keeps one state per process and refuses a second precision. Stages may differ in it, and
     # nothing of a former stage still uses that state.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision)
-
-
-def _identity(
-    data: Data,
-    config: TrainConfig,
-    stage: str,
-    augment: Augment,
-    steps: int,
-    processes: int,
-    models: dict[str, nn.Module | None],
-) -> dict[str, Any]:
-    """All that must be the same for a checkpoint to be continued, as JSON gives it back."""
-    flat = {
-        "stage": stage,
-        **{
-            name: None if model is None else fingerprint(model.state_dict()) for name, model in models.items()
-        },
-        "data": data.name,
-        "steps": steps,
-        "processes": processes,
-        **{f"config.{name}": value for name, value in asdict(config).items()},
-        **{f"augment.{name}": value for name, value in asdict(augment).items()},
-    }
-    return json.loads(json.dumps(flat))
+    started = get_int_from_env(WORLD_SIZES, 1)
+    # Accelerate looks for several processes on a CPU only if told that there is nothing else.
+    cpu = started > 1 and not torch.accelerator.is_available()
+    made = Accelerator(mixed_precision=precision, cpu=cpu)
+    if made.num_processes != started:
+        raise ValueError(
+            f"WORLD_SIZE: {started} processes were started, but Accelerate sees {made.num_processes} on "
+            f"{made.device}; expected the same number (unset WORLD_SIZE to train in one)"
+        )
+    return made

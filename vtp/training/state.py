@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vtp.files import FileError, fingerprint, write_atomic
 
 STATE_FORMAT = "vtp-training-state"
-STATE_VERSION = 1
+STATE_VERSION = 2  # 1 knew its data by where they were
 
 
 class ResumeError(FileError):
@@ -85,7 +85,10 @@ def read_state(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor],
     except (ValueError, KeyError, TypeError) as error:
         raise ResumeError(f"{path}: its description is damaged ({error})") from error
     if version != STATE_VERSION:
-        raise ResumeError(f"{path}: training checkpoint of version {version}, expected {STATE_VERSION}")
+        raise ResumeError(
+            f"{path}: training checkpoint of version {version}, expected {STATE_VERSION}: another vtp "
+            "wrote it and can finish it; here begin the stage anew, without --resume"
+        )
     if metadata.get(f"{STATE_FORMAT}-sha256") != fingerprint(tensors, metadata[STATE_FORMAT]):
         raise ResumeError(f"{path}: was changed after it was written (its SHA-256 does not match)")
     _refuse_other_run(path, header["identity"], identity)

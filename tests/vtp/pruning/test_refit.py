@@ -382,6 +382,20 @@ def test_result_does_not_depend_on_where_images_lie_and_files_go_with_their_bloc
     assert os.listdir(tmp_path) == []
 
 
+def test_an_endless_loader_is_read_as_far_as_images_are_kept(monkeypatch):
+    monkeypatch.setattr(refit_module, "MOST_IMAGES", 10)
+    model = build(TINY)
+    plan, images = half_plan(model), image(model, 14)
+
+    def endless():
+        yield images[:7], None
+        yield images[7:], None
+        raise AssertionError("read on")
+
+    small, expected = (vtp.compact(model, plan, images=given) for given in (endless(), images[:10]))
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), expected.parameters(), strict=True))
+
+
 def test_store_keeps_what_memory_has_room_for_and_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     piece = torch.arange(6.0).reshape(2, 3)

@@ -1,10 +1,13 @@
 """Export to ONNX: what is written computes the same for any number of images, and what is refused."""
 
+import json
+
 import pytest
 import torch
 
 import vtp
 from tests.support.models import TINY, build, gated, image
+from vtp.model.images import set_image_config
 from vtp.runtime.export import export_onnx
 
 
@@ -29,6 +32,26 @@ def test_onnx_runtime_gives_the_models_own_outputs_at_any_batch_size(tmp_path, d
             expected = model(x)
         (found,) = session.run(["outputs"], {"images": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_file_says_what_its_images_and_classes_are(tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    small, names = compact_model(), tuple("abcdefghij")
+    said = {
+        "mean": (0.1,),
+        "std": (0.2,),
+        "crop_pct": 0.9,
+        "crop_mode": "squash",
+        "interpolation": "bilinear",
+    }
+    set_image_config(small, **said, label_names=names)
+    export_onnx(small, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    found = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert found == json.loads(json.dumps({**said, "input_size": (1, 8, 8), "label_names": names}))
 
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path, monkeypatch):

@@ -16,16 +16,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from timm.data import create_transform
 
 from vtp.training import loaders
-from vtp.training.data import EMBEDDED_FOLDER, Data, DataError, IdxImages, check_data, open_data, read_idx
+from vtp.training.data import EMBEDDED_FOLDER, Data, DataError, check_data, match_classes, open_data
 from vtp.training.loaders import Augment, calibration_loader, set_epoch, train_loader
+from vtp.training.sources import IDX_NAMES, IdxImages, read_idx
 
 DEBIAN_ORIGINALS = Path("/usr/share/datasets/fashion-mnist")
+TESTED = {"image_size": 28, "in_chans": 1, "batch_size": 5}
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -214,13 +217,27 @@ def test_webdataset_stream_repeats_itself_and_starts_anywhere(fashion: Data, tmp
         assert equal(whole[1:], epoch_of(loader, 1, start=1))
         assert not equal(whole, epoch_of(loader, 2))
         assert torch.equal(before, torch.get_rng_state())
-    assert (
-        sum(len(labels) for _, labels in loaders.test_loader(data, image_size=28, in_chans=1, batch_size=5))
-        == 12
-    )
+    assert sum(len(labels) for _, labels in loaders.test_loader(data, **TESTED)) == 12
+    named = match_classes(replace(data, class_names=tuple("abcdefghij"), num_classes=10), "jihgfedcba")
+    pairs = zip(*(loaders.test_loader(each, **TESTED) for each in (data, named)), strict=True)
+    assert all(torch.equal(labels, 9 - mapped) for (_, labels), (_, mapped) in pairs)
     calibration = make_calibration_loader(data, images=10)
     assert [len(labels) for _, labels in calibration] == [8, 8], "whole batches"
     assert equal(list(calibration), list(calibration))
+
+
+def test_deep_image_of_a_stream_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset", reason="needs the optional package webdataset")
+    splits = {}
+    for split in ("train", "validation"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            add_to_shard(tar, "0", Image.fromarray(np.full((28, 28), 4000, dtype=np.uint16)), 0)
+        splits[split] = {
+            "name": split, "num_samples": 1, "filenames": [f"{split}.tar"], "shard_lengths": [1],
+        }  # fmt: skip
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(DataError, match="image 0 of a stream has more than 8 bits a channel"):
+        list(loaders.test_loader(open_data("wds/any", root=tmp_path), **TESTED))
 
 
 def add_to_shard(tar: tarfile.TarFile, key: str, image: Image.Image, label: int) -> None:
@@ -282,7 +299,7 @@ def test_shifted_crop_equals_torchvisions_padded_random_crop(few: Data) -> None:
     padded = np.pad(np.asarray(image), 2)
     possible = {padded[y : y + 28, x : x + 28].tobytes() for y in range(5) for x in range(5)}
     random.seed(0)
-    seen = {np.asarray(loaders.ShiftedCrop(28, 2)(image)).tobytes() for _ in range(500)}
+    seen = {np.asarray(loaders.ShiftedCrop((28, 28), 2)(image)).tobytes() for _ in range(500)}
     assert seen == possible
 
 
@@ -436,7 +453,7 @@ def test_empty_class_is_refused(image_folder: Path) -> None:
 
 def test_class_lists_that_differ_are_refused(image_folder: Path) -> None:
     (image_folder / "validation" / "dog").rename(image_folder / "validation" / "wolf")
-    with pytest.raises(DataError, match=r"only in train: \['dog'\], only in validation: \['wolf'\]"):
+    with pytest.raises(DataError, match="only in train: dog; only in validation: wolf"):
         open_data(image_folder)
 
 
@@ -524,8 +541,10 @@ def test_missing_idx_file_is_refused_by_name(idx_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"in_chans": 2}, "in_chans: got 2, expected 1"),
+        ({"in_chans": 2}, "in_chans: got 2, expected 1 .*, 3 .* or 4 .*vtp.calibrate"),
+        ({"in_chans": 4}, "color_jitter and auto_augment take images of 1 or 3 channels, got 4"),
         ({"image_size": 0}, "image_size: got 0"),
+        ({"image_size": (28, 0)}, "image_size: got"),
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"batch_size": 101}, "batch_size: got 101, expected at most 100"),
     ],
@@ -561,7 +580,123 @@ def test_sixteen_bit_images_are_not_clipped(tmp_path):
     assert torch.equal(*batches)
 
 
-def test_pixels_of_unknown_range_are_refused():
-    pipeline = loaders._test_pipeline(open_data(), 28, 1)
-    with pytest.raises(DataError, match="mode 'F'"):
-        pipeline.pixels(Image.fromarray(np.zeros((28, 28), dtype=np.float32)))
+# Folders as people have them
+
+
+def fill(folder: Path, names: dict[str, int], split: str = "train") -> Path:
+    """split/<name>.<ending>: so many images of each name, in formats that their endings tell."""
+    for name, count in names.items():
+        path, ending = name.rsplit(".", 1)
+        for number in range(count):
+            file = folder / split / f"{path}{number}.{ending}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8, 3), number, dtype=np.uint8)).save(file)
+    return folder
+
+
+def test_images_at_any_depth_and_of_all_formats_of_torchvision_are_read(tmp_path: Path) -> None:
+    endings = ("jpg", "JPEG", "png", "webp", "tif", "TIFF", "bmp", "ppm", "pgm")
+    for split in ("train", "val"):
+        fill(tmp_path, {f"cat/2023/{ending}/a.{ending}": 2 for ending in endings}, split)
+        fill(tmp_path, {"cat/2024/b.png": 3, "dog/c.webp": 4}, split)
+    data = open_data(tmp_path)
+    check_data(data, num_classes=2)
+    expected = torchvision.datasets.ImageFolder(tmp_path / "train")
+    assert data.class_names == tuple(expected.classes) == ("cat", "dog")
+    assert [tuple(sample) for sample in data.train.reader.samples] == expected.samples
+    assert len(expected.samples) == 2 * len(endings) + 3 + 4
+    assert data.notes == ()
+
+
+def test_what_is_skipped_is_counted_and_named(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        fill(tmp_path, {"cat/a.png": 5, "dog/b.png": 5}, split)
+    litter = ("cat/.ipynb_checkpoints/a0-checkpoint.png", "cat/._a1.png", "dog/Thumbs.db", ".DS_Store")
+    for name in (*litter, "cat/notes.txt", "dog/deep/boxes.xml", "dog/animated.gif", "readme.md"):
+        file = tmp_path / "train" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    data = open_data(tmp_path)
+    check_data(data, num_classes=2)
+    assert data.class_names == ("cat", "dog") and len(data.train) == 10
+    (note,) = data.notes
+    assert note.startswith(f"{tmp_path}/train: 6 files are skipped (2 .png, 1 ")
+    for name in (*litter[:2], "cat/notes.txt", "readme.md", "6 in all"):
+        assert name in note
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["cat/{}.heic"], r"class 'cat' loses 4 files: cat/.\.heic, .*expected files with .* \.jpg"),
+        (["cat/old/{}.npy"], r"class 'cat' loses 4 files: cat/old/"),
+        (["dog/{}.gif"], "class 'dog' loses 4 files"),
+        (["dog/{}"], "class 'dog' loses 4 files"),
+        (["{}.png"], "outside of class folders 4 files"),
+        (["cat/{}.xml", "dog/{}.txt", "dog/{}.json"], None),
+    ],
+)  # fmt: skip
+def test_class_that_loses_more_than_a_few_images_is_refused(
+    image_folder: Path, names: list[str], message: str | None
+) -> None:
+    for name in names:
+        for number in range(4):
+            file = image_folder / "train" / name.format(number)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"x")
+    if message is None:
+        assert "12 files are skipped" in open_data(image_folder).notes[0]
+        return
+    with pytest.raises(DataError, match=message):
+        open_data(image_folder)
+
+
+def test_test_images_are_enough_to_evaluate(image_folder: Path) -> None:
+    whole = open_data(image_folder)
+    shutil.rmtree(image_folder / "train")
+    with pytest.raises(DataError, match="found nothing to train and test on"):
+        open_data(image_folder)
+    options = {"image_size": 32, "in_chans": 3, "batch_size": 6}
+    for folder in (image_folder, image_folder / "validation"):
+        data = open_data(folder, train=False)
+        assert data.train is None and data.class_names == ("cat", "dog")
+        check_data(data, num_classes=2)
+        assert equal(*(list(loaders.test_loader(each, **options)) for each in (whole, data)))
+    assert open_data(train=False).class_names == open_data().class_names
+
+
+def test_images_need_not_be_square(image_folder: Path) -> None:
+    data = open_data(image_folder)
+    options = {"image_size": (24, 48), "in_chans": 3, "batch_size": 2}
+    for preset in ("light", "deit"):
+        batches = train_loader(data, augment=Augment.preset(preset, 48), seed=0, **options)
+        assert {images.shape for images, _ in batches} == {(2, 3, 24, 48)}
+    images = torch.cat([images for images, _ in loaders.test_loader(data, **options)])
+    transform = create_transform((3, 24, 48), crop_pct=1.0, interpolation="bicubic")
+    for index, image in enumerate(images):
+        torch.testing.assert_close(image, transform(data.test[index][0].convert("RGB")))
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_crop_mode_of_the_model_is_kept(image_folder: Path, crop_mode: str) -> None:
+    data = open_data(image_folder).for_model({"crop_mode": crop_mode, "crop_pct": 0.9, "mean": None})
+    (images, _), *_ = loaders.test_loader(data, image_size=32, in_chans=3, batch_size=2)
+    transform = create_transform((3, 32, 32), crop_pct=0.9, crop_mode=crop_mode, interpolation="bicubic")
+    for index in range(2):
+        torch.testing.assert_close(images[index], transform(data.test[index][0].convert("RGB")))
+
+
+def test_idx_files_of_another_set_are_not_called_fashion(tmp_path: Path) -> None:
+    for split, count in (("train", 40), ("t10k", 26)):
+        images = np.random.default_rng(0).integers(0, 256, (count, 6, 6), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 26
+        for name, array in ((IDX_NAMES[0], images), (IDX_NAMES[1], labels)):
+            header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, dtype=">u4").tobytes()
+            (tmp_path / f"{split}-{name}").write_bytes(header + array.tobytes())
+    data = open_data(tmp_path)
+    check_data(data, num_classes=26)
+    assert data.class_names == () and open_data(EMBEDDED_FOLDER).class_names[0] == "T-shirt/top"
+    train = data.train.images / 255
+    assert data.mean == (pytest.approx(train.mean(), abs=1e-4),)
+    assert data.std == (pytest.approx(train.std(), abs=1e-4),)

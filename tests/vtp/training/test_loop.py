@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 from dataclasses import replace
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -33,17 +34,18 @@ from vtp.pruning.compact import compact
 from vtp.pruning.gates import insert_gates, sites
 from vtp.pruning.selection import make_plan
 from vtp.training.config import TrainConfig
-from vtp.training.data import Data
+from vtp.training.data import Data, open_data
 from vtp.training.loaders import Augment
 from vtp.training.loop import (
     NonFiniteLossError,
     TrainingInterrupted,
-    distillation_loss,
+    accelerator,
     evaluate,
     train,
 )
 from vtp.training.sparsity import gate_statistics, soft_threshold
 from vtp.training.state import ResumeError, write_state
+from vtp.training.teacher import distillation_loss
 
 AUGMENT = Augment.preset("light", 16)
 STEPS = 6  # of an epoch: 96 images in batches of 16
@@ -91,6 +93,7 @@ def make_model(width: int = 32) -> torch.nn.Module:
         embed_dim=width,
         depth=2,
         num_heads=2,
+        pretrained_cfg_overlay={"mean": (0.3,), "std": (0.3,)},  # what it expects is what make_data gives
     )
 
 
@@ -187,6 +190,7 @@ def whole(tmp_path_factory) -> dict:
         ("ema_decay", 1.0),
         ("distill_alpha", 1.1),
         ("distill_temperature", 0.0),
+        ("distill_type", "harder"),
         ("l1", float("inf")),
         ("l1_mode", "lasso"),
         ("gate_lr", 0.0),
@@ -387,6 +391,23 @@ def test_resuming_with_other_settings_is_refused_naming_them(tmp_path, whole):
         run(tmp_path, EVERYTHING, resume=True, model=make_model(width=16))
 
 
+def test_a_stage_is_resumed_with_its_images_elsewhere_and_refused_with_others(tmp_path):
+    for split, count in (("train", 16), ("val", 4)):
+        for index, (image, label) in enumerate(images(count, 0)):
+            path = tmp_path / "images" / split / f"class{label}"
+            path.mkdir(parents=True, exist_ok=True)
+            image.save(path / f"{index}.png")
+    config, folder = replace(CONFIG, epochs=1), tmp_path / "run"
+    first = run(folder, config, data=open_data(tmp_path / "images"))
+    (tmp_path / "images").rename(tmp_path / "moved")
+    again = run(folder, replace(config, workers=1), data=open_data(tmp_path / "moved"), resume=True)
+    assert_same_run(again, first)
+    folder_of_class = tmp_path / "moved" / "train" / "class0"
+    (folder_of_class / "12.png").rename(folder_of_class / "13.png")  # the last one still
+    with pytest.raises(ResumeError, match=r"data\.train: checkpoint '16 images, \w+', now '16 images, \w+'$"):
+        run(folder, config, data=open_data(tmp_path / "moved"), resume=True)
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
@@ -407,10 +428,10 @@ def _change_one_weight(path: Path) -> None:
     save_file(tensors, path, metadata)
 
 
-def _make_newer(path: Path) -> None:
+def _make_of_version(version: int, path: Path) -> None:
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["vtp-training-state"])
-    write_state(path, load_file(path), {**header, "version": 99})
+    write_state(path, load_file(path), {**header, "version": version})
 
 
 @pytest.mark.parametrize(
@@ -420,7 +441,8 @@ def _make_newer(path: Path) -> None:
         (_replace_by_noise, "truncated, damaged or not a safetensors file"),
         (_replace_by_a_foreign_file, "not a training checkpoint"),
         (_change_one_weight, "was changed after it was written"),
-        (_make_newer, "version 99, expected 1"),
+        (partial(_make_of_version, 99), "version 99, expected 2"),
+        (partial(_make_of_version, 1), "version 1, expected 2: .* without --resume"),
     ],
 )
 def test_a_checkpoint_that_is_not_ours_or_not_whole_is_refused_with_the_reason(
@@ -435,7 +457,8 @@ def test_a_checkpoint_that_is_not_ours_or_not_whole_is_refused_with_the_reason(
 
 
 def _rank(rank: int, port: int, folder: Path) -> None:
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    # What torchrun sets, on a machine without a GPU.
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""}
     os.environ |= {**shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     result = run(folder, replace(SPARSE, epochs=2, ema_decay=0.9, drop_path=0.2))
     torch.save((result.model.state_dict(), untimed(result.history)), folder / f"rank{rank}.pt")
@@ -455,6 +478,14 @@ def test_two_processes_stay_equal_bit_for_bit_and_one_of_them_writes(tmp_path):
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
     assert history == other_history == untimed(read_metrics(tmp_path))
     assert history[-1]["step"] == 2 * STEPS // 2  # the processes share the images of an epoch
+
+
+def test_processes_that_accelerate_does_not_see_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    accelerator()  # which has seen one
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE: 2 processes were started, but Accelerate sees 1 on"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -598,6 +629,30 @@ def test_taylor_statistics_are_of_the_last_third_and_of_the_task_loss_alone(tmp_
         assert steps == {STEPS}
     assert scores[0].max() > 0
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-12)
+
+
+def test_frozen_gates_stay_as_they_are_and_the_others_train(tmp_path):
+    model = insert_gates(make_model())
+    layers = sites(model)
+    frozen = {name for name in layers if name.startswith("blocks.0.")}
+    for name in frozen:
+        layers[name].gate.requires_grad_(False)
+        layers[name].gate.data.fill_(0.75)
+    for mode in ("subgradient", "proximal"):
+        config = replace(SPARSE, epochs=1, l1_mode=mode)
+        trained = sites(run(tmp_path / mode, config, model=model).model)
+        for name, layer in trained.items():
+            changed = not torch.equal(layer.gate, layers[name].gate)
+            assert changed == (name not in frozen), name
+            assert bool(layer.taylor_steps) == (name not in frozen)
+    for name in layers:
+        layers[name].gate.requires_grad_(False)
+    all_frozen = run(tmp_path / "all", replace(CONFIG, epochs=1), model=model)
+    assert all(torch.equal(layer.gate, layers[name].gate) for name, layer in sites(all_frozen.model).items())
+    with pytest.raises(
+        ValueError, match=r"config\.l1: got 0\.01, expected 0 as all of the model's gates are"
+    ):
+        run(tmp_path / "none", SPARSE, model=model)
 
 
 def test_distillation_loss_by_hand():

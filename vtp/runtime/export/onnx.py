@@ -1,5 +1,6 @@
 """ONNX, by PyTorch's exporter: for ONNX Runtime, OpenVINO and all that read it."""
 
+import json
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from vtp.files import refuse_unwritable, write_atomic
+from vtp.model.images import IMAGE_FIELDS, described
 from vtp.pruning.gates import GatedLinear
 from vtp.runtime.optimize import OptimizedViT
 
@@ -19,7 +21,8 @@ def export_onnx(model: nn.Module, path: str | Path, image_shape: tuple[int, int,
     """Write a model as one ONNX file, for any number of images.
 
     Its input is "images" [batch, channels, height, width] in the model's dtype, its output "outputs"
-    [batch, classes].
+    [batch, classes]. As far as the model says what its images and classes are, so do the `metadata_props` of
+    the file: input_size, mean, std, crop_pct, crop_mode, interpolation and label_names, each as JSON.
 
     Args:
         model: from `vtp.compact` or `vtp.load`, or a timm model; in eval mode, on the CPU. It is not changed.
@@ -79,4 +82,8 @@ def onnx_bytes(model: nn.Module, image_shape: tuple[int, ...]) -> bytes:
             dynamo=True,
             verbose=False,
         )
-    return program.model_proto.SerializeToString()
+    proto, said = program.model_proto, described(model)
+    for name in (*IMAGE_FIELDS, "label_names"):
+        if said.get(name) is not None:
+            proto.metadata_props.add(key=name, value=json.dumps(said[name]))
+    return proto.SerializeToString()

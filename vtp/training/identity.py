@@ -1,0 +1,100 @@
+"""What must be the same for training to be continued: what is in the data, not where it lies.
+
+A run may be resumed from another place, with its data moved or mounted elsewhere, on another machine: images
+are known by their names within the data set, their sizes and their labels, models by their weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+
+from vtp.files import fingerprint
+from vtp.training.config import TrainConfig
+from vtp.training.data import Data
+from vtp.training.loaders import Augment
+from vtp.training.sources import FileImages, IdxImages, labels_of
+
+
+def data_identity(data: Data) -> dict[str, Any]:
+    """What is in a data set, and how its pixels are normalised, as JSON-able values by name.
+
+    Of image files the relative names, sizes in bytes and labels count, of idx files all of it, of what timm
+    or torchvision open by name that name and the labels. Files are asked for their size; none is read.
+    """
+    about = ("num_classes", "in_chans", "image_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
+    found = {f"data.{name}": getattr(data, name) for name in about}
+    found["data.class_names"] = _digest(data.class_names)
+    for split, images in (("train", data.train), ("test", data.test)):
+        found[f"data.{split}"] = _contents(images, data.name)
+    return json.loads(json.dumps(found))
+
+
+def stage_identity(
+    data: Data,
+    config: TrainConfig,
+    stage: str,
+    augment: Augment,
+    steps: int,
+    processes: int,
+    models: Mapping[str, nn.Module | None],
+) -> dict[str, Any]:
+    """All that must be the same for the checkpoint of a stage to be continued, as JSON gives it back.
+
+    steps: of an epoch; processes: that train together; models: those whose weights count, by name.
+    """
+    flat = {
+        "stage": stage,
+        **{
+            name: None if model is None else fingerprint(model.state_dict()) for name, model in models.items()
+        },
+        **data_identity(data),
+        "steps": steps,
+        "processes": processes,
+        **{f"config.{name}": value for name, value in settings_that_count(asdict(config), data).items()},
+        **{f"augment.{name}": value for name, value in asdict(augment).items()},
+    }
+    return json.loads(json.dumps(flat))
+
+
+def settings_that_count(settings: Mapping[str, Any], data: Data) -> dict[str, Any]:
+    """Of the settings of a stage those that decide what is trained: not how many processes load the images,
+    unless these are a stream, which gives others to another number."""
+    streamed = isinstance(data.train, IterableDataset)
+    return {name: value for name, value in settings.items() if streamed or name != "workers"}
+
+
+def _contents(images: Dataset, name: str) -> str:
+    """How many images, and a digest of what is known of them without decoding any."""
+    length = f"{len(images):,} images" if hasattr(images, "__len__") else "images"
+    if isinstance(images, IterableDataset):
+        return f"{length}, streamed from {name}"
+    if isinstance(images, IdxImages):
+        arrays = (images.images, images.labels)
+        return f"{length}, {_digest(part for a in arrays for part in (a.shape, a.tobytes()))}"
+    if isinstance(images, FileImages) and hasattr(images.reader, "samples"):
+        return f"{length}, {_digest(_files(images))}"
+    labels = labels_of(images)
+    return f"{length}, {_digest([name, None if labels is None else labels.tolist()])}"
+
+
+def _files(images: FileImages) -> Iterator[Any]:
+    for index, label in enumerate(images.labels.tolist()):
+        file = images.reader.samples[index][0]  # a path, or a member of a tar file
+        size = os.path.getsize(file) if isinstance(file, str) else file.size
+        yield (images.reader.filename(index).replace(os.sep, "/"), size, label)
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    """The first 16 hexadecimal digits of a SHA-256 over bytes or the text of each part, in their order."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part if isinstance(part, bytes) else f"{part!r}\n".encode())
+    return found.hexdigest()[:16]
