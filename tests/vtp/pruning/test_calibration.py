@@ -188,6 +188,18 @@ def test_measured_change_of_narrow_keys_is_that_of_the_model_cut_to_them(model, 
         assert change == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_narrow_keys_are_those_of_scores_that_the_softmax_sees(model, images, statistics):
+    """What is equal for all keys of a head changes no output, so it has no part in what a rank carries."""
+    shifted = copy.deepcopy(model)
+    for block in shifted.blocks:
+        width = block.attn.qkv.out_features // 3
+        block.attn.qkv.bias.data[width : 2 * width] += 3.0
+    got = vtp.calibrate(shifted, images)
+    for i in range(len(model.blocks)):
+        name = f"blocks.{i}.attn.keys"
+        torch.testing.assert_close(got.tensors[name], statistics.tensors[name], rtol=1e-6, atol=1e-12)
+
+
 def test_large_logits_of_half_precision_have_a_finite_divergence():
     model = build()
     with torch.no_grad():
