@@ -28,7 +28,13 @@ from timm.layers import DropPath, PatchDropout
 from torch import Tensor, nn
 
 from vtp.files import FileError, fingerprint, write_atomic
-from vtp.model.architecture import Architecture, UnsupportedModelError, describe, describe_surroundings
+from vtp.model.architecture import (
+    Architecture,
+    UnsupportedModelError,
+    describe,
+    describe_surroundings,
+    refuse_changed_behaviour,
+)
 from vtp.model.images import described
 from vtp.pruning.compact import CompactViT, LayerNormGather, empty_compact
 from vtp.pruning.gates import GatedLinear, insert_gates
@@ -63,10 +69,10 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
     """
     if metadata is not None and not isinstance(metadata, dict):
         raise TypeError(f"metadata: got {type(metadata).__name__}, expected a dictionary")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     _refuse_tied_parameters(model)
     fields = _describe(model, metadata)
     _refuse_changed_modules(model, _rebuild(fields))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     description = json.dumps(fields)
     digest = fingerprint(tensors, description)
     header = {"format": "pt", "vtp": description, "vtp_sha256": digest}
@@ -141,6 +147,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 def _describe(model: nn.Module, metadata: dict[str, Any] | None) -> dict[str, Any]:
     if isinstance(model, CompactViT):
+        refuse_changed_behaviour(model)
         kind, plan = "compact", model.plan
         architecture = dataclasses.replace(plan.architecture, **describe_surroundings(model))
     else:

@@ -16,6 +16,8 @@ from timm.layers import DropPath, LayerNorm, LayerScale, PatchEmbed, get_act_lay
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
 from vtp.model.widths import SITES, BlockWidths
 
@@ -39,6 +41,7 @@ _MODEL_SETTINGS = (
     "in_chans",
     "num_classes",
 )
+_ATTENTION_SETTINGS = ("num_heads", "head_dim", "scale")
 _PATCH_SETTINGS = ("img_size", "patch_size", "flatten", "output_fmt", "strict_img_size", "dynamic_img_pad")
 
 
@@ -176,6 +179,8 @@ def describe(model: nn.Module) -> Architecture:
         UnsupportedModelError: naming the part that is not supported and why.
     """
     _refuse_other_classes(model)
+    refuse_changed_behaviour(model)
+    _refuse_other_parts(model)
     architecture = Architecture(**describe_surroundings(model), **_describe_blocks(model))
     _check_rebuilds(model, architecture)
     return architecture
@@ -246,11 +251,111 @@ def _activation_name(activation: nn.Module) -> str | None:
 
 
 def _refuse_other_classes(model: nn.Module) -> None:
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+    cls = type(model)
+    if cls in (VisionTransformer, VisionTransformerDistilled):
+        return
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    expected = (
+        "timm's VisionTransformer or VisionTransformerDistilled (DeiT, DeiT-III, ViT, DINOv2 and their kin)"
+    )
+    if not isinstance(model, VisionTransformer):
+        raise UnsupportedModelError(f"model: got {name}, expected {expected}{wrapped_hint(model)}")
+    own = sorted({attribute for c in cls.__mro__ for attribute in _methods(c) if c.__module__ not in _OWNERS})
+    raise UnsupportedModelError(
+        f"model: got {name}, a subclass of timm's VisionTransformer that overrides "
+        f"{', '.join(own) or 'nothing'}; a cut would not keep that class. Make timm's own model with the same "
+        "arguments (global_pool='avg' for one that takes the mean over patches and then a norm), give it the "
+        "weights with plain.load_state_dict(model.state_dict()), see that its outputs are the same, and pass it"
+    )
+
+
+_OWNERS = (
+    VisionTransformer.__module__,
+    VisionTransformerDistilled.__module__,
+    nn.Module.__module__,
+    "builtins",
+)
+
+
+def _methods(cls: type) -> list[str]:
+    """What a class defines itself that can change what a model computes."""
+    return [name for name, value in vars(cls).items() if callable(value) and not name.startswith("__")]
+
+
+def wrapped_hint(model: nn.Module) -> str:
+    """What to pass instead of a wrapper, as the end of an error message; "" for a model that is none."""
+    children = list(model._modules)
+    if children == ["_orig_mod"]:
+        return "; it is what torch.compile made: pass the model inside it, model._orig_mod"
+    if children == ["module"]:
+        return "; it wraps another model: pass that, model.module"
+    return ""
+
+
+def refuse_changed_behaviour(model: nn.Module) -> None:
+    """Refuse what a module does beyond its class and tensors: a cut, a file and a packed model forget it.
+
+    Raises:
+        UnsupportedModelError: a method was replaced, there is a forward hook, or a tensor is parametrised;
+            the message names it.
+    """
+    for name, module in model.named_modules():
+        where = name or "model"
+        _refuse_parametrised(where, module)
+        _refuse_replaced_methods(where, module)
+        for kind, hooks in (("pre-hook", module._forward_pre_hooks), ("hook", module._forward_hooks)):
+            for hook in hooks.values():
+                raise UnsupportedModelError(
+                    f"{where}: it has a forward {kind}, {_described(hook)}, which gates, a cut or a file would "
+                    f"forget; {_how_to_remove(hook)}"
+                )
+
+
+def _refuse_parametrised(where: str, module: nn.Module) -> None:
+    if not parametrize.is_parametrized(module):
+        return
+    for tensor, by in module.parametrizations.items():
         raise UnsupportedModelError(
-            f"model: got {type(model).__module__}.{type(model).__name__}, expected timm's VisionTransformer "
-            "or VisionTransformerDistilled (DeiT, DeiT-III, ViT, DINOv2 and their kin)"
+            f"{where}.{tensor} is parametrised by {', '.join(type(p).__name__ for p in by)}, which gates, a cut "
+            "or a file would forget; torch.nn.utils.parametrize.remove_parametrizations(module, "
+            f"{tensor!r}) keeps its present value"
         )
+
+
+def _refuse_replaced_methods(where: str, module: nn.Module) -> None:
+    cls = type(module)
+    for attribute, value in vars(module).items():
+        plain = getattr(cls, attribute, None)
+        # What model.compile() leaves computes the same; so does a method of the class that was bound anew.
+        if plain is None or not callable(value) or getattr(value, "__func__", None) is plain:
+            continue
+        raise UnsupportedModelError(
+            f"{where}.{attribute} was replaced by {_described(value)}, which gates, a cut or a file would "
+            f"forget; remove it with del module.{attribute}, and replace that of the compact model instead"
+        )
+    for base in cls.__mro__:
+        forward = vars(base).get("forward")
+        if forward is not None and getattr(forward, "__module__", base.__module__) != base.__module__:
+            raise UnsupportedModelError(
+                f"{where}: {base.__module__}.{base.__name__}.forward was replaced by {_described(forward)}, "
+                "which a cut would forget; undo it, and replace that of the compact model instead"
+            )
+
+
+def _described(function: object) -> str:
+    name = getattr(function, "__qualname__", None) or type(function).__name__
+    return f"{getattr(function, '__module__', None) or type(function).__module__}.{name}"
+
+
+def _how_to_remove(hook: object) -> str:
+    if isinstance(hook, BasePruningMethod):
+        return "torch.nn.utils.prune.remove(module, 'weight') makes its zeros permanent"
+    if type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
+        return "torch.nn.utils.remove_weight_norm(module), or remove_spectral_norm, keeps the present weight"
+    return "remove it with handle.remove(), and register it on the compact model instead"
+
+
+def _refuse_other_parts(model: nn.Module) -> None:
     if len(model.blocks) == 0:
         raise UnsupportedModelError("model.blocks is empty: there is nothing to gate")
     if type(model.patch_embed) is not PatchEmbed:
@@ -297,7 +402,8 @@ def _check_rebuilds(model: VisionTransformer, architecture: Architecture) -> Non
         replace_sites(
             rebuilt, lambda name, linear: type(model.get_submodule(name))(**_linear_arguments(linear))
         )
-    for owner, settings in (("", _MODEL_SETTINGS), ("patch_embed", _PATCH_SETTINGS)):
+    attentions = [(f"blocks.{i}.attn", _ATTENTION_SETTINGS) for i in range(architecture.depth)]
+    for owner, settings in (("", _MODEL_SETTINGS), ("patch_embed", _PATCH_SETTINGS), *attentions):
         for setting in settings:
             got = getattr(model.get_submodule(owner), setting)
             expected = getattr(rebuilt.get_submodule(owner), setting)

@@ -10,10 +10,11 @@ import functools
 from collections.abc import Iterable, Sequence
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vtp.model.architecture import Architecture
+from vtp.model.architecture import Architecture, UnsupportedModelError, wrapped_hint
 from vtp.model.widths import BlockWidths
 
 
@@ -44,7 +45,14 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
     Args:
         model: a timm VisionTransformer, or what `insert_gates` or `compact` made of one.
         image_size: (height, width) in pixels; None takes the model's own.
+
+    Raises:
+        UnsupportedModelError: it is another model, or a wrapper of one.
     """
+    if not isinstance(model, VisionTransformer):
+        raise UnsupportedModelError(
+            f"model: got {type(model).__name__}, expected timm's VisionTransformer{wrapped_hint(model)}"
+        )
     params = sum(parameter.numel() for parameter in model.parameters())
     # deepcopy finds every tensor in `memo` already copied, so the clone has shapes and no storage.
     memo = {

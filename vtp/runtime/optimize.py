@@ -25,6 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vtp.machine import return_freed_memory
+from vtp.model.architecture import refuse_changed_behaviour, wrapped_hint
 from vtp.model.images import described
 from vtp.pruning.compact import CompactBlock, CompactViT
 from vtp.runtime import cpu
@@ -47,6 +48,7 @@ def optimize(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedV
 
     Raises:
         TypeError: the model is no CompactViT, a layer of it was replaced, or the dtype is not one of these.
+        UnsupportedModelError: it has a replaced method or a forward hook, which the result would not have.
     """
     return _on_first_of(BACKENDS, model, dtype)
 
@@ -113,13 +115,14 @@ def _on_first_of(backends: Sequence[Backend], model: CompactViT, dtype: torch.dt
 def _checked(model: CompactViT, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype to pack in; raises TypeError as `optimize` does."""
     if not isinstance(model, CompactViT):
-        raise TypeError(
-            f"model: got {type(model).__name__}, expected a CompactViT: cut a gated model with "
-            "vtp.compact(gated, plan), or read a compact one with vtp.load(file)"
+        hint = wrapped_hint(model) or (
+            ": cut a gated model with vtp.compact(gated, plan), or read a compact one with vtp.load(file)"
         )
+        raise TypeError(f"model: got {type(model).__name__}, expected a CompactViT{hint}")
     dtype = model.patch_embed.proj.weight.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise TypeError(f"dtype: got {dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    refuse_changed_behaviour(model)
     _refuse_changed_blocks(model)
     return dtype
 
