@@ -14,6 +14,7 @@ from vtp.model.architecture import Architecture, UnsupportedModelError, describe
 from vtp.model.cost import Cost, count
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactViT, compact
+from vtp.pruning.expand import expand
 from vtp.pruning.gates import GatedLinear, insert_gates, l1_penalty, sites
 from vtp.pruning.latency_table import LatencyTable
 from vtp.pruning.plan import PlanError, PruningPlan
@@ -43,6 +44,7 @@ __all__ = [
     "compact",
     "count",
     "describe",
+    "expand",
     "insert_gates",
     "l1_penalty",
     "load",

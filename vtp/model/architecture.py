@@ -260,12 +260,18 @@ def _refuse_other_classes(model: nn.Module) -> None:
     )
     if not isinstance(model, VisionTransformer):
         raise UnsupportedModelError(f"model: got {name}, expected {expected}{wrapped_hint(model)}")
+    if hasattr(model, "plan"):
+        raise UnsupportedModelError(
+            f"model: got {name}, which is cut already, expected a dense model; vtp.expand(model) is one that "
+            "computes the same, to gate, calibrate or cut again"
+        )
     own = sorted({attribute for c in cls.__mro__ for attribute in _methods(c) if c.__module__ not in _OWNERS})
     raise UnsupportedModelError(
         f"model: got {name}, a subclass of timm's VisionTransformer that overrides "
-        f"{', '.join(own) or 'nothing'}; a cut would not keep that class. Make timm's own model with the same "
-        "arguments (global_pool='avg' for one that takes the mean over patches and then a norm), give it the "
-        "weights with plain.load_state_dict(model.state_dict()), see that its outputs are the same, and pass it"
+        f"{', '.join(own) or 'nothing'}; a cut would not keep that class. Make timm's own model with the "
+        "same arguments (global_pool='avg' for one that takes the mean over patches and then a norm), give "
+        "it the weights with plain.load_state_dict(model.state_dict()), see that its outputs are the same, "
+        "and pass it"
     )
 
 
@@ -306,8 +312,8 @@ def refuse_changed_behaviour(model: nn.Module) -> None:
         for kind, hooks in (("pre-hook", module._forward_pre_hooks), ("hook", module._forward_hooks)):
             for hook in hooks.values():
                 raise UnsupportedModelError(
-                    f"{where}: it has a forward {kind}, {_described(hook)}, which gates, a cut or a file would "
-                    f"forget; {_how_to_remove(hook)}"
+                    f"{where}: it has a forward {kind}, {_described(hook)}, which gates, a cut or a file "
+                    f"would forget; {_how_to_remove(hook)}"
                 )
 
 
@@ -315,10 +321,10 @@ def _refuse_parametrised(where: str, module: nn.Module) -> None:
     if not parametrize.is_parametrized(module):
         return
     for tensor, by in module.parametrizations.items():
+        names = ", ".join(type(p).__name__ for p in by)
         raise UnsupportedModelError(
-            f"{where}.{tensor} is parametrised by {', '.join(type(p).__name__ for p in by)}, which gates, a cut "
-            "or a file would forget; torch.nn.utils.parametrize.remove_parametrizations(module, "
-            f"{tensor!r}) keeps its present value"
+            f"{where}.{tensor} is parametrised by {names}, which gates, a cut or a file would forget; "
+            f"torch.nn.utils.parametrize.remove_parametrizations(module, {tensor!r}) keeps its present value"
         )
 
 

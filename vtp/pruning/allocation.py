@@ -33,6 +33,26 @@ class Way:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What the ways to cut a block may do.
+
+    Attributes:
+        least_values: kept of a head that is not removed, where it has as many.
+        most_values, most_keys: of each head, what an earlier cut has left of it.
+        cut_values, cut_keys: whether fewer may stay.
+        may_lose_attention, may_lose_mlp: whether the branch may be removed whole.
+    """
+
+    least_values: int
+    most_values: tuple[int, ...]
+    most_keys: tuple[int, ...]
+    cut_values: bool = True
+    cut_keys: bool = True
+    may_lose_attention: bool = True
+    may_lose_mlp: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Allocation:
     """The least change for every budget: `ways(most)`.
 
@@ -115,7 +135,7 @@ def branch_ways(
     widths: Mapping[str, Sequence[int]],
     size: Callable[[BlockWidths], int],
     round_to: int,
-    least_values: int,
+    bounds: Bounds,
 ) -> tuple[list[Way], list[Way]]:
     """All ways to cut the two branches of a block.
 
@@ -123,7 +143,7 @@ def branch_ways(
         widths: numbers of inputs that qkv, fc1 and fc2 may keep, by site.
         size: cost of a block in whole units.
         round_to: of which the widths of heads become multiples, or stay whole.
-        least_values: kept of a head that is not removed.
+        bounds: what may be cut.
     """
     architecture, curves = statistics.architecture, _Curves(statistics, block)
     nothing = size(BlockWidths())
@@ -135,18 +155,21 @@ def branch_ways(
     tried = {site: _spread(sorted(numbers)) for site, numbers in widths.items()}
     # Heads first, at all inputs: what is beaten there is beaten, or nearly, at fewer.
     heads = []
-    for values in _levels(curves.value_energies, round_to, least_values, whole_heads=True):
-        for level in curves.key_levels(round_to):
+    for values in curves.value_levels(round_to, bounds):
+        for level in curves.key_levels(round_to, bounds):
             keys = tuple(key if value else 0 for key, value in zip(level, values, strict=True))
             own = BlockWidths(architecture.embed_dim, values, keys=keys)
             heads.append(Way(own, cost(own), curves.values(values) + curves.keys(keys)))
-    attention = [Way(BlockWidths(), cost(BlockWidths()), curves.values((0,) * curves.heads))]
+    attention, mlp = [], []
+    if bounds.may_lose_attention:
+        attention.append(Way(BlockWidths(), cost(BlockWidths()), curves.values((0,) * curves.heads)))
     for way in front(heads):
         for number in filter(None, tried["attn.qkv"]):
             own = dataclasses.replace(way.widths, qkv=number)
             attention.append(Way(own, cost(own), way.change + float(curves.inputs["attn.qkv"][number])))
     into, hidden = curves.inputs["mlp.fc1"], curves.inputs["mlp.fc2"]
-    mlp = [Way(BlockWidths(), cost(BlockWidths()), float(hidden[0]))]
+    if bounds.may_lose_mlp:
+        mlp.append(Way(BlockWidths(), cost(BlockWidths()), float(hidden[0])))
     for fc1 in filter(None, tried["mlp.fc1"]):
         for fc2 in filter(None, tried["mlp.fc2"]):
             own = BlockWidths(fc1=fc1, fc2=fc2)
@@ -174,11 +197,19 @@ class _Curves:
         self.key_energies = of("attn.keys") if narrow else None
         self._key_points = of("attn.keys.changes") if narrow else None
 
-    def key_levels(self, round_to: int) -> list[tuple[int, ...]]:
-        """Key widths that are tried; those of the dense model alone where keys have norms."""
-        if self.key_energies is None:
-            return [(self.head_dim,) * self.heads]
-        return _levels(self.key_energies, round_to, 1, whole_heads=False)
+    def value_levels(self, round_to: int, bounds: Bounds) -> list[tuple[int, ...]]:
+        """Value widths that are tried."""
+        if not bounds.cut_values:
+            return [bounds.most_values]
+        return _levels(
+            self.value_energies, round_to, bounds.least_values, bounds.most_values, whole_heads=True
+        )
+
+    def key_levels(self, round_to: int, bounds: Bounds) -> list[tuple[int, ...]]:
+        """Key widths that are tried; those that are left alone where keys have norms."""
+        if self.key_energies is None or not bounds.cut_keys:
+            return [bounds.most_keys]
+        return _levels(self.key_energies, round_to, 1, bounds.most_keys, whole_heads=False)
 
     def values(self, widths: Sequence[int]) -> float:
         """Change with so many values left of each head."""
@@ -229,20 +260,22 @@ def _spread(widths: Sequence[int]) -> list[int]:
     return [widths[i] for i in at]
 
 
-def _levels(energies: np.ndarray, round_to: int, least: int, *, whole_heads: bool) -> list[tuple[int, ...]]:
-    """Widths of all heads, for some levels of energy above which directions are kept.
+def _levels(
+    energies: np.ndarray, round_to: int, least: int, most: tuple[int, ...], *, whole_heads: bool
+) -> list[tuple[int, ...]]:
+    """Widths of all heads, `most` and less, for some levels of energy above which directions are kept.
 
     With `whole_heads` also those in which the heads that carry least are gone.
     """
-    heads, d = energies.shape
-    found: dict[tuple[int, ...], None] = {(d,) * heads: None}
+    heads = len(energies)
+    found: dict[tuple[int, ...], None] = {most: None}
     ordered = np.sort(energies.ravel())
     levels = ordered[np.linspace(0, len(ordered) - 1, _MOST_WIDTHS).round().astype(int)]
     weakest = np.argsort(energies.sum(1), kind="stable")
     for gone in range(heads) if whole_heads else (0,):
         for level in levels if gone % max(1, heads // 4) == 0 else ():
             widths = (energies > level).sum(1)
-            widths = np.minimum(d, -(-np.maximum(widths, least) // round_to) * round_to)
+            widths = np.minimum(most, -(-np.maximum(widths, least) // round_to) * round_to)
             widths[weakest[:gone]] = 0
             found[tuple(int(width) for width in widths)] = None
     return list(found)

@@ -26,6 +26,7 @@ from vtp.model.widths import SITES
 from vtp.pruning.gates import sites, with_gates
 from vtp.pruning.plan import PlanError, PruningPlan
 from vtp.pruning.refit import refit
+from vtp.pruning.removed import removed_before
 from vtp.pruning.streams import Progress, plain_copy
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
@@ -343,7 +344,7 @@ def compact(
             f"plan: made for {plan.architecture.depth} blocks of width {plan.architecture.embed_dim}, got a "
             f"model with {architecture.depth} blocks of width {architecture.embed_dim}"
         )
-    if plan.needs_images and images is None:
+    if images is None and _takes_images(gated, plan):
         raise PlanError(
             "plan: it narrows queries and keys, or turns values, which takes images; give some to vtp.compact"
         )
@@ -373,6 +374,18 @@ def compact(
     return small.train(gated.training)
 
 
+def _takes_images(gated: nn.Module, plan: PruningPlan) -> bool:
+    """Whether the cut turns values, or narrows queries and keys beyond what an earlier cut has left."""
+    if plan.value_basis != "dimensions":
+        return plan.needs_images
+    left = removed_before(gated)
+    return any(
+        0 < key < most
+        for i in range(plan.architecture.depth)
+        for key, most in zip(plan.key_widths(i), left[f"blocks.{i}.attn"], strict=True)
+    )
+
+
 def _prefixed(prefix: str, tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -395,10 +408,7 @@ def _cut_attention(
         # Without inputs every token has the value `bias`, which any attention weights average to itself.
         constant = _apply(proj_weight, None if qkv_bias is None else qkv_bias[value_rows], proj_bias)
         return {"attn.bias": _scaled(constant, block.ls1)}
-    starts = range(0, width, attn.head_dim)
-    query_rows = torch.cat([start + torch.arange(w) for start, w in zip(starts, key_widths, strict=True)])
-    query_rows = query_rows.to(keep_proj.device)
-    rows = torch.cat([query_rows, width + query_rows, value_rows])
+    rows = block_rows(key_widths, keep_proj, width, attn.head_dim)
     return {
         **_cut_norm("norm1", block.norm1, new.norm1, keep_qkv),
         "attn.qkv.weight": attn.qkv.folded_weight()[rows][:, keep_qkv],
@@ -409,6 +419,14 @@ def _cut_attention(
         "attn.proj.bias": proj_bias,
         **_prefixed("ls1.", dict(block.ls1.state_dict())),
     }
+
+
+def block_rows(key_widths: tuple[int, ...], keep_proj: Tensor, width: int, head_dim: int) -> Tensor:
+    """Rows of a dense qkv [3 * width, ...] that a compact one has, in its order: queries, keys, values."""
+    starts = range(0, width, head_dim)
+    queries = torch.cat([start + torch.arange(w) for start, w in zip(starts, key_widths, strict=True)])
+    queries = queries.to(keep_proj.device)
+    return torch.cat([queries, width + queries, 2 * width + keep_proj])
 
 
 def _cut_mlp(

@@ -69,6 +69,7 @@ class PruningPlan:
             head by head, to the directions that matter most to the output (see `pruning/refit.py`).
         predicted_change: with scope "optimal", the sum of the changes of the output that were measured for
             each cut alone, in the unit of `Statistics.change`; else None.
+        protect: the parts that were not to be cut.
     """
 
     architecture: Architecture
@@ -85,6 +86,7 @@ class PruningPlan:
     keys: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     value_basis: str = "dimensions"
     predicted_change: float | None = None
+    protect: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._own_values()
@@ -131,6 +133,9 @@ class PruningPlan:
         }
         for field, value in values.items():
             object.__setattr__(self, field, FrozenDict(value))
+        if isinstance(self.protect, str) or not all(isinstance(part, str) for part in self.protect):
+            raise PlanError(f"protect: got {self.protect!r}, expected names of parts")
+        object.__setattr__(self, "protect", tuple(self.protect))
         for field in ("threshold", "predicted_change"):
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, float(getattr(self, field)))
@@ -197,6 +202,8 @@ class PruningPlan:
         lines = [f"PruningPlan: {budget}; score {ranking}; {self.rate:.1%} of dimensions removed"]
         if self.threshold is not None:
             lines.append(f"threshold {self.threshold:.4g}")
+        if self.protect:
+            lines.append(f"not to be cut: {', '.join(self.protect)}")
         narrow = self.narrows_keys
         heads = "key and value width of each head" if narrow else "value width of each head"
         lines.append(f"{'block':>5} {'qkv':>6} {'proj':>6} {'fc1':>6} {'fc2':>6}   {heads}")

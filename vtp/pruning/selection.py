@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from vtp.files import fingerprint
 from vtp.model.architecture import Architecture, describe
 from vtp.model.cost import block_cost, surroundings_cost
-from vtp.model.widths import BlockWidths
-from vtp.pruning.allocation import Way, allocate, branch_ways
+from vtp.model.widths import SITES, BlockWidths
+from vtp.pruning.allocation import Bounds, Way, allocate, branch_ways
 from vtp.pruning.calibration import Statistics
 from vtp.pruning.gates import sites, with_gates
 from vtp.pruning.latency_table import LatencyTable, LatencyTableError, cached_table, how_to_make_one
 from vtp.pruning.plan import PlanError, PruningPlan
+from vtp.pruning.removed import removed_before
 from vtp.pruning.scores import SCOPES, ranking, site_of, site_scores
 
 
@@ -36,6 +37,7 @@ def make_plan(
     per_mac: bool = False,
     round_to: int = 1,
     min_keep: float = 0.05,
+    protect: str | Iterable[str] = (),
 ) -> PruningPlan:
     """Rank all dimensions of a model and keep the best that a budget allows. The model is not changed.
 
@@ -70,6 +72,12 @@ def make_plan(
         min_keep: the best dimensions of each gate vector that are never removed: a share below 1, or a
             number of dimensions. 0 lets heads, branches and layers vanish; scope "optimal" may remove them
             whole whatever it is.
+        protect: parts that are never cut, whatever the budget takes from the rest: parts of the names of
+            sites, such as "attn", "mlp.fc2", "blocks.0" or "blocks.3.attn.qkv". Protecting `attn.qkv` keeps
+            its inputs and the width of queries and keys; `attn.proj`, the values. Weights of a protected part
+            still change where the cut refits them.
+
+    A model from `vtp.expand` has dimensions that an earlier cut removed: they count as gates and go first.
 
     Raises:
         PlanError: an argument is out of range, a score is missing or not finite, or the budget cannot be
@@ -78,23 +86,29 @@ def make_plan(
     budget = _one_budget(rate=rate, macs=macs, params=params, latency_ms=latency_ms)
     if latency_table is not None and latency_ms is None:
         raise PlanError("latency_table: got one without latency_ms, the budget that it is for")
-    ranked = _ranked(model, statistics, score, scope, per_mac, round_to, min_keep)
+    ranked = _ranked(model, statistics, score, scope, per_mac, round_to, min_keep, protect)
     if scope == "optimal" and statistics is not None:
         if key_width is not None:
             raise PlanError("key_width: got one with scope='optimal', which finds it for each head")
-        limit = _limit(ranked.architecture, budget, latency_table, ())
+        limit = _limit(ranked.architecture, budget, latency_table, {})
         return _Optimal(ranked, statistics, limit).plan(limit.most, budget)
     architecture, groups = ranked.architecture, ranked.groups
-    keys = _key_widths(architecture, key_width)
+    keys = _key_widths(ranked, key_width)
     removed = _fit(architecture, groups, _limit(architecture, budget, latency_table, keys))
     kept = _kept_indices(architecture, groups, removed)
     one_number = scope == "global" and not per_mac and round_to == 1
-    gone = np.concatenate([np.delete(values, kept[name]) for name, values in ranked.scores.items()])
+    # What an earlier cut has removed was not compared.
+    gone = np.concatenate(
+        [
+            np.delete(values, sorted({*kept[name], *np.flatnonzero(ranked.absent[name])}))
+            for name, values in ranked.scores.items()
+        ]
+    )
     return ranked.plan(
         kept=kept,
         budget=budget,
         threshold=float(f"{gone.max():.6g}") if one_number and gone.size else None,
-        keys={f"blocks.{i}.attn": keys for i in range(architecture.depth)} if keys else {},
+        keys=keys,
     )
 
 
@@ -124,6 +138,7 @@ def pareto(
     score: str | Mapping[str, Tensor] | None = None,
     round_to: int = 1,
     min_keep: float = 0.05,
+    protect: str | Iterable[str] = (),
 ) -> list[ParetoPoint]:
     """The best widths for every budget, from one calibration: plans from the cheapest to the dense model.
 
@@ -131,7 +146,7 @@ def pareto(
         model: dense or gated; statistics: of it, from `vtp.calibrate`.
         by: the budget: "macs", "params" or "latency_ms".
         points: how many budgets are looked at, evenly spaced from the least cost to the dense model's.
-        latency_table, score, round_to, min_keep: as `make_plan` takes them.
+        latency_table, score, round_to, min_keep, protect: as `make_plan` takes them.
 
     Raises:
         PlanError: as `make_plan` does.
@@ -140,8 +155,8 @@ def pareto(
         raise PlanError(f"by: got {by!r}, expected 'macs', 'params' or 'latency_ms'")
     if not isinstance(points, int) or isinstance(points, bool) or points < 1:
         raise PlanError(f"points: got {points!r}, expected an integer of at least 1")
-    ranked = _ranked(model, statistics, score, "optimal", False, round_to, min_keep)
-    limit = _limit(ranked.architecture, {by: 1.0}, latency_table, ())
+    ranked = _ranked(model, statistics, score, "optimal", False, round_to, min_keep, protect)
+    limit = _limit(ranked.architecture, {by: 1.0}, latency_table, {})
     optimal = _Optimal(ranked, statistics, limit)
     unit = 1e-6 if by == "latency_ms" else 1.0
     budgets = np.linspace(optimal.allocation.least, optimal.dense, points)
@@ -156,7 +171,10 @@ def pareto(
 
 @dataclasses.dataclass(frozen=True)
 class _Ranked:
-    """A model whose dimensions are ranked, and how."""
+    """A model whose dimensions are ranked, and how.
+
+    protected: sites that are not cut; absent: see `removed_before`; protect: what was asked for.
+    """
 
     architecture: Architecture
     scores: Mapping[str, np.ndarray]
@@ -166,6 +184,9 @@ class _Ranked:
     per_mac: bool
     round_to: int
     min_keep: float
+    protect: tuple[str, ...]
+    protected: frozenset[str]
+    absent: Mapping[str, np.ndarray]
     parent: str
 
     def plan(self, **fields: Any) -> PruningPlan:
@@ -179,6 +200,7 @@ class _Ranked:
             per_mac=self.per_mac,
             round_to=self.round_to,
             min_keep=self.min_keep,
+            protect=self.protect,
             parent=self.parent,
             **fields,
         )
@@ -192,6 +214,7 @@ def _ranked(
     per_mac: bool,
     round_to: int,
     min_keep: float,
+    protect: str | Iterable[str],
 ) -> _Ranked:
     """Rank all dimensions, once the arguments are checked."""
     if scope not in (*SCOPES, "optimal"):
@@ -224,12 +247,48 @@ def _ranked(
     if list(layers) != list(architecture.site_widths()):
         missing = sorted(architecture.site_widths().keys() - layers.keys())
         raise PlanError(f"gated: no gates at {missing[:4]}; vtp.insert_gates puts them at every site")
-    scores = site_scores(layers, score, statistics)
+    parts = (protect,) if isinstance(protect, str) else tuple(protect)
+    protected = _protected_sites(architecture, parts)
+    absent = removed_before(gated)
+    scores = {
+        name: np.where(absent[name], 0.0, values)
+        for name, values in site_scores(layers, score, statistics).items()
+    }
     ranks = ranking(architecture, scores, score, scope, per_mac)
-    groups = _groups(architecture, ranks, round_to, min_keep)
-    name = score if isinstance(score, str) else "custom"
-    parent = fingerprint(model.state_dict())
-    return _Ranked(architecture, scores, groups, name, scope, per_mac, round_to, min_keep, parent)
+    return _Ranked(
+        architecture=architecture,
+        scores=scores,
+        groups=_groups(architecture, ranks, round_to, min_keep, protected, absent),
+        score=score if isinstance(score, str) else "custom",
+        scope=scope,
+        per_mac=per_mac,
+        round_to=round_to,
+        min_keep=min_keep,
+        protect=parts,
+        protected=protected,
+        absent=absent,
+        parent=fingerprint(model.state_dict()),
+    )
+
+
+def _protected_sites(architecture: Architecture, parts: tuple[str, ...]) -> frozenset[str]:
+    """The sites whose names contain one of these parts, whole components of them."""
+    names, found = list(architecture.site_widths()), set()
+    for part in parts:
+        matching = [name for name in names if isinstance(part, str) and part and f".{part}." in f".{name}."]
+        if not matching:
+            raise PlanError(
+                f"protect: got {part!r}, expected a part of the name of a site, such as 'attn', 'mlp.fc2', "
+                f"'blocks.0' or {names[-1]!r}; everything outside these is never cut"
+            )
+        found.update(matching)
+    return frozenset(found)
+
+
+def _other_site(name: str) -> str:
+    """The other site of a branch, which the first has no effect without."""
+    block, site = name.split(".", 2)[1:]
+    return f"blocks.{block}.{SITES[SITES.index(site) ^ 1]}"
 
 
 class _Optimal:
@@ -246,7 +305,8 @@ class _Optimal:
         for i in range(architecture.depth):
             widths = {site: self._widths(f"blocks.{i}.{site}") for site in ("attn.qkv", "mlp.fc1", "mlp.fc2")}
             floor = min(architecture.head_dim, max(1, math.ceil(least)))
-            branches += branch_ways(statistics, i, widths, limit.size, ranked.round_to, floor)
+            bounds = self._bounds(i, floor)
+            branches += branch_ways(statistics, i, widths, limit.size, ranked.round_to, bounds)
         self.allocation = allocate(branches, limit.outside)
         self.dense = limit.outside + architecture.depth * limit.size(architecture.dense_widths)
 
@@ -258,10 +318,29 @@ class _Optimal:
     def _widths(self, name: str) -> list[int]:
         """Numbers of dimensions that a site may keep."""
         sizes = self._ranked.groups.sizes[self._removals[name]]
-        return [self._ranked.architecture.site_widths()[name], *self._left(name, sizes)]
+        full = self._ranked.architecture.site_widths()[name]
+        widths = [full, *(full - np.cumsum(sizes)).tolist()]
+        left = full - int(self._ranked.absent[name].sum())
+        enough = min(width for width in widths if width >= left)
+        return [enough] if name in self._ranked.protected else [w for w in widths if w <= enough]
 
-    def _left(self, name: str, sizes: np.ndarray) -> list[int]:
-        return (self._ranked.architecture.site_widths()[name] - np.cumsum(sizes)).tolist()
+    def _bounds(self, block: int, least_values: int) -> Bounds:
+        """What the heads of a block may keep, and which of its branches have to stay."""
+        ranked, names = self._ranked, [f"blocks.{block}.{site}" for site in SITES]
+        qkv, proj, fc1, fc2 = (name in ranked.protected for name in names)
+        heads = (ranked.architecture.num_heads, -1)
+        values = (~ranked.absent[names[1]]).reshape(heads).sum(1)
+        # A branch that an earlier cut has removed is gone, protected or not.
+        no_attention, no_mlp = (any(ranked.absent[n].all() for n in pair) for pair in (names[:2], names[2:]))
+        return Bounds(
+            least_values=least_values,
+            most_values=tuple(values.tolist()),
+            most_keys=tuple(ranked.absent[f"blocks.{block}.attn"].tolist()),
+            cut_values=not proj,
+            cut_keys=not qkv,
+            may_lose_attention=no_attention or not (qkv or proj),
+            may_lose_mlp=no_mlp or not (fc1 or fc2),
+        )
 
     def plan(self, most: float, budget: Mapping[str, float]) -> PruningPlan:
         """The plan of the least change for at most this cost. Raises PlanError where there is none."""
@@ -308,18 +387,25 @@ class _Optimal:
         return tuple(np.flatnonzero(mask).tolist())
 
 
-def _key_widths(architecture: Architecture, key_width: float | None) -> tuple[int, ...]:
-    """Key widths of the heads of every block; () for those of the dense model."""
-    if key_width is None:
-        return ()
-    d = architecture.head_dim
-    if not _is_number(key_width) or not (0 < key_width < 1 or key_width == int(key_width) >= 1):
-        raise PlanError(f"key_width: got {key_width!r}, expected a share in (0, 1) or a number of dimensions")
-    width = max(1, math.ceil(round(key_width * d, 6))) if key_width < 1 else int(key_width)
-    if width > d or (architecture.qk_norm and width < d):
-        why = "norms of queries and keys are over all of it" if architecture.qk_norm else "that of a head"
-        raise PlanError(f"key_width: got {key_width!r}, expected {d} at most, {why}")
-    return (width,) * architecture.num_heads
+def _key_widths(ranked: _Ranked, key_width: float | None) -> dict[str, tuple[int, ...]]:
+    """Key widths of the heads of every attention that has narrower ones than the dense model."""
+    architecture, d = ranked.architecture, ranked.architecture.head_dim
+    width = d
+    if key_width is not None:
+        if not _is_number(key_width) or not (0 < key_width < 1 or key_width == int(key_width) >= 1):
+            raise PlanError(
+                f"key_width: got {key_width!r}, expected a share in (0, 1) or a number of dimensions"
+            )
+        width = max(1, math.ceil(round(key_width * d, 6))) if key_width < 1 else int(key_width)
+        if width > d or (architecture.qk_norm and width < d):
+            why = "norms of queries and keys are over all of it" if architecture.qk_norm else "that of a head"
+            raise PlanError(f"key_width: got {key_width!r}, expected {d} at most, {why}")
+    keys = {}
+    for i in range(architecture.depth):
+        name = f"blocks.{i}.attn"
+        own = d if f"{name}.qkv" in ranked.protected else width
+        keys[name] = tuple(np.minimum(ranked.absent[name], own).tolist())
+    return {name: widths for name, widths in keys.items() if min(widths) < d}
 
 
 def _is_number(value: object) -> bool:
@@ -345,17 +431,24 @@ class _Groups:
     """Dimensions that are kept or removed together, the least important group first.
 
     names: site of each group; members: its gate indices; slots: its row and column in the array of widths
-    that `_widths_array` makes; sizes: how many dimensions it has.
+    that `_widths_array` makes; sizes: how many dimensions it has; absent: how many of the first groups an
+    earlier cut has removed.
     """
 
     names: list[str]
     members: list[np.ndarray]
     slots: np.ndarray
     sizes: np.ndarray
+    absent: int
 
 
 def _groups(
-    architecture: Architecture, ranks: Mapping[str, np.ndarray], round_to: int, min_keep: float
+    architecture: Architecture,
+    ranks: Mapping[str, np.ndarray],
+    round_to: int,
+    min_keep: float,
+    protected_sites: frozenset[str],
+    absent: Mapping[str, np.ndarray],
 ) -> _Groups:
     """All removable groups in order.
 
@@ -365,12 +458,17 @@ def _groups(
     names, members, slots, keys = [], [], [], []
     for name, width in architecture.site_widths().items():
         floor = min(width, int(min_keep) if min_keep >= 1 else math.ceil(min_keep * width))
+        if name in protected_sites:
+            floor = width
+        elif _other_site(name) in protected_sites:
+            floor = max(floor, 1)
         heads = architecture.num_heads if site_of(name) == "attn.proj" else 1
         per_head = width // heads
         rank, place = ranks[name], np.arange(width) % per_head / per_head
-        best_first = np.lexsort((place, -rank))
+        best_first = np.lexsort((place, -rank, absent[name]))
         protected = np.zeros(width, dtype=bool)
         protected[best_first[:floor]] = True
+        protected &= ~absent[name]
         for head in range(heads):
             own = best_first[best_first // per_head == head]
             starts = np.arange(0, per_head, min(round_to, per_head))
@@ -381,6 +479,7 @@ def _groups(
                     -starts,
                     -np.add.reduceat(place[own], starts) / counts,
                     np.add.reduceat(rank[own], starts) / counts,
+                    ~np.logical_and.reduceat(absent[name][own], starts),
                 ]
             )
             removable = ~np.logical_or.reduceat(protected[own], starts)
@@ -391,7 +490,8 @@ def _groups(
     order = np.lexsort(np.concatenate(keys, axis=1))
     members = [members[i] for i in order]
     sizes = np.array([len(part) for part in members], dtype=np.int64)
-    return _Groups([names[i] for i in order], members, np.concatenate(slots)[order], sizes)
+    gone = int((~np.concatenate(keys, axis=1)[-1].astype(bool)).sum())
+    return _Groups([names[i] for i in order], members, np.concatenate(slots)[order], sizes, gone)
 
 
 def _slot(architecture: Architecture, name: str, head: int) -> int:
@@ -417,8 +517,8 @@ class _Limit:
     """A budget, counted in whole units: dimensions, MACs, parameters or nanoseconds.
 
     name, value: the argument of `make_plan`; most: units that may remain; outside: units outside the blocks;
-    size: units of a block; keys: key widths of its heads, () for those of the dense model; text: a number of
-    units in words.
+    size: units of a block; keys: by attention key widths of its heads, where they are not those of the dense
+    model; text: a number of units in words.
     """
 
     name: str
@@ -426,7 +526,7 @@ class _Limit:
     most: float
     outside: int
     size: Callable[[BlockWidths], int]
-    keys: tuple[int, ...]
+    keys: Mapping[str, tuple[int, ...]]
     text: Callable[[float], str]
 
 
@@ -434,7 +534,7 @@ def _limit(
     architecture: Architecture,
     budget: Mapping[str, float],
     table: LatencyTable | None,
-    keys: tuple[int, ...],
+    keys: Mapping[str, tuple[int, ...]],
 ) -> _Limit:
     ((name, value),) = budget.items()
     if name == "rate":
@@ -465,8 +565,8 @@ def _refuse_less_than(least: float, most: float, limit: _Limit) -> None:
     if least > most:
         raise PlanError(
             f"{limit.name}: {limit.value:g} cannot be met: {limit.text(least)} remain when everything but "
-            f"min_keep is removed, at most {limit.text(most).split()[0]} may; "
-            "lower min_keep or cut less"
+            f"min_keep and protected parts is removed, at most {limit.text(most).split()[0]} may; "
+            "protect less, lower min_keep or cut less"
         )
 
 
@@ -491,17 +591,17 @@ def _fit(architecture: Architecture, groups: _Groups, limit: _Limit) -> list[int
     budget, less those that can be given back because the last step (often a whole head) saved too much."""
     full = _widths_array(architecture)
 
-    def size(row: np.ndarray) -> int:
-        return limit.size(_block_of(row, limit.keys))
+    def size(block: int, row: np.ndarray) -> int:
+        return limit.size(_block_of(row, limit.keys.get(f"blocks.{block}.attn", ())))
 
     def widths_after(count: int) -> np.ndarray:
         gone = np.bincount(groups.slots[:count], groups.sizes[:count], minlength=full.size)
         return full - gone.astype(np.int64).reshape(full.shape)
 
     def total(widths: np.ndarray) -> int:
-        return limit.outside + sum(map(size, widths))
+        return limit.outside + sum(size(block, row) for block, row in enumerate(widths))
 
-    low, high = 0, len(groups.sizes)
+    low, high = groups.absent, len(groups.sizes)
     _refuse_less_than(total(widths_after(high)), limit.most, limit)
     while low < high:
         middle = (low + high) // 2
@@ -513,12 +613,13 @@ def _fit(architecture: Architecture, groups: _Groups, limit: _Limit) -> list[int
     slack, removed, exhausted = limit.most - total(widths), [], set()
     for position in range(low - 1, -1, -1):
         slot = int(groups.slots[position])
-        row = widths[slot // full.shape[1]]
+        block = slot // full.shape[1]
+        row = widths[block]
         # A vector gives back its best group first, or none: else its order would not be that of the scores.
-        if slack > 0 and slot not in exhausted:
-            before = size(row)
+        if slack > 0 and slot not in exhausted and position >= groups.absent:
+            before = size(block, row)
             row[slot % full.shape[1]] += groups.sizes[position]
-            added = size(row) - before
+            added = size(block, row) - before
             if added <= slack:
                 slack -= added
                 continue
