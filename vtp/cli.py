@@ -50,6 +50,7 @@ from vtp.pipeline import (
 )
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactViT, compact
+from vtp.pruning.expand import expand
 from vtp.pruning.gates import insert_gates, sites
 from vtp.pruning.latency_table import make_cache_folder, store_table
 from vtp.pruning.one_shot import IMAGES, check_budget, check_images, tokens_size
@@ -116,6 +117,7 @@ def _run(options: argparse.Namespace) -> None:
         one_shot=options.one_shot,
         refit=options.refit,
         images=options.images,
+        checkpoint=options.checkpoint,
     )
     run(config, options.out, resume=options.resume, memory_gb=options.memory)
 
@@ -125,7 +127,15 @@ def _train(options: argparse.Namespace) -> None:
     data = _open_data(options)
     seed = recipe.dense.seed
     classes = classes_of(data) if options.new_head else None
-    model = open_model(options.model, from_scratch=options.from_scratch, num_classes=classes, seed=seed)
+    model = open_model(
+        options.model,
+        from_scratch=options.from_scratch,
+        num_classes=classes,
+        seed=seed,
+        checkpoint=options.checkpoint,
+    )
+    if options.stage == "sparse" and isinstance(model, CompactViT):
+        model = _expanded(model, options.model)
     if options.stage == "dense" and _is_gated(model):
         raise ValueError(f"--model: {options.model} has gates; the stage for it is sparse")
     if options.stage == "sparse" and not _is_gated(model):
@@ -208,9 +218,9 @@ def _prune_calibrated(options: argparse.Namespace) -> None:
     check_images(options.images or IMAGES)
     for file in filter(None, (options.out, options.plan, options.statistics)):
         refuse_unwritable(file)
-    model = open_model(options.file)
+    model = open_model(options.file, checkpoint=options.checkpoint)
     if isinstance(model, CompactViT):
-        raise FileError(f"file: {options.file} is cut already, expected a dense or gated model")
+        model = _expanded(model, options.file)
     data, budget = _calibration_data(options, model), _budget(options, calibrated=True)
     check_budget(model, budget, calibrated=True, refitted=True)
     loader = calibration_images(
@@ -268,7 +278,7 @@ def _statistics(options: argparse.Namespace, model: nn.Module, data: Data, loade
 
 
 def _eval(options: argparse.Namespace) -> None:
-    model = open_model(options.model)
+    model = open_model(options.model, checkpoint=options.checkpoint)
     data = _fit_data(_open_data(options, train=False), model, subset=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     top1, loss = evaluate(model.to(device).eval(), data, workers=options.workers)
@@ -444,6 +454,12 @@ def _images_and_classes(model: nn.Module) -> str:
     return f"{images}\nclasses: {known}"
 
 
+def _expanded(small: CompactViT, name: str) -> nn.Module:
+    """A compact model as a dense one, to be cut again."""
+    _console.print(f"{name} is cut already, {count(small)}: what is gone stays so, and counts as removed")
+    return expand(small)
+
+
 def _is_gated(model: nn.Module) -> bool:
     with contextlib.suppress(ValueError):
         return bool(sites(model))
@@ -541,6 +557,8 @@ def _budget(options: argparse.Namespace, *, calibrated: bool = False) -> dict[st
             value = usual.get(name)
         if value is not None:
             ranking[name] = value
+    if options.keep:
+        ranking["protect"] = options.keep
     return {**(budget or {"rate": 0.4}), **ranking}
 
 
@@ -620,8 +638,8 @@ def _add_prune(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "file",
-        help="a gated model, such as sparse.safetensors of a run; with --calibrate dense ones too: "
-        f"{FASHION_DEIT!r}, a timm model name, or a file of ours",
+        help="a gated model, such as sparse.safetensors of a run; with --calibrate dense and compact ones "
+        f"too: {FASHION_DEIT!r}, a timm model name, or a file of ours",
     )
     parser.add_argument("--out", required=True, help="file for the compact model")
     parser.add_argument("--plan", help="also write the plan as JSON to this file")
@@ -632,6 +650,7 @@ def _add_prune(commands: Any) -> None:
         metavar="DATA",
         help="measure on these data what a cut may take, and refit what is left",
     )
+    group.add_argument("--checkpoint", metavar="FILE", help=_CHECKPOINT_HELP)
     group.add_argument("--data-root", help=_DATA_ROOT_HELP)
     group.add_argument("--class-map", metavar="FILE", help=_CLASS_MAP_HELP)
     group.add_argument("--images", type=positive(int), help=_IMAGES_HELP)
@@ -664,6 +683,7 @@ def _add_eval(commands: Any) -> None:
         "vtp eval --model runs/demo/compact.safetensors",
     )  # fmt: skip
     parser.add_argument("--model", default=FASHION_DEIT, help=_MODEL_HELP)
+    parser.add_argument("--checkpoint", metavar="FILE", help=_CHECKPOINT_HELP)
     _data_options(parser)
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
 
@@ -707,7 +727,8 @@ def _add_inspect(commands: Any) -> None:
 
 
 _WITH_CALIBRATION = (
-    "data_root", "class_map", "images", "seed", "workers", "memory", "statistics", "no_eval", "key_width",
+    "checkpoint", "data_root", "class_map", "images", "seed", "workers", "memory", "statistics", "no_eval",
+    "key_width",
 )  # fmt: skip
 _DATA_ROOT_HELP = "folder of data sets that timm or torchvision open by name"
 _CLASS_MAP_HELP = (
@@ -716,11 +737,19 @@ _CLASS_MAP_HELP = (
 )
 _IMAGES_HELP = f"training images that calibration and refit take (default {IMAGES})"
 _MEMORY_HELP = "what their tokens may take; the rest lies in a temporary file (default: no limit)"
-_MODEL_HELP = f"{FASHION_DEIT!r} (default), a timm model name, or a file of ours"
+_MODEL_HELP = (
+    f"{FASHION_DEIT!r} (default); a timm model name, also as timm/NAME, hf-hub:OWNER/NAME or "
+    "local-dir:FOLDER; or a file of ours"
+)
+_CHECKPOINT_HELP = (
+    "weights for a timm model name: a checkpoint of DeiT's or timm's training (of several sets the averaged "
+    "one), torch.save(model.state_dict(), FILE), or plain safetensors; no pickle is executed"
+)
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=FASHION_DEIT, help=_MODEL_HELP)
+    parser.add_argument("--checkpoint", metavar="FILE", help=_CHECKPOINT_HELP)
     parser.add_argument("--from-scratch", action="store_true", help="new weights, trained first")
     parser.add_argument(
         "--new-head", action="store_true", help="a new head for the data's classes, trained first"
@@ -797,6 +826,10 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--per-mac", action="store_true", help="divide the score by the MACs it saves")
     parser.add_argument("--round-to", type=int, default=1, help="make widths a multiple of this")
+    parser.add_argument(
+        "--keep", nargs="+", action="extend", metavar="PART",
+        help="parts that are never cut, such as attn, mlp.fc2 or blocks.0; the rest meets the budget",
+    )  # fmt: skip
     parser.add_argument(
         "--min-keep", type=float, default=0.05, help="share (or number) of each gate vector that always stays"
     )

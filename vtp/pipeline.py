@@ -153,6 +153,7 @@ class RunConfig:
 
     Attributes:
         model: "fashion-deit", a timm name (released weights), or a file that `vtp.save` wrote.
+        checkpoint: a file with weights for a model of timm's name, as `open_model` takes it; None for none.
         data, class_map: as `open_data` takes them; data_root: for data sets that keep their files elsewhere.
         from_scratch: new weights, and a dense training stage, instead of a released baseline.
         new_head: keep the baseline's weights but give it a new head for the classes of `data`, and train
@@ -178,6 +179,7 @@ class RunConfig:
     one_shot: bool = False
     refit: bool = True
     images: int = IMAGES
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         if self.latency_batch < 1:
@@ -361,7 +363,13 @@ def _open(config: RunConfig) -> tuple[nn.Module, Data]:
     data = open_data(config.data, root=config.data_root, class_map=config.class_map)
     seed = config.recipe.dense.seed
     classes = classes_of(data) if config.new_head else None
-    model = open_model(config.model, from_scratch=config.from_scratch, num_classes=classes, seed=seed)
+    model = open_model(
+        config.model,
+        from_scratch=config.from_scratch,
+        num_classes=classes,
+        seed=seed,
+        checkpoint=config.checkpoint,
+    )
     return model, fit_data(data, model)
 
 

@@ -1,17 +1,19 @@
-"""Models by name: timm's with released weights, the shipped baseline, files of this package."""
+"""Models by name: timm's with released weights or one's own, the shipped baseline, files of this package."""
 
+import difflib
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
-from timm.models import load_state_dict
 from torch import nn
 
 from vtp.checkpoint import load
 from vtp.files import FileError
 from vtp.model.architecture import Architecture, describe
 from vtp.model.images import new_head, set_image_config, set_imagenet_names
+from vtp.weights import load_weights, model_arguments, read_weights
 
 FASHION_DEIT = "fashion-deit"
 
@@ -30,23 +32,37 @@ def fashion_deit_architecture() -> Architecture:
 
 
 def open_model(
-    name: str, *, from_scratch: bool = False, num_classes: int | None = None, seed: int = 0
+    name: str,
+    *,
+    from_scratch: bool = False,
+    num_classes: int | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
 ) -> nn.Module:
     """A model by name or file, on the CPU.
 
     Args:
-        name: "fashion-deit", a timm name, or a file that `vtp.save` wrote.
+        name: "fashion-deit"; a file that `vtp.save` wrote; or one of timm's names: of its registry, with or
+            without a tag, such a name behind "timm/", "hf-hub:OWNER/NAME" or "local-dir:FOLDER".
         from_scratch: new weights drawn from `seed` instead of released ones.
         num_classes: give the model a new head of so many classes; None keeps its own.
+        checkpoint: a file with weights for a model of timm's name, see `vtp.weights`: of DeiT's or timm's
+            training, or plain safetensors. Number of classes, channels, patch and image size are its own.
 
     Returns:
         The model, which says what its classes are where that is known (`vtp.model.images.class_names`).
 
     Raises:
-        FileError: `name` is neither a file nor a model that timm knows, or the file cannot be read.
+        FileError: `name` is neither a file nor a model that timm knows, or has no such weights, or a file
+            cannot be read or holds another model.
         UnsupportedModelError: the method does not support that timm model.
     """
     torch.manual_seed(seed)
+    if checkpoint is not None and (from_scratch or name == FASHION_DEIT or Path(name).is_file()):
+        other = "from_scratch" if from_scratch else f"the model {name}, which has weights"
+        raise FileError(
+            f"checkpoint: got {checkpoint} and {other}; expected the name of its timm model alone"
+        )
     if name == FASHION_DEIT and from_scratch:
         # timm's default initialisation is made for widths of several hundred; Xavier suits a width of 96.
         model = fashion_deit_architecture().build("cpu", weight_init="jax")
@@ -56,20 +72,14 @@ def open_model(
     elif Path(name).is_file():
         if from_scratch:
             raise FileError(f"model: {name} is a file with weights, which from_scratch would throw away")
-        model = load(name)
-    elif timm.is_model(name):
-        with torch.device("meta"):  # refuse what is not supported before its weights are fetched
-            describe(timm.create_model(name))
-        model = timm.create_model(name, pretrained=not from_scratch)
-        if not from_scratch:
-            set_imagenet_names(model)
+        model = _load(name)
     else:
-        raise FileError(
-            f"model: got {name!r}, expected {FASHION_DEIT!r}, a timm model name or a file of vtp's"
-        )
+        model = _open_timm(name, pretrained=not from_scratch, checkpoint=checkpoint)
+        if not from_scratch and checkpoint is None and ":" not in timm_name(name):
+            set_imagenet_names(model)
     if num_classes is not None:
         new_head(model, num_classes)
-    elif from_scratch:
+    elif from_scratch or checkpoint is not None:
         set_image_config(model, label_names=())
     return model
 
@@ -97,7 +107,7 @@ def open_teacher(name: str, checkpoint: str | Path | None = None) -> nn.Module:
     try:
         if checkpoint is None:
             return timm.create_model(name, pretrained=True).eval()
-        weights = load_state_dict(str(checkpoint), use_ema=True, weights_only=True)
+        weights = read_weights(checkpoint)
         with torch.device("meta"):
             classifier = timm.create_model(name).pretrained_cfg.get("classifier")
         head = weights.get(f"{classifier}.weight")
@@ -110,3 +120,92 @@ def open_teacher(name: str, checkpoint: str | Path | None = None) -> nn.Module:
             f"teacher: timm cannot open {name} with {what} ({type(error).__name__}: {reason})"
         ) from error
     return model.eval()
+
+
+def _load(file: str) -> nn.Module:
+    try:
+        return load(file)
+    except FileError as error:
+        try:
+            read_weights(file)
+        except FileError:
+            if Path(file).suffix not in (".pth", ".pt", ".tar", ".ckpt", ".bin"):
+                raise error from None
+        raise FileError(
+            f"model: {file} has weights and does not say of what: give the name of its timm model, and "
+            f"--checkpoint {file}"
+        ) from error
+
+
+def _open_timm(name: str, *, pretrained: bool, checkpoint: str | Path | None) -> nn.Module:
+    own = timm_name(name)
+    state = None if checkpoint is None else read_weights(checkpoint)
+    pretrained = pretrained and state is None
+    if pretrained:
+        _refuse_without_weights(own)
+    with torch.device("meta"):  # refuse what is not supported before its weights are fetched
+        empty = _create(own)
+        describe(empty)
+    if state is None:
+        return _create(own, pretrained=pretrained)
+    arguments = model_arguments(state, empty)
+    model = _create(own, **arguments)
+    load_weights(model, state, name, str(checkpoint))
+    return model
+
+
+def timm_name(name: str) -> str:
+    """A name as `timm.create_model` takes it. Raises FileError, which says what to do, where it is none.
+
+    Args:
+        name: of timm's registry, such a name behind "timm/", "hf-hub:..." or "local-dir:...".
+    """
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return name
+    bare = name.removeprefix("timm/")
+    if timm.is_model(bare):
+        # Weights that this timm does not know by their tag may still be on the hub.
+        known = bare == name or "." not in bare or bare in timm.list_models(pretrained=True)
+        return bare if known else f"hf-hub:{name}"
+    expected = (
+        f"expected {FASHION_DEIT!r}, a file of vtp's, or a name of timm's: deit_small_patch16_224, "
+        "hf-hub:OWNER/NAME or local-dir:FOLDER"
+    )
+    if Path(name).is_dir():
+        raise FileError(
+            f"model: got the folder {name}, {expected}; with timm's config.json: local-dir:{name}"
+        )
+    if Path(name).suffix in (".safetensors", ".pth", ".pt", ".tar", ".bin"):
+        raise FileError(f"model: no file {name}; {expected}")
+    close = difflib.get_close_matches(bare, timm.list_models(), n=3, cutoff=0.75)
+    hint = f"; timm has {', '.join(close)}" if close else ""
+    if "/" in name and not close:
+        hint = f"; on the hub: hf-hub:{name}"
+    raise FileError(f"model: got {name!r}, {expected}{hint}")
+
+
+def _refuse_without_weights(name: str) -> None:
+    """Say which weights there are, where there are none by this name in timm's registry."""
+    if ":" in name or name in timm.list_models(pretrained=True):
+        return
+    architecture, _, tag = name.partition(".")
+    tags = [other.partition(".")[2] for other in timm.list_models(f"{architecture}.*", pretrained=True)]
+    if tag:
+        has = f"it has {', '.join(tags)}" if tags else "it has none"
+        raise FileError(f"model: timm has no weights {tag!r} of {architecture}, {has}")
+    if not tags:
+        raise FileError(
+            f"model: there are no released weights of {name}; --from-scratch draws new ones, --checkpoint "
+            "FILE takes yours"
+        )
+
+
+def _create(name: str, **arguments: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **arguments)
+    except Exception as error:  # a registry, a hub, a network and a file can fail in all ways
+        reason = " ".join(str(error).split())[:300]
+        raise FileError(
+            f"model: timm cannot open {name} ({type(error).__name__}: {reason}); weights that are in a file "
+            "already are taken with --checkpoint FILE"
+        ) from error

@@ -306,10 +306,73 @@ def test_prune_on_images_refuses_what_cannot_be_before_it_calibrates(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_prune_refuses_a_compact_model_and_options_without_effect(files, tmp_path, refused):
+def test_prune_cuts_a_compact_model_again(files, tmp_path, capsys):
+    once, out = vtp.load(files / "compact.safetensors"), tmp_path / "smaller.safetensors"
+    most = int(0.8 * vtp.count(once).macs)
+    known = ["--calibrate", files / "images", "--images", 10, "--macs", most, "--no-eval"]
+    assert run("prune", files / "compact.safetensors", *known, "--out", out) == 0
+    twice = vtp.load(out)
+    assert vtp.count(twice).macs <= most
+    for i in range(2):
+        ours, before = twice.plan.block_widths(i), once.plan.block_widths(i)
+        assert (ours.qkv <= before.qkv, ours.fc1 <= before.fc1, ours.fc2 <= before.fc2) == (True,) * 3
+    assert f"is cut already, {vtp.count(once)}" in capsys.readouterr().out
+
+
+def test_sparse_training_takes_a_compact_model(files, tmp_path):
+    quick = [f"--set=sparse.{setting}" for setting in ("epochs=1", "warmup_epochs=0", "lr=1e-3")]
+    known = ["--data", files / "images", "--augment", "none", "--batch-size", 4, "--workers", 0, *quick]
+    assert run("train", "sparse", "--model", files / "compact.safetensors", "--out", tmp_path, *known) == 0
+    once = vtp.load(files / "compact.safetensors")
+    plan = vtp.make_plan(vtp.load(tmp_path / "sparse.safetensors"), rate=0.5)
+    assert all(set(kept) <= set(once.plan.kept[name]) for name, kept in plan.kept.items())
+
+
+@pytest.mark.parametrize("calibrated", [[], ["--calibrate", "images", "--images", 10, "--no-eval"]])
+def test_what_is_to_be_kept_is_never_cut(files, tmp_path, monkeypatch, calibrated):
+    monkeypatch.chdir(files)
+    out = tmp_path / "small.safetensors"
+    keep = ["--keep", "attn", "--keep", "blocks.0", "--rate", 0.2]
+    assert run("prune", "gated.safetensors", *calibrated, "--out", out, *keep) == 0
+    plan = vtp.load(out).plan
+    assert plan.protect == ("attn", "blocks.0")
+    assert plan.rate >= 0.2
+    whole = [name for name in plan.widths if "attn" in name or "blocks.0." in name]
+    assert all(len(plan.kept[name]) == plan.widths[name] for name in whole)
+
+
+def test_what_cannot_be_kept_is_refused(files, tmp_path, refused):
+    known = ["prune", files / "gated.safetensors", "--out", tmp_path / "small.safetensors", "--keep", "attn"]
+    refused(
+        r"rate: 0\.9 cannot be met: .* remain when everything but min_keep and protected",
+        *known,
+        "--rate",
+        0.9,
+    )
+    refused(r"--keep\): got 'head'", *known, "head")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_ones_own_is_evaluated_and_cut(files, tmp_path, refused, capsys):
+    name, file, out = "deit_tiny_patch16_224", tmp_path / "best.pth.tar", tmp_path / "small.safetensors"
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=2, in_chans=1, img_size=32)
+    torch.save({"epoch": 1, "state_dict": model.state_dict()}, file)
+    known = ["--data", files / "images"]
+    assert run("eval", "--model", name, "--checkpoint", file, *known) == 0
+    assert str(vtp.count(model)) in capsys.readouterr().out
+    cut = ["--calibrate", files / "images", "--images", 4, "--no-eval", "--macs", 0.8 * vtp.count(model).macs]
+    assert run("prune", name, "--checkpoint", file, *cut, "--out", out) == 0
+    small = vtp.load(out)
+    assert (small.num_classes, vtp.count(small).macs <= 0.8 * vtp.count(model).macs) == (2, True)
+    capsys.readouterr()
+    refused(f"give the name of its timm model, and --checkpoint {file}", "eval", "--model", file, *known)
+    refused("no weights 'nonsense'", "eval", "--model", f"{name}.nonsense", *known)
+    refused("expected the name of its timm model alone", "eval", "--checkpoint", file, *known)
+
+
+def test_prune_refuses_options_without_effect(files, tmp_path, refused):
     out = ["--out", tmp_path / "small.safetensors"]
-    known = ["--calibrate", files / "images", *out]
-    refused("is cut already", "prune", files / "compact.safetensors", *known)
     for option in (["--images", 5], ["--no-eval"], ["--key-width", 2], ["--statistics", "x"]):
         refused(
             f"{option[0]}: without effect without --calibrate",

@@ -278,8 +278,8 @@ def _protected_sites(architecture: Architecture, parts: tuple[str, ...]) -> froz
         matching = [name for name in names if isinstance(part, str) and part and f".{part}." in f".{name}."]
         if not matching:
             raise PlanError(
-                f"protect: got {part!r}, expected a part of the name of a site, such as 'attn', 'mlp.fc2', "
-                f"'blocks.0' or {names[-1]!r}; everything outside these is never cut"
+                f"protect (--keep): got {part!r}, expected a part of the name of a site, such as 'attn', "
+                f"'mlp.fc2', 'blocks.0' or {names[-1]!r}; everything outside these is never cut"
             )
         found.update(matching)
     return frozenset(found)
