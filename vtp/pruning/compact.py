@@ -6,7 +6,11 @@ folded into the weights; a head without values goes with its query and key; a br
 longer depends on its input is replaced by the constant that it computes.
 
 On a GPU the modules run on the ops of `vtp_kernels`, forward and backward, which take odd widths at full
-speed; anywhere else, and in an exported program, on PyTorch's own operators.
+speed; anywhere else, and in an exported or traced program, on PyTorch's own operators.
+
+Blocks, attention and feed-forward are subclasses of timm's, with its attributes, so that what looks for those
+finds them: hooks, adapters, attention maps (`fused_attn = False`). What puts a forward of its own in their
+place (token merging swaps classes) fails at its first reshape, as heads are not of one width any more.
 """
 
 import contextlib
@@ -15,10 +19,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm, LayerScale, get_act_layer
+from timm.layers import DropPath, LayerNorm, LayerScale, get_act_layer, use_fused_attn
 from timm.layers.drop import calculate_drop_path_rates
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
 from torch import Tensor, nn
 
 from vtp.model.architecture import Architecture, describe
@@ -52,7 +56,9 @@ def plain_operators() -> Iterator[None]:
 
 
 def _on_kernels(x: Tensor) -> bool:
-    """Whether x is to go through the ops of `vtp_kernels`; an exported program must run without them."""
+    """Whether x is to go through the ops of `vtp_kernels`; exported and traced programs run without them."""
+    if isinstance(x, torch.fx.Proxy):
+        return False
     return x.is_cuda and not _plain_operators and not torch.compiler.is_exporting()
 
 
@@ -96,7 +102,7 @@ class LayerNormGather(nn.Module):
         return f"dim={self.dim}, kept={len(self.weight)}, eps={self.eps}"
 
 
-class CompactAttention(nn.Module):
+class CompactAttention(Attention):
     """Self-attention whose heads have key widths, which are those of their queries too, and value widths.
 
     qkv puts out the queries of all heads, their keys, then their values: [..., 2 * sum(key_widths) +
@@ -106,6 +112,7 @@ class CompactAttention(nn.Module):
     Attributes:
         key_widths, value_widths: one entry for each head that is left.
         head_dim: the width of a head of the dense model.
+        fused_attn: as timm's: whether attention may be one operator; else the weights go through `attn_drop`.
     """
 
     def __init__(
@@ -115,12 +122,14 @@ class CompactAttention(nn.Module):
         key_widths: tuple[int, ...],
         value_widths: tuple[int, ...],
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # what timm's makes has other widths
         self.num_heads = len(value_widths)
         self.head_dim = architecture.head_dim
         self.key_widths = key_widths
         self.value_widths = value_widths
+        self.attn_dim = sum(value_widths)
         self.scale = self.head_dim**-0.5
+        self.fused_attn = use_fused_attn()
         if len(key_widths) != self.num_heads:
             raise ValueError(f"key_widths: got {key_widths}, expected one for each of {self.num_heads} heads")
         if architecture.qk_norm and set(key_widths) != {self.head_dim}:
@@ -134,6 +143,7 @@ class CompactAttention(nn.Module):
         self.q_norm = LayerNorm(self.head_dim, eps=architecture.norm_eps) if norm else nn.Identity()
         self.k_norm = LayerNorm(self.head_dim, eps=architecture.norm_eps) if norm else nn.Identity()
         self.attn_drop = nn.Dropout(architecture.attn_drop_rate)
+        self.norm, self.gate = nn.Identity(), None
         self.proj = nn.Linear(sum(value_widths), architecture.embed_dim, bias=architecture.proj_bias)
         self.proj_drop = nn.Dropout(architecture.proj_drop_rate)
 
@@ -150,7 +160,8 @@ class CompactAttention(nn.Module):
         """
         dropout = self.attn_drop.p if self.training else 0.0
         widest = max(*self.key_widths, *self.value_widths)
-        fused = on_kernels and attn_mask is None and not is_causal and not dropout and widest <= _WIDEST_HEAD
+        fused = on_kernels and self.fused_attn and attn_mask is None and not is_causal and not dropout
+        fused = fused and widest <= _WIDEST_HEAD
         if fused and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
             return ragged_attention(qkv, self.key_widths, self.value_widths, self.scale)
         if len(set(self.key_widths)) > 1:
@@ -162,7 +173,7 @@ class CompactAttention(nn.Module):
         if fused:
             qkv = torch.cat([*(t.transpose(1, 2).flatten(2) for t in (query, key)), value], dim=-1)
             return ragged_attention(qkv, self.key_widths, self.value_widths, self.scale)
-        if len(set(self.value_widths)) == 1:
+        if self.fused_attn and len(set(self.value_widths)) == 1:
             value = value.unflatten(-1, (self.num_heads, self.value_widths[0])).transpose(1, 2)
             out = F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout, is_causal=is_causal, scale=self.scale
@@ -170,24 +181,31 @@ class CompactAttention(nn.Module):
             return out.transpose(1, 2).flatten(2)
         scores = (query * self.scale) @ key.transpose(-2, -1)
         scores = self.attn_drop(_mask(scores, attn_mask, is_causal).softmax(dim=-1))
-        values = value.split(self.value_widths, dim=-1)
-        return torch.cat([scores[:, head] @ values[head] for head in range(self.num_heads)], dim=-1)
+        heads = enumerate(_split(value, self.value_widths))
+        return torch.cat([scores[:, head] @ value for head, value in heads], dim=-1)
 
     def _attend_head_by_head(self, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """The same for heads of unequal key widths, whose scores are no one product."""
         queries, keys, values = qkv.split(
             [sum(self.key_widths), sum(self.key_widths), sum(self.value_widths)], dim=-1
         )
-        pairs = zip(queries.split(self.key_widths, -1), keys.split(self.key_widths, -1), strict=True)
+        pairs = zip(_split(queries, self.key_widths), _split(keys, self.key_widths), strict=True)
         scores = torch.stack([(query * self.scale) @ key.transpose(-2, -1) for query, key in pairs], dim=1)
         scores = self.attn_drop(_mask(scores, attn_mask, is_causal).softmax(dim=-1))
-        heads = enumerate(values.split(self.value_widths, -1))
+        heads = enumerate(_split(values, self.value_widths))
         return torch.cat([scores[:, head] @ value for head, value in heads], dim=-1)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, key_widths={self.key_widths}, value_widths={self.value_widths}"
 
 
+def _split(x: Tensor, widths: tuple[int, ...]) -> list[Tensor]:
+    """The columns of each head; a list by index, as a traced value cannot be iterated over."""
+    parts = x.split(widths, dim=-1)
+    return [parts[head] for head in range(len(widths))]
+
+
+@torch.fx.wrap  # a traced program decides about masks when it runs
 def _mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     if is_causal:
         tokens = scores.shape[-1]
@@ -199,14 +217,15 @@ def _mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     return scores + attn_mask
 
 
-class CompactMlp(nn.Module):
+class CompactMlp(Mlp):
     """fc1, activation, fc2 with `hidden` kept hidden dimensions: x [..., fc1_inputs] to [..., embed_dim]."""
 
     def __init__(self, architecture: Architecture, fc1_inputs: int, hidden: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # what timm's makes has other widths
         self.fc1 = nn.Linear(fc1_inputs, hidden, bias=architecture.proj_bias)
         self.act = _activation(architecture)
         self.drop1 = nn.Dropout(architecture.proj_drop_rate)
+        self.norm = nn.Identity()
         self.fc2 = nn.Linear(hidden, architecture.embed_dim, bias=architecture.proj_bias)
         self.drop2 = nn.Dropout(architecture.proj_drop_rate)
 
@@ -231,11 +250,11 @@ class ConstantBranch(nn.Module):
         return self.bias.expand_as(x)
 
 
-class CompactBlock(nn.Module):
+class CompactBlock(Block):
     """A pre-norm transformer block with the widths that a plan keeps."""
 
     def __init__(self, plan: PruningPlan, block: int, drop_path: float) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # what timm's makes has other widths
         architecture = plan.architecture
         width, eps = architecture.embed_dim, architecture.norm_eps
         qkv, _, fc1, fc2 = (len(plan.kept[name]) for name in _site_names(block))

@@ -67,6 +67,7 @@ class PackedAttention(nn.Module):
         self.qkv = _behind_norm(norm, attn.qkv, dtype)
         # Of the attention itself only what is between its linear layers is wanted.
         self.heads = copy.deepcopy(attn, {id(attn.qkv): nn.Identity(), id(attn.proj): nn.Identity()})
+        self.heads.fused_attn = True
         self.proj = _before_scale(attn.proj, scale, dtype)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
