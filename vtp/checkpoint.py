@@ -202,14 +202,18 @@ def _refuse_changed_modules(model: nn.Module, rebuilt: nn.Module) -> None:
             for name, module in either.named_modules()
             if not any(module.children()) and not isinstance(module, _TRAINING_ONLY)
         }
-        | {name: f"shape {tuple(tensor.shape)}" for name, tensor in either.state_dict().items()}
+        | {
+            name: f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            for name, value in either.state_dict().items()
+        }
         for either in (model, rebuilt)
     )
     odd = sorted({name for name, _ in got.items() ^ expected.items()})
     if odd:
         raise UnsupportedModelError(
             f"model: {odd[0]} is {got.get(odd[0], 'missing')}, expected {expected.get(odd[0], 'none')}; "
-            f"a file could not bring back {', '.join(odd[:4])}"
+            f"a file could not bring back {', '.join(odd[:4])}. Save the model before layers of it are "
+            "quantized, or once adapters are merged; what vtp.load reads can be quantized again"
         )
 
 

@@ -902,6 +902,19 @@ def test_profiled_widths_give_a_plan_for_a_latency(files, tmp_path, monkeypatch,
         torch.set_num_threads(threads)
 
 
+def test_bench_takes_a_model_with_narrow_queries_and_keys(files, tmp_path, monkeypatch, capsys):
+    chosen = [runtime for runtime in own_model.RUNTIMES if runtime.name in ("ours", "PyTorch eager")]
+    monkeypatch.setattr(own_model, "RUNTIMES", chosen)
+    monkeypatch.setattr(own_model, "PAID", 1e9)
+    model = vtp.load(files / "gated.safetensors")
+    small = vtp.compact(model, vtp.make_plan(model, rate=0.2, key_width=2), images=torch.randn(8, 1, 8, 8))
+    vtp.save(small, tmp_path / "narrow.safetensors")
+    assert bench(tmp_path / "narrow.safetensors") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^ours, float32: .* the speed of the dense model", printed, re.MULTILINE)
+    assert "keys 2" in " ".join(printed.split())
+
+
 def test_bench_names_the_branches_where_time_is_lost(files, monkeypatch, capsys):
     monkeypatch.setattr(
         own_model, "RUNTIMES", [p for p in own_model.RUNTIMES if p.name in ("ours", "PyTorch eager")]

@@ -196,6 +196,8 @@ def attribution_table(small: CompactViT, record: Record, rows: int = 5) -> Rows:
         runtime, part = record["runtimes"][name], getattr(small.blocks[int(index)], branch)
         if branch == "attn":
             widths = f"{part.qkv.in_features} into qkv, values {' '.join(map(str, part.value_widths))}"
+            if set(part.key_widths) != {part.head_dim}:
+                widths += f", keys {' '.join(map(str, part.key_widths))}"
         else:
             widths = f"{part.fc1.in_features} into fc1, {part.fc1.out_features} hidden"
         took = 1e3 * statistics.median(runtime["seconds"])

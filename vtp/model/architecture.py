@@ -254,12 +254,15 @@ def _refuse_other_classes(model: nn.Module) -> None:
     cls = type(model)
     if cls in (VisionTransformer, VisionTransformerDistilled):
         return
-    name = f"{cls.__module__}.{cls.__qualname__}"
+    name = class_name(model)
     expected = (
         "timm's VisionTransformer or VisionTransformerDistilled (DeiT, DeiT-III, ViT, DINOv2 and their kin)"
     )
     if not isinstance(model, VisionTransformer):
-        raise UnsupportedModelError(f"model: got {name}, expected {expected}{wrapped_hint(model)}")
+        hint = wrapped_hint(model)
+        if name.startswith("vtp."):
+            hint = "; it is packed for inference: take the compact model that it was made from"
+        raise UnsupportedModelError(f"model: got {name}, expected {expected}{hint}")
     if hasattr(model, "plan"):
         raise UnsupportedModelError(
             f"model: got {name}, which is cut already, expected a dense model; vtp.expand(model) is one that "
@@ -286,6 +289,11 @@ _OWNERS = (
 def _methods(cls: type) -> list[str]:
     """What a class defines itself that can change what a model computes."""
     return [name for name, value in vars(cls).items() if callable(value) and not name.startswith("__")]
+
+
+def class_name(module: nn.Module) -> str:
+    """The class of a module with where it comes from: more than one library has a `Linear`."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def wrapped_hint(model: nn.Module) -> str:
@@ -391,7 +399,8 @@ def _refuse_other_parts(model: nn.Module) -> None:
             linear = block.get_submodule(site)
             if type(linear) is not nn.Linear and not hasattr(linear, "gate"):
                 raise UnsupportedModelError(
-                    f"blocks.{i}.{site}: {type(linear).__name__} is not supported, expected nn.Linear"
+                    f"blocks.{i}.{site}: {class_name(linear)} is not supported, expected nn.Linear; gates, "
+                    "statistics and cuts come before quantization and adapters"
                 )
         for name in ("norm1", "norm2"):
             norm = getattr(block, name)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vtp.model.architecture import (
     UnsupportedModelError,
+    class_name,
     describe_surroundings,
     refuse_changed_behaviour,
     wrapped_hint,
@@ -38,8 +39,9 @@ def expand(small: CompactViT) -> VisionTransformer:
             it has a constant that a model without biases cannot put out.
     """
     if not isinstance(small, CompactViT):
-        got = f"{type(small).__module__}.{type(small).__qualname__}"
-        raise UnsupportedModelError(f"model: got {got}, expected a CompactViT{wrapped_hint(small)}")
+        raise UnsupportedModelError(
+            f"model: got {class_name(small)}, expected a CompactViT{wrapped_hint(small)}"
+        )
     refuse_changed_behaviour(small)
     architecture = dataclasses.replace(small.plan.architecture, **describe_surroundings(small))
     dense = architecture.build("meta", weight_init="skip")
@@ -133,5 +135,7 @@ def _refuse_replaced(where: str, owner: nn.Module, names: tuple[str, ...]) -> No
     for name in names:
         layer = getattr(owner, name)
         if type(layer) is not nn.Linear:
-            got = f"{type(layer).__module__}.{type(layer).__qualname__}"
-            raise UnsupportedModelError(f"{where}.{name}: got {got}, expected torch.nn.Linear")
+            raise UnsupportedModelError(
+                f"{where}.{name}: got {class_name(layer)}, expected torch.nn.Linear; merge adapters, and "
+                "expand before you quantize"
+            )

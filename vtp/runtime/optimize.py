@@ -19,13 +19,14 @@ exact GELU, and everything outside the blocks, which is timm's own.
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vtp.machine import return_freed_memory
-from vtp.model.architecture import refuse_changed_behaviour, wrapped_hint
+from vtp.model.architecture import class_name, refuse_changed_behaviour, wrapped_hint
 from vtp.model.images import described
 from vtp.pruning.compact import CompactBlock, CompactViT
 from vtp.runtime import cpu
@@ -145,8 +146,12 @@ def _refuse_changed_blocks(model: CompactViT) -> None:
         for owner in (block.attn, block.mlp):
             for name, layer in owner.named_children():
                 if name in ("qkv", "proj", "fc1", "fc2") and type(layer) is not nn.Linear:
-                    where = f"model.blocks.{i}.{'attn' if owner is block.attn else 'mlp'}.{name}"
-                    raise TypeError(f"{where}: got {type(layer).__name__}, expected nn.Linear")
+                    branch, got = "attn" if owner is block.attn else "mlp", class_name(layer)
+                    raise TypeError(
+                        f"model.blocks.{i}.{branch}.{name}: got {got}, expected torch.nn.Linear; optimize "
+                        "the model before it is quantized (dtype=torch.bfloat16 halves it), and once "
+                        "adapters are merged"
+                    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +189,9 @@ class ImageSpec:
 
 class OptimizedViT(nn.Module):
     """A CompactViT packed for inference: images to logits, no gradients, always in eval mode.
+
+    It has timm's `forward_features`, `forward_head` and `forward_intermediates` where the engine lets it look
+    inside; the C++ engine, which runs whole models in one call, does not, and says so.
 
     Packed tensors are buffers, in the dtype that it computes in. `torch.compile(fullgraph=True)`,
     `torch.export` with a dynamic batch and AOTInductor take it; what they make needs `vtp_kernels` imported
@@ -232,12 +240,52 @@ class OptimizedViT(nn.Module):
             TypeError: the images are no tensor, or integers, or float64 for another model.
             ValueError: their shape or device is not the model's; a mask on the C++ engine.
         """
+        return self._run(self.vit, images, attn_mask, is_causal)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """What goes into the head, [B, N, embed_dim]: timm's `forward_features`, in the model's dtype.
+
+        Raises:
+            ValueError: the C++ engine runs the whole model, and gives logits alone; or as `forward`.
+            TypeError: as `forward`.
+        """
+        return self._run(self._timms("forward_features"), images)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """What `forward_features` gave, [B, N, embed_dim], to logits, or with `pre_logits` to what goes into
+        the last layer. Raises ValueError as `forward_features` does."""
+        return self._timms("forward_head")(features, pre_logits)
+
+    def forward_intermediates(self, images: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        """timm's `forward_intermediates`: what the blocks put out, with its arguments and results.
+
+        Raises:
+            ValueError: the C++ engine runs all blocks in one call; or as `forward`.
+            TypeError: as `forward`.
+        """
+        run = self._timms("forward_intermediates", block_by_block=True)
+        return self._run(run, images, *arguments, **keywords)
+
+    def _run(self, function: Callable[..., Any], images: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        """A function of images, checked and in the model's dtype, without autocast."""
         self._validate(images)
         images = images.detach().to(self.dtype)
         if not autocast_is_on(images.device):
-            return self.vit(images, attn_mask, is_causal)
+            return function(images, *arguments, **keywords)
         with torch.autocast(images.device.type, enabled=False):
-            return self.vit(images, attn_mask, is_causal)
+            return function(images, *arguments, **keywords)
+
+    def _timms(self, method: str, *, block_by_block: bool = False) -> Callable[..., Any]:
+        """A method of timm's, where the engine does not run in one piece what it looks into."""
+        has = hasattr(self.vit, "patch_embed")
+        if block_by_block:
+            has = has and all(isinstance(block, PackedBlock) for block in self.vit.blocks)
+        if not has:
+            raise ValueError(
+                f"{method}: the engine {self.engine} runs the model in one piece; it is a method of the "
+                "compact model, and of what vtp.runtime.optimize.pack_for_ops(model) makes of it"
+            )
+        return getattr(self.vit, method)
 
     def _validate(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):

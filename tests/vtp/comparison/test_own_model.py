@@ -1,13 +1,14 @@
 """vtp.comparison.own_model: branches alone, what is lost in them, and the verdict. No speed is asserted."""
 
 import copy
+import dataclasses
 import re
 
 import pytest
 import torch
 
 import vtp
-from tests.support.models import TINY, build, gated
+from tests.support.models import TINY, build, gated, image
 from vtp.comparison import own_model
 from vtp.comparison.comparison import Budget
 from vtp.pruning.compact import ConstantBranch
@@ -15,9 +16,14 @@ from vtp.pruning.compact import ConstantBranch
 QUICK = Budget(rounds=2, seconds=1.0, warm_up_seconds=0.01)
 
 
-@pytest.fixture(scope="module")
-def small() -> vtp.CompactViT:
-    return vtp.compact(gated(build(TINY, dtype=torch.float32)), plan()).eval()
+@pytest.fixture(scope="module", params=["dense keys", "narrow keys"])
+def small(request) -> vtp.CompactViT:
+    """A compact model; also one whose queries and keys are narrower than the dense model's."""
+    model = gated(build(TINY, dtype=torch.float32))
+    if request.param == "dense keys":
+        return vtp.compact(model, plan()).eval()
+    narrow = dataclasses.replace(plan(), keys={"blocks.0.attn": (3, 1, 4), "blocks.1.attn": (2, 2, 2)})
+    return vtp.compact(model, narrow, images=image(model, batch=8)).eval()
 
 
 def plan() -> vtp.PruningPlan:
@@ -104,3 +110,5 @@ def test_every_branch_is_timed_and_the_worst_is_named_with_its_widths(small):
         shown["blocks.0.mlp"]["widths kept"]
         == f"{part.fc1.in_features} into fc1, {part.fc1.out_features} hidden"
     )
+    narrow = small.blocks[1].attn.key_widths != (4, 4, 4)
+    assert (", keys 2 2 2" in shown["blocks.1.attn"]["widths kept"]) == narrow
