@@ -120,7 +120,8 @@ def load_weights(model: VisionTransformer, state: dict[str, Tensor], name: str, 
     """Give a model the tensors of a checkpoint, all of them and nothing else.
 
     Args:
-        model: of the arguments that `model_arguments` found.
+        model: of the arguments that `model_arguments` found, without storage; afterwards it is on the CPU, in
+            float32.
         state: from `read_weights`; names of earlier timm and of the authors' code are timm's afterwards.
         name, path: of both, for messages.
 
@@ -146,12 +147,9 @@ def load_weights(model: VisionTransformer, state: dict[str, Tensor], name: str, 
             for names, what in ((missing, "missing"), (extra, "left over"))
             if names
         ]
-        hint = ""
-        if any("encoder.layer." in n or "attention.query" in n for n in extra):
-            hint = "; these are named as in Hugging Face's transformers, expected timm's names"
         raise FileError(
             f"checkpoint: of the tensors of {name}, those in {path} have {' and '.join(parts)}; is it of "
-            f"another model?{hint}"
+            f"another model?{_foreign_names(extra)}"
         )
     for tensor_name, tensor in state.items():
         if tensor.shape != own[tensor_name].shape or not tensor.is_floating_point():
@@ -159,4 +157,20 @@ def load_weights(model: VisionTransformer, state: dict[str, Tensor], name: str, 
                 f"checkpoint: {tensor_name} of {path} is {tensor.dtype} {tuple(tensor.shape)}, expected "
                 f"floating point {tuple(own[tensor_name].shape)} for {name}"
             )
-    model.load_state_dict(state)
+    own_memory = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in state.items()}
+    model.load_state_dict(own_memory, assign=True)
+
+
+def _foreign_names(names: list[str]) -> str:
+    """What tensors that no timm model has are likely to be, as the end of an error message."""
+    inside = [name for name in names if name.endswith(".patch_embed.proj.weight")]
+    if inside:
+        prefix = inside[0].removesuffix("patch_embed.proj.weight")
+        return f" Those under {prefix!r} look like its: write them alone, without that prefix"
+    for library, part in (
+        ("Hugging Face's transformers", "encoder.layer."),
+        ("torchvision", "encoder.layers."),
+    ):
+        if any(part in name for name in names):
+            return f" They are named as in {library}, expected timm's names"
+    return ""

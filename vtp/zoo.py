@@ -148,8 +148,8 @@ def _open_timm(name: str, *, pretrained: bool, checkpoint: str | Path | None) ->
         describe(empty)
     if state is None:
         return _create(own, pretrained=pretrained)
-    arguments = model_arguments(state, empty)
-    model = _create(own, **arguments)
+    with torch.device("meta"):
+        model = _create(own, **model_arguments(state, empty))
     load_weights(model, state, name, str(checkpoint))
     return model
 

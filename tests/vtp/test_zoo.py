@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import warnings
 
 import pytest
 import timm
@@ -74,12 +75,21 @@ def test_plain_safetensors_are_known_by_what_is_in_them(state, tmp_path, name):
     assert torch.equal(model.head.weight, state["head.weight"])
 
 
+@pytest.mark.thorough  # of no small model
 def test_the_old_format_of_torch_save_and_of_deit_3_are_read(tmp_path):
     model = made("deit3_small_patch16_224", num_classes=3)
     old = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): tensor
            for name, tensor in model.state_dict().items()}  # fmt: skip
     torch.save({"model": old}, tmp_path / "deit3.pth", _use_new_zipfile_serialization=False)
     got = open_model("deit3_small_patch16_224", checkpoint=tmp_path / "deit3.pth").state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.thorough  # of no small model
+def test_dinov2s_own_checkpoint_is_read(tmp_path):
+    model = made("vit_small_patch14_dinov2")
+    torch.save({**model.state_dict(), "mask_token": torch.zeros(1, 384)}, tmp_path / "dinov2.pth")
+    got = open_model("vit_small_patch14_dinov2", checkpoint=tmp_path / "dinov2.pth").state_dict()
     assert all(torch.equal(got[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -105,6 +115,7 @@ def test_a_pickle_is_never_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "b.pkl").write_bytes(pickle.dumps({"model": Executed()}))
     torch.save({"model": Executed()}, "a.pth")
+    warnings.simplefilter("ignore")  # of PyTorch's, about the protocol of the second
     for name in ("a.pth", "b.pkl"):
         for call in (lambda n=name: open_model(DEIT, checkpoint=n), lambda n=name: open_model(n)):
             with pytest.raises(vtp.FileError):
@@ -127,8 +138,17 @@ def test_a_checkpoint_of_another_model_is_refused_with_what_differs(state, tmp_p
         "transformers": (
             {f"encoder.layer.{i}.attention.query.weight": torch.zeros(2) for i in range(2)}
             | {"pooler.bias": torch.zeros(2)},
-            "Hugging Face's transformers",
+            "named as in Hugging Face's transformers",
         ),
+        "torchvision": (
+            {"class_token": torch.zeros(2), "encoder.layers.encoder_layer_0.ln_1.weight": torch.zeros(2)},
+            "named as in torchvision",
+        ),
+        "inside": (
+            {**{f"backbone.{n}": t for n, t in state.items()}, "projector.weight": torch.zeros(2)},
+            r"Those under 'backbone\.' look like its",
+        ),
+        "one more token": ({**state, "pos_embed": torch.zeros(1, 18, 192)}, r"pos_embed .*\(1, 18, 192\)"),
     }
     for kind, (content, message) in cases.items():
         torch.save(content, tmp_path / "checkpoint.pth")

@@ -303,6 +303,8 @@ def wrapped_hint(model: nn.Module) -> str:
         return "; it is what torch.compile made: pass the model inside it, model._orig_mod"
     if children == ["module"]:
         return "; it wraps another model: pass that, model.module"
+    if hasattr(model, "merge_and_unload"):
+        return "; it has adapters: pass what model.merge_and_unload() returns"
     return ""
 
 

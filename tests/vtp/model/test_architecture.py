@@ -15,6 +15,17 @@ from tests.support.models import TINY, build, gated, image
 from vtp.model.architecture import UnsupportedModelError
 
 
+class Adapted(nn.Module):
+    """As PEFT wraps a model that it has put adapters into."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+
+    def merge_and_unload(self):
+        return self.base_model
+
+
 class Doubled(nn.Module):
     def forward(self, x):
         return 2 * x
@@ -208,9 +219,10 @@ def test_the_conversion_that_is_told_works(cls, kwargs):
     [
         (lambda model: torch.compile(model), r"OptimizedModule.*torch\.compile.*model\._orig_mod"),
         (lambda model: nn.DataParallel(model), r"DataParallel.*model\.module"),
+        (lambda model: Adapted(model), r"Adapted.*model\.merge_and_unload\(\)"),
         (lambda model: nn.Sequential(model), r"Sequential, expected timm's VisionTransformer"),
     ],
-    ids=["compiled", "data-parallel", "sequential"],
+    ids=["compiled", "data-parallel", "adapted", "sequential"],
 )
 def test_a_wrapper_is_told_what_to_pass_instead(wrap, message, tmp_path):
     model = gated(build())
