@@ -113,6 +113,13 @@ def test_a_budget_that_is_met_already_brings_back_the_compact_model():
         assert relative_error(same(image(small)), small(image(small))) < EXACT
 
 
+def test_min_keep_brings_nothing_back():
+    small = cut()
+    again = vtp.insert_gates(vtp.expand(small))
+    plan = vtp.make_plan(again, macs=vtp.count(small).macs, min_keep=0.9)
+    assert vtp.count(vtp.compact(again, plan)) == vtp.count(small)
+
+
 def test_training_with_gates_revives_nothing():
     small = cut().float()
     cut.cache_clear()
