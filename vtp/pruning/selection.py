@@ -247,6 +247,8 @@ def _ranked(
     if list(layers) != list(architecture.site_widths()):
         missing = sorted(architecture.site_widths().keys() - layers.keys())
         raise PlanError(f"gated: no gates at {missing[:4]}; vtp.insert_gates puts them at every site")
+    if not isinstance(protect, Iterable):
+        raise PlanError(f"protect (--keep): got {protect!r}, expected names of parts")
     parts = (protect,) if isinstance(protect, str) else tuple(protect)
     protected = _protected_sites(architecture, parts)
     absent = removed_before(gated)

@@ -107,6 +107,11 @@ def test_a_part_that_is_no_site_is_refused_by_name(model, part):
         vtp.make_plan(model, rate=0.2, protect=[part])
 
 
+def test_what_is_no_list_of_parts_is_refused_by_name(model):
+    with pytest.raises(PlanError, match=r"protect \(--keep\): got 3, expected names of parts"):
+        vtp.make_plan(model, rate=0.2, protect=3)
+
+
 def test_pareto_protects_too(model, calibrated):
     for point in vtp.pareto(model, calibrated, points=4, protect="mlp"):
         assert all(is_whole(point.plan, name) for name in point.plan.widths if ".mlp." in name)
