@@ -728,7 +728,6 @@ def test_run_refuses_what_cannot_be_before_it_makes_the_run_folder(tmp_path, ref
 
 def test_train_and_finetune_refuse_the_wrong_kind_of_model(files, tmp_path, refused):
     data = ["--data", files / "images", "--out", tmp_path / "run"]
-    refused("CompactViT", "train", "sparse", "--model", files / "compact.safetensors", *data)
     refused("no compact model", "finetune", files / "dense.safetensors", *data)
     refused("no compact model", "finetune", files / "gated.safetensors", *data)
     refused("no file", "finetune", tmp_path / "none.safetensors", *data)
