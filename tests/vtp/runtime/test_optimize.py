@@ -360,7 +360,7 @@ REFUSED = {
         lambda: timm.create_model("resnet18"), r"model: got ResNet, expected a CompactViT",
     ),
     "packed": (lambda: vtp.optimize(compact_model("tiny")), r"model: got OptimizedViT"),
-    "adapter": (wrapped_linear, r"model\.blocks\.1\.mlp\.fc1: got torch\..*Sequential, expected torch\.nn\.Linear"),
+    "adapter": (wrapped_linear, r"blocks\.1\.mlp\.fc1: got torch\..*Sequential, expected torch\.nn\.Linear"),
     "block": (other_block, r"model\.blocks\.1: got Identity, expected CompactBlock"),
 }  # fmt: skip
 
