@@ -40,9 +40,11 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The tables of docs/accuracy.md: three seeds, about half an hour on two cores; continues where it stopped.
-accuracy: $(VENV)/installed
-	$(BIN)/python -m bench.accuracy --out runs/accuracy
+# The table of docs/accuracy.md: three seeds, an hour and a half on two cores; continues where it stopped.
+accuracy: $(VENV)/installed $(VENV)/built
+	mkdir -p runs
+	$(BIN)/python -m bench.accuracy --out runs/accuracy.json
+	$(BIN)/python -m bench.accuracy --out runs/accuracy.json --markdown
 
 # The comparisons that the README's claims about speed rest on, beside every runtime that can be installed; half an
 # hour on two cores; continues where it stopped. Writes $(BENCH); what docs/ shows of it is in bench/results.
