@@ -172,6 +172,7 @@ def _train_stage(
     settings: TrainConfig = getattr(recipe, stage)
     if teacher is not None:
         _refuse_other_classes(teacher, model)
+        _console.print(f"teacher {options.teacher}: {_images_and_classes(teacher)}")
     if teacher is not None and not settings.distill_alpha:
         raise ValueError(
             f"--teacher: it has no effect as {stage}.distill_alpha is 0; add --set {stage}.distill_alpha=0.5"
@@ -304,6 +305,8 @@ def _predict(options: argparse.Namespace) -> None:
     for path, image in zip(options.images, images, strict=True):
         with torch.inference_mode():
             probabilities = model(pipeline.batch([pipeline.pixels(image)]))[0].float().softmax(dim=0)
+        if not probabilities.isfinite().all():
+            raise ValueError(f"file: {options.file} gives NaN or infinite outputs, expected finite ones")
         _console.print(f"{path}:")
         best = probabilities.topk(min(5, len(probabilities)))
         for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):

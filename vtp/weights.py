@@ -134,7 +134,9 @@ def load_weights(model: VisionTransformer, state: dict[str, Tensor], name: str, 
     if native and given is not None and "pos_embed" in own and given.shape != own["pos_embed"].shape:
         raise FileError(
             f"checkpoint: pos_embed of {path} has shape {tuple(given.shape)}, that of {name} "
-            f"{tuple(own['pos_embed'].shape)}, for images of {tuple(model.patch_embed.img_size)}"
+            f"{tuple(own['pos_embed'].shape)}, for images of {tuple(model.patch_embed.img_size)}; a model of "
+            "another width or depth than its name says is opened by local-dir:FOLDER, whose config.json has "
+            "them in model_args"
         )
     try:
         state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)

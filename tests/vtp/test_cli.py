@@ -585,6 +585,22 @@ def test_eval_reports_accuracy_and_cost(files, capsys):
     assert found[2] == str(vtp.count(vtp.load(files / "compact.safetensors")))
 
 
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_a_model_whose_outputs_are_not_numbers_has_no_accuracy_and_no_predictions(
+    command, pets, tmp_path, capsys
+):
+    broken = vtp.load(pets / "model.safetensors")
+    next(broken.head.parameters()).data[0] = torch.nan
+    vtp.save(broken, tmp_path / "broken.safetensors")
+    given = {
+        "eval": ("eval", "--model", tmp_path / "broken.safetensors", "--data", pets / "images"),
+        "predict": ("predict", tmp_path / "broken.safetensors", pets / "images" / "val" / "cat" / "0.png"),
+    }[command]
+    assert run(*given) in (1, 2)
+    out, err = capsys.readouterr()
+    assert "NaN or infinite outputs" in err and "top-1" not in out and "%" not in out
+
+
 def test_eval_refuses_what_it_cannot_open(files, tmp_path, refused):
     model = files / "dense.safetensors"
     refused("got 'resnet', expected", "eval", "--model", "resnet")

@@ -72,7 +72,7 @@ class TrainingInterrupted(RuntimeError):
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or a weight became NaN or infinite; the message names step and checkpoint."""
+    """The loss, a weight or an output is NaN or infinite; training names step and checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,19 @@ def evaluate(
     among the classes that these have, where they have not all.
 
     Where an image may be of several classes, it counts as right if one of them has the best score.
+
+    Raises:
+        NonFiniteLossError: the model's outputs are NaN or infinite for some of the images.
     """
     loader = test_loader(data, **_loader_arguments(model, data, batch_size, workers))
     device = _device(model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     cast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
     found = _evaluate(model, loader, cast, labels=data.labels_present)
+    if not math.isfinite(found["loss"]):
+        raise NonFiniteLossError(
+            "model: got NaN or infinite outputs on the test images, expected finite ones"
+        )
     return found["top1"], found["loss"]
 
 

@@ -79,6 +79,8 @@ class Teacher(nn.Module):
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"teacher: got {got} for one image, expected logits [1, classes]")
+        if not logits.isfinite().all():
+            raise ValueError("teacher: got logits that are NaN or infinite, expected finite ones")
         if logits.shape[1] != num_classes:
             raise ValueError(f"teacher: classes {logits.shape[1]}, expected the model's {num_classes}")
 
