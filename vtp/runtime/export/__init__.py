@@ -1,5 +1,9 @@
 """Compact and dense models for other runtimes: one file for each target."""
 
+from vtp.runtime.export.checked import ExportError
+from vtp.runtime.export.executorch import export_executorch
 from vtp.runtime.export.onnx import export_onnx, onnx_bytes
+from vtp.runtime.export.openvino import export_openvino
+from vtp.runtime.export.pt2 import export_pt2
 
-__all__ = ["export_onnx", "onnx_bytes"]
+__all__ = ["ExportError", "export_executorch", "export_onnx", "export_openvino", "export_pt2", "onnx_bytes"]
