@@ -208,7 +208,7 @@ class CompactAttention(Attention):
             key = self.k_norm(key.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2)
         parts = zip((query, key, value), widths, strict=True)
         heads = zip(*(part.split(of_heads, dim=-1) for part, of_heads in parts), strict=True)
-        outputs = [F.scaled_dot_product_attention(*head, scale=self.scale) for head in heads]
+        outputs = [F.scaled_dot_product_attention(q, k, v, scale=self.scale) for q, k, v in heads]
         return torch.cat(outputs, dim=-1).squeeze(1)
 
     def extra_repr(self) -> str:

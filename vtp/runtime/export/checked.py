@@ -46,6 +46,7 @@ class Target:
         dtypes: that a file may compute in.
         load: a file to a function of images [B, C, H, W] in the file's dtype, on the CPU, with as many
             threads as PyTorch has.
+        beside: suffixes of further files that belong to one.
     """
 
     runtime: str
@@ -54,13 +55,18 @@ class Target:
     packages: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     load: Callable[[Path], Run]
+    beside: tuple[str, ...] = ()
+
+    def size(self, path: Path) -> int:
+        """Bytes of a file and of those that belong to it."""
+        return sum(path.with_suffix(suffix).stat().st_size for suffix in (path.suffix, *self.beside))
 
     def check_packages(self, packages: tuple[str, ...] | None = None) -> None:
         """Raises ModuleNotFoundError with what to install where one of `packages` (None: all) is missing."""
         names = self.packages if packages is None else packages
         if missing := [name for name in names if find_spec(name) is None]:
             raise ModuleNotFoundError(
-                f"export to {self.runtime} needs {' and '.join(missing)}: pip install 'vtp[{self.extra}]'"
+                f"export for {self.runtime} needs {' and '.join(missing)}: pip install 'vtp[{self.extra}]'"
             )
 
 

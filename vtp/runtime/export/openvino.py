@@ -38,7 +38,9 @@ def compile_openvino(model: Any, *, dtype: str = "float32") -> Any:
     return openvino.Core().compile_model(model, "CPU", config)
 
 
-TARGET = Target("OpenVINO", ".xml", "openvino", ("openvino",), (torch.float32, torch.float16), load)
+TARGET = Target(
+    "OpenVINO", ".xml", "openvino", ("openvino",), (torch.float32, torch.float16), load, beside=(".bin",)
+)
 
 
 def export_openvino(

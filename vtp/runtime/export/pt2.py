@@ -65,6 +65,6 @@ def _write(model: nn.Module, images: Tensor, file: Path) -> None:
 def exported(
     model: nn.Module, images: Tensor, *, most_images: int | None = None
 ) -> torch.export.ExportedProgram:
-    """A model as a graph of PyTorch's operators, for any number of images like those, or up to `most_images`."""
+    """A model as a graph of PyTorch's operators, for any number of such images, or up to `most_images`."""
     batch = torch.export.Dim("batch", min=1, max=most_images)
     return torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
