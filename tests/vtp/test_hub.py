@@ -1,5 +1,6 @@
 """Compact models in folders and on the hub: timm makes the same model again, from safetensors alone."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from timm.models import _hub as timm_hub
 
@@ -100,6 +102,12 @@ def test_a_head_changed_after_the_cut_is_the_heads_that_is_made(tmp_path):
     assert_same(create(tmp_path), model)
 
 
+def test_weights_of_a_half_precision_become_float32(small, tmp_path):
+    half = copy.deepcopy(small).bfloat16()
+    vtp.save_pretrained(half, tmp_path)
+    assert_same(create(tmp_path), half.float())
+
+
 def test_card_and_config_say_what_the_model_is(small, folder):
     card = (folder / "README.md").read_text()
     cost = vtp.count(small)
@@ -138,7 +146,10 @@ class Hub:
         return f"uploaded {repo_id}"
 
     def download(self, repo_id, filename, **_):
-        return str(self.root / repo_id / filename)
+        file = self.root / repo_id / filename
+        if not file.exists():
+            raise LocalEntryNotFoundError(f"no {filename}")
+        return str(file)
 
 
 @pytest.fixture
