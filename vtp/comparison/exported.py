@@ -17,7 +17,8 @@ from vtp.timing import interleaved_latency
 
 def runtime_version(target: Target) -> str:
     """The runtime of a target with its version."""
-    return f"{target.runtime} {package_version(target.packages[-1] if target.packages else 'torch')}"
+    version = package_version(target.packages[-1] if target.packages else "torch")
+    return f"{target.runtime} {version or '(not installed)'}"
 
 
 def beside_dense(
