@@ -404,7 +404,7 @@ def _export(options: argparse.Namespace) -> None:
     )
     refuse_unwritable(out)
     torch.set_num_threads(options.threads)
-    model = open_model(options.file).float()
+    model = open_model(options.file).float().eval()
     if _is_gated(model):
         raise FileError(f"file: {options.file} has gates; cut it first, with `vtp prune`")
     images = _images_to_check(options, model, max(options.batch, 5))

@@ -14,8 +14,10 @@ from timm.models import _hub as timm_hub
 
 import vtp
 from tests.support.models import FAMILIES, build, gated, image
+from vtp.cli import main
 from vtp.hub import ARCHITECTURE, _indices, _runs
 from vtp.model.images import set_image_config
+from vtp.zoo import open_model
 
 SAID = {"mean": (0.1,), "std": (0.2,), "crop_pct": 0.9, "crop_mode": "squash", "interpolation": "bilinear"}
 NAMES = tuple("abcdefghij")
@@ -78,6 +80,14 @@ def test_what_timm_made_is_a_compact_model_in_every_other_way(small, folder, tmp
     assert "**Parent:** deit_tiny_patch16_224.fb_in1k " in card
     assert_same(vtp.load(folder / "model.safetensors"), small)
     torch.testing.assert_close(vtp.optimize(made)(image(small)), small(image(small)))
+    assert_same(open_model(f"local-dir:{folder}").eval(), small)
+
+
+def test_the_command_line_takes_the_folder(small, folder, tmp_path):
+    out = tmp_path / "small.pt2"
+    assert main(["export", f"local-dir:{folder}", "--to", "pt2", "--out", str(out), "--seconds", "0.01"]) == 0
+    x = image(small, batch=3)
+    torch.testing.assert_close(torch.export.load(out).module()(x), small(x))
 
 
 def test_arguments_of_create_model_work_as_for_timms_own(small, folder):
