@@ -106,7 +106,7 @@ def write_checked(
             with torch.autocast("cpu", enabled=False):
                 traced = images[:TRACED].to(dtype)
                 _in_words(target, "convert", lambda: write(converted, traced, file))
-            error = _check(target, file, model, converted, images)
+                error = _check(target, file, model, converted, images)
             # The file by whose name it is opened comes last: it then finds those that it refers to.
             for written in sorted(Path(folder).iterdir(), key=lambda each: each == file):
                 write_atomic(path.parent / written.name, functools.partial(os.replace, written))
