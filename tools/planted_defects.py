@@ -347,6 +347,41 @@ DEFECTS = [
         "the exported model takes two images and no other number",
         "tests/vtp/runtime/test_export.py",
     ),
+    Defect(
+        "vtp/runtime/export/checked.py",
+        "if not (math.isfinite(error) and error <= bound):",
+        "if False:",
+        "a file that computes something else gets its name",
+        "tests/vtp/runtime/test_export.py -k something_else",
+    ),
+    Defect(
+        "vtp/runtime/export/checked.py",
+        "BATCHES = (1, 5)",
+        "BATCHES = (2,)",
+        "a file that takes two images and no other number gets its name",
+        "tests/vtp/runtime/test_export.py -k something_else",
+    ),
+    Defect(
+        "vtp/pruning/compact.py",
+        "F.scaled_dot_product_attention(q, k, v, scale=self.scale)",
+        "F.scaled_dot_product_attention(q, k, v)",
+        "scores of narrow keys are scaled otherwise in an exported program",
+        "tests/vtp/pruning/test_compact.py -k narrow_keys",
+    ),
+    Defect(
+        "vtp/hub.py",
+        'overlay.setdefault("hf_hub_filename", WEIGHTS)',
+        "pass",
+        "pickled weights of a hub are read where there are no others",
+        "tests/vtp/test_hub.py -k pickled",
+    ),
+    Defect(
+        "vtp/hub.py",
+        "checkpoint.check_indices(WEIGHTS, model, state)",
+        "pass",
+        "indices of a file from elsewhere are trusted",
+        "tests/vtp/test_hub.py -k out_of_range",
+    ),
     # -- the rest of vtp
     Defect(
         "vtp/timing.py",

@@ -10,6 +10,7 @@ fast = vtp.optimize(small, dtype=torch.bfloat16)    # packed weights, fused kern
 
 from vtp.checkpoint import load, read_metadata, save
 from vtp.files import FileError
+from vtp.hub import push_to_hub, save_pretrained
 from vtp.model.architecture import Architecture, UnsupportedModelError, describe
 from vtp.model.cost import Cost, count
 from vtp.pruning.calibration import Statistics, calibrate
@@ -52,7 +53,9 @@ __all__ = [
     "optimize",
     "pareto",
     "profile_widths",
+    "push_to_hub",
     "read_metadata",
     "save",
+    "save_pretrained",
     "sites",
 ]

@@ -160,7 +160,7 @@ def _describe(model: nn.Module, metadata: dict[str, Any] | None) -> dict[str, An
         "kind": kind,
         "architecture": dataclasses.asdict(architecture),
         "plan": None if plan is None else plan.to_dict(),
-        "pretrained_cfg": _pretrained_cfg(model),
+        "pretrained_cfg": plain_pretrained_cfg(model),
         "versions": {name: _version(name) for name in ("vtp", "torch", "timm")},
         "user": metadata or {},
     }
@@ -230,15 +230,20 @@ def _check_tensors(path: str | Path, model: nn.Module, tensors: dict[str, Tensor
             )
         if tensor.is_floating_point() != expected[name].is_floating_point():
             raise FileError(f"path: tensor {name} of {path} has dtype {tensor.dtype}, expected another kind")
+    check_indices(path, model, tensors)
+
+
+def check_indices(path: str | Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raises FileError where an index among the tensors of a file is out of range: a kernel that trusts it
+    would read foreign memory."""
     for name, module in model.named_modules():
-        # An index out of range would read foreign memory in a kernel that trusts it.
         if isinstance(module, LayerNormGather) and module.index is not None:
-            index = tensors[f"{name}.index"]
-            if index.dtype != torch.int64 or not ((index >= 0) & (index < module.dim)).all():
+            index = tensors.get(f"{name}.index")
+            if index is None or index.dtype != torch.int64 or not ((index >= 0) & (index < module.dim)).all():
                 raise FileError(f"path: {name}.index of {path} is not within [0, {module.dim})")
 
 
-def _pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+def plain_pretrained_cfg(model: nn.Module) -> dict[str, Any]:
     """The plain values of timm's description; it may also carry weights or objects, which do not belong."""
     return {name: value for name, value in described(model).items() if _is_plain(value)}
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vtp import checkpoint
-from vtp.comparison import own_model
+from vtp.comparison import exported, own_model
 from vtp.comparison.comparison import Budget
 from vtp.comparison.runtimes import DTYPES
 from vtp.comparison.tables import print_table, reasons, runtimes_table
@@ -57,11 +58,13 @@ from vtp.pruning.one_shot import IMAGES, check_budget, check_images, tokens_size
 from vtp.pruning.plan import PruningPlan
 from vtp.pruning.scores import SCOPES, SCORES
 from vtp.pruning.selection import make_plan
+from vtp.runtime.export import TARGETS, ExportError
+from vtp.runtime.export.onnx import OPSET, OPSETS
 from vtp.runtime.latency_profile import profile_widths
 from vtp.training.classes import in_short
 from vtp.training.config import TrainConfig
 from vtp.training.data import EMBEDDED, Data, DataError, open_data
-from vtp.training.loaders import Augment, calibration_count, image_pipeline
+from vtp.training.loaders import Augment, calibration_count, image_pipeline, test_loader
 from vtp.training.loop import (
     NonFiniteLossError,
     TrainingInterrupted,
@@ -387,6 +390,59 @@ def _profile_widths(options: argparse.Namespace) -> None:
     )
 
 
+def _export(options: argparse.Namespace) -> None:
+    target, export = TARGETS[options.to]
+    arguments: dict[str, Any] = {"dtype": getattr(torch, options.dtype)}
+    if options.opset is not None:
+        if options.to != "onnx":
+            raise ValueError(f"--opset: ONNX alone has one, got it with --to {options.to}")
+        arguments["opset"] = options.opset
+    try:
+        target.check_packages()
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--to: {error}") from error
+    named = Path(options.file)
+    out = Path(
+        options.out or (named.with_suffix(target.suffix) if named.is_file() else named.name + target.suffix)
+    )
+    refuse_unwritable(out)
+    torch.set_num_threads(options.threads)
+    model = open_model(options.file).float().eval()
+    if _is_gated(model):
+        raise FileError(f"file: {options.file} has gates; cut it first, with `vtp prune`")
+    images = _images_to_check(options, model, max(options.batch, 5))
+    with _console.status(f"writing {out} and checking it"):
+        error = export(model, out, images=images, **arguments)
+    _console.print(
+        f"wrote {out}: {target.size(out):,} bytes; relative error {error:.1e} against float64, on 1 and on 5 "
+        f"images of {Path(options.data).name}"
+    )
+    if not isinstance(model, CompactViT):
+        return
+    try:
+        with _console.status("timing it beside the dense model"):
+            rows = exported.beside_dense(
+                model, target, out, functools.partial(export, **arguments),
+                images[: options.batch].to(arguments["dtype"]), seconds=options.seconds,
+            )  # fmt: skip
+    except ExportError as failure:
+        _console.print(f"not timed beside the dense model: {failure}")
+        return
+    print_table(_console, f"{exported.runtime_version(target)}, {options.dtype}", rows)
+    _console.print("dense: the model before the cut, with random weights, as the file has no others")
+    _console.print(f"measured on {in_one_line(description(torch.device('cpu')))}")
+
+
+def _images_to_check(options: argparse.Namespace, model: nn.Module, count: int) -> torch.Tensor:
+    """Test images as the model takes them, `count` or as many as there are."""
+    data = open_data(options.data, root=options.data_root, train=False)
+    data = data.for_model(getattr(model, "pretrained_cfg", None))
+    patch = model.patch_embed
+    size, channels = tuple(patch.img_size), patch.proj.in_channels
+    loader = test_loader(data, image_size=size, in_chans=channels, batch_size=count)
+    return next(iter(loader))[0]
+
+
 def _inspect(options: argparse.Namespace) -> None:
     path = Path(options.file)
     if path.suffix == ".json":
@@ -580,6 +636,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_predict(commands)
     _add_bench(commands)
+    _add_export(commands)
     _add_inspect(commands)
     return parser
 
@@ -719,6 +776,32 @@ def _add_bench(commands: Any) -> None:
         "--profile-widths", action="store_true",
         help="instead: measure time against width on this machine, for budgets in milliseconds",
     )  # fmt: skip
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands, "export", _export, "write a model for another runtime, checked by that runtime",
+        "vtp export runs/demo/compact.safetensors --to onnx --out small.onnx",
+    )  # fmt: skip
+    parser.add_argument("file", help=f"a file of ours, {FASHION_DEIT!r} or a timm model name")
+    parser.add_argument("--to", choices=TARGETS, required=True, help="the format")
+    parser.add_argument("--out", help="file to write (default: FILE with the suffix of the format)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
+        help="that it computes in; OpenVINO: that it stores weights in (default float32)",
+    )  # fmt: skip
+    parser.add_argument("--opset", type=int, help=f"of ONNX, {OPSETS[0]} to {OPSETS[-1]} (default {OPSET})")
+    parser.add_argument(
+        "--data", default=EMBEDDED, help=f"to check outputs on, as for `vtp eval` (default {EMBEDDED!r})"
+    )
+    parser.add_argument("--data-root", help=_DATA_ROOT_HELP)
+    parser.add_argument(
+        "--batch", type=positive(int), default=1, help="images in a call that is timed (default 1)"
+    )
+    parser.add_argument("--seconds", type=positive(float), default=8.0, help="of timing (default 8)")
+    parser.add_argument(
+        "--threads", type=thread_count, default=torch.get_num_threads(), help="CPU threads (default: all)"
+    )
 
 
 def _add_inspect(commands: Any) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 LEAST_ROUNDS = 5  # the fewest that have quartiles worth printing
 ENOUGH_ROUNDS = 10  # the fewest that say how much times scatter
@@ -110,12 +110,17 @@ class Latency:
 
 @torch.inference_mode()
 def interleaved_latency(
-    models: Mapping[str, nn.Module], images: Tensor, *, seconds: float = 8.0, min_rounds: int = 15
+    models: Mapping[str, Callable[[Tensor], Tensor]],
+    images: Tensor,
+    *,
+    seconds: float = 8.0,
+    min_rounds: int = 15,
 ) -> dict[str, Latency]:
     """Time a forward pass of each model on `images` [B, C, H, W], in turn, in random order.
 
     Args:
-        models: name to model, all on the device of `images`; the first is the reference of `speedup`.
+        models: name to model or another function, all on the device of `images`; the first is the reference
+            of `speedup`.
         seconds: how long to go on once `min_rounds` are done.
     """
     stopwatches = {name: Stopwatch(partial(model, images), images.device) for name, model in models.items()}

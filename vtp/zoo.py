@@ -13,6 +13,7 @@ from vtp.checkpoint import load
 from vtp.files import FileError
 from vtp.model.architecture import Architecture, describe
 from vtp.model.images import new_head, set_image_config, set_imagenet_names
+from vtp.pruning.compact import CompactViT
 from vtp.weights import load_weights, model_arguments, read_weights
 
 FASHION_DEIT = "fashion-deit"
@@ -43,7 +44,8 @@ def open_model(
 
     Args:
         name: "fashion-deit"; a file that `vtp.save` wrote; or one of timm's names: of its registry, with or
-            without a tag, such a name behind "timm/", "hf-hub:OWNER/NAME" or "local-dir:FOLDER".
+            without a tag, such a name behind "timm/", "hf-hub:OWNER/NAME" or "local-dir:FOLDER", also of what
+            `vtp.save_pretrained` wrote.
         from_scratch: new weights drawn from `seed` instead of released ones.
         num_classes: give the model a new head of so many classes; None keeps its own.
         checkpoint: a file with weights for a model of timm's name, see `vtp.weights`: of DeiT's or timm's
@@ -145,7 +147,8 @@ def _open_timm(name: str, *, pretrained: bool, checkpoint: str | Path | None) ->
         _refuse_without_weights(own)
     with torch.device("meta"):  # refuse what is not supported before its weights are fetched
         empty = _create(own)
-        describe(empty)
+        if state is not None or not isinstance(empty, CompactViT):  # which `vtp.save_pretrained` wrote
+            describe(empty)
     if state is None:
         return _create(own, pretrained=pretrained)
     with torch.device("meta"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compact_accounting, compare, gating_cost, latency_budget, one_shot
+from bench import compact_accounting, compare, exports, gating_cost, latency_budget, one_shot
 from vtp_kernels.proofs import gating_roofline
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -23,6 +23,7 @@ def rows(text: str) -> set[str]:
         ("training-cost", [gating_cost, gating_roofline, compare]),
         ("gpu-proofs", [compact_accounting]),
         ("one-shot", [one_shot]),
+        ("export", [exports]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

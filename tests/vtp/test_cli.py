@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibrati
 from vtp.training.teacher import Teacher
 from vtp.zoo import open_teacher
 
-COMMANDS = ("run", "train", "prune", "finetune", "eval", "predict", "bench", "inspect")
+COMMANDS = ("run", "train", "prune", "finetune", "eval", "predict", "bench", "export", "inspect")
 
 
 @pytest.fixture(scope="module")
@@ -928,6 +929,73 @@ def test_bench_takes_a_model_with_narrow_queries_and_keys(files, tmp_path, monke
     printed = capsys.readouterr().out
     assert re.search(r"^ours, float32: .* the speed of the dense model", printed, re.MULTILINE)
     assert "keys 2" in " ".join(printed.split())
+
+
+def test_export_writes_a_checked_file_and_shows_it_beside_the_dense_one(files, tmp_path, capsys):
+    out = tmp_path / "small.pt2"
+    arguments = ("--to", "pt2", "--out", out, "--seconds", 0.01, "--batch", 3, "--data", files / "images")
+    assert run("export", files / "compact.safetensors", *arguments) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        rf"wrote {out}: [\d,]+ bytes; relative error \d.\de-\d+ against float64, .* of images", printed
+    )
+    assert f"torch.export {version('torch')}, float32" in printed and "ms, batch 3" in printed
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if "MB" in line}
+    assert list(rows) == ["dense", "compact"] and rows["dense"][-1] == "1.00x"
+    assert rows["compact"][2:4] == [f"{out.stat().st_size / 1e6:.2f}", "MB"]
+    small = vtp.load(files / "compact.safetensors")
+    x = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(torch.export.load(out).module()(x), small(x))
+
+
+def test_export_of_a_dense_model_lies_beside_its_file_and_checks_on_the_embedded_data(
+    files, tmp_path, capsys
+):
+    shutil.copy(files / "dense.safetensors", tmp_path / "dense.v2.safetensors")
+    assert run("export", tmp_path / "dense.v2.safetensors", "--to", "pt2", "--dtype", "bfloat16") == 0
+    printed = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'dense.v2.pt2'}: " in printed and "images of fashion-mnist" in printed
+    assert "dense  " not in printed  # nothing to compare with
+    assert torch.export.load(tmp_path / "dense.v2.pt2").module()(
+        torch.zeros(1, 1, 8, 8).bfloat16()
+    ).shape == (1, 2)
+
+
+def test_export_refuses_bad_input_and_leaves_no_file(files, tmp_path, refused, monkeypatch):
+    small, out = files / "compact.safetensors", ("--out", tmp_path / "out")
+    refused(
+        "--opset: ONNX alone has one, got it with --to pt2",
+        "export",
+        small,
+        "--to",
+        "pt2",
+        "--opset",
+        20,
+        *out,
+    )
+    refused(
+        "file: .*gated.safetensors has gates; cut it first",
+        "export",
+        files / "gated.safetensors",
+        "--to",
+        "pt2",
+        *out,
+    )
+    refused("path: cannot write into", "export", small, "--to", "pt2", "--out", tmp_path / "missing" / "out")
+    refused("no such folder|expected", "export", small, "--to", "pt2", "--data", tmp_path / "missing", *out)
+    monkeypatch.setattr("vtp.runtime.export.checked.find_spec", lambda name: None)
+    refused(
+        r"--to: export for OpenVINO needs openvino: pip install 'vtp\[openvino\]'",
+        "export",
+        small,
+        "--to",
+        "openvino",
+        *out,
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr("vtp.runtime.export.pt2.exported", lambda *_: 1 / 0)
+    refused("torch.export cannot convert it", "export", small, "--to", "pt2", *out)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bench_names_the_branches_where_time_is_lost(files, monkeypatch, capsys):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vtp.comparison.runtimes import REPEAT, Run, Runtime, Unsupported, prepare_eager
 from vtp.machine import memory_bytes, peak_bytes
+from vtp.runtime.accuracy import CEILINGS, relative_error
 from vtp.timing import standard_error, synchronize, take_turns, timed
 
 Record = dict[str, Any]
@@ -32,9 +33,6 @@ CPU = torch.device("cpu")
 
 FACTOR = 2.0  # how many times the error of PyTorch's eager mode in the same dtype a runtime may make
 TINY = {"float32": 1e-6, "bfloat16": 1e-3}  # and this much more, where eager is exact by luck
-# Largest relative error (norm of the difference over norm) of any runtime, and the only bound of those that
-# choose the arithmetic inside: a hundred float32 roundings, ten bfloat16 roundings.
-CEILINGS = {"float32": 1e-5, "bfloat16": 5e-2}
 
 SLOW = 8.0  # times ours: a runtime slower than that leaves the rounds,
 SLOW_CALL = 0.1  # seconds, if a call takes longer than this
@@ -98,7 +96,8 @@ class Subject:
         return self._errors[dtype]
 
     def bound(self, runtime: Runtime) -> float:
-        """The largest relative error that `runtime` may make."""
+        """The largest relative error that `runtime` may make: of one that chooses the arithmetic inside the
+        ceiling alone."""
         ceiling = CEILINGS[runtime.dtype]
         if runtime.own_arithmetic:
             return ceiling
@@ -177,16 +176,6 @@ def ready(runtime: Runtime, subject: Subject, seconds: float) -> tuple[Record, R
     if (reason := _wrong((runtime, subject), outputs)) is not None:
         return record | {"status": "failed", "reason": reason}, None
     return record | {"status": "measured"}, run
-
-
-def relative_error(got: Tensor | None, right: Tensor) -> float:
-    """Norm of the difference over the norm of `right`; infinite where `got` is missing or does not fit."""
-    if got is None or got.shape != right.shape:
-        return math.inf
-    difference, size = (got.double() - right.double()).norm().item(), right.double().norm().item()
-    if difference == 0:
-        return 0.0
-    return difference / size if size > 0 else math.inf
 
 
 def _wrong(entry: tuple[Runtime, Subject], outputs: Tensor | None) -> str | None:

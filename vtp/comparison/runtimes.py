@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp.runtime.export.onnx import PACKAGES as ONNX_PACKAGES
-from vtp.runtime.export.onnx import onnx_bytes
+from vtp.runtime.export.onnx import CONVERTER, onnx_bytes, onnx_session
+from vtp.runtime.export.openvino import compile_openvino
 from vtp.runtime.optimize import optimize, pack_for_ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -123,15 +123,7 @@ def own_code(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def prepare_onnx_runtime(source: bytes, images: Tensor) -> Run:
     """ONNX Runtime on the CPU with all graph optimizations, in float32."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # Its threads would go on spinning while the next one is timed: twice as slow beside them.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_free_dimension_override_by_name("batch", len(images))
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    session = onnx_session(source, batch=len(images))
     inputs = {session.get_inputs()[0].name: images.numpy()}
     return lambda: torch.from_numpy(session.run(None, inputs)[0])
 
@@ -140,18 +132,12 @@ def prepare_openvino(source: bytes, images: Tensor, *, dtype: str) -> Run:
     """OpenVINO on the CPU, tuned for latency."""
     import openvino
 
-    hint = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     core = openvino.Core()
     if dtype == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise Unsupported("OpenVINO computes in float32 on this CPU, whatever the hint")
-    config = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": hint,
-    }
     model = core.read_model(source)
     model.reshape(list(images.shape))
-    compiled = core.compile_model(model, "CPU", config)
+    compiled = compile_openvino(model, dtype=dtype)
     request, inputs = compiled.create_infer_request(), [images.numpy()]
     # What it returns is a view of the request's memory: good until the next call, as a user would have it.
     return lambda: torch.from_numpy(request.infer(inputs, share_inputs=True, share_outputs=True)[0])
@@ -170,13 +156,11 @@ def _runtimes() -> list[Runtime]:
         ]
     onnx = {"export": onnx_bytes, "own_arithmetic": True, "devices": ("cpu",)}
     runtimes.append(
-        Runtime(
-            "ONNX Runtime", "float32", prepare_onnx_runtime, packages=(*ONNX_PACKAGES, "onnxruntime"), **onnx
-        )
+        Runtime("ONNX Runtime", "float32", prepare_onnx_runtime, packages=(*CONVERTER, "onnxruntime"), **onnx)
     )
     for dtype in DTYPES:
         run = partial(prepare_openvino, dtype=dtype)
-        runtimes.append(Runtime("OpenVINO", dtype, run, packages=(*ONNX_PACKAGES, "openvino"), **onnx))
+        runtimes.append(Runtime("OpenVINO", dtype, run, packages=(*CONVERTER, "openvino"), **onnx))
     for name, options in COMPILERS.items():
         for dtype in DTYPES:
             runtimes.append(Runtime(name, dtype, partial(prepare_compiled, dtype=dtype, **options)))

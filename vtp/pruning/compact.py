@@ -164,6 +164,9 @@ class CompactAttention(Attention):
         fused = fused and widest <= _WIDEST_HEAD
         if fused and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
             return ragged_attention(qkv, self.key_widths, self.value_widths, self.scale)
+        ragged = len(set(self.key_widths)) > 1 or len(set(self.value_widths)) > 1
+        if ragged and torch.compiler.is_exporting() and attn_mask is None and not is_causal and not dropout:
+            return self._attend_in_one_node_a_head(qkv)
         if len(set(self.key_widths)) > 1:
             return self._attend_head_by_head(qkv, attn_mask, is_causal)
         query_width, key_width = sum(self.key_widths), self.key_widths[0]
@@ -194,6 +197,19 @@ class CompactAttention(Attention):
         scores = self.attn_drop(_mask(scores, attn_mask, is_causal).softmax(dim=-1))
         heads = enumerate(_split(values, self.value_widths))
         return torch.cat([scores[:, head] @ value for head, value in heads], dim=-1)
+
+    def _attend_in_one_node_a_head(self, qkv: Tensor) -> Tensor:
+        """The same for an exported program: other runtimes fuse an attention node, but no softmax over the
+        scores of all heads of which they cannot see what they are multiplied with."""
+        widths = (self.key_widths, self.key_widths, self.value_widths)
+        query, key, value = qkv.unsqueeze(1).split([sum(of_heads) for of_heads in widths], dim=-1)
+        if not isinstance(self.q_norm, nn.Identity):
+            query = self.q_norm(query.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2)
+            key = self.k_norm(key.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2)
+        parts = zip((query, key, value), widths, strict=True)
+        heads = zip(*(part.split(of_heads, dim=-1) for part, of_heads in parts), strict=True)
+        outputs = [F.scaled_dot_product_attention(q, k, v, scale=self.scale) for q, k, v in heads]
+        return torch.cat(outputs, dim=-1).squeeze(1)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, key_widths={self.key_widths}, value_widths={self.value_widths}"
