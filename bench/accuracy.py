@@ -191,14 +191,16 @@ def markdown(results: dict[str, Any]) -> str:
     found: dict[str, list[dict[str, Any]]] = {}
     for key, record in results["records"].items():
         found.setdefault(key.split("/", 1)[1], []).append(record)
+    seeds = max(map(len, found.values()))
 
     def cells(case: str) -> str:
         own = found.get(case)
         if not own:
-            return " | |"
+            return " not measured | not measured |"
         before, after = ([record[name] for record in own] for name in ("top1_before", "top1"))
         spread = f" ± {statistics.stdev(after):.2f}" if len(after) > 1 else ""
-        return f" {statistics.mean(before):.2f} | {statistics.mean(after):.2f}{spread} |"
+        fewer = f" ({len(own)} seeds)" if len(own) < seeds else ""
+        return f" {statistics.mean(before):.2f} | {statistics.mean(after):.2f}{spread}{fewer} |"
 
     sides = " | ".join(f"{share:.0%}: cut | {share:.0%}: trained" for share in SHARES)
     lines = [
@@ -217,8 +219,8 @@ def markdown(results: dict[str, Any]) -> str:
                 lines.append(f"| {name} | {ranking} | {'yes' if fitted else ''} | {seen} |{row} {minutes} |")
     lines += [
         "",
-        f"Dense: {results['dense']['top1']:.2f}. Mean over seeds, ± standard deviation. Minutes: cut and "
-        f"training. {in_one_line(results)}",
+        f"Dense: {results['dense']['top1']:.2f}. Mean of {seeds} seeds ± standard deviation. Minutes: cut "
+        f"and training. {in_one_line(results)}",
     ]
     return "\n".join(lines)
 
