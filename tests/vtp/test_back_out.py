@@ -72,6 +72,18 @@ def test_a_packed_model_gives_the_features_of_the_compact_one(family):
 
 
 @pytest.mark.skipif(cpp_unsupported_reason() is not None, reason="the C++ operators are not built")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cpp_engine_gives_features_where_it_was_asked_for_them(family):
+    small = cut(FAMILIES[family])
+    fast, images = vtp.optimize(small, features=True), image(small)
+    assert fast.engine == vtp.optimize(small).engine
+    features = fast.forward_features(images)
+    assert relative_error(features, small.forward_features(images)) < 1e-5
+    assert relative_error(fast.forward_head(features), small(images)) < 1e-5
+    assert relative_error(fast(images), small(images)) < 1e-5
+
+
+@pytest.mark.skipif(cpp_unsupported_reason() is not None, reason="the C++ operators are not built")
 def test_the_cpp_engine_says_what_it_has_no_features_of():
     small = cut()
     fast = vtp.optimize(small)

@@ -45,8 +45,11 @@ def pack(vit: VisionTransformer, dtype: torch.dtype) -> nn.Module:
     What timm does before and after the blocks stays with timm where it is more than patches, positions, a
     norm and a linear head on the class tokens.
     """
-    if _is_plain(vit):
-        return CpuViT(vit, dtype)
+    return CpuViT(vit, dtype) if _is_plain(vit) else pack_blocks(vit, dtype)
+
+
+def pack_blocks(vit: VisionTransformer, dtype: torch.dtype) -> VisionTransformer:
+    """The same with the blocks alone on the C++ engine, so that what goes in and out of them can be had."""
     vit.blocks = nn.Sequential(CpuBlocks(vit, dtype))
     return vit.to(dtype)
 

@@ -37,12 +37,17 @@ from vtp_kernels.library import autocast_is_on
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def optimize(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedViT":
+def optimize(
+    model: CompactViT, dtype: torch.dtype | None = None, *, features: bool = False
+) -> "OptimizedViT":
     """Pack a CompactViT for inference on its device. The result shares no memory with it.
 
     Args:
         model: what `vtp.compact` or `vtp.load` gave.
         dtype: of weights and activations: float32, bfloat16, float16 or float64; None keeps the model's.
+        features: whether the result is to have `forward_features` and `forward_head` on the CPU's C++ engine
+            too, which otherwise runs the whole model in one call: it then runs the blocks, and what is around
+            them is PyTorch's. Every other engine has them anyway.
 
     Returns:
         The packed model; its `engine` says which of `BACKENDS` runs it, and why no faster one does.
@@ -51,7 +56,9 @@ def optimize(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedV
         TypeError: the model is no CompactViT, a layer of it was replaced, or the dtype is not one of these.
         UnsupportedModelError: it has a replaced method or a forward hook, which the result would not have.
     """
-    return _on_first_of(BACKENDS, model, dtype)
+    blocks_alone = dataclasses.replace(CPP, pack=cpu.pack_blocks)
+    backends = [blocks_alone if features and backend is CPP else backend for backend in BACKENDS]
+    return _on_first_of(backends, model, dtype)
 
 
 def pack_for_ops(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedViT":
@@ -191,7 +198,7 @@ class OptimizedViT(nn.Module):
     """A CompactViT packed for inference: images to logits, no gradients, always in eval mode.
 
     It has timm's `forward_features`, `forward_head` and `forward_intermediates` where the engine lets it look
-    inside; the C++ engine, which runs whole models in one call, does not, and says so.
+    inside; the C++ engine, which runs whole models in one call, has the first two if it was asked for them.
 
     Packed tensors are buffers, in the dtype that it computes in. `torch.compile(fullgraph=True)`,
     `torch.export` with a dynamic batch and AOTInductor take it; what they make needs `vtp_kernels` imported
@@ -246,7 +253,8 @@ class OptimizedViT(nn.Module):
         """What goes into the head, [B, N, embed_dim]: timm's `forward_features`, in the model's dtype.
 
         Raises:
-            ValueError: the C++ engine runs the whole model, and gives logits alone; or as `forward`.
+            ValueError: the C++ engine runs the whole model, as it was packed without `features`; or as
+                `forward`.
             TypeError: as `forward`.
         """
         return self._run(self._timms("forward_features"), images)
@@ -281,8 +289,11 @@ class OptimizedViT(nn.Module):
         if block_by_block:
             has = has and all(isinstance(block, PackedBlock) for block in self.vit.blocks)
         if not has:
+            what, hint = "the model", "of vtp.optimize(model, features=True), "
+            if block_by_block:
+                what, hint = "all blocks", ""
             raise ValueError(
-                f"{method}: the engine {self.engine} runs the model in one piece; it is a method of the "
+                f"{method}: the engine {self.engine} runs {what} in one piece; it is a method {hint}of the "
                 "compact model, and of what vtp.runtime.optimize.pack_for_ops(model) makes of it"
             )
         return getattr(self.vit, method)
