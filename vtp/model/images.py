@@ -30,7 +30,7 @@ def image_config(model: nn.Module) -> dict[str, Any]:
         crop_pct, crop_mode, interpolation. ImageNet's mean and std where `knows_normalisation` is False.
     """
     config = resolve_model_data_config(model)
-    size = _own_input_size(model) or tuple(config["input_size"])
+    size = own_input_size(model) or tuple(config["input_size"])
     if _said(model).get("crop_pct") is None:
         config["crop_pct"] = default_crop_pct(*size[1:])
     mean, std = (for_channels(config[name], size[0]) for name in ("mean", "std"))
@@ -106,7 +106,7 @@ def new_head(model: nn.Module, num_classes: int) -> None:
 def described(model: nn.Module) -> dict[str, Any]:
     """The model's `pretrained_cfg` with the size, channels and number of classes that it has, and without
     names that are of another head."""
-    config, size = dict(_said(model)), _own_input_size(model)
+    config, size = dict(_said(model)), own_input_size(model)
     if size is not None:
         config["input_size"] = size
     if hasattr(model, "num_classes"):
@@ -133,7 +133,7 @@ def _said(model: nn.Module) -> dict[str, Any]:
     return getattr(model, "pretrained_cfg", None) or {}
 
 
-def _own_input_size(model: nn.Module) -> tuple[int, int, int] | None:
+def own_input_size(model: nn.Module) -> tuple[int, int, int] | None:
     """(channels, height, width) as a vision transformer itself has them."""
     embed = getattr(model, "patch_embed", None)
     size = getattr(embed, "img_size", None)

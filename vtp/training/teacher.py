@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtp.model.images import for_channels, image_config, knows_normalisation
+from vtp.model.images import for_channels, image_config, knows_normalisation, own_input_size
 from vtp.training.data import Data
 
 # Of red, green and blue in grey, as Pillow has it.
@@ -50,7 +50,7 @@ class Teacher(nn.Module):
         channels = _channels(model) or shape[0]
         if channels != shape[0] and not {channels, shape[0]} <= {1, 3}:
             raise ValueError(f"teacher: input channels {channels}, expected the model's {shape[0]}")
-        self.size = _size(model) or tuple((said.get("input_size") or shape)[1:])
+        self.size = tuple((own_input_size(model) or said.get("input_size") or shape)[1:])
         self.mode = "bilinear" if expected["interpolation"] == "bilinear" else "bicubic"
         self.grey = channels == 1 < shape[0]
         device = next((parameter.device for parameter in model.parameters()), None)
@@ -109,12 +109,6 @@ def _channels(model: nn.Module) -> int | None:
     convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     first = next(convolutions, None)
     return None if first is None else first.in_channels
-
-
-def _size(model: nn.Module) -> tuple[int, ...] | None:
-    """(height, width) of a model whose position embedding fixes it."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return None if size is None else tuple(size)
 
 
 def distillation_loss(
