@@ -99,7 +99,7 @@ class _Rows(NamedTuple):
 class _Unit(NamedTuple):
     """What a program works on in device code: columns [begin, end) of values, out of those of one head.
 
-    key_begin, key_end: the columns of its query and key among all, None where HEAD.DIM says it.
+    key_begin, key_end: the columns of its query and key among all, unread where HEAD.DIM says it.
     """
 
     head: Any
@@ -129,11 +129,14 @@ def _program(table, B, N, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _key_columns(p_unit, HEAD: tl.constexpr):
-    """Where the query and key of the head of a unit begin and end, if its row of the table has to say it."""
+    """Where the query and key of the head of a unit begin and end, if its row of the table has to say it.
+
+    Else 0, which nobody reads: Triton 3.6 returns no None.
+    """
     if HEAD.DIM is None:
         return tl.load(p_unit + 5), tl.load(p_unit + 6)
     else:
-        return None, None
+        return 0, 0
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from vtp_kernels.launching import Config
 from vtp_kernels.library import TritonSides
 
 NOW = "now"
-BATCHES = (128, 8)
+BATCHES = (128, 8, 1)
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ class Entry:
     candidates: tuple[tuple[dict[str, int], int, int], ...]
 
 
-def _tiles(*sizes: tuple[int, int, int, int, int]) -> tuple:
-    return tuple((dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k), warps, stages) for m, n, k, warps, stages in sizes)
+def _tiles(*sizes: tuple[int, int, int, int, int], **more: int) -> tuple:
+    return tuple(
+        (dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, **more), warps, stages) for m, n, k, warps, stages in sizes
+    )
 
 
 ENTRIES = (
@@ -49,13 +51,13 @@ ENTRIES = (
         _tiles(
             (64, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4),
             (64, 256, 64, 8, 3), (64, 64, 64, 4, 4), (64, 128, 128, 4, 3),
-        ),
+        ) + _tiles((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), BORDER_N=64),
     ),
     Entry(
         "ragged_attention", "ONE_PASS_TILES", (), "base", ("attn",),
         (
             (dict(BLOCK_M=64), 4, 1), (dict(BLOCK_M=64), 4, 3), (dict(BLOCK_M=64), 8, 2),
-            (dict(BLOCK_M=128), 8, 2), (dict(BLOCK_M=32), 4, 2),
+            (dict(BLOCK_M=128), 8, 2), (dict(BLOCK_M=32), 4, 2), (dict(BLOCK_M=32), 2, 2),
         ),
     ),
     Entry(

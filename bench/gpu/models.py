@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RATE = 0.4  # share of dimensions that is removed
 IMAGES = 8  # that differ; a larger batch repeats them
 ROUNDS, ROUNDS_SECONDS = 30, 4.0
+PROFILED_REPLAYS, MOST_KERNELS = 5, 25
 KEPT_SECONDS = ROUNDS_SECONDS + 4  # of a case, for its rounds: preparing ends before
 MODELS = {"DeiT-S": "deit_small_patch16_224", "DeiT-B": "deit_base_patch16_224"}
 
@@ -50,6 +51,7 @@ SIZES = (
     ("DeiT-B", 256), ("DeiT-B", 1), ("DeiT-S", 1), ("DeiT-B", 32), ("DeiT-S", 256), ("DeiT-S", 32),
     ("DeiT-B", 8), ("DeiT-S", 8), ("DeiT-B", 128), ("DeiT-S", 128),
 )  # fmt: skip
+PROFILED_SIZES = SIZES[:2]
 AUTOTUNED_SIZES = (("DeiT-B", 32), ("DeiT-B", 1), ("DeiT-S", 1), ("DeiT-S", 32))
 
 
@@ -88,6 +90,8 @@ def cases(toy: bool) -> list[Case]:
     found = [Case("ceilings", ceilings, 15)]
     for name, batch in SIZES[: 2 if toy else None]:
         found.append(Case(f"{name}, batch {batch}", functools.partial(measure, name, batch, RUNTIMES), 60))
+        if (name, batch) in PROFILED_SIZES:
+            found.append(Case(f"{name}, batch {batch}, profile", functools.partial(profile, name, batch), 20))
     for name, batch in AUTOTUNED_SIZES[: 1 if toy else None]:
         run = functools.partial(measure, name, batch, AUTOTUNED_RUNTIMES)
         found.append(Case(f"{name}, batch {batch}, max-autotune", run, 90))
@@ -200,6 +204,33 @@ def measure(name: str, batch: int, runtimes: tuple[Runtime, ...], context: Conte
             for label, figure in figures.items():
                 record["timed"][label] |= figure
     return record
+
+
+@torch.inference_mode()
+def profile(name: str, batch: int, context: Context) -> Record:
+    """Where the time of our model goes: of each kernel its launches and its seconds in one replay."""
+    subject = variants(name, context.device, context.toy)
+    images = subject.batch(2 if context.toy else batch)
+    call = Captured(prepare(OURS, subject.of(OURS.model)[0], images, context.toy), context.device)
+    call()
+    on_gpu = context.device.type == "cuda"
+    activities = [getattr(torch.profiler.ProfilerActivity, "CUDA" if on_gpu else "CPU")]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(PROFILED_REPLAYS):
+            call()
+        if on_gpu:
+            torch.cuda.synchronize()
+    found = [
+        {
+            "kernel": event.key[:120],
+            "launches": event.count / PROFILED_REPLAYS,
+            "seconds": (event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+            * 1e-6
+            / PROFILED_REPLAYS,
+        }
+        for event in profiler.key_averages()
+    ]
+    return {"kernels": sorted(found, key=lambda kernel: -kernel["seconds"])[:MOST_KERNELS]}
 
 
 def ready(

@@ -80,6 +80,8 @@ def _numerics(name: str, case: Record, peak: Record) -> str:
 def _models(name: str, case: Record, peak: Record) -> str:
     if "flops_per_second" in case:
         return f"{case['flops_per_second'] / 1e12:.0f} TFLOP/s, {case['bytes_per_second'] / 1e12:.2f} TB/s"
+    if "kernels" in case:
+        return _profile(case["kernels"])
     runtimes, batch = case["timed"], case["batch"]
     timed = {label: own for label, own in runtimes.items() if "median_seconds" in own}
     said = [_missing(runtimes)] if len(timed) < len(runtimes) else []
@@ -102,6 +104,12 @@ def _models(name: str, case: Record, peak: Record) -> str:
         share = dense["over_reference"]["median"] / promised
         line += f", {_beside(share, DENSE_OVER_OURS)} of the {promised:.2f} that MACs promise"
     return "; ".join([line, *said])
+
+
+def _profile(kernels: Sequence[Record]) -> str:
+    spent = sum(kernel["seconds"] for kernel in kernels)
+    shares = (f"{kernel['kernel'][:40]} {kernel['seconds'] / spent:.0%}" for kernel in kernels[:6])
+    return f"{spent * 1e6:,.0f} us in kernels: " + ", ".join(shares)
 
 
 def _missing(timed: Mapping[str, Record]) -> str:
