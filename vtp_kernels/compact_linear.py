@@ -5,9 +5,12 @@ any integers, and cost what they keep: the product is made of full tiles and of 
 right border for the last columns and the bottom border for the last rows, and the last inputs in short steps.
 So 461 inputs cost 464, not 512, and 1,411 outputs 1,440, not 1,536.
 
-Numbers: products, bias, GELU and residual are float32; the result is rounded once. Where tiles are too few
-for a GPU the inputs are split among programs; each part is a float32 product of its own, and a second kernel
-adds the parts in order. Saved for backward: x, W and, with GELU, z = x W^T + b in the dtype of x.
+With many rows the product is the vendor's GEMM, on widths padded with zeros to multiples of 8.
+
+Numbers: in the kernel, products, bias, GELU and residual are float32; the result is rounded once. The
+vendor's GEMM rounds what it hands on to GELU and residual, as PyTorch does. Where tiles are too few for a GPU
+the inputs are split among programs; each part is a float32 product of its own, and a second kernel adds the
+parts in order. Saved for backward: x, W and, with GELU, z = x W^T + b in the dtype of x.
 
     dz = dY gelu'(z)    dx = dz W    dW = dz^T x    db = sum_m dz[m]    d residual = dY
 
@@ -33,7 +36,15 @@ from vtp_kernels import _arguments, launching, library
 from vtp_kernels._tiles import grouped_tile, load_tile
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, is_amd, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
-from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, padded_width, with_padded_rows
+from vtp_kernels.rows import (
+    empty_rows,
+    empty_rows_like,
+    in_padded_rows,
+    padded_width,
+    whole_rows,
+    with_padded_rows,
+    zero_padded,
+)
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -325,13 +336,13 @@ _BOTTOM_PART = 0.02
 _FULL_GPU = 132
 _LEAST_INPUTS = 2048
 
-# Rows of x from which a product without GELU or residual is the vendor's. Predicted, not measured: with so
-# many tiles it reaches perhaps 70 % of 990 TFLOP/s in 16 bits on an H100, the kernel above 50 %. With an
-# epilogue the vendor's needs passes over the result, at two reads or writes each: with fewer than about 1,150
-# inputs they take longer than it saves, and they add a tenth to the bytes of a compact DeiT-B.
-_VENDOR_ROWS = 4096
+# Rows of x from which a product is the vendor's, with GELU and residual in passes of their own. Measured on
+# an H200 (torch 2.11, Triton 3.6) at the widths of a compact DeiT-B and 25,216 rows: the vendor's takes 96,
+# 37, 83 and 99 us for qkv, proj, fc1 and fc2 if widths are multiples of 8, and 5 times as much if they are
+# not; the kernel 161, 70, 201 and 270, its best tiles of 23 (128 x 256, persistent) 103, 66, 212 and 158.
+_VENDOR_ROWS = 1024
 
-# What `launching.forced_path` can force: such a product in the op's own kernel or in the vendor's GEMM, and
+# What `launching.forced_path` can force: a product in the op's own kernel or in the vendor's GEMM, and
 # inputs in one piece or split, into parts of as few as one block.
 _PRODUCT = choice("compact_linear", "kernel", "vendor")
 _INPUTS = choice("compact_linear", "whole", "split")
@@ -508,14 +519,36 @@ def _launch_db(partial: Tensor, N: int, dtype: torch.dtype) -> Tensor:
     return db
 
 
-def _product(a: Tensor, b: Tensor, shape: torch.Size, bias: Tensor | None = None) -> Tensor:
-    """a @ b + bias by the vendor's GEMM, in padded rows (it leaves the padding as it is)."""
-    out, rows = _empty_rows(shape, a.dtype, a.device)
+def _vendor(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None, save: bool,
+    shape: torch.Size,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The forward pass by the vendor's GEMM, with what follows a product in passes of their own."""
+    out, rows = _empty_rows(shape, x.dtype, x.device)
+    # Results with their padding, which lie in one piece: passes over them load 16 bytes at a time.
+    whole, weight, z = whole_rows(rows), zero_padded(weight, rows=True), x.new_empty(0)
+    _multiply(zero_padded(x), weight.t(), None if bias is None else F.pad(bias, (0, -len(bias) % 8)), whole)
+    if save:
+        z = out
+        out, rows = _empty_rows(shape, x.dtype, x.device)
+        torch.ops.aten.gelu.out(whole, out=whole_rows(rows))
+    elif gelu:
+        torch.ops.aten.gelu_(whole)
+    if residual is None:
+        return out, z
+    if residual.dtype == x.dtype and residual.shape[1] == whole.shape[1]:
+        return torch.add(residual, rows, out=rows).view(shape), z
+    total, total_rows = _empty_rows(shape, residual.dtype, x.device)
+    whole_rows(total_rows)[:, shape[-1] :] = 0
+    torch.add(residual, rows, out=total_rows)
+    return total, z
+
+
+def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
     if bias is None:
-        torch.mm(a, b, out=rows)
+        torch.mm(a, b, out=out)
     else:
-        torch.addmm(bias, a, b, out=rows)
-    return out
+        torch.addmm(bias, a, b, out=out)
 
 
 def _forward_triton(
@@ -527,9 +560,8 @@ def _forward_triton(
     shape = torch.Size((*x.shape[:-1], N))
     x, weight = with_padded_rows(x), with_padded_rows(weight)
     residual = None if residual is None else with_padded_rows(residual)
-    has_epilogue = gelu or save or residual is not None
-    if not has_epilogue and _PRODUCT.takes("vendor", len(x) >= _VENDOR_ROWS):
-        return _product(x, weight.t(), shape, bias), x.new_empty(0)
+    if _PRODUCT.takes("vendor", len(x) >= _VENDOR_ROWS):
+        return _vendor(x, weight, bias, gelu, residual, save, shape)
     out, out_rows = _empty_rows(shape, x.dtype if residual is None else residual.dtype, x.device)
     z, z_rows = _empty_rows(shape, x.dtype, x.device) if save else (x.new_empty(0), None)
     _launch_fwd(x, weight, bias, gelu, residual, out_rows, z_rows)
@@ -542,17 +574,24 @@ def _backward_triton(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if 0 in (x.numel(), dy.numel()) or x.dtype == torch.float64:
         return _backward_plain(dy, x, weight, z, need_x, need_weight, need_bias)
-    shape = x.shape
-    dz, x, weight = map(with_padded_rows, (dy, x, weight))
+    (N, K), shape = weight.shape, x.shape
+    dz, x = with_padded_rows(dy), with_padded_rows(x)
     need_dz = (need_x or need_weight) and (z is not None or dy.dtype != x.dtype)
-    db = None
+    dx = dw = db = made = None
     if need_dz or need_bias:
         z_rows = None if z is None else with_padded_rows(z)
         made, partial = _launch_dz(dz, z_rows, x.dtype, need_dz, need_bias)
         dz = dz if made is None else made
-        db = None if partial is None else _launch_db(partial, len(weight), x.dtype)
-    dx = _product(dz, weight, shape) if need_x else None
-    dw = _product(dz.t(), x, weight.shape) if need_weight else None
+        db = None if partial is None else _launch_db(partial, N, x.dtype)
+    if need_x:
+        dx, rows = _empty_rows(shape, x.dtype, x.device)
+        # What lies behind the width of dY may be anything; in dz it is 0.
+        _multiply(
+            zero_padded(dz) if made is None else whole_rows(dz), zero_padded(weight, rows=True), None,
+            whole_rows(rows),
+        )  # fmt: skip
+    if need_weight:  # what lies behind the widths makes rows and columns that are cut off
+        dw = (whole_rows(dz).t() @ whole_rows(x))[:N, :K]
     return library.empty_for_none(x, dx, dw, db)
 
 

@@ -38,7 +38,14 @@ from vtp_kernels._tiles import Matrix, load_matrix_tile
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
-from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, padded_width, with_padded_rows
+from vtp_kernels.rows import (
+    empty_rows,
+    empty_rows_like,
+    in_padded_rows,
+    whole_rows,
+    with_padded_rows,
+    zero_padded,
+)
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -309,17 +316,6 @@ def _launch_gelu_bwd(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return dz, h, partial
 
 
-def _whole_rows(t: Tensor) -> Tensor:
-    """t [..., width] of padded rows together with their padding, up to a multiple of 8 columns."""
-    return t.as_strided((*t.shape[:-1], padded_width(t.shape[-1])), t.stride())
-
-
-def _zero_padded(matrix: Tensor, rows: bool = False) -> Tensor:
-    """matrix with zeros up to a multiple of 8 columns, and of rows if asked: sums over them stay exact."""
-    padding = (0, -matrix.shape[1] % 8, 0, -len(matrix) % 8 if rows else 0)
-    return F.pad(matrix, padding) if any(padding) else matrix
-
-
 def _forward_triton(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
     residual: Tensor | None, keep_z: bool,
@@ -344,12 +340,11 @@ def _two_launches(
     residual: Tensor | None, keep_z: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with torch.no_grad():  # so that compact_linear keeps nothing
-        if not keep_z:
-            h = compact_linear(x, fc1_weight, fc1_bias, activation="gelu")
-            return compact_linear(h, fc2_weight, fc2_bias, residual=residual), x.new_empty(0)
-        z = compact_linear(x, fc1_weight, fc1_bias)
-        h = F.gelu(_whole_rows(z))[..., : z.shape[-1]]  # with its padding: so that its rows are padded too
-        return compact_linear(h, fc2_weight, fc2_bias, residual=residual), z
+        z = compact_linear(x, fc1_weight, fc1_bias, activation=None if keep_z else "gelu")
+        # With its padding, which is 0, so that its width is one that every GEMM takes.
+        h, fc2_weight = whole_rows(z), zero_padded(fc2_weight)
+        out = compact_linear(F.gelu(h) if keep_z else h, fc2_weight, fc2_bias, residual=residual)
+        return out, z if keep_z else x.new_empty(0)
 
 
 def _backward_triton(
@@ -364,18 +359,18 @@ def _backward_triton(
     dy = dy.reshape(M, N)
     db2 = dy.sum(0, dtype=torch.float32).to(x.dtype) if need_fc2_bias else None
     if any(needs[:4]):
-        dy = _zero_padded(dy.to(x.dtype))
-        dh = (dy @ _zero_padded(fc2_weight, rows=True))[:, :hidden]
+        dy = zero_padded(dy.to(x.dtype))
+        dh = (dy @ zero_padded(fc2_weight, rows=True))[:, :hidden]
         dz, h, partial = _launch_gelu_bwd(dh, with_padded_rows(z))
-        dz, h = _whole_rows(dz), _whole_rows(h)
+        dz, h = whole_rows(dz), whole_rows(h)
         if need_fc2:
             dw2 = (dy.t() @ h)[:N, :hidden]
         if need_fc1_bias:
             db1 = partial.sum(0).to(x.dtype)
         if need_x:
-            dx = (dz @ _zero_padded(fc1_weight, rows=True))[:, :K].view(x.shape)
+            dx = (dz @ zero_padded(fc1_weight, rows=True))[:, :K].view(x.shape)
         if need_fc1:  # what lies behind the width of x makes columns that are cut off
-            dw1 = (dz.t() @ _whole_rows(with_padded_rows(x)))[:hidden, :K]
+            dw1 = (dz.t() @ whole_rows(with_padded_rows(x)))[:hidden, :K]
     return library.empty_for_none(x, dx, dw1, db1, dw2, db2)
 
 

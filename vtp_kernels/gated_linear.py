@@ -35,7 +35,7 @@ from vtp_kernels import launching, library
 from vtp_kernels._arguments import as_autocast_casts, check_dtypes, check_inputs, check_shape, check_tensors
 from vtp_kernels._tiles import Matrix, grouped_tile, load_matrix_tile, load_tile
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, launch, tl, triton
-from vtp_kernels.library import define, define_gradient, without_autocast
+from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import is_aligned
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -814,34 +814,27 @@ def _backward_flops(
     return products * 2 * math.prod(x_shape) * weight_shape[0]
 
 
-_backward_on_cpu, _unfold_on_cpu = without_autocast(_backward_plain), without_autocast(_unfold_plain)
-
-
 class _GatedLinear(torch.autograd.Function):
-    """`gated_linear` for eager calls on a CPU, without the dispatcher.
-
-    That enters Python twice in each pass, which would cost a small layer more than its gate does;
-    `setup_context` would cost as much again.
-    """
+    """`gated_linear` for eager calls, without the dispatcher; `setup_context` would cost as much again."""
 
     @staticmethod
     def forward(ctx, *inputs):
         _setup_context(ctx, inputs, None)
-        return _forward_plain(*inputs)
+        return library.direct("gated_linear", inputs[0])(*inputs)
 
     @staticmethod
     def backward(ctx, dy):
         if torch.is_grad_enabled():  # create_graph=True
             library.refuse_second_derivative("gated_linear")
-        return _backward(ctx, dy, _backward_on_cpu)
+        return _backward(ctx, dy, library.direct("gated_linear_backward", dy))
 
 
 class _FoldGate(torch.autograd.Function):
-    """`fold_gate` for eager calls on a CPU, without the dispatcher, as `_GatedLinear`."""
+    """`fold_gate` for eager calls, without the dispatcher, as `_GatedLinear`."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        folded = _fold_plain(*inputs)
+        folded = library.direct("fold_gate", inputs[0])(*inputs)
         _fold_setup_context(ctx, inputs, folded)
         return folded
 
@@ -849,7 +842,7 @@ class _FoldGate(torch.autograd.Function):
     def backward(ctx, product):
         if torch.is_grad_enabled():
             library.refuse_second_derivative("gated_linear")
-        return _fold_backward(ctx, product, _unfold_on_cpu)
+        return _fold_backward(ctx, product, library.direct("unfold_gate", product))
 
 
 # ------------------------------------------------------------------------------------------- public function
@@ -883,12 +876,12 @@ def gated_linear(
     (x,) = as_autocast_casts(x)
     _validate(x, weight, gate, bias, l1)
     l1 = float(l1)
-    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    direct = library.takes_direct_calls(x)
     if x.dtype != weight.dtype and torch.is_grad_enabled() and x.requires_grad and weight.requires_grad:
-        fold = _FoldGate.apply if eager_cpu else torch.ops.vtp.fold_gate
+        fold = _FoldGate.apply if direct else torch.ops.vtp.fold_gate
         folded = fold(weight, gate, x.dtype, l1)
         return F.linear(x, folded, None if bias is None else bias.to(x.dtype))
-    return (_GatedLinear.apply if eager_cpu else torch.ops.vtp.gated_linear)(x, weight, gate, bias, l1)
+    return (_GatedLinear.apply if direct else torch.ops.vtp.gated_linear)(x, weight, gate, bias, l1)
 
 
 def _validate(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None, l1: float) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _len_torch_dispatch_stack
 
 from vtp_kernels import launching
 
@@ -76,6 +76,8 @@ def cpp_unsupported_reason() -> str | None:
 
 # What each op runs on a GPU with Triton, by its name.
 TRITON_SIDES: dict[str, Callable] = {}
+# What the dispatcher would call for each op, by its name and then the type of a device.
+_DIRECT: dict[str, dict[str, Callable]] = {}
 
 
 def define(schema: str, *, plain: Callable, triton: Callable, fake: Callable) -> None:
@@ -92,8 +94,10 @@ def define(schema: str, *, plain: Callable, triton: Callable, fake: Callable) ->
     short = schema.partition("(")[0]
     name, TRITON_SIDES[short] = f"vtp::{short}", triton
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(name, "CompositeExplicitAutograd", without_autocast(plain), lib=LIBRARY)
-    torch.library.impl(name, "CUDA", without_autocast(_on_gpu(plain, triton)), lib=LIBRARY)
+    direct = {"cpu": without_autocast(plain), "cuda": without_autocast(_on_gpu(plain, triton))}
+    torch.library.impl(name, "CompositeExplicitAutograd", direct["cpu"], lib=LIBRARY)
+    torch.library.impl(name, "CUDA", direct["cuda"], lib=LIBRARY)
+    _DIRECT[short] = direct
     torch.library.register_fake(name, fake, lib=LIBRARY)
 
 
@@ -115,6 +119,19 @@ def define_gradient(
 
     torch.library.register_autograd(f"vtp::{op}", backward, setup_context=setup_context, lib=LIBRARY)
     torch.library.register_autograd(f"vtp::{by}", refuse, lib=LIBRARY)
+
+
+def takes_direct_calls(x: torch.Tensor) -> bool:
+    """Whether `direct` may be called for x: eagerly, on a CPU or GPU, with nobody watching the dispatcher."""
+    if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    return x.device.type == "cpu" or (x.device.type == "cuda" and not _len_torch_dispatch_stack())
+
+
+def direct(op: str, x: torch.Tensor) -> Callable:
+    """What the dispatcher would call for an op on the device of x. That enters Python twice in each pass of
+    an op that has a gradient, which costs a small layer more than its gate does."""
+    return _DIRECT[op][x.device.type]
 
 
 def refuse_second_derivative(op: str) -> NoReturn:

@@ -373,13 +373,11 @@ def _attend(
         tl.store(lse + o_m, highest + tl.log2(total), mask=o_m < N)
     column = begin // 8 * 8
     last = tl.where(end == V, (V + 7) // 8 * 8, end)
-    width = tl.cdiv(last - column, 16) * 16
     values = _Rows(qkv.p + _before_values(sizes, HEAD), qkv.stride)
-    for c in range(0, width // 32 * 32, 32):
-        _value_columns(weights, total, values, out, o_m, column + c, unit, sizes, HEAD, KEYS, 32)
-    if width % 32 > 0:
-        rest = column + width // 32 * 32
-        _value_columns(weights, total, values, out, o_m, rest, unit, sizes, HEAD, KEYS, 16)
+    # In one loop, whose loads are pipelined. For sm_90 Triton 3.6 makes wrong products of values that are
+    # loaded otherwise, as a last 16 columns behind the loop would be, or with one stage; or reads astray.
+    for c in range(column, last, 32):
+        _value_columns(weights, total, values, out, o_m, c, unit, sizes, HEAD, KEYS, 32)
 
 
 @triton.jit(do_not_specialize=["B", "N", "H", "V", "K", "stride_qkv", "stride_out"])

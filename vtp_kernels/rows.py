@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -47,13 +48,12 @@ def empty_rows_like(t: Tensor, *shape: int, dtype: torch.dtype | None = None) ->
 
 
 def in_padded_rows(t: Tensor) -> Tensor:
-    """`t` [..., width] with the strides that `empty_rows` gives, as kernels return it.
+    """`t` [..., width] with the strides that `empty_rows` gives and 0 in the padding, as kernels return it.
 
-    It is a copy only where t does not have them already.
+    It is a copy only where the width is no multiple of 8, or t not contiguous.
     """
-    if t.shape[-1] % 8 == 0:
-        return t.contiguous()
-    return empty_rows(*t.shape, dtype=t.dtype, device=t.device).copy_(t)
+    width = t.shape[-1]
+    return t.contiguous() if width % 8 == 0 else F.pad(t, (0, -width % 8))[..., :width]
 
 
 def has_padded_rows(t: Tensor) -> bool:
@@ -85,3 +85,14 @@ def with_padded_rows(t: Tensor) -> Tensor:
     full = t.new_zeros(len(t), padded_width(width))
     full[:, :width] = t
     return full[:, :width]
+
+
+def whole_rows(t: Tensor) -> Tensor:
+    """t [..., width] of padded rows together with their padding, up to a multiple of 8 columns."""
+    return t.as_strided((*t.shape[:-1], padded_width(t.shape[-1])), t.stride())
+
+
+def zero_padded(matrix: Tensor, rows: bool = False) -> Tensor:
+    """matrix with zeros up to a multiple of 8 columns, and of rows if asked: sums over them stay exact."""
+    padding = (0, -matrix.shape[1] % 8, 0, -len(matrix) % 8 if rows else 0)
+    return F.pad(matrix, padding) if any(padding) else matrix

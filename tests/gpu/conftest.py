@@ -55,6 +55,13 @@ def pytest_runtest_makereport(item, call):
     return (yield)
 
 
+def pytest_runtest_logreport(report):
+    """A failure is told at once: a run on a GPU may be ended before pytest comes to its summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        print(f"{report.nodeid}: {crash or report.longreprtext[-300:]}", file=sys.stderr, flush=True)
+
+
 @pytest.fixture(scope="session")
 def device():
     return torch.device("cuda", torch.cuda.current_device())

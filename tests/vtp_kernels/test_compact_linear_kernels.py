@@ -111,8 +111,7 @@ def check_forward(op, data, save=False):
     assert_like(found, op._forward_fake(*arguments))
     out = found[0].reshape(-1, data.case.N)
     assert_close_to_float64(out, data.exact[0], data.same_dtype[0], "out")
-    if op._PRODUCT.forced != "vendor":  # what the vendor's GEMM leaves in the padding is undefined
-        assert_padding_is_zero("out", found[0])
+    assert_padding_is_zero("out", found[0])
     if save:
         assert_close_to_float64(found[1].reshape(out.shape), *data.z, "z")
         assert_padding_is_zero("z", found[1])
@@ -333,7 +332,7 @@ def test_both_passes_of_any_layout(interpreter, layout, dtypes, path):
 @pytest.mark.parametrize("dtypes", ["f32", "bf16", "f16-f32"])
 def test_both_passes_for_every_subset_of_gradients(interpreter, dtypes, epilogue, path):
     launched = run_in(interpreter, check_passes, Case(36, 137, 61, dtypes, epilogue), path=path)
-    assert ("fwd" in kernels(launched)) == (path != "vendor" or epilogue != "none")
+    assert ("fwd" in kernels(launched)) == (path != "vendor")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -410,7 +409,7 @@ def waste(M, N, K):
     return op_module.tiled_flops(M, N, K, config) / (2 * M * N * K)
 
 
-@pytest.mark.parametrize(("M", "most"), [(4032, 1.035), (197, 1.05)])
+@pytest.mark.parametrize(("M", "most"), [(960, 1.035), (197, 1.05)])
 def test_widths_cost_what_they_keep(M, most):
     widths = range(64, 3073)
     config = op_module.TILES["16"]
@@ -458,10 +457,10 @@ def test_names_of_variants_are_distinct():
         assert len(set(names)) == len(names)
 
 
-def test_many_rows_take_the_vendors_product_unless_something_follows_it():
-    def calls(M, **options):
-        found, _ = launches(lambda e: op_module.compact_linear(e(M, 768), e(64, 768), **options))
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_many_rows_take_the_vendors_product(activation):
+    def calls(M):
+        found, _ = launches(lambda e: op_module.compact_linear(e(M, 768), e(64, 768), activation=activation))
         return bool(found)
 
     assert calls(197) and not calls(25216)
-    assert calls(25216, activation="gelu")
