@@ -37,6 +37,7 @@ from vtp_kernels._tiles import grouped_tile, load_tile
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, is_amd, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import (
+    clear_padding,
     empty_rows,
     empty_rows_like,
     in_padded_rows,
@@ -527,7 +528,9 @@ def _vendor(
     out, rows = _empty_rows(shape, x.dtype, x.device)
     # Results with their padding, which lie in one piece: passes over them load 16 bytes at a time.
     whole, weight, z = whole_rows(rows), zero_padded(weight, rows=True), x.new_empty(0)
-    _multiply(zero_padded(x), weight.t(), None if bias is None else F.pad(bias, (0, -len(bias) % 8)), whole)
+    if bias is not None and len(bias) < len(weight):
+        bias = F.pad(bias, (0, len(weight) - len(bias)))
+    _multiply(zero_padded(x), weight.t(), bias, whole)
     if save:
         z = out
         out, rows = _empty_rows(shape, x.dtype, x.device)
@@ -539,7 +542,7 @@ def _vendor(
     if residual.dtype == x.dtype and residual.shape[1] == whole.shape[1]:
         return torch.add(residual, rows, out=rows).view(shape), z
     total, total_rows = _empty_rows(shape, residual.dtype, x.device)
-    whole_rows(total_rows)[:, shape[-1] :] = 0
+    clear_padding(total_rows)
     torch.add(residual, rows, out=total_rows)
     return total, z
 

@@ -30,6 +30,32 @@ else:
     HAS_TRITON = True
 
 
+# ptxas of CUDA 12.8, which Triton 3.6 has, takes the addresses of some warp-group products of sm_90 from a
+# register of something else: results were wrong on an H200, or the kernel read astray. Of the same PTX ptxas
+# 12.9 and 13.0 make the right code (docs/speed-gpu.md).
+_SOUND_PTXAS = (12, 9)
+
+
+@functools.cache
+def unsound_assembler() -> str | None:
+    """Why Triton cannot assemble for NVIDIA's sm_90 here, or None.
+
+    Where it has a sound ptxas for other chips alone, it is made to take that one, for all that this process
+    or one that it starts compiles from then on.
+    """
+    tools = triton.knobs.nvidia
+    found = [tool for tool in (tools.ptxas, tools.ptxas_blackwell) if tool is not None]
+    sound = [tool for tool in found if tuple(map(int, tool.version.split("."))) >= _SOUND_PTXAS]
+    if not sound:
+        versions = ", ".join(tool.version for tool in found) or "none"
+        return (
+            f"ptxas 12.9 or later is needed for it, and Triton has {versions}: set TRITON_PTXAS_PATH to one"
+        )
+    if sound[0].path != found[0].path:
+        tools.ptxas = sound[0].path
+    return None
+
+
 class Choice:
     """A decision that an op makes for each call, between paths that give the same result.
 

@@ -195,8 +195,11 @@ def triton_unsupported_reason(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on the CUDA device `device`, or None if they can."""
     if not launching.HAS_TRITON:
         return "Triton is not installed"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    capability = None if torch.version.hip else torch.cuda.get_device_capability(device)
+    if capability is not None and capability < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if capability == (9, 0) and (reason := launching.unsound_assembler()) is not None:
+        return f"{torch.cuda.get_device_name(device)}: {reason}"
     return None
 
 

@@ -22,9 +22,9 @@ else, for which rows have no room beside the products, goes over tiles of keys w
 What is computed is near what is kept. Rows and keys are rounded up to 16: 197 tokens are 208, in row tiles of
 64 + 64 + 64 + 16 and pieces of 128 + 64 + 16 keys. A tile of 16 rows for the last 5 tokens costs less than
 tiles of 16 throughout, which would load all keys and values 13 times instead of 4. Values are taken in 32
-columns at a time and a rest of 16. They are loaded 16 bytes at a time, from the last multiple of 8 elements
-before a head's first column; what comes along of the neighbour is dropped at the store, or masked where
-columns are summed.
+columns at a time, and over tiles of keys with a rest of 16. They are loaded 16 bytes at a time, from the
+last multiple of 8 elements before a head's first column; what comes along of the neighbour is dropped at the
+store, or masked where columns are summed.
 
 Keys that are all as wide as one another are one product, of a width known to the compiler. Else queries and
 keys are taken like values, 16 columns at a time: heads of 16, 16 and 8 cost three blocks, not three times the
@@ -53,7 +53,7 @@ from vtp_kernels import _arguments, launching
 from vtp_kernels._tiles import Matrix, load_tile
 from vtp_kernels.launching import Config, Variant, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
-from vtp_kernels.rows import empty_rows_like, with_padded_rows
+from vtp_kernels.rows import clear_padding, empty_rows_like, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -374,8 +374,6 @@ def _attend(
     column = begin // 8 * 8
     last = tl.where(end == V, (V + 7) // 8 * 8, end)
     values = _Rows(qkv.p + _before_values(sizes, HEAD), qkv.stride)
-    # In one loop, whose loads are pipelined. For sm_90 Triton 3.6 makes wrong products of values that are
-    # loaded otherwise, as a last 16 columns behind the loop would be, or with one stage; or reads astray.
     for c in range(column, last, 32):
         _value_columns(weights, total, values, out, o_m, c, unit, sizes, HEAD, KEYS, 32)
 
@@ -965,7 +963,7 @@ def tiled_flops(
     flops = 0
     for head, begin, end, *_ in _units(key_widths, value_widths, not one_pass, _round_up(V, 8)):
         last = _round_up(V, 8) if end == V else end
-        columns = _round_up(last - begin // 8 * 8, 16)
+        columns = _round_up(last - begin // 8 * 8, 32 if one_pass else 16)
         for rows in row_tiles(N, config.blocks["BLOCK_M"]):
             # The small tiles of the online kernel have accumulators for a whole group.
             kept = columns if one_pass else max(columns, 32)
@@ -1045,6 +1043,7 @@ def _forward_plain(
     out, lse = _results(qkv, value_widths, need_lse)
     if not out.numel():
         return out, lse
+    clear_padding(out)
     queries, keys, values = _split(qkv, key_widths, value_widths)
     if len(set(key_widths)) > 1:
         parts = zip(queries, keys, values, out.split(tuple(value_widths), dim=-1), strict=True)

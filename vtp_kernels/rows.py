@@ -1,7 +1,7 @@
 """How operands and results of the ops lie in memory: rows that start at 16 bytes, padded to 8 elements.
 
 The ops of the compact model read such rows, so that their kernels load whole 16 bytes up to the edge at any
-width. What lies in the padding of an operand is undefined; a kernel writes 0 to that of its results.
+width. What lies in the padding of an operand is undefined; an op writes 0 to that of its results.
 """
 
 from __future__ import annotations
@@ -85,6 +85,12 @@ def with_padded_rows(t: Tensor) -> Tensor:
     full = t.new_zeros(len(t), padded_width(width))
     full[:, :width] = t
     return full[:, :width]
+
+
+def clear_padding(t: Tensor) -> None:
+    """Write 0 to the padding of t [..., width] of padded rows, as a kernel does that fills one."""
+    if t.shape[-1] % 8:
+        whole_rows(t)[..., t.shape[-1] :] = 0
 
 
 def whole_rows(t: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ ENTRIES = (
     Entry(
         "ragged_attention", "ONE_PASS_TILES", (), "base", ("attn",),
         (
-            # Nothing of one stage: see _attend.
-            (dict(BLOCK_M=64), 4, 3), (dict(BLOCK_M=64), 8, 2), (dict(BLOCK_M=128), 8, 2),
+            (dict(BLOCK_M=64), 4, 1), (dict(BLOCK_M=64), 4, 3), (dict(BLOCK_M=64), 8, 2),
+            (dict(BLOCK_M=128), 8, 2),
             (dict(BLOCK_M=32), 4, 2), (dict(BLOCK_M=32), 2, 2),
         ),
     ),

@@ -58,11 +58,11 @@ def test_a_norm_reads_whole_rows_and_writes_the_kept_columns():
     assert found.flops == found.tiled_flops == 0
 
 
-def test_attention_multiplies_what_its_heads_keep_rounded_up_to_16():
+def test_attention_multiplies_what_its_heads_keep_rounded_up_to_32():
     B, N, d, values = 2, 197, 64, (32, 48)  # start at multiples of 8: nothing of a neighbour comes along
     (found,) = recorded(lambda: ragged_attention(half(B, N, 4 * d + 80), d, values, d**-0.5))
     assert found.flops == 2 * B * N * N * (2 * d + 80)
-    assert found.tiled_flops == 2 * B * 208 * 208 * (2 * d + 80)
+    assert found.tiled_flops == 2 * B * 208 * 208 * (2 * d + 32 + 64)
     assert found.dram_bytes == 2 * B * N * (4 * d + 80 + 80) + 4 * 2 * 7  # and the table of heads
 
 
@@ -71,10 +71,10 @@ def test_attention_multiplies_of_each_head_its_own_keys():
     arguments = keys, values, 32**-0.5
     (found,) = recorded(lambda: ragged_attention(half(B, N, 160), *arguments))
     assert found.flops == 2 * B * N * N * (40 + 80)
-    assert found.tiled_flops == 2 * B * 208 * 208 * (3 * 16 + 80)
+    assert found.tiled_flops == 2 * B * 208 * 208 * (3 * 16 + 3 * 32)
     assert found.dram_bytes == 2 * B * N * (160 + 80) + 4 * 3 * 7
     (equal,) = recorded(lambda: ragged_attention(half(B, N, 2 * 96 + 80), 32, *arguments[1:]))
-    assert equal.tiled_flops == 2 * B * 208 * 208 * (3 * 32 + 80)
+    assert equal.tiled_flops == 2 * B * 208 * 208 * (3 * 32 + 3 * 32)
     # The queries once for each of 128, 64 and 16 keys, and all keys and values for each of 4 tiles of rows.
     loaded = 3 * 208 * 48 + 4 * 208 * (48 + sum(-(-(w + 8) // 16) * 16 for w in values))
     assert found.tile_bytes - equal.tile_bytes == 2 * B * (loaded - 208 * 96 - 4 * 208 * (96 + 48 + 32 + 48))
@@ -108,12 +108,16 @@ def base():
 def test_a_compact_model_costs_what_it_keeps(base, batch):
     found = bench.account(base, batch)
     kept, packed = found["kept"], found["packed"]
-    assert packed["flops"] == kept["flops"]
-    assert packed["tiled_flops"] <= 1.05 * kept["flops"] < found["padded"]["flops"]
-    assert packed["dram_bytes"] - packed["partial_bytes"] <= 1.1 * kept["dram_bytes"]
+    assert kept["flops"] <= packed["flops"] <= 1.01 * kept["flops"]  # widths are multiples of 8
+    assert packed["tiled_flops"] <= 1.06 * kept["flops"] < found["padded"]["flops"]
+    # Of many rows GELU and the residual are passes of their own.
+    of_many_rows = batch > 5
+    moved = packed["dram_bytes"] - packed["partial_bytes"]
+    assert moved <= (1.5 if of_many_rows else 1.1) * kept["dram_bytes"]
     assert packed["dram_bytes"] < found["eager"]["dram_bytes"]
-    assert found["folded"]["launches"] == 5 * len(base.blocks)
-    assert packed["launches"] == 7 * len(base.blocks)
+    launches = 10 if of_many_rows else 7
+    assert packed["launches"] == launches * len(base.blocks)
+    assert found["folded"]["launches"] == (launches - 2) * len(base.blocks)
     for who in ("packed", "eager"):
         layers = [sums[who] for sums in found["layers"].values()]
         assert all(sums["launches"] for sums in layers)
@@ -130,11 +134,12 @@ def test_the_models_of_every_run_are_one(base):
     assert len({width for each in values for width in each}) > 10  # unequal heads
 
 
-def test_flops_of_the_packed_model_are_those_of_the_compact_one():
+def test_flops_of_the_packed_model_are_those_of_the_compact_one_with_multiples_of_8():
     model = gated(build(TINY, torch.float32))
     small = vtp.compact(model, vtp.make_plan(model, rate=0.4)).to("meta", torch.bfloat16)
     packed = bench.launches(pack_for_ops(small), bench.PACKED, 2)
-    assert total(packed, amount="flops") == bench.ideal(small, 2)["flops"]
+    kept = bench.ideal(small, 2)["flops"]
+    assert kept <= total(packed, amount="flops") <= 1.5 * kept  # its widths are a few dozen
 
 
 def test_markdown_has_a_table_of_the_waste_and_one_for_each_batch(capsys):

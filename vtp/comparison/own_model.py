@@ -18,7 +18,7 @@ from vtp.pruning.gates import insert_gates
 from vtp.pruning.selection import make_plan
 from vtp.runtime import cpu
 from vtp.runtime.cpu import CpuBlocks
-from vtp.runtime.optimize import pack_for_ops
+from vtp.runtime.optimize import pack_for_ops, packed_model
 from vtp.timing import pairwise_ratio
 
 # Shares of removed MACs that became removed time: from the first on a cut paid, below the second it did not.
@@ -40,10 +40,11 @@ class Blocks(nn.Module):
 
 def prepare_blocks(model: Blocks, tokens: Tensor, *, dtype: str) -> Run:
     """The blocks as `vtp.optimize` runs them."""
-    packed, tokens = pack_for_ops(model.vit, DTYPES[dtype]).vit, tokens.to(DTYPES[dtype])
-    blocks = packed.blocks
+    packed, tokens = packed_model(model.vit, DTYPES[dtype]), tokens.to(DTYPES[dtype])
     if cpu.unsupported_reason(packed, DTYPES[dtype]) is None:
         blocks = CpuBlocks(packed, DTYPES[dtype])
+    else:
+        blocks = pack_for_ops(model.vit, DTYPES[dtype]).vit.blocks
     return lambda: blocks(tokens)
 
 

@@ -85,7 +85,9 @@ class Backend:
     engine: Callable[[Sequence[str]], str]
 
 
-def _in_dtype(packed: CompactViT, dtype: torch.dtype) -> CompactViT:
+def _for_ops(packed: CompactViT, dtype: torch.dtype) -> CompactViT:
+    for block in packed.blocks:
+        block.widen(packed.embed_dim)
     return packed.to(dtype)
 
 
@@ -94,7 +96,7 @@ def _not_on_gpu(packed: CompactViT, dtype: torch.dtype) -> str | None:
 
 
 CPP = Backend(cpu.unsupported_reason, cpu.pack, lambda reasons: f"C++, {torch.ops.vtp.cpu_isa()}")
-OPS = Backend(lambda packed, dtype: None, _in_dtype, lambda reasons: "ops of vtp_kernels")
+OPS = Backend(lambda packed, dtype: None, _for_ops, lambda reasons: "ops of vtp_kernels")
 BACKENDS = (
     dataclasses.replace(OPS, unsupported_reason=_not_on_gpu),
     CPP,
@@ -106,7 +108,7 @@ BACKENDS = (
 def _on_first_of(backends: Sequence[Backend], model: CompactViT, dtype: torch.dtype | None) -> "OptimizedViT":
     """Pack the model for the first backend that supports it; the last supports every model."""
     dtype, spec = _checked(model, dtype), ImageSpec.of(model)
-    packed = _packed(model, dtype)
+    packed = packed_model(model, dtype)
     reasons: list[str] = []
     for backend in backends:
         reason = backend.unsupported_reason(packed, dtype)
@@ -135,8 +137,9 @@ def _checked(model: CompactViT, dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def _packed(model: CompactViT, dtype: torch.dtype) -> CompactViT:
-    """The model with packed blocks, weights in `dtype`, biases still in float64."""
+@torch.no_grad()
+def packed_model(model: CompactViT, dtype: torch.dtype) -> CompactViT:
+    """The model with packed blocks, weights in `dtype`, biases still in float64: what a backend packs."""
     blocks = nn.Sequential(*[PackedBlock(block, dtype) for block in model.blocks])
     absorb_constants(model.blocks, blocks)
     # deepcopy takes what `memo` has for an object: everything but the blocks is copied.

@@ -19,6 +19,7 @@ from vtp.pruning.compact import (
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
+from vtp_kernels.rows import whole_rows
 
 
 class PackedLinear(nn.Module):
@@ -30,18 +31,27 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.in_features = weight.shape[1]
+        self.out_features, self.in_features = weight.shape
         self.register_buffer("storage", F.pad(weight, (0, -self.in_features % 8)))
         self.register_buffer("bias", bias)
 
     @property
     def weight(self) -> Tensor:
-        """W [out, in], a view of `storage`."""
+        """W [out, in], a view of `storage`; with zeros where it was widened."""
         return self.storage[:, : self.in_features]
+
+    def widen_inputs(self) -> None:
+        """Take 8 n inputs, of which those behind the last meet zeros."""
+        self.in_features = self.storage.shape[1]
+
+    def widen_outputs(self) -> None:
+        """Compute 8 n outputs, of which those behind the last are 0; `forward` leaves them in the padding."""
+        missing = -self.out_features % 8
+        self.storage, self.bias = F.pad(self.storage, (0, 0, 0, missing)), F.pad(self.bias, (0, missing))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., in] to [..., out]."""
-        return compact_linear(x, self.weight, self.bias, residual=residual)
+        return compact_linear(x, self.weight, self.bias, residual=residual)[..., : self.out_features]
 
 
 class PackedNorm(nn.Module):
@@ -51,6 +61,14 @@ class PackedNorm(nn.Module):
         super().__init__()
         self.eps = norm.eps
         self.register_buffer("index", None if norm.index is None else norm.index.clone())
+
+    def widen(self, dim: int) -> bool:
+        """Gather 8 n of the `dim` dimensions, the first again for each that is missing; whether there are."""
+        missing = 0 if self.index is None else -len(self.index) % 8
+        if missing and len(self.index) + missing <= dim:
+            self.index = torch.cat([self.index, self.index[:1].expand(missing)])
+            missing = 0
+        return not missing
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm_gather(x, None, None, self.index, self.eps)
@@ -72,6 +90,10 @@ class PackedAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         out = self.heads.attend(self.qkv(self.norm(x)), attn_mask, is_causal, on_kernels=True)
+        missing = self.proj.in_features - out.shape[-1]
+        if missing:  # an op's result has them in its padding, as zeros
+            is_padded = out.stride(-2) == self.proj.in_features
+            out = whole_rows(out) if is_padded else F.pad(out, (0, missing))
         return self.proj(out, residual=x)
 
 
@@ -112,6 +134,24 @@ class PackedBlock(nn.Module):
         if self.attn is not None:
             x = self.attn(x, attn_mask, is_causal)
         return x if self.mlp is None else self.mlp(x)
+
+    def widen(self, dim: int) -> None:
+        """Have every matrix product take and make a multiple of 8 numbers, those that are more with zeros.
+
+        A GPU's GEMM takes several times as long for other widths of 16-bit numbers (`compact_linear`).
+        """
+        if self.attn is not None:
+            if self.attn.norm.widen(dim):
+                self.attn.qkv.widen_inputs()
+            self.attn.qkv.widen_outputs()
+            self.attn.proj.widen_inputs()
+        if self.mlp is not None:
+            if self.mlp.norm.widen(dim):
+                self.mlp.fc1.widen_inputs()
+            if is_erf_gelu(self.mlp.act):  # another activation may make something else of 0
+                self.mlp.fc1.widen_outputs()
+                self.mlp.fc1.out_features = len(self.mlp.fc1.storage)
+                self.mlp.fc2.widen_inputs()
 
 
 def _behind_norm(norm: LayerNormGather, linear: nn.Linear, dtype: torch.dtype) -> PackedLinear:

@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from vtp_kernels import launching
 from vtp_kernels._files import write_whole
 from vtp_kernels.launching import HAS_TRITON, TARGETS, Variant
 from vtp_kernels.proofs.disassembly import CHIPS, measure, tensor_families
@@ -138,10 +139,16 @@ def compile_variant(variant: Variant, target: str) -> Record:
 
 
 def compile_for(variant: Variant, target: str) -> Any:
-    """Triton's CompiledKernel of a variant; from Triton's cache, if it is there."""
+    """Triton's CompiledKernel of a variant; from Triton's cache, if it is there.
+
+    Raises:
+        CompilationError: the target needs another assembler.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
+    if target == "sm_90" and (reason := launching.unsound_assembler()) is not None:
+        raise CompilationError(f"{target}: {reason}")
     source, options = _source(variant, target)
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 

@@ -175,20 +175,25 @@ FREE = {
     "aten::t",
     "aten::view",
 }
-VENDOR = {"aten::mm.out", "aten::addmm.out"}
+VENDOR = {"aten::mm.out", "aten::addmm.out", "aten::gelu_", "aten::add.out"}
+MANY_ROWS = 1024  # from which a product is the vendor's, with GELU and residual in passes of their own
+
+
+def launches_of_a_block(rows):
+    return 10 if rows >= MANY_ROWS else 7
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("batch", [1, 2, 3, 64])
-def test_a_block_of_a_whole_deit_base_is_seven_launches(batch, dtype, target):
+def test_a_block_of_a_whole_deit_base_is_seven_launches_or_ten(batch, dtype, target):
     """Nothing is split that need not be: its 3,072 hidden units at batch 1 are one product."""
     model = vtp.insert_gates(timm.create_model("deit_base_patch16_224", depth=1))
     small = vtp.compact(model, vtp.make_plan(model, rate=0.0))
     assert small.blocks[0].mlp.fc2.in_features == 3072
     launched, _, operators = recorded(small, DTYPES[dtype], batch, target)
     everything = launched + [operator for operator in operators if operator not in FREE]
-    assert len(everything) == 7, everything
+    assert len(everything) == launches_of_a_block(197 * batch), everything
     assert set(everything) - set(launched) <= VENDOR
 
 
@@ -196,10 +201,10 @@ def test_a_block_of_a_whole_deit_base_is_seven_launches(batch, dtype, target):
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("batch", [1, 64])
 @pytest.mark.parametrize("name", ["deit-tiny", "deit-small", "deit-base"])
-def test_a_block_is_at_most_seven_launches(name, batch, dtype, target):
+def test_a_block_is_at_most_seven_launches_or_ten(name, batch, dtype, target):
     launched, _, operators = recorded(compact_model(name, depth=1), DTYPES[dtype], batch, target)
     everything = launched + [operator for operator in operators if operator not in FREE]
-    assert 5 <= len(everything) <= 7, everything
+    assert 5 <= len(everything) <= launches_of_a_block(197 * batch), everything
     assert set(everything) - set(launched) <= VENDOR
 
 
