@@ -338,9 +338,10 @@ _FULL_GPU = 132
 _LEAST_INPUTS = 2048
 
 # Rows of x from which a product is the vendor's, with GELU and residual in passes of their own. Measured on
-# an H200 (torch 2.11, Triton 3.6) at the widths of a compact DeiT-B and 25,216 rows: the vendor's takes 96,
-# 37, 83 and 99 us for qkv, proj, fc1 and fc2 if widths are multiples of 8, and 5 times as much if they are
-# not; the kernel 161, 70, 201 and 270, its best tiles of 23 (128 x 256, persistent) 103, 66, 212 and 158.
+# an H200 at the widths of a compact DeiT-B and 25,216 rows (bench/results/gpu-h200.json), qkv, proj, fc1 with
+# GELU and fc2 with its residual: the vendor's takes 101, 69, 150 and 128 us if widths are multiples of 16 and
+# 467, 69, 523 and 644 as they are (those of proj are even), the kernel 161, 70, 202 and 269. That it is so
+# from 1,024 rows on is a guess.
 _VENDOR_ROWS = 1024
 
 # What `launching.forced_path` can force: a product in the op's own kernel or in the vendor's GEMM, and
