@@ -1,11 +1,13 @@
-"""Paths that are forced."""
+"""Paths that are forced, and the assembler for Hopper."""
 
 import importlib
 import threading
+import types
 
 import pytest
 import torch
 
+from vtp_kernels import launching, library
 from vtp_kernels.launching import forced_path, paths, recording
 
 
@@ -63,3 +65,45 @@ def test_another_thread_takes_a_forced_path_but_waits_to_force_its_own(launched)
         assert thread.is_alive() and found == [["_fold_kernel"]]
     thread.join()
     assert found[1:] == [["_gated_linear_fwd_kernel"]]
+
+
+def tools(ptxas, ptxas_blackwell):
+    """Triton's assemblers of these versions; None for one that it lacks."""
+    found = {"ptxas": ptxas, "ptxas_blackwell": ptxas_blackwell}
+    return types.SimpleNamespace(
+        **{
+            name: version and types.SimpleNamespace(path=name, version=version)
+            for name, version in found.items()
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("ptxas", "ptxas_blackwell", "taken"),
+    [
+        ("12.8", "12.9", "ptxas_blackwell"),  # Triton 3.6
+        ("12.9", "13.4", None),  # Triton 3.9: what it takes by itself will do
+        ("13.0", None, None),
+        ("12.10", "12.8", None),  # no string: 12.10 is later than 12.9
+    ],
+)
+def test_hopper_is_assembled_by_a_sound_ptxas(monkeypatch, ptxas, ptxas_blackwell, taken):
+    found = tools(ptxas, ptxas_blackwell)
+    before = found.ptxas
+    monkeypatch.setattr(launching.triton, "knobs", types.SimpleNamespace(nvidia=found))
+    assert launching.unsound_assembler.__wrapped__() is None
+    assert found.ptxas == (taken or before)
+
+
+@pytest.mark.parametrize(("ptxas", "ptxas_blackwell"), [("12.8", None), ("12.8", "12.8"), (None, None)])
+def test_without_a_sound_ptxas_hopper_runs_on_pytorch(monkeypatch, ptxas, ptxas_blackwell):
+    monkeypatch.setattr(
+        launching.triton, "knobs", types.SimpleNamespace(nvidia=tools(ptxas, ptxas_blackwell))
+    )
+    reason = launching.unsound_assembler.__wrapped__()
+    assert "12.9" in reason and (ptxas or "none") in reason
+    monkeypatch.setattr(launching, "unsound_assembler", lambda: reason)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+    for capability, expected in (((9, 0), f"H100: {reason}"), ((8, 0), None), ((10, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert library.triton_unsupported_reason.__wrapped__(torch.device("cuda")) == expected

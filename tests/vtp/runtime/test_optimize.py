@@ -16,6 +16,7 @@ from tests.support.models import build, gated, image, relative_error
 from tests.support.numerics import assert_close_to_float64
 from vtp.pruning.compact import ConstantBranch
 from vtp.runtime import cpu
+from vtp.runtime.optimize import pack_for_ops
 from vtp.runtime.packed import PackedLinear
 from vtp_kernels.rows import has_padded_rows
 
@@ -177,6 +178,15 @@ def test_rows_of_weights_start_at_16_bytes_and_are_padded_with_zeros(tiny, dtype
     assert any(layer.in_features % 8 for layer in layers)
     assert all(has_padded_rows(layer.weight) for layer in layers)
     assert not any(layer.storage[:, layer.in_features :].any() for layer in layers)
+
+
+def test_for_the_ops_of_a_gpu_every_product_takes_and_makes_a_multiple_of_8():
+    small = compact_model("deit-tiny", depth=2).double()
+    blocks, fast = small.blocks, pack_for_ops(small)
+    assert any(block.attn.qkv.in_features % 8 and block.mlp.fc2.in_features % 8 for block in blocks)
+    layers = packed_linears(fast)
+    assert not any(layer.in_features % 8 or len(layer.storage) % 8 for layer in layers)
+    assert relative_error(fast(image(small)), small(image(small))) <= 1e-12
 
 
 def test_everything_but_indices_is_in_its_dtype(tiny):
