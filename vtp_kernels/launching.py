@@ -43,16 +43,18 @@ def unsound_assembler() -> str | None:
     Where it has a sound ptxas for other chips alone, it is made to take that one, for all that this process
     or one that it starts compiles from then on.
     """
-    tools = triton.knobs.nvidia
-    found = [tool for tool in (tools.ptxas, tools.ptxas_blackwell) if tool is not None]
-    sound = [tool for tool in found if tuple(map(int, tool.version.split("."))) >= _SOUND_PTXAS]
+    tools, found = triton.knobs.nvidia, {}
+    for name in ("ptxas", "ptxas_blackwell"):
+        with contextlib.suppress(RuntimeError, AttributeError):  # Triton does not find it, or knows none
+            found[name] = getattr(tools, name)
+    sound = [n for n, tool in found.items() if tuple(map(int, tool.version.split("."))) >= _SOUND_PTXAS]
     if not sound:
-        versions = ", ".join(tool.version for tool in found) or "none"
+        versions = ", ".join(tool.version for tool in found.values()) or "none"
         return (
             f"ptxas 12.9 or later is needed for it, and Triton has {versions}: set TRITON_PTXAS_PATH to one"
         )
-    if sound[0].path != found[0].path:
-        tools.ptxas = sound[0].path
+    if "ptxas" not in sound:
+        tools.ptxas = found[sound[0]].path
     return None
 
 

@@ -73,16 +73,15 @@ def launches() -> dict[str, Callable[[], None]]:
 
 
 def cases(toy: bool) -> list[Case]:
-    """In order of value: the ops, whole models, training, what only a sanitizer sees, and all other tests."""
-    found = [Case("tests of the compact ops", functools.partial(test, "test_compact_ops_gpu.py", QUICK), 60)]
-    for name in MODELS:
-        found.append(Case(f"optimized {name}", functools.partial(check_model, name), 30))
+    """In order of value: whole models, training, the tests of the ops, and what only a sanitizer sees."""
+    found = [Case(f"optimized {name}", functools.partial(check_model, name), 30) for name in MODELS]
     found += [
-        Case("torch.compile(fullgraph=True)", check_compiled, 40),
         Case(f"fine-tuning, {STEPS} steps", check_fine_tuning, 30),
+        Case("memcheck", functools.partial(sanitize, "memcheck"), 60),
+        Case("tests of the compact ops", functools.partial(test, "test_compact_ops_gpu.py", QUICK), 90),
         Case("tests of gated_linear", functools.partial(test, "test_gated_linear_gpu.py", QUICK), 60),
+        Case("torch.compile(fullgraph=True)", check_compiled, 40),
         Case("tests of compilations", functools.partial(test, "test_compilations_gpu.py", QUICK), 40),
-        Case("memcheck", functools.partial(sanitize, "memcheck"), 90),
         Case("racecheck", functools.partial(sanitize, "racecheck"), 90),
         Case("tests that the quick lane leaves out", functools.partial(test, "", THOROUGH), 90),
     ]

@@ -68,13 +68,10 @@ def test_another_thread_takes_a_forced_path_but_waits_to_force_its_own(launched)
 
 
 def tools(ptxas, ptxas_blackwell):
-    """Triton's assemblers of these versions; None for one that it lacks."""
+    """Triton's assemblers of these versions; one of None is missing."""
     found = {"ptxas": ptxas, "ptxas_blackwell": ptxas_blackwell}
     return types.SimpleNamespace(
-        **{
-            name: version and types.SimpleNamespace(path=name, version=version)
-            for name, version in found.items()
-        }
+        **{n: types.SimpleNamespace(path=n, version=version) for n, version in found.items() if version}
     )
 
 
