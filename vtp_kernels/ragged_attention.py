@@ -194,12 +194,19 @@ def _readable(end, HEAD: tl.constexpr):
 
 @triton.jit
 def _store_rows(target, acc, o_row, o_column, begin, end, N, V, padded, stride):
-    """acc to columns [begin, end) of rows below N; the head that ends the row writes 0 up to `padded`."""
+    """acc to columns [begin, end) of rows below N; the head that ends the row writes 0 up to `padded`.
+
+    The columns in whole 16 bytes of the head's own are stored 16 bytes at a time, as the compiler sees that
+    their bounds are multiples of 8; those in 16 bytes that two heads share, one by one.
+    """
     last = tl.where(end == V, padded, end)
-    m_tile = (o_row[:, None] < N) & ((o_column[None, :] >= begin) & (o_column[None, :] < last))
-    acc = tl.where(o_column[None, :] < V, acc, 0.0)
+    own = (o_column[None, :] >= begin) & (o_column[None, :] < last)
+    whole = (o_column[None, :] >= (begin + 7) // 8 * 8) & (o_column[None, :] < last // 8 * 8)
+    acc = tl.where(o_column[None, :] < V, acc, 0.0).to(target.dtype.element_ty)
     p_tile = target + o_row[:, None].to(tl.int64) * stride + o_column[None, :]
-    tl.store(p_tile, acc.to(target.dtype.element_ty), mask=m_tile)
+    m_row = o_row[:, None] < N
+    tl.store(p_tile, acc, mask=m_row & whole)
+    tl.store(p_tile, acc, mask=m_row & (own & (whole == 0)))
 
 
 @triton.jit

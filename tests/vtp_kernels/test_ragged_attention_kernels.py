@@ -429,13 +429,20 @@ FULL_TILES = [
     (RACE, "full-tiles-overlap", "race-detection", "tl.minimum(i_tile, full) * BLOCK_M",
      "tl.minimum(i_tile, full) * (BLOCK_M - 16)"),
 ]  # fmt: skip
-STORE = "m_tile = (o_row[:, None] < N) & ((o_column[None, :] >= begin) & (o_column[None, :] < last))"
+LAST = "last = tl.where(end == V, padded, end)"
 STORE_ROWS = [
-    (WRITE, "row-mask-of-store-removed", "guard-page", STORE, STORE.replace("] < N", "] >= 0")),
-    (UNWRITTEN, "last-column-not-stored", "poison", STORE, STORE.replace("< last", "< last - 1")),
-    (RACE, "columns-of-the-neighbour-stored", "race-detection", STORE, STORE.replace(">= begin", ">= 0")),
-    (VALUE, "padding-not-written", "zero-padding", "last = tl.where(end == V, padded, end)", "last = end"),
-]
+    (WRITE, "row-mask-of-store-removed", "guard-page", "m_row = o_row[:, None] < N",
+     "m_row = o_row[:, None] >= 0"),
+    (UNWRITTEN, "last-column-not-stored", "poison", LAST, LAST + " - 1"),
+    (UNWRITTEN, "whole-16-bytes-not-stored", "poison", "mask=m_row & whole)",
+     "mask=m_row & (own & (own == 0)))"),
+    (UNWRITTEN, "shared-16-bytes-not-stored", "poison", "(own & (whole == 0))", "(own & (own == 0))"),
+    (RACE, "columns-of-the-neighbour-stored", "race-detection", "own = (o_column[None, :] >= begin)",
+     "own = (o_column[None, :] >= 0)"),
+    (RACE, "first-shared-16-bytes-as-whole", "race-detection", "(begin + 7) // 8 * 8", "begin // 8 * 8"),
+    (RACE, "last-shared-16-bytes-as-whole", "race-detection", "last // 8 * 8", "(last + 7) // 8 * 8"),
+    (VALUE, "padding-not-written", "zero-padding", LAST, "last = end"),
+]  # fmt: skip
 STORE_HEAD = "m_tile = (o_row[:, None] < target.rows) & (o_d[None, :] < HEAD.DIM)"
 STORE_BLOCK = "mask=(o_row[:, None] < target.rows) & own)"
 OWN_OF_BLOCK = "own = (o_c[None, :] >= unit.key_begin) & (o_c[None, :] < unit.key_end)"
@@ -505,7 +512,8 @@ DEFECTS = [
          dict(argument="qkv")),
         (MASK, "no-mask-on-values", "guard-page", "values.stride, KEYS % (256 >> i) == 0, True)",
          "values.stride, False, True)", dict(argument="qkv")),
-        (UNWRITTEN, "tail-of-columns-dropped", "poison", "if width % 32 > 0:", "if width % 32 > 32:"),
+        (UNWRITTEN, "tail-of-columns-dropped", "poison", "for c in range(column, last, 32):",
+         "for c in range(column, last - 31, 32):"),
         (RAW, "sum-of-rounded-weights", "bfloat16-check", "total += tl.sum(b_p, axis=1)",
          "total += tl.sum(b_p.to(b_q.dtype), axis=1)"),
         (VALUE, "keys-beyond-the-end-count", "error-rule",
