@@ -41,7 +41,8 @@ from vtp.options import positive
 from vtp.pruning.compact import CompactViT
 from vtp.runtime.optimize import pack_for_ops
 from vtp_kernels import compact_linear, launching  # noqa: F401 (the op, so that its module is loaded)
-from vtp_kernels.proofs.roofline import GPUS, Record, Recorder, cdiv, floors, total
+from vtp_kernels.launching import cdiv
+from vtp_kernels.proofs.roofline import GPUS, Record, Recorder, floors, total
 
 RESULTS = Path(__file__).parent / "results" / "compact_accounting.json"
 AMOUNTS = ("dram_bytes", "tile_bytes", "flops", "tiled_flops")

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
 from vtp_kernels._tiles import grouped_tile, load_tile
-from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, is_amd, launch, tl, triton
+from vtp_kernels.launching import Config, TensorDescriptor, Variant, cdiv, choice, is_amd, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import (
     clear_padding,
@@ -377,11 +377,11 @@ def tile_grid(M: int, N: int, config: Config) -> TileGrid:
     if bottom > _BOTTOM_ROWS or block["BLOCK_M"] - bottom <= _BOTTOM_PART * M:
         bottom = 0
     return TileGrid(
-        rows=triton.cdiv(M - bottom, block["BLOCK_M"]),
+        rows=cdiv(M - bottom, block["BLOCK_M"]),
         columns=N // block["BLOCK_N"],
-        border=triton.cdiv(N % block["BLOCK_N"], block["BORDER_N"]),
-        bottom_rows=triton.cdiv(bottom, block["BOTTOM_M"]),
-        bottom_columns=triton.cdiv(N, block["BOTTOM_N"]),
+        border=cdiv(N % block["BLOCK_N"], block["BORDER_N"]),
+        bottom_rows=cdiv(bottom, block["BOTTOM_M"]),
+        bottom_columns=cdiv(N, block["BOTTOM_N"]),
     )
 
 
@@ -392,7 +392,7 @@ def tiled_flops(M: int, N: int, K: int, config: Config) -> int:
     results = grid.rows * block["BLOCK_M"] * columns
     results += grid.bottom_rows * block["BOTTOM_M"] * grid.bottom_columns * block["BOTTOM_N"]
     full = K // block["BLOCK_K"] * block["BLOCK_K"]
-    return 2 * results * (full + triton.cdiv(K - full, block["TAIL_K"]) * block["TAIL_K"])
+    return 2 * results * (full + cdiv(K - full, block["TAIL_K"]) * block["TAIL_K"])
 
 
 def _inputs_per_part(tiles: int, K: int, config: Config) -> int:
@@ -402,7 +402,7 @@ def _inputs_per_part(tiles: int, K: int, config: Config) -> int:
     parts = min(_FULL_GPU // tiles, K // least)
     if parts < 2 or _INPUTS.forced == "whole":
         return K
-    return triton.cdiv(triton.cdiv(K, block), parts) * block
+    return cdiv(cdiv(K, block), parts) * block
 
 
 # ------------------------------------------------------------------------------------------------- launchers
@@ -446,7 +446,7 @@ def _launch_fwd(
     block = config.blocks
     grid = tile_grid(M, N, config)
     inputs = _inputs_per_part(grid.tiles, K, config)
-    parts = triton.cdiv(K, inputs)
+    parts = cdiv(K, inputs)
     finish = _epilogue(bias, gelu, residual, z, out, weight)
     partial = None
     if parts > 1:
@@ -483,7 +483,7 @@ def _descriptor(source: Tensor, rows: int, columns: int):
 
 
 def _launch_parts(partial: Tensor, M: int, N: int, finish: dict) -> None:
-    grid = triton.cdiv(M, _PARTS.blocks["BLOCK_M"]), triton.cdiv(N, _PARTS.blocks["BLOCK_N"])
+    grid = cdiv(M, _PARTS.blocks["BLOCK_M"]), cdiv(N, _PARTS.blocks["BLOCK_N"])
     arguments = dict(partial=partial, parts=len(partial), M=M, N=N, **finish)
     launch(_compact_linear_parts_kernel, grid, arguments, _PARTS, SAVE=finish["z"] is not None)
 
@@ -493,14 +493,14 @@ def _launch_dz(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dz [M, N] in `dtype`, and sums [programs, N rounded up to 8] of its columns; either may be None."""
     M, N = dy.shape
-    programs = triton.cdiv(M, _DZ_ROWS)
+    programs = cdiv(M, _DZ_ROWS)
     dz = empty_rows(M, N, dtype=dtype, device=dy.device) if need_dz else None
     partial = None
     if need_db:
         partial = torch.empty((programs, padded_width(N)), dtype=torch.float32, device=dy.device)
     launch(
         _compact_linear_dz_kernel,
-        (programs, triton.cdiv(N, _DZ.blocks["BLOCK_N"])),
+        (programs, cdiv(N, _DZ.blocks["BLOCK_N"])),
         dict(
             dy=dy, z=z, dz=dz, partial=partial, M=M, N=N, rows_per_program=_DZ_ROWS,
             stride_dy=dy.stride(0), stride_z=0 if z is None else z.stride(0),
@@ -517,7 +517,7 @@ def _launch_dz(
 def _launch_db(partial: Tensor, N: int, dtype: torch.dtype) -> Tensor:
     db = torch.empty(N, dtype=dtype, device=partial.device)
     arguments = dict(partial=partial, db=db, rows=len(partial), N=N)
-    launch(_compact_linear_db_kernel, (triton.cdiv(N, _DB.blocks["BLOCK_N"]),), arguments, _DB)
+    launch(_compact_linear_db_kernel, (cdiv(N, _DB.blocks["BLOCK_N"]),), arguments, _DB)
     return db
 
 

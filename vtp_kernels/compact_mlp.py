@@ -36,7 +36,7 @@ from torch.utils.flop_counter import register_flop_formula
 from vtp_kernels import _arguments, launching, library
 from vtp_kernels._tiles import Matrix, load_matrix_tile
 from vtp_kernels.compact_linear import compact_linear
-from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, launch, tl, triton
+from vtp_kernels.launching import Config, TensorDescriptor, Variant, cdiv, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import (
     empty_rows,
@@ -278,7 +278,7 @@ def _launch_fwd(
 
     launch(
         _compact_mlp_fwd_kernel,
-        (triton.cdiv(M, block_m),),
+        (cdiv(M, block_m),),
         dict(
             x=tiles_of(x, block_m, block_k), fc1_weight=tiles_of(fc1_weight, block_h, block_k),
             fc1_bias=fc1_bias, fc2_weight=tiles_of(fc2_weight, block_n, block_h),
@@ -301,12 +301,12 @@ def _launch_gelu_bwd(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dz and h [M, hidden], partial [programs, hidden]; dh and z with padded rows."""
     M, hidden = z.shape
     block_h = _GELU_BWD.blocks["BLOCK_H"]
-    programs = triton.cdiv(M, _GELU_BWD_ROWS)
+    programs = cdiv(M, _GELU_BWD_ROWS)
     dz, h = (empty_rows(M, hidden, dtype=z.dtype, device=z.device) for _ in range(2))
     partial = torch.empty((programs, hidden), dtype=torch.float32, device=z.device)
     launch(
         _gelu_bwd_kernel,
-        (programs, triton.cdiv(hidden, block_h)),
+        (programs, cdiv(hidden, block_h)),
         dict(
             dh=dh, z=z, dz=dz, h=h, partial=partial, M=M, hidden=hidden, rows_per_program=_GELU_BWD_ROWS,
             stride_dh=dh.stride(0), stride_z=z.stride(0), stride_out=dz.stride(0),

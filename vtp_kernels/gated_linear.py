@@ -34,7 +34,7 @@ from torch.utils.flop_counter import register_flop_formula
 from vtp_kernels import launching, library
 from vtp_kernels._arguments import as_autocast_casts, check_dtypes, check_inputs, check_shape, check_tensors
 from vtp_kernels._tiles import Matrix, grouped_tile, load_matrix_tile, load_tile
-from vtp_kernels.launching import Config, TensorDescriptor, Variant, choice, launch, tl, triton
+from vtp_kernels.launching import Config, TensorDescriptor, Variant, cdiv, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import is_aligned
 
@@ -386,7 +386,7 @@ def _launch_fwd(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None) ->
     block_m, block_n, block_k = config.blocks.values()
     launch(
         _gated_linear_fwd_kernel,
-        (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),),
+        (cdiv(M, block_m) * cdiv(N, block_n),),
         dict(
             x=_tile(x, block_m, block_k, layout), weight=_tile(weight, block_n, block_k, layout),
             gate=gate, bias=bias, y=y, M=M, N=N, K=K, stride_x=x.stride(0), stride_w=weight.stride(0),
@@ -405,11 +405,11 @@ def _launch_dx(dy: Tensor, weight: Tensor, gate: Tensor, x: Tensor | None) -> tu
     config = _tiles("dx", dy, weight, layout)
     block_m, block_n, block_k = config.blocks.values()
     dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
-    tiles = triton.cdiv(M, block_m)
+    tiles = cdiv(M, block_m)
     partial = None if x is None else torch.empty((tiles, K), dtype=torch.float32, device=dy.device)
     launch(
         _gated_linear_dx_kernel,
-        (tiles * triton.cdiv(K, block_k),),
+        (tiles * cdiv(K, block_k),),
         dict(
             dy=_tile(dy, block_m, block_n, layout), weight=_tile(weight, block_n, block_k, layout),
             gate=gate, x=x, dx=dx, partial=partial, M=M, N=N, K=K,
@@ -430,12 +430,12 @@ def _launch_dw(
     layout = _layout(dy, x, weight)
     config = _tiles("dw", dy, weight, layout)
     block_m, block_n, block_k = config.blocks.values()
-    tiles = triton.cdiv(N, block_n)
+    tiles = cdiv(N, block_n)
     dw = torch.empty((N, K), dtype=weight.dtype, device=dy.device) if need_weight else None
     partial = torch.empty((tiles, K), dtype=torch.float32, device=dy.device) if need_gate else None
     launch(
         _gated_linear_dw_kernel,
-        (tiles * triton.cdiv(K, block_k),),
+        (tiles * cdiv(K, block_k),),
         dict(
             dy=_tile(dy, block_m, block_n, layout), x=_tile(x, block_m, block_k, layout),
             weight=weight, gate=gate, dw=dw, partial=partial, M=M, N=N, K=K,
@@ -452,7 +452,7 @@ def _launch_dw(
 def _launch_fold(weight: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
     N, K = weight.shape
     folded = torch.empty((N, K), dtype=dtype, device=weight.device)
-    grid = (triton.cdiv(N, _FOLD.blocks["BLOCK_N"]), triton.cdiv(K, _FOLD.blocks["BLOCK_K"]))
+    grid = (cdiv(N, _FOLD.blocks["BLOCK_N"]), cdiv(K, _FOLD.blocks["BLOCK_K"]))
     arguments = dict(weight=weight, gate=gate, folded=folded, N=N, K=K, stride_w=weight.stride(0))
     launch(_fold_kernel, grid, arguments, _FOLD, ALIGNED=is_aligned(weight))
     return folded
@@ -463,7 +463,7 @@ def _launch_unfold(
 ) -> tuple[Tensor | None, Tensor | None]:
     """From `product` [N, K], contiguous, dY^T X: dW and partial sums as `_launch_dw` returns them."""
     N, K = product.shape
-    programs = triton.cdiv(N, _UNFOLD_ROWS)
+    programs = cdiv(N, _UNFOLD_ROWS)
     aligned = is_aligned(weight)
     config = _UNFOLD[aligned]
     device = product.device
@@ -471,7 +471,7 @@ def _launch_unfold(
     partial = torch.empty((programs, K), dtype=torch.float32, device=device) if need_gate else None
     launch(
         _unfold_kernel,
-        (programs, triton.cdiv(K, config.blocks["BLOCK_K"])),
+        (programs, cdiv(K, config.blocks["BLOCK_K"])),
         dict(
             product=product, weight=weight, folded=folded, gate=gate, dw=dw, partial=partial,
             N=N, K=K, rows_per_program=_UNFOLD_ROWS, stride_w=weight.stride(0),
@@ -488,7 +488,7 @@ def _launch_unfold(
 def _launch_gate_gradient(partial: Tensor, gate: Tensor, l1: float) -> Tensor:
     rows, K = partial.shape
     dg = torch.empty_like(gate)
-    grid = (triton.cdiv(K, _GATE_GRADIENT.blocks["BLOCK_K"]),)
+    grid = (cdiv(K, _GATE_GRADIENT.blocks["BLOCK_K"]),)
     arguments = dict(partial=partial, gate=gate, dg=dg, rows=rows, K=K, l1=float(l1))
     launch(_gate_gradient_kernel, grid, arguments, _GATE_GRADIENT)
     return dg
@@ -501,7 +501,7 @@ def _float32(gate: Tensor) -> Tensor:
 
 def _fills_a_gpu(weight: Tensor) -> bool:
     """Whether dW has a tile, 64 x 128, for every multiprocessor."""
-    return triton.cdiv(weight.shape[0], 64) * triton.cdiv(weight.shape[1], 128) >= _FULL_GPU
+    return cdiv(weight.shape[0], 64) * cdiv(weight.shape[1], 128) >= _FULL_GPU
 
 
 def _forward_triton(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None, l1: float) -> Tensor:

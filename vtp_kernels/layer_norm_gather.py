@@ -34,7 +34,7 @@ from torch import Tensor
 
 from vtp_kernels import _arguments, launching
 from vtp_kernels._tiles import load_tile
-from vtp_kernels.launching import Config, Variant, launch, tl, triton
+from vtp_kernels.launching import Config, Variant, cdiv, launch, tl, triton
 from vtp_kernels.library import autocast_is_on, define, define_gradient
 from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, with_padded_rows
 
@@ -188,7 +188,7 @@ def _launch_fwd(
     config = _bucket(FWD_TILES, D)
     launch(
         _layer_norm_gather_fwd_kernel,
-        (triton.cdiv(M, config.blocks["ROWS"]),),
+        (cdiv(M, config.blocks["ROWS"]),),
         dict(
             x=x, weight=weight, bias=bias, index=index, out=out, M=M, D=D, kept=kept,
             stride_x=x.stride(0), stride_out=out.stride(0), eps=eps,
@@ -207,8 +207,8 @@ def _launch_bwd(
     (M, D), kept = x.shape, dy.shape[1]
     config = _bucket(BWD_TILES if index is None else BWD_GATHER_TILES, D)
     rows = config.blocks["ROWS"]
-    rows_per_program = triton.cdiv(M, _BWD_PROGRAMS * rows) * rows
-    programs = triton.cdiv(M, rows_per_program)
+    rows_per_program = cdiv(M, _BWD_PROGRAMS * rows) * rows
+    programs = cdiv(M, rows_per_program)
     dx = empty_rows(M, D, dtype=x.dtype, device=x.device)
     partial = torch.empty((programs, 2, kept), dtype=torch.float32, device=x.device)
     launch(

@@ -16,7 +16,7 @@ from bench.gpu.cases import Case, Context, Record
 from bench.gpu.ops import OPS, in_turns_if_right, on_meta
 from bench.ops.shapes import Case as Shape
 from bench.ops.subject import Subject
-from vtp_kernels.launching import Config
+from vtp_kernels.launching import Config, forced_path
 from vtp_kernels.library import TritonSides
 
 NOW = "now"
@@ -28,7 +28,7 @@ class Entry:
     """An entry of a table: of `vtp_kernels.<op>`, called `table`, at `keys`; empty, the table itself.
 
     model: whose widths ask for it; sites: where it is timed; candidates: blocks, warps and stages, where
-    blocks that are not named stay as they are.
+    blocks that are not named stay as they are; path: that has to be forced for it, where it is not taken.
     """
 
     op: str
@@ -37,6 +37,7 @@ class Entry:
     model: str
     sites: tuple[str, ...]
     candidates: tuple[tuple[dict[str, int], int, int], ...]
+    path: str | None = None
 
 
 def _tiles(*sizes: tuple[int, int, int, int, int], **more: int) -> tuple:
@@ -52,6 +53,7 @@ ENTRIES = (
             (64, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4),
             (64, 256, 64, 8, 3), (64, 64, 64, 4, 4), (64, 128, 128, 4, 3),
         ) + _tiles((128, 128, 64, 8, 4), (128, 256, 64, 8, 3), BORDER_N=64),
+        path="kernel",
     ),
     Entry(
         "ragged_attention", "ONE_PASS_TILES", (), "base", ("attn",),
@@ -60,6 +62,15 @@ ENTRIES = (
             (dict(BLOCK_M=128), 8, 2),
             (dict(BLOCK_M=32), 4, 2), (dict(BLOCK_M=32), 2, 2),
         ),
+    ),
+    Entry(
+        "ragged_attention", "ONLINE_TILES", ("16",), "base", ("attn",),
+        (
+            (dict(BLOCK_M=64, BLOCK_N=64), 4, 3), (dict(BLOCK_M=128, BLOCK_N=64), 8, 2),
+            (dict(BLOCK_M=128, BLOCK_N=64), 8, 3), (dict(BLOCK_M=128, BLOCK_N=32), 4, 3),
+            (dict(BLOCK_M=64, BLOCK_N=32), 4, 3), (dict(BLOCK_M=32, BLOCK_N=64), 4, 2),
+        ),
+        path="online",
     ),
     Entry(
         "layer_norm_gather", "FWD_TILES", (1024,), "base", ("qkv",),
@@ -98,7 +109,7 @@ def measure(entry: Entry, shape: Shape, context: Context) -> Record:
     module, reference = OPS[entry.op]
     implementation = module.implementations(shape)["ours"]
     subject = Subject(shape, module.operands, reference)
-    entries = {NOW: (implementation, subject, contextlib.nullcontext())}
+    entries = {NOW: (implementation, subject, in_place(entry, current(entry)))}
     for label, config in configs(entry).items():
         entries[label] = implementation, subject, in_place(entry, config)
     return {"now": _label(current(entry)), "timed": in_turns_if_right(shape, entries, context)}
@@ -156,8 +167,10 @@ def in_place(entry: Entry, config: Config) -> Iterator[None]:
     """Within it the op takes `config` where its table has this entry."""
     holder, key = _table(entry)
     before = holder[key]
+    forced = forced_path(entry.op, entry.path) if entry.path else contextlib.nullcontext()
     holder[key] = config
     try:
-        yield
+        with forced:
+            yield
     finally:
         holder[key] = before

@@ -15,8 +15,9 @@ from vtp.files import FileError
 from vtp.runtime.optimize import pack_for_ops
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
+from vtp_kernels.launching import cdiv
 from vtp_kernels.layer_norm_gather import layer_norm_gather
-from vtp_kernels.proofs.roofline import Recorder, cdiv, total
+from vtp_kernels.proofs.roofline import Recorder, total
 from vtp_kernels.ragged_attention import ragged_attention
 
 

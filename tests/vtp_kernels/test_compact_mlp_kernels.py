@@ -344,7 +344,7 @@ DEFECTS = [planted(*row) for row in (
      "tl.program_id(0) * (BLOCK_M - 1)\n", LONG),
     ("fwd", UNWRITTEN, "last-columns-not-stored", "poison", OUT_MASK,
      OUT_MASK.replace("(N + 7) // 8", "N // 8")),
-    ("fwd", UNWRITTEN, "last-rows-not-launched", "poison", "(triton.cdiv(M, block_m),)", "(M // block_m,)",
+    ("fwd", UNWRITTEN, "last-rows-not-launched", "poison", "(cdiv(M, block_m),)", "(M // block_m,)",
      LONG),
     ("fwd", UNWRITTEN, "last-columns-of-z-not-stored", "poison", Z_MASK,
      Z_MASK.replace("(hidden + 7) // 8", "hidden // 8")),

@@ -82,7 +82,7 @@ DEFECTS = [
         (UNWRITTEN, "last-column-not-stored", "poison", FWD_STORE,
          FWD_STORE.replace("m_y)", "m_y & (o_n[None, :] < N - 1))")),
         (UNWRITTEN, "last-rows-of-tiles-not-launched", "poison",
-         "(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)", "(M // block_m * triton.cdiv(N, block_n),)"),
+         "(cdiv(M, block_m) * cdiv(N, block_n),)", "(M // block_m * cdiv(N, block_n),)"),
         (RACE, "column-mask-of-store-removed", "race-detection",
          "m_y = (o_m[:, None] < M) & (o_n[None, :] < N)", "m_y = (o_m[:, None] < M) & (o_n[None, :] >= 0)"),
         (RACE, "groups-of-tiles-all-from-the-first", "race-detection", GROUPED,

@@ -279,7 +279,7 @@ DEFECTS = [planted(*row) for row in (
      "tl.program_id(0) * (ROWS - 1) +"),
     ("fwd", UNWRITTEN, "last-columns-not-stored", "poison", FWD_STORE,
      FWD_STORE.replace("(kept + 7) // 8", "kept // 8")),
-    ("fwd", UNWRITTEN, "last-rows-not-launched", "poison", '(triton.cdiv(M, config.blocks["ROWS"]),)',
+    ("fwd", UNWRITTEN, "last-rows-not-launched", "poison", '(cdiv(M, config.blocks["ROWS"]),)',
      '(M // config.blocks["ROWS"],)'),
     ("fwd", RAW, "deviation-in-bfloat16", "bfloat16-check", "(b_kept - b_mean[:, None])",
      "(b_kept.to(tl.bfloat16) - b_mean[:, None].to(tl.bfloat16))", HALF),

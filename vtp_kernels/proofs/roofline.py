@@ -31,6 +31,7 @@ from torch.utils.flop_counter import flop_registry
 
 from vtp_kernels import launching
 from vtp_kernels._files import write_whole
+from vtp_kernels.launching import cdiv
 from vtp_kernels.library import TritonSides
 
 
@@ -72,11 +73,6 @@ class Work(NamedTuple):
     writes: str
     flops: int = 0
     tiled_flops: int = 0
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
 
 
 def _size(tensor: Tensor | None, *shape: int) -> int:
