@@ -14,7 +14,7 @@ from vtp.hub import push_to_hub, save_pretrained
 from vtp.model.architecture import Architecture, UnsupportedModelError, describe
 from vtp.model.cost import Cost, count
 from vtp.pruning.calibration import Statistics, calibrate
-from vtp.pruning.compact import CompactViT, compact
+from vtp.pruning.compact import CompactEva, CompactViT, compact
 from vtp.pruning.expand import expand
 from vtp.pruning.gates import GatedLinear, insert_gates, l1_penalty, sites
 from vtp.pruning.latency_table import LatencyTable
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Architecture",
+    "CompactEva",
     "CompactViT",
     "Cost",
     "FileError",

@@ -14,6 +14,7 @@ The metadata entry "vtp" of the file is JSON with these fields:
                      no signature
 """
 
+import copy
 import dataclasses
 import json
 from importlib.metadata import PackageNotFoundError, version
@@ -35,8 +36,9 @@ from vtp.model.architecture import (
     describe_surroundings,
     refuse_changed_behaviour,
 )
+from vtp.model.eva import make_rotary_buffers, with_fused_sites
 from vtp.model.images import described
-from vtp.pruning.compact import CompactViT, LayerNormGather, empty_compact
+from vtp.pruning.compact import CompactModel, LayerNormGather, empty_compact
 from vtp.pruning.gates import GatedLinear, insert_gates
 from vtp.pruning.plan import PruningPlan
 
@@ -57,7 +59,8 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
     """Write a dense, gated or compact model to one safetensors file, atomically.
 
     Args:
-        model: a supported timm VisionTransformer, or what `insert_gates` or `compact` made of one.
+        model: a supported timm VisionTransformer or Eva (whose file has one matrix for queries, keys and
+            values, and one for both halves of SwiGLU), or what `insert_gates` or `compact` made of one.
         path: the file; its folder must exist.
         metadata: JSON-able values of your own, returned by `read_metadata(path)["user"]`.
 
@@ -71,6 +74,8 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
         raise TypeError(f"metadata: got {type(metadata).__name__}, expected a dictionary")
     _refuse_tied_parameters(model)
     fields = _describe(model, metadata)
+    if fields["kind"] == "dense" and fields["architecture"]["eva"] is not None:
+        model = with_fused_sites(copy.deepcopy(model))
     _refuse_changed_modules(model, _rebuild(fields))
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     description = json.dumps(fields)
@@ -87,7 +92,7 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """Read a model written by `save`: a timm model, a gated one or a CompactViT, in eval mode.
+    """Read a model written by `save`: a timm model, a gated one or a compact one, in eval mode.
 
     Raises:
         FileError: the file is missing, cut off, damaged, not of this format, or of a newer one.
@@ -108,6 +113,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     except (ValueError, KeyError, TypeError) as error:
         raise FileError(f"path: {path} describes no model that can be built ({error})") from error
     _check_tensors(path, model, tensors)
+    make_rotary_buffers(model, torch.device("cpu"), tensors["patch_embed.proj.weight"].dtype)
     model.load_state_dict(tensors, assign=True)
     _restore_pretrained_cfg(model, description["pretrained_cfg"])
     return model.to(device).eval()
@@ -146,7 +152,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def _describe(model: nn.Module, metadata: dict[str, Any] | None) -> dict[str, Any]:
-    if isinstance(model, CompactViT):
+    if isinstance(model, CompactModel):
         refuse_changed_behaviour(model)
         kind, plan = "compact", model.plan
         architecture = dataclasses.replace(plan.architecture, **describe_surroundings(model))

@@ -50,7 +50,7 @@ from vtp.pipeline import (
     short_recipe_for,
 )
 from vtp.pruning.calibration import Statistics, calibrate
-from vtp.pruning.compact import CompactViT, compact
+from vtp.pruning.compact import CompactModel, compact
 from vtp.pruning.expand import expand
 from vtp.pruning.gates import insert_gates, sites
 from vtp.pruning.latency_table import make_cache_folder, store_table
@@ -137,7 +137,7 @@ def _train(options: argparse.Namespace) -> None:
         seed=seed,
         checkpoint=options.checkpoint,
     )
-    if options.stage == "sparse" and isinstance(model, CompactViT):
+    if options.stage == "sparse" and isinstance(model, CompactModel):
         model = _expanded(model, options.model)
     if options.stage == "dense" and _is_gated(model):
         raise ValueError(f"--model: {options.model} has gates; the stage for it is sparse")
@@ -149,7 +149,7 @@ def _train(options: argparse.Namespace) -> None:
 def _finetune(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     model = checkpoint.load(options.file)
-    if not isinstance(model, CompactViT):
+    if not isinstance(model, CompactModel):
         raise FileError(
             f"file: {options.file} holds no compact model; `vtp prune` makes one from a gated model"
         )
@@ -223,7 +223,7 @@ def _prune_calibrated(options: argparse.Namespace) -> None:
     for file in filter(None, (options.out, options.plan, options.statistics)):
         refuse_unwritable(file)
     model = open_model(options.file, checkpoint=options.checkpoint)
-    if isinstance(model, CompactViT):
+    if isinstance(model, CompactModel):
         model = _expanded(model, options.file)
     data, budget = _calibration_data(options, model), _budget(options, calibrated=True)
     check_budget(model, budget, calibrated=True, refitted=True)
@@ -329,7 +329,7 @@ def _bench(options: argparse.Namespace) -> None:
         _profile_widths(options)
         return
     small = checkpoint.load(options.model)
-    if not isinstance(small, CompactViT):
+    if not isinstance(small, CompactModel):
         raise FileError(
             f"model: {options.model} holds no compact model; `vtp prune` makes one from a gated model"
         )
@@ -370,7 +370,7 @@ def _profile_widths(options: argparse.Namespace) -> None:
         raise ValueError(f"--dtypes: got {options.dtypes}, expected one with --profile-widths")
     is_name = not Path(options.model).is_file()  # of which only the widths matter
     model = open_model(options.model, from_scratch=is_name)
-    architecture = model.plan.architecture if isinstance(model, CompactViT) else describe(model)
+    architecture = model.plan.architecture if isinstance(model, CompactModel) else describe(model)
     make_cache_folder()
     with Progress(console=_console, transient=True) as bar:
         task = bar.add_task("measuring", total=1.0)
@@ -417,7 +417,7 @@ def _export(options: argparse.Namespace) -> None:
         f"wrote {out}: {target.size(out):,} bytes; relative error {error:.1e} against float64, on 1 and on 5 "
         f"images of {Path(options.data).name}"
     )
-    if not isinstance(model, CompactViT):
+    if not isinstance(model, CompactModel):
         return
     try:
         with _console.status("timing it beside the dense model"):
@@ -463,7 +463,7 @@ def _inspect(options: argparse.Namespace) -> None:
     _console.print(_images_and_classes(model))
     for name, value in description["user"].items():
         _console.print(f"{name}: {value}")
-    if isinstance(model, CompactViT):
+    if isinstance(model, CompactModel):
         _console.print(f"cut from the model with fingerprint {model.plan.parent[:16]}\n{model.plan}")
     elif description["kind"] == "gated":
         _console.print(_gate_table(model), soft_wrap=False)
@@ -513,7 +513,7 @@ def _images_and_classes(model: nn.Module) -> str:
     return f"{images}\nclasses: {known}"
 
 
-def _expanded(small: CompactViT, name: str) -> nn.Module:
+def _expanded(small: CompactModel, name: str) -> nn.Module:
     """A compact model as a dense one, to be cut again."""
     _console.print(f"{name} is cut already, {count(small)}: what is gone stays so, and counts as removed")
     return expand(small)

@@ -18,6 +18,8 @@ from typing import Any
 from timm.models import build_model_with_cfg, push_to_hf_hub, register_model
 from timm.models._hub import generate_readme, save_config_for_hf
 from timm.models._pretrained import PretrainedCfg
+from timm.models.eva import Eva
+from timm.models.eva import checkpoint_filter_fn as filter_of_eva
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ from vtp.files import FileError, write_atomic
 from vtp.model.architecture import Architecture, describe_surroundings
 from vtp.model.cost import count
 from vtp.model.images import image_config
-from vtp.pruning.compact import CompactDistilledViT, CompactViT
+from vtp.pruning.compact import CompactDistilledViT, CompactModel, new_compact
 from vtp.pruning.plan import PlanError, PruningPlan
 
 ARCHITECTURE = "vtp_compact_vit"
@@ -36,7 +38,9 @@ MOST_INDICES = 2**20  # of a layer, in a plan from elsewhere: they are listed be
 __all__ = ["push_to_hub", "save_pretrained"]
 
 
-def save_pretrained(model: CompactViT, folder: str | Path, *, metadata: dict[str, Any] | None = None) -> None:
+def save_pretrained(
+    model: CompactModel, folder: str | Path, *, metadata: dict[str, Any] | None = None
+) -> None:
     """Write a compact model as a folder that timm opens: model.safetensors, config.json and README.md.
 
     `timm.create_model("local-dir:FOLDER", pretrained=True)` makes the model again, where vtp was imported;
@@ -70,7 +74,7 @@ def save_pretrained(model: CompactViT, folder: str | Path, *, metadata: dict[str
 
 
 def push_to_hub(
-    model: CompactViT, repo_id: str, *, metadata: dict[str, Any] | None = None, **options: Any
+    model: CompactModel, repo_id: str, *, metadata: dict[str, Any] | None = None, **options: Any
 ) -> Any:
     """Upload a compact model to the Hugging Face hub, by `timm.models.push_to_hf_hub`, as safetensors alone.
 
@@ -125,7 +129,7 @@ def vtp_compact_vit(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     )
 
 
-def _build(plan: dict[str, Any] | None = None, **fields: Any) -> CompactViT:
+def _build(plan: dict[str, Any] | None = None, **fields: Any) -> CompactModel:
     if plan is None:
         raise PlanError(
             f"plan: missing; {ARCHITECTURE} is made from what vtp.save_pretrained wrote, by "
@@ -133,7 +137,8 @@ def _build(plan: dict[str, Any] | None = None, **fields: Any) -> CompactViT:
         )
     cut = _unpacked(plan)
     known = {field.name for field in dataclasses.fields(Architecture)}
-    free = known - {"distilled", "embed_dim", "depth", "num_heads", "mlp_hidden"}  # which the plan is about
+    # The plan is about the others.
+    free = known - {"distilled", "embed_dim", "depth", "num_heads", "mlp_hidden", "glu", "eva"}
     if unknown := sorted(set(fields) - free):
         raise TypeError(
             f"{ARCHITECTURE}: got {', '.join(unknown)}, expected some of {', '.join(sorted(free))}"
@@ -144,13 +149,13 @@ def _build(plan: dict[str, Any] | None = None, **fields: Any) -> CompactViT:
             fields[name] = (size, size) if isinstance(size, int) else tuple(size)
     architecture = dataclasses.replace(cut.architecture, **fields)
     cut = dataclasses.replace(cut, architecture=architecture)
-    return (CompactDistilledViT if architecture.distilled else CompactViT)(cut)
+    return new_compact(cut)
 
 
-def _checked_tensors(state: dict[str, Tensor], model: CompactViT) -> dict[str, Tensor]:
+def _checked_tensors(state: dict[str, Tensor], model: CompactModel) -> dict[str, Tensor]:
     """What a file holds as the model takes it: position embeddings in its size. Raises FileError."""
     checkpoint.check_indices(WEIGHTS, model, state)
-    return checkpoint_filter_fn(state, model)
+    return (filter_of_eva if isinstance(model, Eva) else checkpoint_filter_fn)(state, model)
 
 
 # --------------------------------------------------------------------------------
@@ -158,14 +163,14 @@ def _checked_tensors(state: dict[str, Tensor], model: CompactViT) -> dict[str, T
 
 
 def _check_compact(model: nn.Module) -> None:
-    if not isinstance(model, CompactViT):
+    if not isinstance(model, CompactModel):
         raise TypeError(
             f"model: got {type(model).__name__}, expected one from vtp.compact; timm.models.save_for_hf "
             "writes a dense model"
         )
 
 
-def _arguments(model: CompactViT) -> dict[str, Any]:
+def _arguments(model: CompactModel) -> dict[str, Any]:
     """Of timm's functions: what makes the model again, and what a reader wants to know of it."""
     plan = _plan(model)
     cost, dense = count(model), plan.dense_cost
@@ -182,13 +187,13 @@ def _arguments(model: CompactViT) -> dict[str, Any]:
     }
 
 
-def _plan(model: CompactViT) -> PruningPlan:
+def _plan(model: CompactModel) -> PruningPlan:
     """The plan with what may have changed since the cut: head, image size."""
     architecture = dataclasses.replace(model.plan.architecture, **describe_surroundings(model))
     return dataclasses.replace(model.plan, architecture=architecture)
 
 
-def _as_timm_has_it(model: CompactViT) -> CompactViT:
+def _as_timm_has_it(model: CompactModel) -> CompactModel:
     """The same modules with a complete `pretrained_cfg`, as timm's functions expect."""
     same = copy.copy(model)
     said = dict(getattr(model, "pretrained_cfg", None) or {})
@@ -208,7 +213,7 @@ def _as_timm_has_it(model: CompactViT) -> CompactViT:
     return same
 
 
-def _parent(model: CompactViT) -> str:
+def _parent(model: CompactModel) -> str:
     said = getattr(model, "pretrained_cfg", None) or {}
     if said.get("architecture") == ARCHITECTURE:  # was opened by timm
         return str(said.get("description")).removesuffix(", cut by vtp")
@@ -216,7 +221,7 @@ def _parent(model: CompactViT) -> str:
     return f"{name}.{said['tag']}" if said.get("tag") else str(name)
 
 
-def _card(model: CompactViT, metadata: dict[str, Any], source: str) -> dict[str, Any]:
+def _card(model: CompactModel, metadata: dict[str, Any], source: str) -> dict[str, Any]:
     """The model card, as timm's `generate_readme` takes it."""
     plan, cost, said = _plan(model), count(model), getattr(model, "pretrained_cfg", None) or {}
     dense, image = plan.dense_cost, image_config(model)
@@ -255,7 +260,7 @@ def _card(model: CompactViT, metadata: dict[str, Any], source: str) -> dict[str,
     }
 
 
-def _task(model: CompactViT) -> str:
+def _task(model: CompactModel) -> str:
     return "image-classification" if model.num_classes else "image-feature-extraction"
 
 

@@ -45,7 +45,7 @@ from vtp.model.images import (
     set_imagenet_names,
 )
 from vtp.pruning.calibration import Statistics, calibrate
-from vtp.pruning.compact import CompactViT, compact
+from vtp.pruning.compact import CompactModel, compact
 from vtp.pruning.gates import insert_gates
 from vtp.pruning.one_shot import IMAGES, check_budget, check_images, tokens_size
 from vtp.pruning.plan import PlanError
@@ -306,7 +306,7 @@ class _Cut:
         plan.save(self.run_dir / "plan.json")
         save(small, self._file, metadata={"data": Path(self.data.name).name})
 
-    def read(self, start: nn.Module) -> CompactViT:
+    def read(self, start: nn.Module) -> CompactModel:
         """The compact model, where `start` is."""
         return load(self._file).to(next(start.parameters()).device).eval()
 

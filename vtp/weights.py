@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict, load_state_dict
+from timm.models.eva import Eva
+from timm.models.eva import checkpoint_filter_fn as filter_of_eva
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
 from vtp.files import FileError
+from vtp.model.eva import make_rotary_buffers
 
 
 def is_safetensors(path: str | Path) -> bool:
@@ -87,7 +90,7 @@ def _from_pickle(path: str | Path) -> dict[str, Any]:
         ) from error
 
 
-def model_arguments(state: dict[str, Tensor], model: VisionTransformer) -> dict[str, Any]:
+def model_arguments(state: dict[str, Tensor], model: VisionTransformer | Eva) -> dict[str, Any]:
     """Arguments of `timm.create_model` in which a checkpoint differs from the model of that name.
 
     Args:
@@ -116,7 +119,9 @@ def model_arguments(state: dict[str, Tensor], model: VisionTransformer) -> dict[
     return found
 
 
-def load_weights(model: VisionTransformer, state: dict[str, Tensor], name: str, path: str | Path) -> None:
+def load_weights(
+    model: VisionTransformer | Eva, state: dict[str, Tensor], name: str, path: str | Path
+) -> None:
     """Give a model the tensors of a checkpoint, all of them and nothing else.
 
     Args:
@@ -139,7 +144,10 @@ def load_weights(model: VisionTransformer, state: dict[str, Tensor], name: str, 
             "them in model_args"
         )
     try:
-        state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+        if isinstance(model, Eva):
+            state = filter_of_eva(state, model)
+        else:
+            state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
     except Exception as error:  # of what looks like one of the formats that it converts, and is not
         raise FileError(f"checkpoint: timm cannot read the tensors of {path} ({error!r})") from error
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -160,6 +168,7 @@ def load_weights(model: VisionTransformer, state: dict[str, Tensor], name: str, 
                 f"floating point {tuple(own[tensor_name].shape)} for {name}"
             )
     own_memory = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in state.items()}
+    make_rotary_buffers(model, torch.device("cpu"), torch.float32)
     model.load_state_dict(own_memory, assign=True)
 
 

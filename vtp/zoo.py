@@ -13,7 +13,7 @@ from vtp.checkpoint import load
 from vtp.files import FileError
 from vtp.model.architecture import Architecture, describe
 from vtp.model.images import new_head, set_image_config, set_imagenet_names
-from vtp.pruning.compact import CompactViT
+from vtp.pruning.compact import CompactModel
 from vtp.weights import load_weights, model_arguments, read_weights
 
 FASHION_DEIT = "fashion-deit"
@@ -147,7 +147,7 @@ def _open_timm(name: str, *, pretrained: bool, checkpoint: str | Path | None) ->
         _refuse_without_weights(own)
     with torch.device("meta"):  # refuse what is not supported before its weights are fetched
         empty = _create(own)
-        if state is not None or not isinstance(empty, CompactViT):  # which `vtp.save_pretrained` wrote
+        if state is not None or not isinstance(empty, CompactModel):  # which `vtp.save_pretrained` wrote
             describe(empty)
     if state is None:
         return _create(own, pretrained=pretrained)

@@ -10,7 +10,7 @@ from torch import Tensor
 from vtp.comparison.tables import Rows
 from vtp.machine import package_version
 from vtp.model.cost import abbreviated, count
-from vtp.pruning.compact import CompactViT
+from vtp.pruning.compact import CompactModel
 from vtp.runtime.export.checked import Target
 from vtp.timing import interleaved_latency
 
@@ -22,7 +22,7 @@ def runtime_version(target: Target) -> str:
 
 
 def beside_dense(
-    small: CompactViT,
+    small: CompactModel,
     target: Target,
     path: Path,
     export: Callable[..., float],

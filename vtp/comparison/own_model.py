@@ -13,7 +13,7 @@ from vtp.comparison.comparison import Budget, Record, Subject, compare_runtimes
 from vtp.comparison.runtimes import COMPILERS, DTYPES, RUNTIMES, Run, Runtime
 from vtp.comparison.tables import Rows, in_rounds
 from vtp.model.cost import attention_cost, count, mlp_cost
-from vtp.pruning.compact import CompactBlock, CompactViT, ConstantBranch, compact
+from vtp.pruning.compact import CompactBlock, CompactModel, ConstantBranch, compact
 from vtp.pruning.gates import insert_gates
 from vtp.pruning.selection import make_plan
 from vtp.runtime import cpu
@@ -30,7 +30,7 @@ _BESIDE = ("ours", "PyTorch eager", "OpenVINO")
 class Blocks(nn.Module):
     """The blocks of a compact model: tokens [B, N, embed_dim] to the same shape."""
 
-    def __init__(self, vit: CompactViT) -> None:
+    def __init__(self, vit: CompactModel) -> None:
         super().__init__()
         self.vit = vit
 
@@ -52,7 +52,7 @@ def prepare_blocks(model: Blocks, tokens: Tensor, *, dtype: str) -> Run:
 # The comparisons
 
 
-def dense_of(small: CompactViT) -> CompactViT:
+def dense_of(small: CompactModel) -> CompactModel:
     """The dense model that a compact one was cut from, with random weights: the file does not have them."""
     torch.manual_seed(0)
     gated = insert_gates(small.plan.architecture.build("cpu"))
@@ -61,7 +61,7 @@ def dense_of(small: CompactViT) -> CompactViT:
 
 
 def compare(
-    small: CompactViT,
+    small: CompactModel,
     batch: int,
     dtypes: Sequence[str],
     budget: Budget,
@@ -97,7 +97,7 @@ def compare(
     return {"batch": batch, "macs": macs, **compare_runtimes(entries, budget, report=report)}
 
 
-def branches(model: CompactViT) -> dict[str, tuple[Blocks, int]]:
+def branches(model: CompactModel) -> dict[str, tuple[Blocks, int]]:
     """Each branch of each block alone and its MACs, by name such as "blocks.3.mlp"; no constants."""
     found = {}
     for index, block in enumerate(model.blocks):
@@ -114,7 +114,7 @@ def branches(model: CompactViT) -> dict[str, tuple[Blocks, int]]:
     return found
 
 
-def _macs(model: CompactViT, block: CompactBlock, branch: str) -> int:
+def _macs(model: CompactModel, block: CompactBlock, branch: str) -> int:
     architecture = model.plan.architecture
     if branch == "attn":
         return attention_cost(
@@ -123,7 +123,7 @@ def _macs(model: CompactViT, block: CompactBlock, branch: str) -> int:
     return mlp_cost(architecture, block.mlp.fc1.in_features, block.mlp.fc1.out_features).macs
 
 
-def compare_branches(small: CompactViT, batch: int, dtype: str, budget: Budget) -> Record:
+def compare_branches(small: CompactModel, batch: int, dtype: str, budget: Budget) -> Record:
     """Time of every branch on our engine, beside those of a dense block ("dense attn", "dense mlp")."""
     architecture, device = small.plan.architecture, small.patch_embed.proj.weight.device
     torch.manual_seed(0)
@@ -189,7 +189,7 @@ def lost_milliseconds(record: Record) -> dict[str, float]:
     return dict(sorted(lost.items(), key=lambda item: -item[1]))
 
 
-def attribution_table(small: CompactViT, record: Record, rows: int = 5) -> Rows:
+def attribution_table(small: CompactModel, record: Record, rows: int = 5) -> Rows:
     """The branches that lose the most time, with their widths."""
     table: Rows = [["branch", "widths kept", "MACs", "ms", "MACs promise ms", "lost ms"]]
     for name, lost in list(lost_milliseconds(record).items())[:rows]:

@@ -12,13 +12,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerScale, PatchEmbed, get_act_layer
+from timm.layers import (
+    AttentionRope,
+    DropPath,
+    GluMlp,
+    LayerNorm,
+    PatchEmbed,
+    SwiGLU,
+    SwiGLUPacked,
+    get_act_layer,
+)
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
+from vtp.model.eva import ROTARY, EvaArguments, rotary_settings, with_fused_sites, without_storage
 from vtp.model.widths import SITES, BlockWidths
 
 
@@ -41,16 +52,29 @@ _MODEL_SETTINGS = (
     "in_chans",
     "num_classes",
 )
+_EVA_SETTINGS = (
+    "global_pool",
+    "num_prefix_tokens",
+    "no_embed_class",
+    "cls_embed",
+    "rope_mixed",
+    "dynamic_img_size",
+    "in_chans",
+    "num_classes",
+)
 _ATTENTION_SETTINGS = ("num_heads", "head_dim", "scale")
+_ROTARY_ATTENTION_SETTINGS = (*_ATTENTION_SETTINGS, "num_prefix_tokens", "rotate_half")
 _PATCH_SETTINGS = ("img_size", "patch_size", "flatten", "output_fmt", "strict_img_size", "dynamic_img_pad")
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A timm `VisionTransformer` as data. Field names are timm's where timm has the argument.
+    """A timm `VisionTransformer` or `Eva` as data. Field names are timm's where timm has the argument.
 
-    Attributes that are not timm's: `distilled` (DeiT's second token and head), `mlp_hidden` (fc1 outputs),
-    `norm_eps`, `act_layer` (a name, or None for timm's default, `nn.GELU`).
+    Attributes that are not timm's: `distilled` (DeiT's second token and head), `mlp_hidden` (inputs of fc2),
+    `norm_eps`, `act_layer` (a name, or None for timm's default, `nn.GELU`), `glu` (SwiGLU: fc1 has
+    2 * mlp_hidden outputs, and silu of the first half is multiplied by the second), `eva` (what only an Eva
+    has; None for a VisionTransformer).
     """
 
     distilled: bool
@@ -85,6 +109,25 @@ class Architecture:
     drop_path_rate: float
     norm_eps: float
     act_layer: str | None
+    glu: bool = False
+    eva: EvaArguments | None = None
+
+    @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are rotated by where their token is."""
+        return self.eva is not None and self.eva.rope_type is not None
+
+    @property
+    def whole_keys(self) -> bool:
+        """Whether queries and keys keep their width."""
+        return self.qk_norm or self.rotary
+
+    @property
+    def whole_keys_reason(self) -> str:
+        """Why they do."""
+        if self.rotary:
+            return "queries and keys are rotated in pairs, each by angles of its own"
+        return "norms of queries and keys are over all of it"
 
     @property
     def head_dim(self) -> int:
@@ -98,7 +141,12 @@ class Architecture:
         patches = 1
         for size, patch in zip(self.img_size, self.patch_size, strict=True):
             patches *= -(-size // patch) if round_up else size // patch
-        return patches + int(self.class_token) + int(self.distilled) + self.reg_tokens
+        return patches + self.num_prefix_tokens
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: class, distillation, registers."""
+        return int(self.class_token) + int(self.distilled) + self.reg_tokens
 
     def site_widths(self) -> dict[str, int]:
         """Gates per site before pruning, keyed `blocks.<i>.<site>`, in the order of the forward pass."""
@@ -117,18 +165,30 @@ class Architecture:
 
     def timm_kwargs(self) -> dict:
         """Arguments for the timm constructor that makes this model."""
-        kwargs = dataclasses.asdict(self)
-        for name in ("distilled", "mlp_hidden", "norm_eps"):
+        kwargs = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("distilled", "mlp_hidden", "norm_eps", "glu", "eva"):
             kwargs.pop(name)
         # timm takes int(embed_dim * mlp_ratio); the half keeps the product above the integer it must reach.
         kwargs["mlp_ratio"] = (self.mlp_hidden + 0.5) / self.embed_dim
         kwargs["norm_layer"] = partial(LayerNorm, eps=self.norm_eps)
+        if self.eva is not None:
+            for name, of_eva in _NAMES_OF_EVA.items():
+                kwargs[of_eva] = kwargs.pop(name)
+            for name in ("proj_bias", "pool_include_prefix", "act_layer"):  # which Eva leaves no choice about
+                kwargs.pop(name)
+            kwargs["use_abs_pos_emb"] = kwargs.pop("pos_embed") != "none"
+            return kwargs | {"swiglu_mlp": self.glu, "attn_type": "rope"} | self.eva.timm_kwargs()
+        if self.glu:
+            kwargs |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+            kwargs["mlp_ratio"] = (2 * self.mlp_hidden + 0.5) / self.embed_dim
         return kwargs
 
-    def build(self, device: str | torch.device = "cpu", weight_init: str = "") -> VisionTransformer:
+    def build(self, device: str | torch.device = "cpu", weight_init: str = "") -> VisionTransformer | Eva:
         """The dense timm model with new weights on `device` ("meta" makes one without storage)."""
-        cls = VisionTransformerDistilled if self.distilled else VisionTransformer
         with torch.device(device):
+            if self.eva is not None:
+                return Eva(**self.timm_kwargs())
+            cls = VisionTransformerDistilled if self.distilled else VisionTransformer
             return cls(**self.timm_kwargs(), weight_init=weight_init)
 
     @classmethod
@@ -138,14 +198,13 @@ class Architecture:
         Raises:
             ValueError: fields are missing, unknown or of another type, or describe no model.
         """
-        expected = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) != expected:
-            odd = sorted(set(fields) ^ expected)
-            raise ValueError(f"architecture: fields {odd} are missing or unknown")
-        for field in dataclasses.fields(cls):
-            if not _is_of_type(fields[field.name], field.type):
-                kind = getattr(field.type, "__name__", field.type)
-                raise ValueError(f"architecture.{field.name}: got {fields[field.name]!r}, expected {kind}")
+        fields = {"glu": False, "eva": None} | fields  # files from before have neither
+        if isinstance(fields["eva"], dict):
+            _check_fields(EvaArguments, fields["eva"], "architecture.eva")
+            shape = fields["eva"]["ref_feat_shape"]
+            eva = EvaArguments(**fields["eva"] | {"ref_feat_shape": shape and tuple(shape)})
+            fields["eva"] = eva
+        _check_fields(cls, fields, "architecture")
         for name in ("in_chans", "embed_dim", "depth", "num_heads", "mlp_hidden"):
             if fields[name] < 1:
                 raise ValueError(f"architecture.{name}: got {fields[name]}, expected at least 1")
@@ -162,18 +221,41 @@ class Architecture:
         return architecture
 
 
+# The arguments that Eva calls otherwise.
+_NAMES_OF_EVA = {
+    "reg_tokens": "num_reg_tokens",
+    "pre_norm": "use_pre_transformer_norm",
+    "final_norm": "use_post_transformer_norm",
+    "fc_norm": "use_fc_norm",
+}
+
+
+def _check_fields(cls: Any, fields: dict, where: str) -> None:
+    """Raise ValueError unless `fields`, from JSON, are those of a dataclass, of its types."""
+    expected = {field.name for field in dataclasses.fields(cls)}
+    if set(fields) != expected:
+        odd = sorted(set(fields) ^ expected)
+        raise ValueError(f"{where}: fields {odd} are missing or unknown")
+    for field in dataclasses.fields(cls):
+        if not _is_of_type(fields[field.name], field.type):
+            kind = getattr(field.type, "__name__", field.type)
+            raise ValueError(f"{where}.{field.name}: got {fields[field.name]!r}, expected {kind}")
+
+
 def _is_of_type(value: Any, kind: Any) -> bool:
     """Whether a value parsed from JSON can be that of a field annotated with `kind`."""
+    if kind == tuple[int, int] | None:
+        return value is None or _is_of_type(value, tuple[int, int])
     if kind == tuple[int, int]:
         pair = isinstance(value, (list, tuple)) and len(value) == 2
         return pair and all(type(size) is int and size > 0 for size in value)
-    if type(value) is int and kind is not int:
+    if type(value) is int and kind not in (int, int | None):
         value = float(value)  # 0 is as good as 0.0
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def describe(model: nn.Module) -> Architecture:
-    """Describe a dense or gated timm VisionTransformer.
+    """Describe a dense or gated timm VisionTransformer or Eva.
 
     Raises:
         UnsupportedModelError: naming the part that is not supported and why.
@@ -181,12 +263,22 @@ def describe(model: nn.Module) -> Architecture:
     _refuse_other_classes(model)
     refuse_changed_behaviour(model)
     _refuse_other_parts(model)
-    architecture = Architecture(**describe_surroundings(model), **_describe_blocks(model))
-    _check_rebuilds(model, architecture)
+    fused = model if _has_fused_sites(model) else with_fused_sites(without_storage(model))
+    architecture = Architecture(**describe_surroundings(fused), **_describe_blocks(fused))
+    _check_rebuilds(fused, architecture)
     return architecture
 
 
-def describe_surroundings(model: VisionTransformer) -> dict:
+def _has_fused_sites(model: nn.Module) -> bool:
+    return not any(
+        isinstance(block.attn, EvaAttention)
+        or getattr(block.attn, "qkv", None) is None
+        or isinstance(block.mlp, SwiGLU)
+        for block in model.blocks
+    )
+
+
+def describe_surroundings(model: VisionTransformer | Eva) -> dict:
     """The fields of `Architecture` outside the blocks, read from the live model.
 
     Works on a compact model too, whose head or input size may have been changed since the cut.
@@ -194,7 +286,7 @@ def describe_surroundings(model: VisionTransformer) -> dict:
     patch = model.patch_embed
     if patch.img_size is None:
         raise UnsupportedModelError("patch_embed.img_size is None: give the model an image size")
-    return {
+    common = {
         "distilled": isinstance(model, VisionTransformerDistilled),
         "img_size": tuple(patch.img_size),
         "patch_size": tuple(patch.patch_size),
@@ -204,38 +296,50 @@ def describe_surroundings(model: VisionTransformer) -> dict:
         "class_token": model.cls_token is not None,
         "pos_embed": "none" if model.pos_embed is None else "learn",
         "no_embed_class": model.no_embed_class,
-        "reg_tokens": model.num_reg_tokens,
         "pre_norm": not isinstance(model.norm_pre, nn.Identity),
-        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
         "fc_norm": not isinstance(model.fc_norm, nn.Identity),
-        "pool_include_prefix": model.pool_include_prefix,
         "dynamic_img_size": model.dynamic_img_size,
         "dynamic_img_pad": patch.dynamic_img_pad,
         "drop_rate": model.head_drop.p,
         "pos_drop_rate": model.pos_drop.p,
         "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
     }
+    if isinstance(model, Eva):
+        return common | {
+            "reg_tokens": model.num_prefix_tokens - int(model.cls_token is not None),
+            "final_norm": not isinstance(model.norm, nn.Identity),
+            "pool_include_prefix": False,
+            "eva": EvaArguments.of(model),
+        }
+    return common | {
+        "reg_tokens": model.num_reg_tokens,
+        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+        "pool_include_prefix": model.pool_include_prefix,
+    }
 
 
-def _describe_blocks(model: VisionTransformer) -> dict:
+def _describe_blocks(model: VisionTransformer | Eva) -> dict:
     """The fields of `Architecture` that all blocks share, read from the first (drop path: from the last)."""
     block = model.blocks[0]
     attn, mlp = block.attn, block.mlp
     last_drop_path = model.blocks[-1].drop_path1
+    scale = block if isinstance(model, Eva) else block.ls1
+    init_values = getattr(scale, "init_values", None)  # nn.Identity has none
     return {
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": attn.num_heads,
-        "mlp_hidden": mlp.fc1.out_features,
+        "mlp_hidden": mlp.fc2.in_features,
+        "glu": not isinstance(mlp, Mlp),
         "qkv_bias": attn.qkv.bias is not None,
         "qk_norm": not isinstance(attn.q_norm, nn.Identity),
         "proj_bias": attn.proj.bias is not None,
-        "init_values": float(block.ls1.init_values) if isinstance(block.ls1, LayerScale) else None,
+        "init_values": None if init_values is None else float(init_values),
         "proj_drop_rate": attn.proj_drop.p,
         "attn_drop_rate": attn.attn_drop.p,
         "drop_path_rate": last_drop_path.drop_prob if isinstance(last_drop_path, DropPath) else 0.0,
         "norm_eps": block.norm1.eps,
-        "act_layer": _activation_name(mlp.act),
+        "act_layer": _activation_name(mlp.act) if isinstance(mlp, Mlp) else None,
     }
 
 
@@ -252,13 +356,14 @@ def _activation_name(activation: nn.Module) -> str | None:
 
 def _refuse_other_classes(model: nn.Module) -> None:
     cls = type(model)
-    if cls in (VisionTransformer, VisionTransformerDistilled):
+    if cls in (VisionTransformer, VisionTransformerDistilled, Eva):
         return
     name = class_name(model)
     expected = (
-        "timm's VisionTransformer or VisionTransformerDistilled (DeiT, DeiT-III, ViT, DINOv2 and their kin)"
+        "timm's VisionTransformer or VisionTransformerDistilled (DeiT, DeiT-III, ViT, DINOv2 and their kin), "
+        "or its Eva (DINOv3, EVA-02, ViTs with rotary embedding)"
     )
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, (VisionTransformer, Eva)):
         hint = wrapped_hint(model)
         if name.startswith("vtp."):
             hint = "; it is packed for inference: take the compact model that it was made from"
@@ -268,9 +373,10 @@ def _refuse_other_classes(model: nn.Module) -> None:
             f"model: got {name}, which is cut already, expected a dense model; vtp.expand(model) is one that "
             "computes the same, to gate, calibrate or cut again"
         )
+    timms = Eva if isinstance(model, Eva) else VisionTransformer
     own = sorted({attribute for c in cls.__mro__ for attribute in _methods(c) if c.__module__ not in _OWNERS})
     raise UnsupportedModelError(
-        f"model: got {name}, a subclass of timm's VisionTransformer that overrides "
+        f"model: got {name}, a subclass of timm's {timms.__name__} that overrides "
         f"{', '.join(own) or 'nothing'}; a cut would not keep that class. Make timm's own model with the "
         "same arguments (global_pool='avg' for one that takes the mean over patches and then a norm), give "
         "it the weights with plain.load_state_dict(model.state_dict()), see that its outputs are the same, "
@@ -281,6 +387,7 @@ def _refuse_other_classes(model: nn.Module) -> None:
 _OWNERS = (
     VisionTransformer.__module__,
     VisionTransformerDistilled.__module__,
+    Eva.__module__,
     nn.Module.__module__,
     "builtins",
 )
@@ -376,57 +483,111 @@ def _refuse_other_parts(model: nn.Module) -> None:
         raise UnsupportedModelError("model.blocks is empty: there is nothing to gate")
     if type(model.patch_embed) is not PatchEmbed:
         raise UnsupportedModelError(f"patch_embed: {type(model.patch_embed).__name__}, expected PatchEmbed")
+    is_eva = isinstance(model, Eva)
+    if is_eva and model.rope is not None and type(model.rope) not in ROTARY.values():
+        known = ", ".join(kind.__name__ for kind in ROTARY.values())
+        raise UnsupportedModelError(f"rope: {type(model.rope).__name__} is not supported, expected {known}")
     for i, block in enumerate(model.blocks):
-        if type(block) is not Block:
+        expected = EvaBlock if is_eva else Block
+        if type(block) is not expected:
             raise UnsupportedModelError(
-                f"blocks.{i}: {type(block).__name__} is not supported, expected timm's pre-norm Block"
+                f"blocks.{i}: {type(block).__name__} is not supported, expected timm's pre-norm "
+                f"{expected.__name__}"
             )
-        if type(block.attn) is not Attention:
-            raise UnsupportedModelError(
-                f"blocks.{i}.attn: {type(block.attn).__name__} is not supported, expected timm's Attention"
-            )
-        if getattr(block.attn, "gate", None) is not None:
-            raise UnsupportedModelError(f"blocks.{i}.attn.gate: sigmoid-gated attention is not supported")
-        if not isinstance(block.attn.norm, nn.Identity) or not isinstance(block.mlp.norm, nn.Identity):
-            raise UnsupportedModelError(
-                f"blocks.{i}: a norm between attention and proj, or between fc1 and fc2, is not supported: "
-                "its statistics would change with every removed dimension"
-            )
-        if type(block.mlp) is not Mlp:
-            raise UnsupportedModelError(
-                f"blocks.{i}.mlp: {type(block.mlp).__name__} is not supported, expected Mlp: a gated MLP "
-                "(SwiGLU) has two hidden projections to cut together, which the plan does not describe"
-            )
-        for site in SITES:
-            linear = block.get_submodule(site)
-            if type(linear) is not nn.Linear and not hasattr(linear, "gate"):
-                raise UnsupportedModelError(
-                    f"blocks.{i}.{site}: {class_name(linear)} is not supported, expected nn.Linear; gates, "
-                    "statistics and cuts come before quantization and adapters"
-                )
+        _refuse_other_attention(f"blocks.{i}.attn", block.attn, is_eva)
+        _refuse_other_mlp(f"blocks.{i}.mlp", block.mlp)
+        for branch in ("attn", "mlp"):
+            owner = getattr(block, branch)
+            for name in _LINEARS.intersection(dict(owner.named_children())):
+                linear = getattr(owner, name)
+                if type(linear) is not nn.Linear and not hasattr(linear, "gate"):
+                    raise UnsupportedModelError(
+                        f"blocks.{i}.{branch}.{name}: {class_name(linear)} is not supported, expected "
+                        "nn.Linear; gates, statistics and cuts come before quantization and adapters"
+                    )
         for name in ("norm1", "norm2"):
             norm = getattr(block, name)
             if not isinstance(norm, nn.LayerNorm) or not norm.elementwise_affine or norm.bias is None:
                 raise UnsupportedModelError(
                     f"blocks.{i}.{name}: {norm} is not supported, expected LayerNorm with weight and bias"
                 )
+        if is_eva and (block.gamma_1 is None) != (block.gamma_2 is None):
+            raise UnsupportedModelError(
+                f"blocks.{i}.gamma_2: a LayerScale of attention alone is not supported"
+            )
 
 
-def _check_rebuilds(model: VisionTransformer, architecture: Architecture) -> None:
+# What linear layers of a block may be called: `vtp.model.eva.with_fused_sites` joins some of them.
+_LINEARS = frozenset(
+    {"qkv", "q_proj", "k_proj", "v_proj", "proj", "fc1", "fc1_g", "fc1_x", "fc2"},
+)
+
+
+def _refuse_other_attention(where: str, attn: nn.Module, is_eva: bool) -> None:
+    expected = (EvaAttention, AttentionRope) if is_eva else (Attention,)
+    if type(attn) not in expected:
+        names = " or ".join(kind.__name__ for kind in expected)
+        raise UnsupportedModelError(
+            f"{where}: {type(attn).__name__} is not supported, expected timm's {names}"
+        )
+    if getattr(attn, "gate", None) is not None:
+        raise UnsupportedModelError(f"{where}.gate: sigmoid-gated attention is not supported")
+    if getattr(attn, "num_kv_groups", 1) != 1:
+        raise UnsupportedModelError(
+            f"{where}: grouped-query attention, where {attn.num_kv_groups} heads share keys and values, is "
+            "not supported: no head could go alone"
+        )
+    if not isinstance(attn.norm, nn.Identity):
+        raise UnsupportedModelError(f"{where}.norm: {_NORM_IN_BRANCH.format('attention and proj')}")
+    for name in ("q_norm", "k_norm"):
+        norm = getattr(attn, name)
+        if not isinstance(norm, (nn.Identity, nn.LayerNorm)):
+            raise UnsupportedModelError(
+                f"{where}.{name}: {norm} is not supported, expected LayerNorm or none"
+            )
+
+
+def _refuse_other_mlp(where: str, mlp: nn.Module) -> None:
+    if type(mlp) not in (Mlp, GluMlp, SwiGLU):
+        raise UnsupportedModelError(
+            f"{where}: {type(mlp).__name__} is not supported, expected timm's Mlp, GluMlp or SwiGLU"
+        )
+    if not isinstance(mlp.norm, nn.Identity):
+        raise UnsupportedModelError(f"{where}.norm: {_NORM_IN_BRANCH.format('fc1 and fc2')}")
+    if isinstance(mlp, Mlp):
+        return
+    if type(mlp.act) is not nn.SiLU:
+        raise UnsupportedModelError(f"{where}.act: {mlp.act} is not supported in a gated one, expected SiLU")
+    if getattr(mlp, "gate_last", False):
+        raise UnsupportedModelError(f"{where}: its last half is the gate, expected the first, as in SwiGLU")
+
+
+_NORM_IN_BRANCH = (
+    "a norm between {} is not supported: its statistics would change with every removed dimension"
+)
+
+
+def _check_rebuilds(model: VisionTransformer | Eva, architecture: Architecture) -> None:
     """Refuse a model that the description does not reproduce: modules, settings, tensor shapes."""
     rebuilt = architecture.build("meta", weight_init="skip")
     with torch.device("meta"):
         replace_sites(
             rebuilt, lambda name, linear: type(model.get_submodule(name))(**_linear_arguments(linear))
         )
-    attentions = [(f"blocks.{i}.attn", _ATTENTION_SETTINGS) for i in range(architecture.depth)]
-    for owner, settings in (("", _MODEL_SETTINGS), ("patch_embed", _PATCH_SETTINGS), *attentions):
+    is_eva = architecture.eva is not None
+    of_attention = _ROTARY_ATTENTION_SETTINGS if is_eva else _ATTENTION_SETTINGS
+    attentions = [(f"blocks.{i}.attn", of_attention) for i in range(architecture.depth)]
+    of_model = _EVA_SETTINGS if is_eva else _MODEL_SETTINGS
+    for owner, settings in (("", of_model), ("patch_embed", _PATCH_SETTINGS), *attentions):
         for setting in settings:
             got = getattr(model.get_submodule(owner), setting)
             expected = getattr(rebuilt.get_submodule(owner), setting)
             if got != expected:
                 where = f"{owner}.{setting}".lstrip(".")
                 raise UnsupportedModelError(f"{where}: {got!r} is not supported here, expected {expected!r}")
+    if is_eva and rotary_settings(model.rope) != rotary_settings(rebuilt.rope):
+        differ = dict(rotary_settings(model.rope).items() - rotary_settings(rebuilt.rope).items())
+        raise UnsupportedModelError(f"rope: settings {differ} are not supported here")
     got_lines, expected_lines = repr(model).splitlines(), repr(rebuilt).splitlines()
     if got_lines != expected_lines:
         difference = [

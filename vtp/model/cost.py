@@ -4,17 +4,18 @@ A multiply-add is one MAC. Counted are the matrix products of linear layers, con
 as `torch.utils.flop_counter` sees them (half its FLOPs); elementwise work is not.
 """
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtp.model.architecture import Architecture, UnsupportedModelError, wrapped_hint
+from vtp.model.eva import without_storage
 from vtp.model.widths import BlockWidths
 
 
@@ -43,24 +44,19 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None) -> Cost:
     The model is not changed and no weight is read; parameters are those of `model.parameters()`.
 
     Args:
-        model: a timm VisionTransformer, or what `insert_gates` or `compact` made of one.
+        model: a timm VisionTransformer or Eva, or what `insert_gates` or `compact` made of one.
         image_size: (height, width) in pixels; None takes the model's own.
 
     Raises:
         UnsupportedModelError: it is another model, or a wrapper of one.
     """
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, (VisionTransformer, Eva)):
         raise UnsupportedModelError(
-            f"model: got {type(model).__name__}, expected timm's VisionTransformer{wrapped_hint(model)}"
+            f"model: got {type(model).__name__}, expected timm's VisionTransformer or its Eva"
+            f"{wrapped_hint(model)}"
         )
     params = sum(parameter.numel() for parameter in model.parameters())
-    # deepcopy finds every tensor in `memo` already copied, so the clone has shapes and no storage.
-    memo = {
-        id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-        for parameter in model.parameters()
-    }
-    memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    clone = copy.deepcopy(model, memo).eval()
+    clone = without_storage(model).eval()
     for module in clone.modules():  # hooks of the caller's are not made for tensors without storage
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
@@ -87,7 +83,13 @@ def block_cost(architecture: Architecture, widths: BlockWidths) -> Cost:
 def surroundings_cost(architecture: Architecture) -> Cost:
     """Cost of everything outside the blocks: embedding, tokens, final norm, pooling, heads."""
     without_blocks = dataclasses.replace(architecture, depth=0, drop_path_rate=0.0)
-    return count(without_blocks.build("meta", weight_init="skip"))
+    frequencies = 0
+    if architecture.eva is not None and architecture.eva.rope_type == "mixed":
+        # Two for each pair of each head of each block, which timm cannot make for no block at all.
+        frequencies = architecture.depth * architecture.embed_dim
+        eva = dataclasses.replace(architecture.eva, rope_type="cat")
+        without_blocks = dataclasses.replace(without_blocks, eva=eva)
+    return count(without_blocks.build("meta", weight_init="skip")) + Cost(frequencies, 0)
 
 
 def attention_cost(
@@ -121,6 +123,7 @@ def mlp_cost(architecture: Architecture, fc1_inputs: int, hidden: int) -> Cost:
     width = architecture.embed_dim
     if fc1_inputs == 0 or hidden == 0:
         return Cost(width, 0)
-    params = 2 * fc1_inputs + hidden * (fc1_inputs + width)
-    params += (hidden + width) * architecture.proj_bias + width * (architecture.init_values is not None)
-    return Cost(params, architecture.num_tokens * hidden * (fc1_inputs + width))
+    outputs = hidden * (2 if architecture.glu else 1)
+    params = 2 * fc1_inputs + outputs * fc1_inputs + hidden * width
+    params += (outputs + width) * architecture.proj_bias + width * (architecture.init_values is not None)
+    return Cost(params, architecture.num_tokens * (outputs * fc1_inputs + hidden * width))

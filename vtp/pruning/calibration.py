@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from vtp.files import FileError, fingerprint, write_atomic
 from vtp.model.architecture import Architecture, describe
 from vtp.model.widths import SITES
-from vtp.pruning.dense_block import attend, centred, scaled_weight, split_heads
+from vtp.pruning.dense_block import (
+    activated,
+    attend,
+    centred,
+    layer_scales,
+    scaled,
+    scaled_weight,
+    split_heads,
+)
 from vtp.pruning.moments import Moments, narrowed_scores, oas_damping, obs_curve, turned_values
 from vtp.pruning.streams import Progress, Store, Stream, embedded, first_images, plain_copy
 
@@ -56,7 +64,8 @@ class Statistics:
             blocks.<i>.<site>.activation  [p]     |W_j|^2 times that: its share of the output's variance
             blocks.<i>.<site>.order       [p]     inputs as greedy OBS removes them
             blocks.<i>.<site>.errors      [p+1]   mean square error of the output after so many removals
-            blocks.<i>.attn.keys          [H, d]  what each rank of a head carries of the scores' mean square
+            blocks.<i>.attn.keys          [H, d]  what each rank of a head carries of the scores' mean square;
+                                                  not where keys keep their width
             blocks.<i>.attn.values        [H, d]  what each direction of a head carries of proj's variance
             blocks.<i>.<unit>.changes     [k, 2]  width, and the change with this unit alone cut to it; units
                                                   are attn.qkv, attn.keys, attn.values, mlp.fc1, mlp.fc2
@@ -158,8 +167,9 @@ def calibrate(
         for i, block in enumerate(plain.blocks):
             say(f"block {i + 1} of {architecture.depth}", i / architecture.depth)
             before = stream.first(probe.images).to(device)
-            sums = _gather(block, stream, device)
-            for key, value in _block_tensors(block, sums, before, partial(probe.change, i)):
+            sums = _gather(block, stream.ropes[i], stream, device)
+            dense, narrows = _Block.of(block, stream.ropes[i]), not architecture.whole_keys
+            for key, value in _block_tensors(dense, sums, before, narrows, partial(probe.change, i)):
                 tensors[f"blocks.{i}.{key}"] = value.cpu().contiguous()
         return Statistics(architecture, parent, stream.images, probe.images, probe.unit, tensors)
     finally:
@@ -176,10 +186,12 @@ def _images_needed(architecture: Architecture) -> int:
 class _Block:
     """One block of the dense model as weights and products, of which one at a time is replaced.
 
+    rope: what rotates its queries and keys; None for none.
     mixes: [H, d, d], which queries meet on their way to the keys; None for none.
     """
 
     block: nn.Module
+    rope: Tensor | None
     qkv: tuple[Tensor, Tensor]
     proj: tuple[Tensor, Tensor]
     fc1: tuple[Tensor, Tensor]
@@ -187,25 +199,26 @@ class _Block:
     mixes: Tensor | None = None
 
     @classmethod
-    def of(cls, block: nn.Module) -> "_Block":
+    def of(cls, block: nn.Module, rope: Tensor | None) -> "_Block":
         """As it is."""
-        none = nn.Identity()
+        gammas = layer_scales(block)
         return cls(
             block,
-            scaled_weight(block.attn.qkv, none),
-            scaled_weight(block.attn.proj, block.ls1),
-            scaled_weight(block.mlp.fc1, none),
-            scaled_weight(block.mlp.fc2, block.ls2),
+            rope,
+            scaled_weight(block.attn.qkv),
+            scaled_weight(block.attn.proj, gammas[0]),
+            scaled_weight(block.mlp.fc1),
+            scaled_weight(block.mlp.fc2, gammas[1]),
         )
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [images, tokens, embed_dim] to the same shape."""
         attn, mlp = self.block.attn, self.block.mlp
-        query, key, value = split_heads(attn, self._linear(self.block.norm1(x), self.qkv))
+        query, key, value = split_heads(attn, self._linear(self.block.norm1(x), self.qkv), self.rope)
         if self.mixes is not None:
             query = query @ self.mixes.to(query)
         x = x + self._linear(attend(attn, query, key, value), self.proj)
-        return x + self._linear(mlp.act(self._linear(self.block.norm2(x), self.fc1)), self.fc2)
+        return x + self._linear(activated(mlp, self._linear(self.block.norm2(x), self.fc1)), self.fc2)
 
     @staticmethod
     def _linear(x: Tensor, layer: tuple[Tensor, Tensor]) -> Tensor:
@@ -222,9 +235,9 @@ class _Sums:
     keys: list[Moments]
 
 
-def _gather(block: nn.Module, stream: Stream, device: torch.device) -> _Sums:
+def _gather(block: nn.Module, rope: Tensor | None, stream: Stream, device: torch.device) -> _Sums:
     """The sums of a block over the stream, which goes on to what the block puts out."""
-    attn, mlp = block.attn, block.mlp
+    attn, mlp, gammas = block.attn, block.mlp, layer_scales(block)
     sums = _Sums(
         {site: Moments(block.get_submodule(site).in_features, device=device) for site in SITES},
         *([Moments(attn.head_dim, device=device) for _ in range(attn.num_heads)] for _ in range(2)),
@@ -233,19 +246,19 @@ def _gather(block: nn.Module, stream: Stream, device: torch.device) -> _Sums:
         x = piece.to(device)
         normed = block.norm1(x)
         sums.sites["attn.qkv"].add(normed.flatten(0, 1))
-        query, key, value = split_heads(attn, attn.qkv(normed))
+        query, key, value = split_heads(attn, attn.qkv(normed), rope)
         varying = centred(key)
         for head in range(attn.num_heads):
             sums.queries[head].add(query[:, head].flatten(0, 1))
             sums.keys[head].add(varying[:, head].flatten(0, 1))
         out = attend(attn, query, key, value)
         sums.sites["attn.proj"].add(out.flatten(0, 1))
-        x = x + block.ls1(attn.proj(out))
+        x = x + scaled(attn.proj(out), gammas[0])
         normed = block.norm2(x)
         sums.sites["mlp.fc1"].add(normed.flatten(0, 1))
-        hidden = mlp.act(mlp.fc1(normed))
+        hidden = activated(mlp, mlp.fc1(normed))
         sums.sites["mlp.fc2"].add(hidden.flatten(0, 1))
-        piece.copy_(x + block.ls2(mlp.fc2(hidden)))
+        piece.copy_(x + scaled(mlp.fc2(hidden), gammas[1]))
     return sums
 
 
@@ -258,7 +271,7 @@ class _Probe:
         # over the images that moments are taken from.
         images = min(max(LEAST_PROBED, int(2 * stream.images / (3.5 * depth))), MOST_PROBED)
         self.images = min(images, stream.images)
-        self._model = plain
+        self._model, self._ropes = plain, stream.ropes
         self.unit = "KL" if plain.num_classes > 1 else "relative error"
         device = plain.patch_embed.proj.weight.device
         self._dense = dense = self._output(0, stream.first(self.images).to(device)).double()
@@ -283,22 +296,22 @@ class _Probe:
         return max(change, 0.0)
 
     def _output(self, block: int, x: Tensor) -> Tensor:
-        for later in self._model.blocks[block:]:
-            x = later(x)
+        for later, rope in zip(self._model.blocks[block:], self._ropes[block:], strict=True):
+            x = later(x) if rope is None else later(x, rope=rope)
         return self._model.forward_head(self._model.norm(x))
 
 
 def _block_tensors(
-    block: nn.Module, sums: _Sums, before: Tensor, change: Callable[[Tensor], float]
+    dense: _Block, sums: _Sums, before: Tensor, narrows: bool, change: Callable[[Tensor], float]
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of `Statistics` for one block, by their names in it.
 
     Args:
-        block: of the dense model; sums: its moments.
+        dense: the block; sums: its moments.
         before: what goes into the block, for the images on which changes are measured.
+        narrows: whether a cut may narrow queries and keys.
         change: the change of the model's output for what the block puts out instead.
     """
-    dense = _Block.of(block)
 
     def measured(**cut: Any) -> float:
         return change(dataclasses.replace(dense, **cut)(before))
@@ -324,7 +337,7 @@ def _block_tensors(
             mended = _without(moments, weight, bias, order[len(order) - kept :].to(weight.device))
             yield f"{site}.changes", _points((0, constants[branch]), (kept, measured(**{layer: mended})))
 
-    attn = block.attn
+    attn = dense.block.attn
     H, d = attn.num_heads, attn.head_dim
     proj, bias = dense.proj
     out = sums.sites["attn.proj"]
@@ -339,7 +352,7 @@ def _block_tensors(
     change_of_values = measured(proj=(cut, bias + (proj - cut) @ out.mean))
     yield "attn.values.changes", _points((0, constants["attn"]), (H * kept, change_of_values))
 
-    if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
+    if narrows:
         kept = max(1, round(PROBED_KEY_SHARE * d))
         energies, mixes = [], []
         for queries, keys in zip(sums.queries, sums.keys, strict=True):

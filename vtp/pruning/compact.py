@@ -1,9 +1,9 @@
 """The cut: a model with the removed dimensions really gone, built from ordinary modules.
 
-A `CompactViT` is a timm VisionTransformer whose blocks have a width of their own for each layer and each
-head. Its outputs equal those of the gated model with the removed gates set to 0: kept gate values are
-folded into the weights; a head without values goes with its query and key; a branch whose output no
-longer depends on its input is replaced by the constant that it computes.
+A `CompactViT` is a timm VisionTransformer, a `CompactEva` timm's Eva, whose blocks have a width of their own
+for each layer and each head. Its outputs equal those of the gated model with the removed gates set to 0: kept
+gate values are folded into the weights; a head without values goes with its query and key; a branch whose
+output no longer depends on its input is replaced by the constant that it computes.
 
 On a GPU the modules run on the ops of `vtp_kernels`, forward and backward, which take odd widths at full
 speed; anywhere else, and in an exported or traced program, on PyTorch's own operators.
@@ -14,19 +14,24 @@ place (token merging swaps classes) fails at its first reshape, as heads are not
 """
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, LayerScale, get_act_layer, use_fused_attn
 from timm.layers.drop import calculate_drop_path_rates
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
 from torch import Tensor, nn
 
 from vtp.model.architecture import Architecture, describe
 from vtp.model.widths import SITES
+from vtp.pruning.dense_block import activated, layer_scales, scaled
 from vtp.pruning.gates import sites, with_gates
 from vtp.pruning.plan import PlanError, PruningPlan
 from vtp.pruning.refit import refit
@@ -107,11 +112,15 @@ class CompactAttention(Attention):
 
     qkv puts out the queries of all heads, their keys, then their values: [..., 2 * sum(key_widths) +
     sum(value_widths)]. The softmax scale is that of the dense model, `head_dim ** -0.5`, whatever is left of
-    a key. Norms of queries and keys are over all `head_dim`: with them no key is narrower.
+    a key. Norms of queries and keys are over all `head_dim`, and rotations of their pairs: with either no key
+    is narrower.
 
     Attributes:
         key_widths, value_widths: one entry for each head that is left.
+        kept_heads: which heads of the dense model these are.
         head_dim: the width of a head of the dense model.
+        num_prefix_tokens, rotate_half: as those of timm's AttentionRope: tokens that are not rotated, and
+            whether the pairs of a head are its halves, else neighbours.
         fused_attn: as timm's: whether attention may be one operator; else the weights go through `attn_drop`.
     """
 
@@ -121,9 +130,13 @@ class CompactAttention(Attention):
         qkv_inputs: int,
         key_widths: tuple[int, ...],
         value_widths: tuple[int, ...],
+        kept_heads: tuple[int, ...],
     ) -> None:
         nn.Module.__init__(self)  # what timm's makes has other widths
         self.num_heads = len(value_widths)
+        self.kept_heads = kept_heads
+        self.num_prefix_tokens = architecture.num_prefix_tokens
+        self.rotate_half = architecture.eva is not None and architecture.eva.rope_rotate_half
         self.head_dim = architecture.head_dim
         self.key_widths = key_widths
         self.value_widths = value_widths
@@ -132,10 +145,10 @@ class CompactAttention(Attention):
         self.fused_attn = use_fused_attn()
         if len(key_widths) != self.num_heads:
             raise ValueError(f"key_widths: got {key_widths}, expected one for each of {self.num_heads} heads")
-        if architecture.qk_norm and set(key_widths) != {self.head_dim}:
+        if architecture.whole_keys and set(key_widths) != {self.head_dim}:
             raise ValueError(
-                f"key_widths: got {key_widths}, expected {self.head_dim} each, the width of the norms of "
-                "queries and keys"
+                f"key_widths: got {key_widths}, expected {self.head_dim} each: "
+                f"{architecture.whole_keys_reason}"
             )
         outputs = 2 * sum(key_widths) + sum(value_widths)
         self.qkv = nn.Linear(qkv_inputs, outputs, bias=architecture.qkv_bias)
@@ -147,35 +160,53 @@ class CompactAttention(Attention):
         self.proj = nn.Linear(sum(value_widths), architecture.embed_dim, bias=architecture.proj_bias)
         self.proj_drop = nn.Dropout(architecture.proj_drop_rate)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x [B, N, qkv_inputs] to [B, N, embed_dim]; the masks are those of timm's Attention."""
-        out = self.attend(_linear(self.qkv, x), attn_mask, is_causal, on_kernels=_on_kernels(x))
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, N, qkv_inputs] to [B, N, embed_dim]; masks and angles are those of timm's attention."""
+        out = self.attend(_linear(self.qkv, x), attn_mask, is_causal, rope, on_kernels=_on_kernels(x))
         return self.proj_drop(_linear(self.proj, out))
 
-    def attend(self, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool, *, on_kernels: bool) -> Tensor:
+    def attend(
+        self,
+        qkv: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        rope: Tensor | None = None,
+        *,
+        on_kernels: bool,
+    ) -> Tensor:
         """What is between the two linear layers: qkv as they put it out to [B, N, sum(value_widths)].
 
         With `on_kernels` it is one op, but for masks and active dropout, which stay on PyTorch's operators,
-        and for norms of queries and keys, which are applied before it.
+        and for norms and rotations of queries and keys, which are applied before it.
         """
         dropout = self.attn_drop.p if self.training else 0.0
         widest = max(*self.key_widths, *self.value_widths)
-        fused = on_kernels and self.fused_attn and attn_mask is None and not is_causal and not dropout
-        fused = fused and widest <= _WIDEST_HEAD
-        if fused and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+        plain = attn_mask is None and not is_causal and not dropout
+        fused = on_kernels and self.fused_attn and plain and widest <= _WIDEST_HEAD
+        normed = not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
+        if fused and not normed and rope is None:
+            return ragged_attention(qkv, self.key_widths, self.value_widths, self.scale)
+        query, key, value = qkv.split(
+            [sum(self.key_widths), sum(self.key_widths), sum(self.value_widths)], dim=-1
+        )
+        if normed or rope is not None:
+            query, key = self._turned(query, self.q_norm, rope), self._turned(key, self.k_norm, rope)
+        if fused:
+            qkv = torch.cat([query, key, value], dim=-1)
             return ragged_attention(qkv, self.key_widths, self.value_widths, self.scale)
         ragged = len(set(self.key_widths)) > 1 or len(set(self.value_widths)) > 1
-        if ragged and torch.compiler.is_exporting() and attn_mask is None and not is_causal and not dropout:
-            return self._attend_in_one_node_a_head(qkv)
+        if ragged and torch.compiler.is_exporting() and plain:
+            return self._attend_in_one_node_a_head(query, key, value)
         if len(set(self.key_widths)) > 1:
-            return self._attend_head_by_head(qkv, attn_mask, is_causal)
-        query_width, key_width = sum(self.key_widths), self.key_widths[0]
-        query, key, value = qkv.split([query_width, query_width, sum(self.value_widths)], dim=-1)
-        query = self.q_norm(query.unflatten(-1, (self.num_heads, key_width)).transpose(1, 2))
-        key = self.k_norm(key.unflatten(-1, (self.num_heads, key_width)).transpose(1, 2))
-        if fused:
-            qkv = torch.cat([*(t.transpose(1, 2).flatten(2) for t in (query, key)), value], dim=-1)
-            return ragged_attention(qkv, self.key_widths, self.value_widths, self.scale)
+            return self._attend_head_by_head(query, key, value, attn_mask, is_causal)
+        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        key = key.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         if self.fused_attn and len(set(self.value_widths)) == 1:
             value = value.unflatten(-1, (self.num_heads, self.value_widths[0])).transpose(1, 2)
             out = F.scaled_dot_product_attention(
@@ -187,27 +218,35 @@ class CompactAttention(Attention):
         heads = enumerate(_split(value, self.value_widths))
         return torch.cat([scores[:, head] @ value for head, value in heads], dim=-1)
 
-    def _attend_head_by_head(self, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    def _turned(self, x: Tensor, norm: nn.Module, rope: Tensor | None) -> Tensor:
+        """Queries or keys of all heads, [B, N, heads * head_dim], normed, and rotated as timm does it."""
+        x = norm(x.unflatten(-1, (self.num_heads, self.head_dim)))
+        if rope is not None:
+            # [N, 2 d] of all heads, or [heads, N, 2 d]; behind patch dropout, with images before them.
+            of_heads = rope.unsqueeze(0) if rope.ndim == 2 else rope
+            if of_heads.shape[-3] > 1:
+                of_heads = of_heads[..., self.kept_heads, :, :]
+            prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+            patches = apply_rot_embed_cat(patches, of_heads.transpose(-3, -2), half=self.rotate_half)
+            x = torch.cat([prefix, patches], dim=1)
+        return x.flatten(-2)
+
+    def _attend_head_by_head(
+        self, queries: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
         """The same for heads of unequal key widths, whose scores are no one product."""
-        queries, keys, values = qkv.split(
-            [sum(self.key_widths), sum(self.key_widths), sum(self.value_widths)], dim=-1
-        )
         pairs = zip(_split(queries, self.key_widths), _split(keys, self.key_widths), strict=True)
         scores = torch.stack([(query * self.scale) @ key.transpose(-2, -1) for query, key in pairs], dim=1)
         scores = self.attn_drop(_mask(scores, attn_mask, is_causal).softmax(dim=-1))
         heads = enumerate(_split(values, self.value_widths))
         return torch.cat([scores[:, head] @ value for head, value in heads], dim=-1)
 
-    def _attend_in_one_node_a_head(self, qkv: Tensor) -> Tensor:
+    def _attend_in_one_node_a_head(self, *of_all: Tensor) -> Tensor:
         """The same for an exported program: other runtimes fuse an attention node, but no softmax over the
         scores of all heads of which they cannot see what they are multiplied with."""
         widths = (self.key_widths, self.key_widths, self.value_widths)
-        query, key, value = qkv.unsqueeze(1).split([sum(of_heads) for of_heads in widths], dim=-1)
-        if not isinstance(self.q_norm, nn.Identity):
-            query = self.q_norm(query.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2)
-            key = self.k_norm(key.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2)
-        parts = zip((query, key, value), widths, strict=True)
-        heads = zip(*(part.split(of_heads, dim=-1) for part, of_heads in parts), strict=True)
+        parts = zip(of_all, widths, strict=True)
+        heads = zip(*(part.unsqueeze(1).split(of_heads, dim=-1) for part, of_heads in parts), strict=True)
         outputs = [F.scaled_dot_product_attention(q, k, v, scale=self.scale) for q, k, v in heads]
         return torch.cat(outputs, dim=-1).squeeze(1)
 
@@ -234,12 +273,17 @@ def _mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
 
 
 class CompactMlp(Mlp):
-    """fc1, activation, fc2 with `hidden` kept hidden dimensions: x [..., fc1_inputs] to [..., embed_dim]."""
+    """fc1, activation, fc2 with `hidden` kept hidden dimensions: x [..., fc1_inputs] to [..., embed_dim].
+
+    glu: SwiGLU: fc1 has 2 * hidden outputs, and silu of the first half is multiplied by the second.
+    """
 
     def __init__(self, architecture: Architecture, fc1_inputs: int, hidden: int) -> None:
         nn.Module.__init__(self)  # what timm's makes has other widths
-        self.fc1 = nn.Linear(fc1_inputs, hidden, bias=architecture.proj_bias)
-        self.act = _activation(architecture)
+        self.glu = architecture.glu
+        outputs = 2 * hidden if self.glu else hidden
+        self.fc1 = nn.Linear(fc1_inputs, outputs, bias=architecture.proj_bias)
+        self.act = nn.SiLU() if self.glu else _activation(architecture)
         self.drop1 = nn.Dropout(architecture.proj_drop_rate)
         self.norm = nn.Identity()
         self.fc2 = nn.Linear(hidden, architecture.embed_dim, bias=architecture.proj_bias)
@@ -251,7 +295,7 @@ class CompactMlp(Mlp):
         if _on_kernels(x) and linears and is_erf_gelu(self.act) and not dropout:
             weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
             return self.drop2(compact_mlp(x, *weights, None))
-        return self.drop2(_linear(self.fc2, self.drop1(self.act(_linear(self.fc1, x)))))
+        return self.drop2(_linear(self.fc2, self.drop1(activated(self, _linear(self.fc1, x)))))
 
 
 class ConstantBranch(nn.Module):
@@ -261,8 +305,8 @@ class ConstantBranch(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x [..., embed_dim] to the same shape; the masks are accepted because attention takes them."""
+    def forward(self, x: Tensor, **of_attention: object) -> Tensor:
+        """x [..., embed_dim] to the same shape; what else attention takes is accepted."""
         return self.bias.expand_as(x)
 
 
@@ -276,11 +320,14 @@ class CompactBlock(Block):
         qkv, _, fc1, fc2 = (len(plan.kept[name]) for name in _site_names(block))
         key_widths = tuple(filter(None, plan.key_widths(block)))
         value_widths = tuple(filter(None, plan.value_widths(block)))
+        heads = tuple(head for head, width in enumerate(plan.value_widths(block)) if width)
 
         alive = bool(qkv and value_widths)
         self.norm1 = LayerNormGather(width, qkv, eps) if alive else nn.Identity()
         self.attn = (
-            CompactAttention(architecture, qkv, key_widths, value_widths) if alive else ConstantBranch(width)
+            CompactAttention(architecture, qkv, key_widths, value_widths, heads)
+            if alive
+            else ConstantBranch(width)
         )
         self.ls1 = _layer_scale(architecture) if alive else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
@@ -291,9 +338,17 @@ class CompactBlock(Block):
         self.ls2 = _layer_scale(architecture) if alive else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x [B, N, embed_dim] to the same shape."""
-        attention = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, N, embed_dim] to the same shape; `rope` is what timm's Eva hands to its blocks."""
+        # What stands for an attention, such as an adapter's, may not know of angles.
+        angles = {} if rope is None else {"rope": rope}
+        attention = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal, **angles)
         x = x + self.drop_path1(self.ls1(attention))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -327,18 +382,43 @@ class CompactViT(VisionTransformer):
         weight_init = "skip" if torch.get_default_device().type == "meta" else ""
         super().__init__(**plan.architecture.timm_kwargs(), weight_init=weight_init)
         self.plan = plan
-        rates = calculate_drop_path_rates(plan.architecture.drop_path_rate, plan.architecture.depth)
-        self.blocks = nn.Sequential(*[CompactBlock(plan, i, rate) for i, rate in enumerate(rates)])
+        self.blocks = compact_blocks(plan)
 
 
 class CompactDistilledViT(CompactViT, VisionTransformerDistilled):
     """A CompactViT with DeiT's distillation token and head."""
 
 
-def empty_compact(plan: PruningPlan) -> CompactViT:
-    """The CompactViT of a plan on the meta device: shapes without storage, to be given a state dict."""
+class CompactEva(Eva):
+    """A timm Eva cut to a plan: as a CompactViT, with the rotary embedding that timm hands to its blocks."""
+
+    def __init__(self, plan: PruningPlan) -> None:
+        super().__init__(**plan.architecture.timm_kwargs())
+        self.plan = plan
+        self.blocks = compact_blocks(plan)
+
+
+CompactModel: TypeAlias = CompactViT | CompactEva
+
+
+def compact_blocks(plan: PruningPlan) -> nn.Sequential:
+    """The blocks of a plan, with new weights."""
+    rates = calculate_drop_path_rates(plan.architecture.drop_path_rate, plan.architecture.depth)
+    return nn.Sequential(*[CompactBlock(plan, i, rate) for i, rate in enumerate(rates)])
+
+
+def new_compact(plan: PruningPlan) -> CompactModel:
+    """The compact model of a plan, with new weights."""
+    if plan.architecture.eva is not None:
+        return CompactEva(plan)
+    return (CompactDistilledViT if plan.architecture.distilled else CompactViT)(plan)
+
+
+def empty_compact(plan: PruningPlan) -> CompactModel:
+    """The compact model of a plan on the meta device: shapes without storage, to be given a state dict, and
+    `vtp.model.eva.make_rotary_buffers`."""
     with torch.device("meta"):
-        return (CompactDistilledViT if plan.architecture.distilled else CompactViT)(plan)
+        return new_compact(plan)
 
 
 @torch.no_grad()
@@ -349,7 +429,7 @@ def compact(
     images: Tensor | Iterable | None = None,
     memory_gb: float | None = None,
     progress: Progress | None = None,
-) -> CompactViT:
+) -> CompactModel:
     """Cut a gated or dense model to a plan. The result shares no memory with it.
 
     Args:
@@ -364,7 +444,8 @@ def compact(
         progress: called with what is going on and the share that is done.
 
     Returns:
-        CompactViT with the dtype, device and train/eval mode of `model`, all parameters trainable.
+        CompactViT, or CompactEva of timm's Eva, with the dtype, device and train/eval mode of `model`, all
+        parameters trainable.
 
     Raises:
         PlanError: the plan was made for a model of other widths, or has cuts that take images.
@@ -393,7 +474,9 @@ def compact(
         )
         new = small.blocks[i]
         state |= _prefixed(f"blocks.{i}.", _cut_attention(block, new, qkv, proj, plan.key_widths(i)))
-        state |= _prefixed(f"blocks.{i}.", _cut_mlp(block, new, fc1, fc2))
+        state |= _prefixed(f"blocks.{i}.", _cut_mlp(block, new, fc1, fc2, architecture))
+    if architecture.rotary:
+        small.rope = copy.deepcopy(gated.rope)
     small.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     if images is not None:
         plain = plain_copy(gated)
@@ -442,7 +525,7 @@ def _cut_attention(
     if isinstance(new.attn, ConstantBranch):
         # Without inputs every token has the value `bias`, which any attention weights average to itself.
         constant = _apply(proj_weight, None if qkv_bias is None else qkv_bias[value_rows], proj_bias)
-        return {"attn.bias": _scaled(constant, block.ls1)}
+        return {"attn.bias": scaled(constant, layer_scales(block)[0])}
     rows = block_rows(key_widths, keep_proj, width, attn.head_dim)
     return {
         **_cut_norm("norm1", block.norm1, new.norm1, keep_qkv),
@@ -452,7 +535,7 @@ def _cut_attention(
         **_prefixed("attn.k_norm.", dict(attn.k_norm.state_dict())),
         "attn.proj.weight": proj_weight,
         "attn.proj.bias": proj_bias,
-        **_prefixed("ls1.", dict(block.ls1.state_dict())),
+        "ls1.gamma": layer_scales(block)[0],
     }
 
 
@@ -464,23 +547,31 @@ def block_rows(key_widths: tuple[int, ...], keep_proj: Tensor, width: int, head_
     return torch.cat([queries, width + queries, 2 * width + keep_proj])
 
 
+def hidden_rows(hidden: Tensor, architecture: Architecture) -> Tensor:
+    """Rows of a dense fc1 that make these hidden dimensions: with SwiGLU one of each half."""
+    return torch.cat([hidden, architecture.mlp_hidden + hidden]) if architecture.glu else hidden
+
+
 def _cut_mlp(
-    block: nn.Module, new: CompactBlock, keep_fc1: Tensor, keep_fc2: Tensor
+    block: nn.Module, new: CompactBlock, keep_fc1: Tensor, keep_fc2: Tensor, architecture: Architecture
 ) -> dict[str, Tensor | None]:
     """Tensors of the compact feed-forward branch, by name within the block."""
     mlp = block.mlp
     fc2_weight = mlp.fc2.folded_weight()[:, keep_fc2]
-    hidden_bias = None if mlp.fc1.bias is None else mlp.fc1.bias[keep_fc2]
+    made = hidden_rows(keep_fc2, architecture)
+    hidden_bias = None if mlp.fc1.bias is None else mlp.fc1.bias[made]
+    gamma = layer_scales(block)[1]
     if isinstance(new.mlp, ConstantBranch):
-        before_act = fc2_weight.new_zeros(len(keep_fc2)) if hidden_bias is None else hidden_bias
-        return {"mlp.bias": _scaled(_apply(fc2_weight, mlp.act(before_act), mlp.fc2.bias), block.ls2)}
+        before_act = fc2_weight.new_zeros(len(made)) if hidden_bias is None else hidden_bias
+        constant = _apply(fc2_weight, activated(mlp, before_act), mlp.fc2.bias)
+        return {"mlp.bias": scaled(constant, gamma)}
     return {
         **_cut_norm("norm2", block.norm2, new.norm2, keep_fc1),
-        "mlp.fc1.weight": mlp.fc1.folded_weight()[keep_fc2][:, keep_fc1],
+        "mlp.fc1.weight": mlp.fc1.folded_weight()[made][:, keep_fc1],
         "mlp.fc1.bias": hidden_bias,
         "mlp.fc2.weight": fc2_weight,
         "mlp.fc2.bias": mlp.fc2.bias,
-        **_prefixed("ls2.", dict(block.ls2.state_dict())),
+        "ls2.gamma": gamma,
     }
 
 
@@ -492,7 +583,3 @@ def _apply(weight: Tensor, vector: Tensor | None, bias: Tensor | None) -> Tensor
     if bias is not None:
         out += bias.double()
     return out.to(weight.dtype)
-
-
-def _scaled(constant: Tensor, layer_scale: nn.Module) -> Tensor:
-    return constant * layer_scale.gamma if isinstance(layer_scale, LayerScale) else constant

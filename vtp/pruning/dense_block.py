@@ -1,24 +1,55 @@
 """Parts of a dense block that calibration and refit look at one at a time."""
 
+import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale
+from timm.layers import GluMlp
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 
 
-def scaled_weight(linear: nn.Linear, layer_scale: nn.Module) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of a layer with its LayerScale, float64; a missing bias is 0."""
+def layer_scales(block: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """The factors [embed_dim] behind proj and behind fc2 of a block, dense or compact; None for none."""
+    if isinstance(block, EvaBlock):
+        return block.gamma_1, block.gamma_2
+    return getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None)
+
+
+def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    """What a branch adds to the residual stream, from what its last layer puts out."""
+    return x if gamma is None else x * gamma
+
+
+def scaled_weight(linear: nn.Linear, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of a layer with the LayerScale behind it, float64; a missing bias is 0."""
     weight = linear.weight.double()
     bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.double()
-    if isinstance(layer_scale, LayerScale):
-        gamma = layer_scale.gamma.double()
-        return weight * gamma[:, None], bias * gamma
-    return weight, bias
+    if gamma is None:
+        return weight, bias
+    return weight * gamma.double()[:, None], bias * gamma.double()
 
 
-def split_heads(attn: nn.Module, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a dense attention, [images, heads, tokens, head_dim] each, behind norms."""
+def split_heads(attn: nn.Module, qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a dense attention, [images, heads, tokens, head_dim] each, as they are
+    multiplied: behind norms, and rotated."""
     query, key, value = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
-    return attn.q_norm(query), attn.k_norm(key), value
+    query, key = attn.q_norm(query), attn.k_norm(key)
+    if rope is None:
+        return query, key, value
+    return _rotated(attn, query, rope), _rotated(attn, key, rope), value
+
+
+def _rotated(attn: nn.Module, x: Tensor, rope: Tensor) -> Tensor:
+    prefix, patches = x[..., : attn.num_prefix_tokens, :], x[..., attn.num_prefix_tokens :, :]
+    return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attn.rotate_half)], dim=-2)
+
+
+def activated(mlp: nn.Module, given: Tensor) -> Tensor:
+    """The hidden dimensions of a dense or compact feed-forward, from what its fc1 puts out."""
+    if isinstance(mlp, GluMlp) or getattr(mlp, "glu", False):
+        gate, value = given.chunk(2, dim=-1)
+        return mlp.act(gate) * value
+    return mlp.act(given)
 
 
 def attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

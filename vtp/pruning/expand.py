@@ -6,9 +6,11 @@ reaches it and nothing comes from it; `removed_before` in `removed.py` finds it 
 leaves it out.
 """
 
+import copy
 import dataclasses
 
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -20,11 +22,11 @@ from vtp.model.architecture import (
     wrapped_hint,
 )
 from vtp.model.widths import SITES
-from vtp.pruning.compact import CompactBlock, CompactViT, ConstantBranch, block_rows
+from vtp.pruning.compact import CompactBlock, CompactModel, ConstantBranch, block_rows, hidden_rows
 
 
 @torch.no_grad()
-def expand(small: CompactViT) -> VisionTransformer:
+def expand(small: CompactModel) -> VisionTransformer | Eva:
     """The dense timm model that computes what a compact one does. It shares no memory with it.
 
     Args:
@@ -35,12 +37,12 @@ def expand(small: CompactViT) -> VisionTransformer:
         `insert_gates`, `calibrate`, `make_plan` and `compact`. Plans for it leave out what is gone already.
 
     Raises:
-        UnsupportedModelError: it is no CompactViT; a layer of it was replaced, or computes something else; or
-            it has a constant that a model without biases cannot put out.
+        UnsupportedModelError: it is no compact model; a layer of it was replaced, or computes something else;
+            or it has a constant that a model without biases cannot put out.
     """
-    if not isinstance(small, CompactViT):
+    if not isinstance(small, CompactModel):
         raise UnsupportedModelError(
-            f"model: got {class_name(small)}, expected a CompactViT{wrapped_hint(small)}"
+            f"model: got {class_name(small)}, expected a compact model{wrapped_hint(small)}"
         )
     refuse_changed_behaviour(small)
     architecture = dataclasses.replace(small.plan.architecture, **describe_surroundings(small))
@@ -53,6 +55,8 @@ def expand(small: CompactViT) -> VisionTransformer:
         _fill_attention(small, i, block, empty)
         _fill_mlp(small, i, block, empty)
         state |= {f"blocks.{i}.{name}": tensor for name, tensor in empty.items()}
+    if small.plan.architecture.rotary:
+        dense.rope = copy.deepcopy(small.rope)
     dense.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
     for name in ("pretrained_cfg", "default_cfg"):
         if hasattr(small, name):
@@ -62,11 +66,11 @@ def expand(small: CompactViT) -> VisionTransformer:
     return dense.train(small.training)
 
 
-def _fill_attention(small: CompactViT, i: int, block: CompactBlock, into: dict[str, Tensor]) -> None:
+def _fill_attention(small: CompactModel, i: int, block: CompactBlock, into: dict[str, Tensor]) -> None:
     """Put the tensors of an attention branch where they were, by name within the block."""
     plan = small.plan
     if isinstance(block.attn, ConstantBranch):
-        for name in ("attn.q_norm.weight", "attn.k_norm.weight", "ls1.gamma"):
+        for name in ("attn.q_norm.weight", "attn.k_norm.weight", "ls1.gamma", "gamma_1"):
             if name in into:
                 into[name].fill_(1)
         if "attn.proj.bias" in into:
@@ -87,16 +91,17 @@ def _fill_attention(small: CompactViT, i: int, block: CompactBlock, into: dict[s
     if "attn.qkv.bias" in into:
         into["attn.qkv.bias"][rows] = block.attn.qkv.bias
     for name in ("attn.proj.bias", "attn.q_norm.weight", "attn.q_norm.bias", "attn.k_norm.weight",
-                 "attn.k_norm.bias", "ls1.gamma"):  # fmt: skip
+                 "attn.k_norm.bias", "ls1.gamma", "gamma_1"):  # fmt: skip
         if name in into:
-            into[name].copy_(block.state_dict()[name])
+            into[name].copy_(block.state_dict()["ls1.gamma" if name == "gamma_1" else name])
 
 
-def _fill_mlp(small: CompactViT, i: int, block: CompactBlock, into: dict[str, Tensor]) -> None:
+def _fill_mlp(small: CompactModel, i: int, block: CompactBlock, into: dict[str, Tensor]) -> None:
     """The same for a feed-forward branch."""
     if isinstance(block.mlp, ConstantBranch):
-        if "ls2.gamma" in into:
-            into["ls2.gamma"].fill_(1)
+        for name in ("ls2.gamma", "gamma_2"):
+            if name in into:
+                into[name].fill_(1)
         if "mlp.fc2.bias" in into:
             into["mlp.fc2.bias"].copy_(block.mlp.bias)
         else:
@@ -106,13 +111,15 @@ def _fill_mlp(small: CompactViT, i: int, block: CompactBlock, into: dict[str, Te
     device = block.mlp.fc1.weight.device
     inputs, hidden = (_indices(small.plan.kept[f"blocks.{i}.{site}"], device) for site in SITES[2:])
     _fill_norm("norm2", block.norm2, inputs, into)
-    into["mlp.fc1.weight"][hidden[:, None], inputs] = block.mlp.fc1.weight
+    made = hidden_rows(hidden, small.plan.architecture)
+    into["mlp.fc1.weight"][made[:, None], inputs] = block.mlp.fc1.weight
     into["mlp.fc2.weight"][:, hidden] = block.mlp.fc2.weight
     if "mlp.fc1.bias" in into:
-        into["mlp.fc1.bias"][hidden] = block.mlp.fc1.bias
+        into["mlp.fc1.bias"][made] = block.mlp.fc1.bias
         into["mlp.fc2.bias"].copy_(block.mlp.fc2.bias)
-    if "ls2.gamma" in into:
-        into["ls2.gamma"].copy_(block.ls2.gamma)
+    for name in ("ls2.gamma", "gamma_2"):
+        if name in into:
+            into[name].copy_(block.ls2.gamma)
 
 
 def _fill_norm(name: str, norm: nn.Module, kept: Tensor, into: dict[str, Tensor]) -> None:

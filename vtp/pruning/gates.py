@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp.model.architecture import describe, replace_sites
+from vtp.model.eva import with_fused_sites
 from vtp_kernels import gated_linear
 
 torch.fx.wrap("gated_linear")  # a traced program has it as one call
@@ -74,9 +75,10 @@ class GatedLinear(nn.Module):
 
 
 def insert_gates(model: nn.Module) -> nn.Module:
-    """A copy of a timm VisionTransformer with a `GatedLinear` at the four sites of each block.
+    """A copy of a timm VisionTransformer or Eva with a `GatedLinear` at the four sites of each block.
 
-    At gate 1 its outputs equal the model's bit for bit in float32.
+    At gate 1 its outputs equal the model's bit for bit in float32; up to rounding where the model has three
+    matrices for queries, keys and values, or two for the hidden dimensions of SwiGLU, which become one.
 
     Raises:
         UnsupportedModelError: the model, or a part of it, is not supported; it is named.
@@ -85,7 +87,7 @@ def insert_gates(model: nn.Module) -> nn.Module:
     if any(isinstance(module, GatedLinear) for module in model.modules()):
         raise ValueError("model: it has gates already, expected a dense model")
     describe(model)
-    gated = copy.deepcopy(model)
+    gated = with_fused_sites(copy.deepcopy(model))
     replace_sites(gated, lambda _, linear: GatedLinear.from_linear(linear))
     return gated
 

@@ -30,7 +30,7 @@ from vtp.files import FileError, refuse_unwritable, write_atomic
 from vtp.machine import environment, vector_flags
 from vtp.model.architecture import Architecture
 from vtp.model.widths import BlockWidths
-from vtp.pruning.compact import CompactViT
+from vtp.pruning.compact import CompactModel
 from vtp.pruning.plan import FrozenDict, PruningPlan
 from vtp_kernels.library import cpp_unsupported_reason
 
@@ -162,13 +162,13 @@ class LatencyTable:
             if (got := [(axis[0], axis[-1]) for axis in getattr(self, name).axes]) != expected:
                 raise LatencyTableError(f"{name}.axes: got axes with ends {got}, expected {expected}")
 
-    def predict(self, plan: PruningPlan | CompactViT) -> float:
+    def predict(self, plan: PruningPlan | CompactModel) -> float:
         """Milliseconds of a forward pass of one batch through `vtp.optimize(vtp.compact(gated, plan))`.
 
         Raises:
             LatencyTableError: the plan is for a model of another geometry.
         """
-        plan = plan.plan if isinstance(plan, CompactViT) else plan
+        plan = plan.plan if isinstance(plan, CompactModel) else plan
         self.check_geometry(plan.architecture)
         total = self.outside_nanoseconds
         for i in range(plan.architecture.depth):

@@ -116,10 +116,10 @@ class PruningPlan:
                 raise PlanError(
                     f"keys[{name!r}]: got {widths}, expected {len(full)} widths from 1 to {self.head_dim}"
                 )
-            if self.architecture.qk_norm and widths != full:
+            if self.architecture.whole_keys and widths != full:
                 raise PlanError(
-                    f"keys[{name!r}]: got {widths}, expected {self.head_dim} a head: a norm of queries and "
-                    "keys is over all of it"
+                    f"keys[{name!r}]: got {widths}, expected {self.head_dim} a head: "
+                    f"{self.architecture.whole_keys_reason}"
                 )
         return keys
 

@@ -20,12 +20,20 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale
+from timm.layers import GluMlp, LayerScale
 from torch import Tensor, nn
 
 from vtp.model.architecture import Architecture
 from vtp.model.widths import SITES
-from vtp.pruning.dense_block import attend, centred, scaled_weight, split_heads
+from vtp.pruning.dense_block import (
+    activated,
+    attend,
+    centred,
+    layer_scales,
+    scaled,
+    scaled_weight,
+    split_heads,
+)
 from vtp.pruning.moments import Moments, finite, narrowed_scores, ridge, turned_values
 from vtp.pruning.plan import PruningPlan
 from vtp.pruning.streams import Progress, Store, embedded, first_images
@@ -67,13 +75,14 @@ def refit(
     """
     store = Store(memory_gb, plain.patch_embed.proj.weight.device)
     try:
-        dense = embedded(plain, first_images(images, MOST_IMAGES), store, progress).pieces
+        stream = embedded(plain, first_images(images, MOST_IMAGES), store, progress)
+        dense = stream.pieces
         cut = [store.keep(piece.clone()) for piece in dense]
         for i, (block, own) in enumerate(zip(plain.blocks, small.blocks, strict=True)):
             if progress is not None:
                 progress(f"block {i + 1} of {len(plain.blocks)}", i / len(plain.blocks))
             read = _read_tokens(plan.architecture) if i == len(plain.blocks) - 1 else None
-            fit = _BlockFit(plan, i, block, own, dense, cut, read, damping, feedback)
+            fit = _BlockFit(plan, i, block, own, dense, cut, stream.ropes[i], read, damping, feedback)
             fit.attention(store)
             fit.mlp()
     finally:
@@ -96,7 +105,7 @@ class _BlockFit:
     Args:
         plan, index: what is kept, and of which block.
         block, own: it in the dense and in the cut model.
-        dense, cut: the streams.
+        dense, cut: the streams; rope: what rotates queries and keys in both, None for none.
         read: tokens of an image, from the first on, that what the block puts out is fitted on; None for all.
         damping, feedback: as `refit` takes them.
     """
@@ -109,11 +118,13 @@ class _BlockFit:
         own: nn.Module,
         dense: list[Tensor],
         cut: list[Tensor],
+        rope: Tensor | None,
         read: int | None,
         damping: float | None,
         feedback: bool,
     ) -> None:
         self.block, self.own, self.dense, self.cut, self.read = block, own, dense, cut, read
+        self.rope, self.gammas = rope, layer_scales(block)
         rows = max(ROWS_PER_INPUT * max(plan.widths.values()), LEAST_ROWS)
         self.every = max(1, sum(piece.shape[0] * piece.shape[1] for piece in dense) // rows)
         self.damping, self.feedback = damping, feedback
@@ -132,7 +143,7 @@ class _BlockFit:
         alive = hasattr(own, "qkv")
         d, heads = attn.head_dim, range(attn.num_heads)
         inputs = self.kept["attn.qkv"]
-        weight, bias = scaled_weight(attn.qkv, nn.Identity())
+        weight, bias = scaled_weight(attn.qkv)
         weight = weight[:, inputs]
         sums = Moments(len(inputs), len(weight), self.device)
         out = Moments(attn.proj.in_features, device=self.device)
@@ -141,7 +152,7 @@ class _BlockFit:
         self._begin_branch()
         for piece, (x, rest) in enumerate(self._pieces()):
             qkv = attn.qkv(self.block.norm1(x))
-            query, key, value = split_heads(attn, qkv)
+            query, key, value = split_heads(attn, qkv, self.rope)
             heads_out = attend(attn, query, key, value)
             if alive:
                 normed = self.own.norm1(self._thinned(rest, piece))
@@ -152,8 +163,8 @@ class _BlockFit:
                 for head in heads if narrow else ():
                     queries[head].add(self._thinned(query[:, head], piece))
                     keys[head].add(self._thinned(varying[:, head], piece))
-            x += self.block.ls1(attn.proj(heads_out))
-        proj, proj_bias = scaled_weight(attn.proj, self.block.ls1)
+            x += scaled(attn.proj(heads_out), self.gammas[0])
+        proj, proj_bias = scaled_weight(attn.proj, self.gammas[0])
         if not alive:
             own.bias.copy_(self._mean_lack())
             for _, rest in self._pieces():
@@ -188,7 +199,7 @@ class _BlockFit:
         with store.for_a_while() as short:
             entered = []
             for piece, (x, rest) in enumerate(self._pieces()):
-                given = own.attend(own.qkv(self.own.norm1(rest)), None, False, on_kernels=False)
+                given = own.attend(own.qkv(self.own.norm1(rest)), None, False, self.rope, on_kernels=False)
                 entered.append(short.keep(given))
                 lack = self._counted(self._lack(piece, x, rest), piece)
                 counted = self._counted(given, piece)
@@ -202,9 +213,11 @@ class _BlockFit:
         mlp, own = self.block.mlp, self.own.mlp
         alive = hasattr(own, "fc1")
         inputs, hidden = self.kept["mlp.fc1"], self.kept["mlp.fc2"]
-        weight, bias = scaled_weight(mlp.fc1, nn.Identity())
-        weight, bias = weight[hidden][:, inputs], bias[hidden]
-        sums = Moments(len(inputs), len(hidden), self.device)
+        # With SwiGLU a hidden dimension is made by a row of each half of fc1.
+        made = torch.cat([hidden, mlp.fc2.in_features + hidden]) if isinstance(mlp, GluMlp) else hidden
+        weight, bias = scaled_weight(mlp.fc1)
+        weight, bias = weight[made][:, inputs], bias[made]
+        sums = Moments(len(inputs), len(made), self.device)
         if self.read is not None:  # nothing else is wanted from here on
             self.dense, self.cut = ([piece[:, : self.read] for piece in s] for s in (self.dense, self.cut))
             self.every = 1
@@ -213,24 +226,24 @@ class _BlockFit:
             given = mlp.fc1(self.block.norm2(x))
             if alive:
                 normed = self.own.norm2(self._counted(rest, piece))
-                sums.add(normed, self._counted(given, piece)[:, hidden] - _linear(normed, weight, bias))
-            x += self.block.ls2(mlp.fc2(mlp.act(given)))
+                sums.add(normed, self._counted(given, piece)[:, made] - _linear(normed, weight, bias))
+            x += scaled(mlp.fc2(activated(mlp, given)), self.gammas[1])
         if not alive:
             own.bias.copy_(self._mean_lack())
             for _, rest in self._pieces():
                 rest += own.bias
             return
         self._set(own.fc1, nn.Identity(), weight, bias, sums)
-        weight, bias = scaled_weight(mlp.fc2, self.block.ls2)
+        weight, bias = scaled_weight(mlp.fc2, self.gammas[1])
         weight = weight[:, hidden]
         sums = Moments(len(hidden), len(weight), self.device)
         for piece, (x, rest) in enumerate(self._pieces()):
             lack = self._counted(self._lack(piece, x, rest), piece)
-            given = own.act(own.fc1(self.own.norm2(self._counted(rest, piece))))
+            given = activated(own, own.fc1(self.own.norm2(self._counted(rest, piece))))
             sums.add(given, lack - _linear(given, weight, bias))
         self._set(own.fc2, self.own.ls2, weight, bias, sums)
         for _, rest in self._pieces():
-            rest += self.own.ls2(own.fc2(own.act(own.fc1(self.own.norm2(rest)))))
+            rest += self.own.ls2(own.fc2(activated(own, own.fc1(self.own.norm2(rest)))))
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pieces of both streams on the model's device; what is written to them is kept."""

@@ -15,17 +15,22 @@ def removed_before(model: nn.Module) -> dict[str, np.ndarray]:
         int64 [heads]: rows behind it are zero.
     """
     found: dict[str, np.ndarray] = {}
+    rotary = getattr(model, "rope", None) is not None
     for i, block in enumerate(model.blocks):
         attn, mlp = block.attn, block.mlp
         made = _zero_rows(attn.qkv).unflatten(0, (3, -1))
         alive = ~(made[0] & made[1]).unflatten(0, (attn.num_heads, -1))
+        if rotary or not isinstance(attn.q_norm, nn.Identity):  # they keep their width
+            alive = torch.ones_like(alive)
         places = torch.arange(1, attn.head_dim + 1, device=alive.device)
         found[f"blocks.{i}.attn"] = (alive * places).amax(1).clamp_min(1).cpu().numpy()
         gone = {
             "attn.qkv": _zero_norm(block.norm1) & _zero_columns(attn.qkv),
             "attn.proj": made[2] & _zero_columns(attn.proj),
             "mlp.fc1": _zero_norm(block.norm2) & _zero_columns(mlp.fc1),
-            "mlp.fc2": _zero_rows(mlp.fc1) & _zero_columns(mlp.fc2),
+            # With SwiGLU it is made by a row of each half.
+            "mlp.fc2": _zero_rows(mlp.fc1).unflatten(0, (-1, mlp.fc2.in_features)).all(0)
+            & _zero_columns(mlp.fc2),
         }
         found |= {f"blocks.{i}.{site}": mask.cpu().numpy() for site, mask in gone.items()}
     return found

@@ -399,8 +399,8 @@ def _key_widths(ranked: _Ranked, key_width: float | None) -> dict[str, tuple[int
                 f"key_width: got {key_width!r}, expected a share in (0, 1) or a number of dimensions"
             )
         width = max(1, math.ceil(round(key_width * d, 6))) if key_width < 1 else int(key_width)
-        if width > d or (architecture.qk_norm and width < d):
-            why = "norms of queries and keys are over all of it" if architecture.qk_norm else "that of a head"
+        if width > d or (architecture.whole_keys and width < d):
+            why = architecture.whole_keys_reason if architecture.whole_keys else "that of a head"
             raise PlanError(f"key_width: got {key_width!r}, expected {d} at most, {why}")
     keys = {}
     for i in range(architecture.depth):

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from vtp.files import FileError
 from vtp.model.architecture import Architecture, describe, replace_sites
+from vtp.model.eva import ropes, with_fused_sites
 from vtp.pruning.gates import GatedLinear
 
 Progress = Callable[[str, float], None]
@@ -31,7 +33,7 @@ class ImagesError(ValueError):
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode with the gates folded into its weights, in float32, or float64 if it is that."""
-    plain = copy.deepcopy(model).eval().requires_grad_(False)
+    plain = with_fused_sites(copy.deepcopy(model)).eval().requires_grad_(False)
     if any(isinstance(module, GatedLinear) for module in plain.modules()):
         replace_sites(plain, lambda _, layer: _folded(layer) if isinstance(layer, GatedLinear) else layer)
     return plain if plain.patch_embed.proj.weight.dtype == torch.float64 else plain.float()
@@ -46,9 +48,14 @@ def _folded(layer: GatedLinear) -> nn.Linear:
 
 @dataclasses.dataclass
 class Stream:
-    """Tokens of all images, in pieces [images, tokens, embed_dim]; whoever runs a block writes in place."""
+    """Tokens of all images, in pieces [images, tokens, embed_dim]; whoever runs a block writes in place.
+
+    `ropes`: by block what timm's Eva hands to it beside the tokens, the angles of its rotary embedding; None
+    where there is none.
+    """
 
     pieces: list[Tensor]
+    ropes: list[Tensor | None]
 
     @property
     def images(self) -> int:
@@ -151,11 +158,11 @@ def embedded(
     weight = model.patch_embed.proj.weight
     pieces: list[Tensor] = []
     for batch in _pieces(batches(images), model):
-        x = model.norm_pre(model._pos_embed(model.patch_embed(batch.to(weight))))
-        pieces.append(store.keep(x))
+        x = model._pos_embed(model.patch_embed(batch.to(weight)))
+        pieces.append(store.keep(model.norm_pre(x[0] if isinstance(model, Eva) else x)))
     if not pieces:
         raise ImagesError("images: got none, expected at least one")
-    stream = Stream(pieces)
+    stream = Stream(pieces, ropes(model))
     if progress is not None:
         size = sum(piece.nbytes for piece in pieces) / 1e9
         progress(f"{stream.images:,} images of {stream.tokens} tokens, {size:.2f} GB", 0.0)

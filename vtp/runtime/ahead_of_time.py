@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vtp.checkpoint import load
-from vtp.pruning.compact import CompactViT
+from vtp.pruning.compact import CompactModel
 from vtp.runtime.optimize import ImageSpec, pack_for_ops
 from vtp_kernels import launching
 from vtp_kernels.library import TritonSides
@@ -33,7 +33,7 @@ from vtp_kernels.proofs.compilations import (
 
 
 @torch.no_grad()
-def kernels(model: CompactViT, dtype: torch.dtype, target: str) -> list[launching.Variant]:
+def kernels(model: CompactModel, dtype: torch.dtype, target: str) -> list[launching.Variant]:
     """The compilations that `optimize(model, dtype)` launches, at any batch size.
 
     Args:

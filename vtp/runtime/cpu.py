@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -23,13 +24,17 @@ _PANEL = 16  # outputs whose weights lie side by side
 _ALIGNMENT = 64  # bytes: a cache line
 
 
-def unsupported_reason(vit: VisionTransformer, dtype: torch.dtype) -> str | None:
+def unsupported_reason(vit: VisionTransformer | Eva, dtype: torch.dtype) -> str | None:
     """Why the C++ engine cannot run a packed model, or packed blocks alone, in `dtype`; None if it can."""
     if (device := next(vit.buffers()).device).type != "cpu":
         return f"the model is on {device}"
     if dtype not in _DTYPES:
         return f"it computes in float32 and bfloat16, not in {dtype}"
+    if getattr(vit, "rope", None) is not None:
+        return "queries and keys are rotated"
     for i, block in enumerate(vit.blocks):
+        if block.mlp is not None and block.mlp.glu:
+            return f"the feed-forward of block {i} is SwiGLU"
         if block.mlp is not None and not is_erf_gelu(block.mlp.act):
             return f"the activation of block {i}, {type(block.mlp.act).__name__}, is not the exact GELU"
         heads = block.attn and block.attn.heads
@@ -39,7 +44,7 @@ def unsupported_reason(vit: VisionTransformer, dtype: torch.dtype) -> str | None
     return cpp_unsupported_reason()
 
 
-def pack(vit: VisionTransformer, dtype: torch.dtype) -> nn.Module:
+def pack(vit: VisionTransformer | Eva, dtype: torch.dtype) -> nn.Module:
     """A packed model, its biases still in float64, on the C++ engine: whole, or at least its blocks.
 
     What timm does before and after the blocks stays with timm where it is more than patches, positions, a
@@ -48,18 +53,19 @@ def pack(vit: VisionTransformer, dtype: torch.dtype) -> nn.Module:
     return CpuViT(vit, dtype) if _is_plain(vit) else pack_blocks(vit, dtype)
 
 
-def pack_blocks(vit: VisionTransformer, dtype: torch.dtype) -> VisionTransformer:
+def pack_blocks(vit: VisionTransformer | Eva, dtype: torch.dtype) -> VisionTransformer | Eva:
     """The same with the blocks alone on the C++ engine, so that what goes in and out of them can be had."""
     vit.blocks = nn.Sequential(CpuBlocks(vit, dtype))
     return vit.to(dtype)
 
 
-def _is_plain(vit: VisionTransformer) -> bool:
+def _is_plain(vit: VisionTransformer | Eva) -> bool:
     """Whether the engine can do what is outside the blocks."""
     patch = vit.patch_embed
     heads = [vit.head, vit.head_dist] if isinstance(vit, CompactDistilledViT) else [vit.head]
     return (
-        type(patch) is PatchEmbed
+        isinstance(vit, VisionTransformer)
+        and type(patch) is PatchEmbed
         and patch.img_size is not None
         and not vit.dynamic_img_size
         and patch.flatten
@@ -87,7 +93,7 @@ def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
 class _Writer:
     """The bytes and the list of integers of a packed model."""
 
-    def __init__(self, dtype: torch.dtype, vit: VisionTransformer) -> None:
+    def __init__(self, dtype: torch.dtype, vit: VisionTransformer | Eva) -> None:
         self.dtype = dtype
         self._parts: list[Tensor] = []
         self._size = 0
@@ -228,13 +234,15 @@ class CpuViT(_CpuModule):
 class CpuBlocks(_CpuModule):
     """Tokens [B, N, embed_dim] to the same shape and dtype, through all blocks of a model."""
 
-    def __init__(self, vit: VisionTransformer, dtype: torch.dtype) -> None:
+    def __init__(self, vit: VisionTransformer | Eva, dtype: torch.dtype) -> None:
         writer = _Writer(dtype, vit)
         writer.list.append(0)
         writer.blocks(vit.blocks)
         writer.list.append(0)
         super().__init__(writer)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: None = None
+    ) -> Tensor:
         self._refuse_masks(attn_mask, is_causal)
         return torch.ops.vtp.cpu_blocks(x, self.weights, self.layout)

@@ -23,6 +23,7 @@ import torch
 
 from vtp.model.architecture import Architecture
 from vtp.model.cost import block_cost, surroundings_cost
+from vtp.model.eva import make_rotary_buffers
 from vtp.model.widths import SITES, BlockWidths
 from vtp.pruning.compact import empty_compact
 from vtp.pruning.latency_table import Grid, LatencyTable, LatencyTableError, geometry, machine, name_of
@@ -212,7 +213,7 @@ def _axes(architecture: Architecture) -> dict[str, tuple[tuple[int, ...], ...]]:
             tuple(sorted({*map(int, some_heads), max(1, heads - 1)})),
             _nodes(architecture.head_dim, (1 / 2,)),
             # No third node: DeiT-T at half of its keys took 3% more than the line between these two says.
-            (architecture.head_dim,) if architecture.qk_norm else _nodes(architecture.head_dim, ()),
+            (architecture.head_dim,) if architecture.whole_keys else _nodes(architecture.head_dim, ()),
         ),
         "mlp": (_nodes(width, (1 / 2,)), _nodes(hidden, (1 / 8, 3 / 8, 5 / 8, 7 / 8))),
     }
@@ -312,6 +313,7 @@ def _random_model(
     """A model of such blocks with random weights, packed."""
     plan = _plan(dataclasses.replace(architecture, depth=len(blocks), drop_path_rate=0.0), blocks, generator)
     model = empty_compact(plan).to_empty(device="cpu").eval()
+    make_rotary_buffers(model, torch.device("cpu"), torch.float32)
     for parameter in model.parameters():
         parameter.normal_(0, 0.02, generator=generator)
     for i, block in enumerate(model.blocks):

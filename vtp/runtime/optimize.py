@@ -1,4 +1,4 @@
-"""Inference: a CompactViT packed once for the fused ops of `vtp_kernels`.
+"""Inference: a compact model packed once for the fused ops of `vtp_kernels`.
 
 What each linear layer is followed by on its way into the next is folded into its weights, in float32 (biases
 in float64), and rounded once: LayerNorm's weight and bias into the linear behind it, LayerScale into the
@@ -22,13 +22,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vtp.machine import return_freed_memory
 from vtp.model.architecture import class_name, refuse_changed_behaviour, wrapped_hint
 from vtp.model.images import described
-from vtp.pruning.compact import CompactBlock, CompactViT
+from vtp.pruning.compact import CompactBlock, CompactModel
 from vtp.runtime import cpu
 from vtp.runtime.packed import PackedBlock, absorb_constants
 from vtp_kernels.library import autocast_is_on
@@ -38,9 +39,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def optimize(
-    model: CompactViT, dtype: torch.dtype | None = None, *, features: bool = False
+    model: CompactModel, dtype: torch.dtype | None = None, *, features: bool = False
 ) -> "OptimizedViT":
-    """Pack a CompactViT for inference on its device. The result shares no memory with it.
+    """Pack a compact model for inference on its device. The result shares no memory with it.
 
     Args:
         model: what `vtp.compact` or `vtp.load` gave.
@@ -53,7 +54,7 @@ def optimize(
         The packed model; its `engine` says which of `BACKENDS` runs it, and why no faster one does.
 
     Raises:
-        TypeError: the model is no CompactViT, a layer of it was replaced, or the dtype is not one of these.
+        TypeError: the model is no compact one, a layer of it was replaced, or the dtype is not one of these.
         UnsupportedModelError: it has a replaced method or a forward hook, which the result would not have.
     """
     blocks_alone = dataclasses.replace(CPP, pack=cpu.pack_blocks)
@@ -61,8 +62,8 @@ def optimize(
     return _on_first_of(backends, model, dtype)
 
 
-def pack_for_ops(model: CompactViT, dtype: torch.dtype | None = None) -> "OptimizedViT":
-    """Pack a CompactViT for the ops of `vtp_kernels`, on a CPU too, where they run on plain PyTorch.
+def pack_for_ops(model: CompactModel, dtype: torch.dtype | None = None) -> "OptimizedViT":
+    """Pack a compact model for the ops of `vtp_kernels`, on a CPU too, where they run on plain PyTorch.
 
     Args, Raises: those of `optimize`.
     """
@@ -80,18 +81,18 @@ class Backend:
         engine: called with the reasons of the backends before it; its name, for `OptimizedViT.engine`.
     """
 
-    unsupported_reason: Callable[[CompactViT, torch.dtype], str | None]
-    pack: Callable[[CompactViT, torch.dtype], nn.Module]
+    unsupported_reason: Callable[[CompactModel, torch.dtype], str | None]
+    pack: Callable[[CompactModel, torch.dtype], nn.Module]
     engine: Callable[[Sequence[str]], str]
 
 
-def _for_ops(packed: CompactViT, dtype: torch.dtype) -> CompactViT:
+def _for_ops(packed: CompactModel, dtype: torch.dtype) -> CompactModel:
     for block in packed.blocks:
         block.widen(packed.embed_dim)
     return packed.to(dtype)
 
 
-def _not_on_gpu(packed: CompactViT, dtype: torch.dtype) -> str | None:
+def _not_on_gpu(packed: CompactModel, dtype: torch.dtype) -> str | None:
     return "the model is on a CPU" if packed.patch_embed.proj.weight.device.type == "cpu" else None
 
 
@@ -105,7 +106,9 @@ BACKENDS = (
 
 
 @torch.no_grad()
-def _on_first_of(backends: Sequence[Backend], model: CompactViT, dtype: torch.dtype | None) -> "OptimizedViT":
+def _on_first_of(
+    backends: Sequence[Backend], model: CompactModel, dtype: torch.dtype | None
+) -> "OptimizedViT":
     """Pack the model for the first backend that supports it; the last supports every model."""
     dtype, spec = _checked(model, dtype), ImageSpec.of(model)
     packed = packed_model(model, dtype)
@@ -122,13 +125,13 @@ def _on_first_of(backends: Sequence[Backend], model: CompactViT, dtype: torch.dt
     return fast
 
 
-def _checked(model: CompactViT, dtype: torch.dtype | None) -> torch.dtype:
+def _checked(model: CompactModel, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype to pack in; raises TypeError as `optimize` does."""
-    if not isinstance(model, CompactViT):
+    if not isinstance(model, CompactModel):
         hint = wrapped_hint(model) or (
             ": cut a gated model with vtp.compact(gated, plan), or read a compact one with vtp.load(file)"
         )
-        raise TypeError(f"model: got {type(model).__name__}, expected a CompactViT{hint}")
+        raise TypeError(f"model: got {type(model).__name__}, expected a compact model{hint}")
     dtype = model.patch_embed.proj.weight.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise TypeError(f"dtype: got {dtype}, expected one of {', '.join(map(str, DTYPES))}")
@@ -138,7 +141,7 @@ def _checked(model: CompactViT, dtype: torch.dtype | None) -> torch.dtype:
 
 
 @torch.no_grad()
-def packed_model(model: CompactViT, dtype: torch.dtype) -> CompactViT:
+def packed_model(model: CompactModel, dtype: torch.dtype) -> CompactModel:
     """The model with packed blocks, weights in `dtype`, biases still in float64: what a backend packs."""
     blocks = nn.Sequential(*[PackedBlock(block, dtype) for block in model.blocks])
     absorb_constants(model.blocks, blocks)
@@ -148,7 +151,7 @@ def packed_model(model: CompactViT, dtype: torch.dtype) -> CompactViT:
     return vit.eval()
 
 
-def _refuse_changed_blocks(model: CompactViT) -> None:
+def _refuse_changed_blocks(model: CompactModel) -> None:
     """A layer that something else stands for, an adapter or a quantized one, is more than its weight."""
     for i, block in enumerate(model.blocks):
         if type(block) is not CompactBlock:
@@ -175,7 +178,7 @@ class ImageSpec:
     padded: bool  # to such a multiple by the model
 
     @classmethod
-    def of(cls, vit: VisionTransformer) -> "ImageSpec":
+    def of(cls, vit: VisionTransformer | Eva) -> "ImageSpec":
         patch = vit.patch_embed
         return cls(
             patch.proj.in_channels,
@@ -198,7 +201,7 @@ class ImageSpec:
 
 
 class OptimizedViT(nn.Module):
-    """A CompactViT packed for inference: images to logits, no gradients, always in eval mode.
+    """A compact model packed for inference: images to logits, no gradients, always in eval mode.
 
     It has timm's `forward_features`, `forward_head` and `forward_intermediates` where the engine lets it look
     inside; the C++ engine, which runs whole models in one call, has the first two if it was asked for them.
@@ -208,7 +211,7 @@ class OptimizedViT(nn.Module):
     where it runs.
 
     Attributes:
-        vit: the CompactViT that it was made from, with packed blocks; on the CPU's C++ engine a `CpuViT`.
+        vit: the compact model that it was made from, with packed blocks; on the CPU's C++ engine a `CpuViT`.
         images: what images it takes.
         engine: what it runs on, in words, with the reason where that is not the fastest there is.
         pretrained_cfg: the model's, for `timm.data.resolve_model_data_config`.

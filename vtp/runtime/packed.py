@@ -16,6 +16,7 @@ from vtp.pruning.compact import (
     LayerNormGather,
     is_erf_gelu,
 )
+from vtp.pruning.dense_block import activated
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
@@ -88,8 +89,8 @@ class PackedAttention(nn.Module):
         self.heads.fused_attn = True
         self.proj = _before_scale(attn.proj, scale, dtype)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        out = self.heads.attend(self.qkv(self.norm(x)), attn_mask, is_causal, on_kernels=True)
+    def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None) -> Tensor:
+        out = self.heads.attend(self.qkv(self.norm(x)), attn_mask, is_causal, rope, on_kernels=True)
         missing = self.proj.in_features - out.shape[-1]
         if missing:  # an op's result has them in its padding, as zeros
             is_padded = out.stride(-2) == self.proj.in_features
@@ -98,20 +99,23 @@ class PackedAttention(nn.Module):
 
 
 class PackedMlp(nn.Module):
-    """A feed-forward branch with its norm and the residual: x [..., embed_dim] to the same shape."""
+    """A feed-forward branch with its norm and the residual: x [..., embed_dim] to the same shape.
+
+    glu: SwiGLU, as in a CompactMlp.
+    """
 
     def __init__(self, norm: LayerNormGather, mlp: CompactMlp, scale: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.norm = PackedNorm(norm)
         self.fc1 = _behind_norm(norm, mlp.fc1, dtype)
-        self.act = copy.deepcopy(mlp.act)
+        self.glu, self.act = mlp.glu, copy.deepcopy(mlp.act)
         self.fc2 = _before_scale(mlp.fc2, scale, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         normalized, fc1, fc2 = self.norm(x), self.fc1, self.fc2
         if is_erf_gelu(self.act):
             return compact_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x)
-        return fc2(self.act(fc1(normalized)), residual=x)
+        return fc2(activated(self, fc1(normalized)), residual=x)
 
 
 class PackedBlock(nn.Module):
@@ -127,12 +131,18 @@ class PackedBlock(nn.Module):
         self.mlp = None if dead_mlp else PackedMlp(block.norm2, block.mlp, block.ls2, dtype)
         self.register_buffer("offset", None)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x [B, N, embed_dim] to the same shape; the masks are those of timm's Attention."""
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, N, embed_dim] to the same shape; masks and angles are those of timm's attention."""
         if self.offset is not None:
             x = x + self.offset
         if self.attn is not None:
-            x = self.attn(x, attn_mask, is_causal)
+            x = self.attn(x, attn_mask, is_causal, rope)
         return x if self.mlp is None else self.mlp(x)
 
     def widen(self, dim: int) -> None:
