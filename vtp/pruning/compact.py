@@ -117,7 +117,7 @@ class CompactAttention(Attention):
 
     Attributes:
         key_widths, value_widths: one entry for each head that is left.
-        kept_heads: which heads of the dense model these are.
+        kept_heads: which heads of the dense model these are, by default the first.
         head_dim: the width of a head of the dense model.
         num_prefix_tokens, rotate_half: as those of timm's AttentionRope: tokens that are not rotated, and
             whether the pairs of a head are its halves, else neighbours.
@@ -130,11 +130,11 @@ class CompactAttention(Attention):
         qkv_inputs: int,
         key_widths: tuple[int, ...],
         value_widths: tuple[int, ...],
-        kept_heads: tuple[int, ...],
+        kept_heads: tuple[int, ...] | None = None,
     ) -> None:
         nn.Module.__init__(self)  # what timm's makes has other widths
         self.num_heads = len(value_widths)
-        self.kept_heads = kept_heads
+        self.kept_heads = tuple(range(self.num_heads)) if kept_heads is None else kept_heads
         self.num_prefix_tokens = architecture.num_prefix_tokens
         self.rotate_half = architecture.eva is not None and architecture.eva.rope_rotate_half
         self.head_dim = architecture.head_dim

@@ -1,0 +1,295 @@
+"""What works with which backbone: pruned, kept in a file, run by each engine, exported to each target.
+
+    python -m bench.backbones               # table and JSON, some minutes
+    python -m bench.backbones --markdown    # that of docs/backbones.md, from a run's file
+
+timm's models by their names, a block or two deep and for small images, with random weights everywhere. Each
+is gated, cut to widths that are unequal in every layer and head, and then everything that is promised of it
+is checked against the model in float64. Nothing is timed.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import vtp
+from bench.results_file import add_results_file, check_results_file, print_results
+from vtp.comparison.exported import runtime_version
+from vtp.comparison.tables import Rows, print_table
+from vtp.files import write_atomic
+from vtp.machine import environment
+from vtp.model.architecture import UnsupportedModelError
+from vtp.pruning.compact import CompactModel
+from vtp.runtime.accuracy import CEILINGS, relative_error
+from vtp.runtime.ahead_of_time import kernels
+from vtp.runtime.export import TARGETS, ExportError
+
+OUT = Path(__file__).parent / "results" / "backbones.json"
+RATE, SEED = 0.5, 0
+# Names from timm, each with arguments that make it small; two blocks deep unless said.
+MODELS: dict[str, dict[str, Any]] = {
+    "deit_tiny_patch16_224": {"img_size": 32, "depth": 12},
+    "deit_small_patch16_224": {"img_size": 32},
+    "deit_base_patch16_224": {"img_size": 32},
+    "deit_tiny_distilled_patch16_224": {"img_size": 32},
+    "deit_base_distilled_patch16_384": {"img_size": 48},
+    "deit3_small_patch16_224": {"img_size": 32},
+    "deit3_medium_patch16_224": {"img_size": 32, "depth": 3},
+    "deit3_large_patch16_384": {"img_size": 32},
+    "vit_tiny_patch16_224": {"img_size": (32, 48)},
+    "vit_small_patch8_224": {"img_size": 24},
+    "vit_small_patch32_224": {"img_size": 64},
+    "vit_base_patch16_gap_224": {"img_size": 32},
+    "vit_base_patch14_dinov2": {"img_size": 28},
+    "vit_small_patch14_dinov2": {"img_size": 42},
+    "vit_small_patch14_reg4_dinov2": {"img_size": 28},
+    "vit_giant_patch14_dinov2": {"img_size": 28, "embed_dim": 384},
+    "vit_giant_patch14_reg4_dinov2": {"img_size": 28, "embed_dim": 192, "depth": 1},
+    "vit_base_patch16_siglip_224": {"img_size": 32},
+    "vit_base_patch16_siglip_gap_224": {"img_size": 32},
+    "vit_so400m_patch14_siglip_224": {"img_size": 28, "depth": 1},
+    "vit_xsmall_patch16_clip_224": {"img_size": 32},
+    "vit_medium_patch32_clip_224": {"img_size": 64, "depth": 3},
+    "vit_base_patch16_clip_quickgelu_224": {"img_size": 32},
+    "vit_wee_patch16_reg1_gap_256": {"img_size": 32},
+    "vit_little_patch16_reg4_gap_256": {"img_size": 32},
+    "vit_mediumd_patch16_reg4_gap_256": {"img_size": 32, "depth": 3},
+    "vit_betwixt_patch16_reg4_gap_256": {"img_size": 32, "depth": 3},
+    "vit_so150m2_patch16_reg1_gap_256": {"img_size": 32},
+    "vit_so150m_patch16_reg4_map_256": {"img_size": 32},
+    "vit_intern300m_patch14_448": {"img_size": 28},
+    "vit_small_patch16_384": {"img_size": 32, "depth": 3, "qk_norm": True, "init_values": 0.1},
+    "vit_tiny_patch16_384": {"img_size": 32, "dynamic_img_size": True},
+    "flexivit_small": {"img_size": 32, "class_token": False, "global_pool": "avg"},
+    # timm's Eva.
+    "vit_small_patch16_dinov3": {"img_size": (32, 48)},
+    "vit_small_plus_patch16_dinov3": {"img_size": 32},
+    "vit_base_patch16_dinov3": {"img_size": 32, "depth": 1},
+    "vit_large_patch16_dinov3": {"img_size": 32, "depth": 1, "embed_dim": 512},
+    "vit_huge_plus_patch16_dinov3": {"img_size": 32, "depth": 1, "embed_dim": 320},
+    "vit_small_patch16_dinov3_qkvb": {"img_size": 32},
+    "vit_small_plus_patch16_dinov3_qkvb": {"img_size": 32},
+    "eva02_tiny_patch14_224": {"img_size": (28, 42)},
+    "eva02_small_patch14_224": {"img_size": 28},
+    "eva_giant_patch14_224": {"img_size": 28, "embed_dim": 352},
+    "vit_small_patch16_rope_224": {"img_size": (32, 48)},
+    "vit_small_patch16_rope_ape_224": {"img_size": 32},
+    "vit_small_patch16_rope_mixed_224": {"img_size": (32, 48)},
+    "vit_small_patch16_rope_mixed_ape_224": {"img_size": 32},
+    "vit_medium_patch16_rope_reg1_gap_256": {"img_size": 32},
+    "vit_mediumd_patch16_rope_reg1_gap_256": {"img_size": 32},
+    "vit_betwixt_patch16_rope_reg4_gap_256": {"img_size": 32},
+    "vit_pe_core_tiny_patch16_384": {"img_size": 32},
+    "vit_pe_core_base_patch16_224": {"img_size": 32, "depth": 1},
+    "vit_pe_core_gigantic_patch14_448": {"img_size": 28, "embed_dim": 384},
+    "vit_pe_spatial_tiny_patch16_512": {"img_size": (32, 48)},
+    "vit_pe_lang_large_patch14_448": {"img_size": 28, "embed_dim": 384},
+}
+# One of each kind that is refused.
+REFUSED = (
+    "eva02_base_patch14_224",
+    "eva02_base_patch16_clip_224",
+    "eva02_enormous_patch14_clip_224",
+    "vit_base_patch16_sapiens2",
+    "aimv2_large_patch14_224",
+    "beit3_base_patch16_224",
+    "vit_base_patch16_18x2_224",
+    "vit_base_patch16_rpn_224",
+    "vit_base_patch16_xp_224",
+    "vit_dwee_patch16_reg1_gap_256",
+    "vit_tiny_r_s16_p8_224",
+    "beit_base_patch16_224",
+)
+
+
+class BrokenPromiseError(AssertionError):
+    """Something does not hold that is promised of every supported backbone."""
+
+
+def toy(name: str) -> nn.Module:
+    """timm's model of a name in `MODELS`, small, with random weights everywhere, float64, in eval mode."""
+    torch.manual_seed(SEED)
+    model = timm.create_model(name, **{"depth": 2, **MODELS[name]}).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Zero biases and tiny LayerScale, as timm starts them, would hide a wrong cut.
+            scale = 0.5 if parameter.ndim <= 1 else parameter[0].numel() ** -0.5
+            parameter.copy_(torch.randn_like(parameter) * scale)
+    return model
+
+
+def images(model: nn.Module, batch: int = 2) -> Tensor:
+    """Random images of the model's size."""
+    generator = torch.Generator().manual_seed(SEED)
+    shape = (batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def check_pruned(model: nn.Module) -> CompactModel:
+    """Gate and cut a model, which has to be exact. Returns the compact one, in float32.
+
+    Raises:
+        BrokenPromiseError: outputs at gate 1, or of the cut, or the counted cost are not what they must be.
+    """
+    x = images(model)
+    dense, gated = model(x), vtp.insert_gates(model)
+    _expect(relative_error(gated(x), dense) <= 1e-12, "a model with gates of 1 is not the dense one")
+    generator = torch.Generator().manual_seed(SEED)
+    for layer in vtp.sites(gated).values():
+        layer.gate.copy_(torch.randn(layer.in_features, generator=generator))
+    plan = vtp.make_plan(gated, rate=RATE, min_keep=0)
+    small, zeroed = vtp.compact(gated, plan), copy.deepcopy(gated)
+    for name, layer in vtp.sites(zeroed).items():
+        kept = torch.zeros_like(layer.gate)
+        kept[list(plan.kept[name])] = 1
+        layer.gate.mul_(kept)
+    error = relative_error(small(x), zeroed(x))
+    _expect(error <= 1e-12, f"the cut is not exact: relative error {error:.1e}")
+    _expect(vtp.count(small) == plan.cost, f"predicted {plan.cost}, counted {vtp.count(small)}")
+    again = vtp.expand(small)
+    _expect(relative_error(again(x), small(x)) <= 1e-12, "the expanded model computes something else")
+    return small.float()
+
+
+@torch.no_grad()
+def check_file(small: CompactModel, folder: Path) -> str:
+    """Save and load a compact model: every output stays, bit for bit."""
+    vtp.save(small, folder / "small.safetensors")
+    x = images(small).float()
+    _expect(torch.equal(vtp.load(folder / "small.safetensors")(x), small(x)), "a loaded model differs")
+    return "works"
+
+
+@torch.no_grad()
+def check_cpu(small: CompactModel, folder: Path) -> str:
+    """Optimize a compact model on the CPU, float32 and bfloat16. Returns what runs it."""
+    x = images(small)
+    exact, fast = copy.deepcopy(small).double()(x), vtp.optimize(small)
+    _expect_close(fast(x.float()), exact, small(x.float()), torch.float32)
+    half = vtp.optimize(small, torch.bfloat16)
+    plain = copy.deepcopy(small).bfloat16()(x.bfloat16())
+    _expect_close(half(x.bfloat16()), exact, plain, torch.bfloat16)
+    return fast.engine if fast.engine.startswith("plain") else "works"
+
+
+def check_triton(small: CompactModel, folder: Path) -> str:
+    """List the kernels that a compact model launches on a GPU; nothing runs there."""
+    launched = kernels(small, torch.bfloat16, "sm_90")
+    _expect(bool(launched), "no kernel is launched")
+    return f"{len(launched)} kernels"
+
+
+def check_export(target: str) -> Callable[[CompactModel, Path], str]:
+    """Exports a compact model to a target, which checks its outputs."""
+
+    def check(small: CompactModel, folder: Path) -> str:
+        runtime, export = TARGETS[target]
+        export(small, folder / f"small{runtime.suffix}")
+        return "works"
+
+    return check
+
+
+CHECKS: dict[str, Callable[[CompactModel, Path], str]] = {
+    "file": check_file,
+    "CPU engine": check_cpu,
+    "Triton": check_triton,
+    **{target: check_export(target) for target in TARGETS},
+}
+
+
+def _expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise BrokenPromiseError(otherwise)
+
+
+def _expect_close(got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
+    """Within the project's bound for a dtype, or twice what PyTorch makes of it."""
+    bound = max(CEILINGS[str(dtype).removeprefix("torch.")], 2 * relative_error(plain, exact))
+    error = relative_error(got, exact)
+    _expect(error <= bound, f"relative error {error:.1e} in {dtype}, at most {bound:.1e} expected")
+
+
+def record(name: str, folder: Path) -> dict[str, str]:
+    """What works with a backbone, or why not, by column."""
+    found = {"prune": "works"}
+    small = check_pruned(toy(name))
+    for column, check in CHECKS.items():
+        try:
+            found[column] = check(small, folder)
+        except (ExportError, ModuleNotFoundError, ValueError) as error:
+            found[column] = f"refused: {error}"
+    return found
+
+
+def refusal(name: str) -> str:
+    """Why a model of timm's is refused."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    try:
+        vtp.insert_gates(model)
+    except UnsupportedModelError as error:
+        return str(error)
+    raise BrokenPromiseError(f"{name} is not refused")
+
+
+def tables(content: dict[str, Any]) -> dict[str, Rows]:
+    """By title: what works, and what is refused."""
+    columns = ["prune", *CHECKS]
+    works: Rows = [["model", *(content["runtimes"].get(column, column) for column in columns)]]
+    works += [[name, *(found[column] for column in columns)] for name, found in content["models"].items()]
+    refused: Rows = [["model", "why"], *([name, why] for name, why in content["refused"].items())]
+    return {"Supported": works, "Refused": refused}
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The tables of docs/backbones.md."""
+    lines = []
+    for first, *rows in tables(content).values():
+        lines += ["| " + " | ".join(first) + " |", "|" + " --- |" * len(first)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 2 where the results file cannot be read or written."""
+    parser = argparse.ArgumentParser(prog="python -m bench.backbones", description=__doc__.splitlines()[0])
+    add_results_file(parser, OUT)
+    options = parser.parse_args(argv)
+    check_results_file(parser, options)
+    if options.markdown:
+        return print_results(options.out, markdown)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    content: dict[str, Any] = {
+        "rate": RATE,
+        "environment": environment(),
+        "runtimes": {name: runtime_version(target) for name, (target, _) in TARGETS.items()},
+        "models": {},
+        "refused": {name: refusal(name) for name in REFUSED},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name in MODELS:
+            console.print(name, highlight=False)
+            content["models"][name] = record(name, Path(folder))
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_atomic(options.out, lambda path: path.write_text(text, encoding="utf-8"))
+    for title, rows in tables(content).items():
+        print_table(console, title, rows)
+    console.print(f"Written to {options.out}", highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
