@@ -66,7 +66,9 @@ def _write(model: nn.Module, images: Tensor, file: Path) -> None:
         warnings.simplefilter("ignore")
         program = exported(model, images, most_images=MOST_IMAGES)
         # ExecuTorch's verifier takes the length of the first part of a split, which fixes the batch.
-        program = program.run_decompositions({torch.ops.aten.split_with_sizes.default: _slices})
+        aten = torch.ops.aten
+        splits = {aten.split_with_sizes.default: _slices, aten.split.Tensor: _equal_slices}
+        program = program.run_decompositions(splits)
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
     with open(file, "wb") as out:
         lowered.write_to_file(out)
@@ -75,3 +77,8 @@ def _write(model: nn.Module, images: Tensor, file: Path) -> None:
 def _slices(x: Tensor, widths: list[int], dim: int = 0) -> list[Tensor]:
     starts = [sum(widths[:part]) for part in range(len(widths))]
     return [x.narrow(dim, start, width) for start, width in zip(starts, widths, strict=True)]
+
+
+def _equal_slices(x: Tensor, width: int, dim: int = 0) -> list[Tensor]:
+    size = x.shape[dim]
+    return _slices(x, [min(width, size - start) for start in range(0, size, width)], dim)
