@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import vtp
 from vtp.model.architecture import Architecture
+from vtp.model.eva import EvaArguments
 from vtp.pruning.gates import sites
 from vtp.zoo import fashion_deit_architecture
 
@@ -20,6 +21,20 @@ TINY = dataclasses.replace(
     num_heads=3,
     mlp_hidden=20,
 )
+AXIAL = EvaArguments(
+    rope_type="dinov3",
+    rope_temperature=100.0,
+    rope_grid_offset=0.0,
+    rope_grid_indexing="ij",
+    rope_rotate_half=True,
+    rope_shift_coords=None,
+    rope_jitter_coords=None,
+    rope_rescale_coords=None,
+    ref_feat_shape=None,
+    attn_pool_num_heads=None,
+    attn_pool_mlp_ratio=None,
+)
+MIXED = dataclasses.replace(AXIAL, rope_type="mixed", rope_temperature=10.0, rope_rotate_half=False)
 # One of each kind that is cut in a way of its own.
 FAMILIES = {
     "plain": TINY,
@@ -33,6 +48,11 @@ FAMILIES = {
     "fc-norm": dataclasses.replace(TINY, global_pool="avg", fc_norm=True),
     "features": dataclasses.replace(TINY, num_classes=0),
     "one-class": dataclasses.replace(TINY, num_classes=1),
+    "swiglu": dataclasses.replace(TINY, glu=True),
+    "rotary": dataclasses.replace(
+        TINY, pos_embed="none", reg_tokens=2, init_values=0.1, glu=True, eva=AXIAL, dynamic_img_size=True
+    ),
+    "rotary-mixed": dataclasses.replace(TINY, eva=MIXED),
 }
 
 

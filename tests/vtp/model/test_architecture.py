@@ -237,6 +237,6 @@ def test_a_wrapper_is_told_what_to_pass_instead(wrap, message, tmp_path):
     ):
         with pytest.raises(UnsupportedModelError, match=message):
             call()
-    with pytest.raises(TypeError, match=message.replace("timm's VisionTransformer", "a CompactViT")):
+    with pytest.raises(TypeError, match=message.replace("timm's VisionTransformer", "a compact model")):
         vtp.optimize(wrap(small))
     assert not list(tmp_path.iterdir())

@@ -185,7 +185,7 @@ def test_every_family_has_a_plan_and_norms_keep_keys_whole(family):
     most = 0.5 * gated_plan(model).dense_cost.macs
     plan = vtp.make_plan(model, macs=most, statistics=statistics, scope="optimal")
     assert plan.cost.macs <= most
-    if FAMILIES[family].qk_norm:
+    if FAMILIES[family].whole_keys:
         assert not plan.narrows_keys
     assert vtp.count(vtp.compact(model, plan, images=image(model, batch=20))) == plan.cost
 

@@ -172,7 +172,7 @@ def test_narrow_queries_and_keys_are_cut_again_without_images():
 
 
 def test_other_models_are_refused():
-    with pytest.raises(UnsupportedModelError, match="expected a CompactViT"):
+    with pytest.raises(UnsupportedModelError, match="expected a compact model"):
         vtp.expand(build())
     small = cut()
     with pytest.raises(UnsupportedModelError, match=r"cut already.*vtp\.expand\(model\)"):

@@ -90,13 +90,16 @@ def test_sites_of_a_dense_model_are_refused():
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("vit_giant_patch14_dinov2", r"blocks\.0\.mlp: GluMlp.*SwiGLU"),
+        ("eva02_base_patch14_224", r"blocks\.0\.mlp\.norm: a norm between fc1 and fc2"),
+        ("eva02_base_patch16_clip_224", r"blocks\.0\.attn\.norm: a norm between attention and proj"),
+        ("eva02_enormous_patch14_clip_224", r"blocks\.0: EvaBlockPostNorm"),
+        ("vit_base_patch16_sapiens2", r"blocks\.0\.attn\.q_norm: RmsNorm"),
+        ("aimv2_large_patch14_224", r"blocks\.0\.norm1: RmsNorm"),
         ("vit_base_patch16_rpn_224", r"blocks\.0: ResPostBlock"),
         ("vit_base_patch16_xp_224", r"blocks\.0: ParallelScalingBlock"),
         ("vit_small_patch16_18x2_224", r"blocks\.0: ParallelThingsBlock"),
         ("vit_dwee_patch16_reg1_gap_256", r"blocks\.0\.attn: DiffAttention"),
         ("vit_tiny_r_s16_p8_224", "patch_embed: HybridEmbed"),
-        ("vit_small_patch16_dinov3", "timm.models.eva.Eva"),
         ("beit_base_patch16_224", "timm.models.beit.Beit"),
         ("resnet18", "timm.models.resnet.ResNet"),
     ],

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import vtp
 from tests.support.models import FAMILIES, TINY, build, gated, image, relative_error, with_zeros
 from vtp.pruning import refit as refit_module
-from vtp.pruning.compact import ConstantBranch
+from vtp.pruning.compact import ConstantBranch, hidden_rows
 from vtp.pruning.streams import Store
 
 
@@ -182,7 +182,7 @@ def test_half_of_everything_is_nearer_to_the_dense_model_than_the_plain_cut(fami
         keep = dict(plan.kept)
         for i in range(2):
             keep[f"blocks.{i}.attn.proj"] = [4 * head + j for head in range(3) for j in range(2)]
-        keys = {} if FAMILIES[family].qk_norm else narrow(model, 2)
+        keys = {} if FAMILIES[family].whole_keys else narrow(model, 2)
         plan = plan_of(model, keep, keys, value_basis="principal")
     small = vtp.compact(model, plan, images=images)
     assert vtp.count(small) == plan.cost
@@ -315,9 +315,10 @@ def test_without_images_the_cut_is_exact_as_ever(family):
     assert (outputs(vtp.compact(model, plan), x) - expected).abs().max() <= 1e-12 * expected.abs().max()
     # Weights are folded and gathered, and nothing else: not a bit of them is new.
     small = vtp.compact(model, plan)
-    kept = plan.kept["blocks.1.mlp.fc2"], plan.kept["blocks.1.mlp.fc1"]
+    hidden, inputs = (torch.tensor(plan.kept[f"blocks.1.mlp.{layer}"]) for layer in ("fc2", "fc1"))
     weight = vtp.sites(model)["blocks.1.mlp.fc1"].folded_weight()
-    assert torch.equal(small.blocks[1].mlp.fc1.weight, weight[list(kept[0])][:, list(kept[1])])
+    rows = hidden_rows(hidden, FAMILIES[family])
+    assert torch.equal(small.blocks[1].mlp.fc1.weight, weight[rows][:, inputs])
 
 
 @pytest.mark.parametrize("fields", [{"keys": True}, {"value_basis": "principal"}], ids=str)

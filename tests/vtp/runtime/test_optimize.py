@@ -364,10 +364,10 @@ def other_block():
 
 
 REFUSED = {
-    "dense": (lambda: build(), r"model: got VisionTransformer, expected a CompactViT: .*vtp\.compact"),
-    "gated": (lambda: gated(build()), r"model: got VisionTransformer, expected a CompactViT"),
+    "dense": (lambda: build(), r"model: got VisionTransformer, expected a compact model: .*vtp\.compact"),
+    "gated": (lambda: gated(build()), r"model: got VisionTransformer, expected a compact model"),
     "timm-model-of-another-kind": (
-        lambda: timm.create_model("resnet18"), r"model: got ResNet, expected a CompactViT",
+        lambda: timm.create_model("resnet18"), r"model: got ResNet, expected a compact model",
     ),
     "packed": (lambda: vtp.optimize(compact_model("tiny")), r"model: got OptimizedViT"),
     "adapter": (wrapped_linear, r"blocks\.1\.mlp\.fc1: got torch\..*Sequential, expected torch\.nn\.Linear"),

@@ -1,0 +1,86 @@
+"""bench.backbones: everything that is promised of a backbone, for timm's models by their names."""
+
+import json
+
+import pytest
+
+from bench import backbones
+from bench.backbones import CHECKS, MODELS, REFUSED, BrokenPromiseError, check_pruned, refusal, toy
+from vtp.runtime.export import TARGETS
+
+# But for their widths, smaller models have each of the traits that these have.
+ALIKE = {
+    "deit_small_patch16_224", "deit_base_patch16_224", "deit_base_distilled_patch16_384",
+    "deit3_medium_patch16_224", "deit3_large_patch16_384", "vit_small_patch8_224", "vit_small_patch32_224",
+    "vit_base_patch14_dinov2", "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224",
+    "vit_medium_patch32_clip_224", "vit_mediumd_patch16_reg4_gap_256", "vit_betwixt_patch16_reg4_gap_256",
+    "vit_so400m_patch14_siglip_224", "vit_so150m2_patch16_reg1_gap_256", "vit_intern300m_patch14_448",
+    "vit_base_patch16_dinov3", "vit_large_patch16_dinov3", "vit_huge_plus_patch16_dinov3",
+    "vit_small_plus_patch16_dinov3_qkvb", "eva02_small_patch14_224", "vit_small_patch16_rope_ape_224",
+    "vit_small_patch16_rope_mixed_ape_224", "vit_medium_patch16_rope_reg1_gap_256",
+    "vit_mediumd_patch16_rope_reg1_gap_256", "vit_pe_core_base_patch16_224",
+    "vit_base_patch16_gap_224", "vit_pe_spatial_tiny_patch16_512", "vit_giant_patch14_reg4_dinov2",
+}  # fmt: skip
+WITHOUT_RUNTIMES = [column for column in CHECKS if column not in TARGETS]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.thorough] if name in ALIKE else []) for name in MODELS]
+)
+def test_every_promise_holds(name, tmp_path):
+    small = check_pruned(toy(name))
+    for column in WITHOUT_RUNTIMES:
+        CHECKS[column](small, tmp_path)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_runtime_computes_the_same(name, target, tmp_path):
+    for package in TARGETS[target][0].packages:
+        pytest.importorskip(package)
+    CHECKS[target](check_pruned(toy(name)), tmp_path)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_refused_by_name(name):
+    assert refusal(name)
+
+
+def test_a_supported_model_is_not_called_refused():
+    with pytest.raises(BrokenPromiseError, match="is not refused"):
+        refusal("deit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("compact", "not exact"), ("count", "counted"), ("insert_gates", "gates of 1"), ("expand", "expanded")],
+)
+def test_a_broken_promise_is_seen(part, message, monkeypatch):
+    honest = getattr(backbones.vtp, part)
+
+    def broken(*arguments, **keywords):
+        result = honest(*arguments, **keywords)
+        if part == "count":
+            return None
+        result.blocks[0].attn.proj.bias.data[0] += 1e-3
+        return result
+
+    monkeypatch.setattr(backbones.vtp, part, broken)
+    with pytest.raises(BrokenPromiseError, match=message):
+        check_pruned(toy("vit_tiny_patch16_224"))
+
+
+def test_the_command_writes_a_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(backbones, "MODELS", {"vit_tiny_patch16_224": {"img_size": 32, "depth": 1}})
+    monkeypatch.setattr(backbones, "REFUSED", ("vit_base_patch16_rpn_224",))
+    for target in TARGETS:
+        monkeypatch.setitem(CHECKS, target, lambda small, folder: "works")
+    out = tmp_path / "backbones.json"
+    assert backbones.main(["--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    assert set(content["models"]["vit_tiny_patch16_224"]) == {"prune", *CHECKS}
+    assert "ResPostBlock" in content["refused"]["vit_base_patch16_rpn_224"]
+    capsys.readouterr()
+    assert backbones.main(["--out", str(out), "--markdown"]) == 0
+    assert "| vit_tiny_patch16_224 | works | works |" in capsys.readouterr().out
