@@ -252,7 +252,7 @@ def _canonical(model: nn.Module, backbone: str) -> dict[str, Tensor]:
             raise UnsupportedModelError(
                 f"model: {name} is no known part of {type(model).__name__}: is this transformers newer?"
             )
-        if names[part] is not None:
+        if names[part] is not None and tensor.numel():  # registers may be none
             where = f"blocks.{block[1]}." if block else ""
             found[f"{where}{names[part]}{'.' if leaf else ''}{leaf}"] = tensor
     return found
@@ -277,47 +277,42 @@ _ACTIVATIONS = {
 }
 
 
-def _vision_transformer(config: Any, tensors: dict[str, Tensor], cls: type = VisionTransformer) -> nn.Module:
-    registers = tensors.get("reg_token")
-    packed = getattr(config, "use_swiglu_ffn", False)
-    if not packed and config.hidden_act not in _ACTIVATIONS:
+def _vision_transformer(
+    config: Any,
+    tensors: dict[str, Tensor],
+    *,
+    cls: type = VisionTransformer,
+    no_embed_class: bool = False,
+) -> nn.Module:
+    gated = getattr(config, "use_swiglu_ffn", False)
+    if not gated and config.hidden_act not in _ACTIVATIONS:
         raise UnsupportedModelError(
             f"config.hidden_act: timm has no {config.hidden_act!r}, expected one of {', '.join(_ACTIVATIONS)}"
         )
-    if cls is VisionTransformer and "dist_token" in tensors:
-        registers = tensors["dist_token"]  # a token that no head reads
+    state = _plain_parts(config, tensors, "ls1.gamma", "ls2.gamma")
+    for i in range(config.num_hidden_layers):
+        for leaf in ("weight", "bias"):
+            _join(state, f"blocks.{i}.attn.qkv.{leaf}", tensors, [f"blocks.{i}.{p}.{leaf}" for p in "qkv"])
+            halves = [f"blocks.{i}.{part}.{leaf}" for part in ("gate", "up")]
+            _join(state, f"blocks.{i}.mlp.fc1.{leaf}", tensors, halves)
     kwargs = {
-        **_common(config, tensors, packed=packed),
+        **_common(config, tensors, hidden=len(state["blocks.0.mlp.fc1.weight"])),
         "qkv_bias": "blocks.0.q.bias" in tensors,
-        "act_layer": nn.SiLU if packed else _ACTIVATIONS[config.hidden_act],
+        "act_layer": nn.SiLU if gated else _ACTIVATIONS[config.hidden_act],
         "init_values": (config.layerscale_value or 1.0) if "blocks.0.scale1" in tensors else None,
-        "reg_tokens": 0 if registers is None else registers.shape[1],
+        "reg_tokens": tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
+        "no_embed_class": no_embed_class,
         "weight_init": "skip",
     }
-    if packed:
+    if gated:
         kwargs["mlp_layer"] = SwiGLUPacked
-    state = _blocks(config, tensors, "ls1.gamma", "ls2.gamma")
-    for i in range(config.num_hidden_layers):
-        name = f"blocks.{i}"
-        for leaf in ("weight", "bias"):
-            if f"{name}.q.{leaf}" in tensors:
-                qkv = [tensors[f"{name}.{part}.{leaf}"] for part in "qkv"]
-                state[f"{name}.attn.qkv.{leaf}"] = torch.cat(qkv)
-            if packed and f"{name}.gate.{leaf}" in tensors:
-                both = (tensors[f"{name}.gate.{leaf}"], tensors[f"{name}.up.{leaf}"])
-                state[f"{name}.mlp.fc1.{leaf}"] = torch.cat(both)
-    if "reg_token" in tensors and config.num_register_tokens:
-        # The first position is the class token's, which timm then has no place for.
-        kwargs["no_embed_class"] = True
-        state["cls_token"] = tensors["cls_token"] + tensors["pos_embed"][:, :1]
-        state["pos_embed"] = tensors["pos_embed"][:, 1:]
-    if cls is VisionTransformer:
-        state.pop("dist_token", None)
-        if registers is not None and registers.shape[1]:
-            state["reg_token"] = registers
-        else:
-            state.pop("reg_token", None)
     return _filled(partial(cls, **kwargs), state)
+
+
+def _deit(config: Any, tensors: dict[str, Tensor]) -> nn.Module:
+    """A DeiT whose distillation token no head reads: it is one register, with a position."""
+    names = {"dist_token": "reg_token"}
+    return _vision_transformer(config, {names.get(name, name): tensor for name, tensor in tensors.items()})
 
 
 def _dinov2(config: Any, tensors: dict[str, Tensor]) -> nn.Module:
@@ -327,8 +322,11 @@ def _dinov2(config: Any, tensors: dict[str, Tensor]) -> nn.Module:
             f"config.image_size: got {(height, width)}; transformers resamples the positions of a DINOv2 "
             "whose images are not square from a square grid, which they do not have: expected a square"
         )
-    outside = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-    return _vision_transformer(config, outside)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    if registers := "reg_token" in tensors:  # which have no positions; then no prefix token of timm's has
+        of_class, of_patches = tensors["pos_embed"].tensor_split([1], dim=1)
+        tensors |= {"cls_token": tensors["cls_token"] + of_class, "pos_embed": of_patches}
+    return _vision_transformer(config, tensors, no_embed_class=registers)
 
 
 def _dinov3(config: Any, tensors: dict[str, Tensor]) -> nn.Module:
@@ -339,7 +337,7 @@ def _dinov3(config: Any, tensors: dict[str, Tensor]) -> nn.Module:
             f"config.hidden_act: got {config.hidden_act!r}, expected {own!r}, which the {kind} MLP of timm's "
             "Eva computes"
         )
-    state = _blocks(config, tensors, "gamma_1", "gamma_2")
+    state = _plain_parts(config, tensors, "gamma_1", "gamma_2")
     qkv_bias = any(f"blocks.0.{part}.bias" in tensors for part in "qv")
     for i in range(config.num_hidden_layers):
         name = f"blocks.{i}"
@@ -349,25 +347,23 @@ def _dinov3(config: Any, tensors: dict[str, Tensor]) -> nn.Module:
                 f"{name}.attention.k_proj.bias is not zero (config.key_bias): timm's Eva has no bias of keys "
                 "that are rotated, and the softmax does not cancel it"
             )
-        state[f"{name}.attn.qkv.weight"] = torch.cat([tensors[f"{name}.{part}.weight"] for part in "qkv"])
-        for part in "qv" if qkv_bias else "":
-            bias = tensors.get(f"{name}.{part}.bias")
-            state[f"{name}.attn.{part}_bias"] = _zeros(tensors["norm.weight"]) if bias is None else bias
-        names = {"gate": "fc1_g", "up": "fc1_x"} if gated else {"up": "fc1"}
-        for part, layer in {**names, "fc2": "fc2"}.items():
-            state[f"{name}.mlp.{layer}.weight"] = matrix = tensors[f"{name}.{part}.weight"]
-            bias = tensors.get(f"{name}.{part}.bias")
-            state[f"{name}.mlp.{layer}.bias"] = _zeros(matrix) if bias is None else bias
-        state.setdefault(f"{name}.attn.proj.bias", _zeros(tensors[f"{name}.proj.weight"]))
-    if not config.num_register_tokens:
-        state.pop("reg_token", None)
+        _join(state, f"{name}.attn.qkv.weight", tensors, [f"{name}.{part}.weight" for part in "qkv"])
+        # timm's layers have a bias where one of these may have none: zeros.
+        biases = {"proj": "attn.proj.bias", "fc2": "mlp.fc2.bias"}
+        biases |= {"q": "attn.q_bias", "v": "attn.v_bias"} if qkv_bias else {}
+        for part, layer in ({"gate": "fc1_g", "up": "fc1_x"} if gated else {"up": "fc1"}).items():
+            state[f"{name}.mlp.{layer}.weight"] = tensors[f"{name}.{part}.weight"]
+            biases[part] = f"mlp.{layer}.bias"
+        for part, bias in biases.items():
+            weight = tensors[f"{name}.{part}.weight"]
+            state[f"{name}.{bias}"] = tensors.get(f"{name}.{part}.bias", weight.new_zeros(len(weight)))
     kwargs = {
-        **_common(config, tensors),
+        **_common(config, tensors, hidden=len(tensors["blocks.0.up.weight"])),
         "qkv_bias": qkv_bias,
         "init_values": config.layerscale_value,
         "swiglu_mlp": gated,
         "swiglu_align_to": 1,  # the gate by itself, as in timm's DINOv3, and of any width
-        "num_reg_tokens": config.num_register_tokens,
+        "num_reg_tokens": tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
         "use_abs_pos_emb": False,
         "use_rot_pos_emb": True,
         "rope_type": "dinov3",
@@ -379,10 +375,9 @@ def _dinov3(config: Any, tensors: dict[str, Tensor]) -> nn.Module:
     return _filled(partial(Eva, **kwargs), state)
 
 
-def _common(config: Any, tensors: dict[str, Tensor], *, packed: bool = False) -> dict[str, Any]:
-    """Arguments that all of timm's classes take; `packed`: a gate counts as hidden too."""
-    dim, hidden = config.hidden_size, tensors["blocks.0.fc2.weight"].shape[1] * (2 if packed else 1)
-    head = tensors.get("head.weight")
+def _common(config: Any, tensors: dict[str, Tensor], *, hidden: int) -> dict[str, Any]:
+    """Arguments that all of timm's classes take; `hidden`: width of the MLP, as they count it."""
+    dim, head = config.hidden_size, tensors.get("head.weight")
     return {
         "img_size": _pair(config.image_size),
         "patch_size": _pair(config.patch_size),
@@ -398,8 +393,8 @@ def _common(config: Any, tensors: dict[str, Tensor], *, packed: bool = False) ->
     }
 
 
-def _blocks(config: Any, tensors: dict[str, Tensor], scale1: str, scale2: str) -> dict[str, Tensor]:
-    """What timm's classes share: all tensors but queries, keys, values and gated MLPs."""
+def _plain_parts(config: Any, tensors: dict[str, Tensor], scale1: str, scale2: str) -> dict[str, Tensor]:
+    """By timm's names all tensors but queries, keys, values, gates and what they gate."""
     names = {"proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2", "scale1": scale1, "scale2": scale2}
     dim, state = config.hidden_size, {}
     for name, tensor in tensors.items():
@@ -438,9 +433,10 @@ def _filled(make: Callable[[], nn.Module], state: dict[str, Tensor]) -> nn.Modul
     return model
 
 
-def _zeros(weight: Tensor) -> Tensor:
-    """A bias that does nothing, for a linear layer."""
-    return weight.new_zeros(len(weight))
+def _join(state: dict[str, Tensor], name: str, tensors: dict[str, Tensor], parts: list[str]) -> None:
+    """Put `parts`, one behind the other, into `state` as `name`, where there are any."""
+    if found := [tensors[part] for part in parts if part in tensors]:
+        state[name] = torch.cat(found)
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -451,8 +447,8 @@ def _pair(size: Any) -> tuple[int, int]:
 _KINDS = {
     "ViTModel": _Kind("", _vision_transformer),
     "ViTForImageClassification": _Kind("vit", _vision_transformer),
-    "DeiTModel": _Kind("", _vision_transformer),
-    "DeiTForImageClassification": _Kind("deit", _vision_transformer),
+    "DeiTModel": _Kind("", _deit),
+    "DeiTForImageClassification": _Kind("deit", _deit),
     "DeiTForImageClassificationWithTeacher": _Kind(
         "deit", partial(_vision_transformer, cls=VisionTransformerDistilled)
     ),

@@ -18,6 +18,7 @@ from tests.support.models import relative_error
 from vtp import hugging_face
 from vtp.cli import main
 from vtp.model.images import class_descriptions, class_names, image_config, knows_normalisation
+from vtp.runtime.export import export_onnx, export_pt2
 from vtp.training.loaders import image_pipeline
 from vtp.training.sources import open_images
 from vtp.zoo import open_model, open_teacher
@@ -256,8 +257,9 @@ def test_dropout_which_only_training_uses_is_not_taken_over():
         assert relative_error(ours(images), model(images).logits) < 1e-12
 
 
-PRUNABLE = {name: case for name, case in CLASSIFIERS.items() if name in ("vit-odd", "deit", "teacher")} | {
-    name: BACKBONES[name] for name in ("dinov2-odd", "registers")
+PRUNABLE = {name: CLASSIFIERS[name] for name in ("vit-odd", "deit", "teacher")} | {
+    name: BACKBONES[name]
+    for name in ("dinov2-odd", "dinov2-swiglu", "registers", "dinov3", "dinov3-odd", "dinov3-gated-odd")
 }
 
 
@@ -282,6 +284,18 @@ def test_the_timm_model_is_gated_cut_and_saved_as_any_other(name, tmp_path):
         assert relative_error(loaded(images), expected) < 1e-12
         fast = vtp.optimize(loaded.float())
         assert relative_error(fast(images.float()), expected) < 1e-5
+
+
+@pytest.mark.thorough  # a tracing each
+@pytest.mark.parametrize("name", ["vit-odd", "deit", "teacher", "registers", "dinov3-gated-odd"])
+def test_what_is_cut_from_it_is_exported_as_any_other(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    ours = vtp.from_transformers(made(*PRUNABLE[name]).float())
+    gated = vtp.insert_gates(ours)
+    small = vtp.compact(gated, vtp.make_plan(gated, rate=0.3))
+    # Both check outputs against float64 themselves.
+    assert export_onnx(small, tmp_path / "small.onnx") < 1e-5
+    assert export_pt2(small, tmp_path / "small.pt2") < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------
