@@ -883,8 +883,8 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
 def _teacher_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher",
-        help="model to distil from: any timm name, such as regnety_160.deit_in1k, or a file of ours; "
-        "without it there is no distillation",
+        help="model to distil from: any timm name, such as regnety_160.deit_in1k, hf:NAME, or a file of "
+        "ours; without it there is no distillation",
     )
     parser.add_argument(
         "--teacher-checkpoint",

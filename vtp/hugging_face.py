@@ -71,7 +71,7 @@ def from_transformers(model: nn.Module, *, image_processor: Any = None) -> nn.Mo
     Args:
         model: of one of these classes, with weights of floating point on one device. It is not changed.
         image_processor: the checkpoint's, from `AutoImageProcessor.from_pretrained`, which says how images
-            are resized, cropped and normalised; None leaves that open.
+            are resized, cropped and normalised, in `pretrained_cfg`; None leaves that open.
 
     Returns:
         A model with memory of its own, of the same dtype, on the same device and in the same mode. Its
@@ -86,6 +86,7 @@ def from_transformers(model: nn.Module, *, image_processor: Any = None) -> nn.Mo
         UnsupportedModelError: another class, or a model that computes something that its timm model does
             not: activations that timm does not have, hooks, adapters, quantized layers, biases of rotated
             keys, changed modules; the message names the part.
+        TypeError: `image_processor` is none of images.
     """
     kind = _KINDS.get(type(model).__name__)
     if kind is None or not type(model).__module__.startswith("transformers.models."):
@@ -473,7 +474,8 @@ def _describe(model: nn.Module, config: Any, image_processor: Any) -> None:
         "first_conv": "patch_embed.proj",
     }
     if image_processor is not None:
-        fields |= _image_fields(image_processor, model.patch_embed.img_size)
+        embed = model.patch_embed
+        fields |= _image_fields(image_processor, embed.proj.in_channels, embed.img_size)
     set_image_config(model, **fields)
     labels = _labels(config, model.num_classes)
     if labels is not None and _are_of_imagenet(model, labels):
@@ -511,21 +513,27 @@ def _are_of_imagenet(model: nn.Module, labels: tuple[str, ...]) -> bool:
 _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
 
 
-def _image_fields(processor: Any, img_size: tuple[int, int]) -> dict[str, Any]:
+def _image_fields(processor: Any, channels: int, img_size: tuple[int, int]) -> dict[str, Any]:
     """An image processor's settings as `timm.data.create_transform` has them."""
+    needed = ["do_rescale", "do_normalize", "do_resize"]
+    needed += ["image_mean", "image_std"] if getattr(processor, "do_normalize", False) else []
+    if missing := [name for name in needed if getattr(processor, name, None) is None]:
+        raise TypeError(
+            f"image_processor: got {type(processor).__name__} without {', '.join(missing)}, expected what "
+            "AutoImageProcessor.from_pretrained gives for an image classifier"
+        )
     fields: dict[str, Any] = {}
-    channels = len(processor.image_mean)
     # timm takes pixels as 0..1, a processor as they come from rescale_factor.
     scale = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,), (1.0,))
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
     for name, values in (("mean", mean), ("std", std)):
-        values = tuple(float(value) / scale for value in values)
-        fields[name] = values * channels if len(values) == 1 else values
+        each = [values] * channels if isinstance(values, (int, float)) else values
+        fields[name] = tuple(float(value) / scale for value in each)
     if not processor.do_resize:
         return fields
-    resample = _INTERPOLATIONS.get(getattr(processor.resample, "value", processor.resample))
-    if resample is not None:
-        fields["interpolation"] = resample
+    resample = getattr(processor, "resample", None)
+    if resample in _INTERPOLATIONS:
+        fields["interpolation"] = _INTERPOLATIONS[resample]
     size = _edges(processor.size)
     fields["crop_mode"] = "center" if "shortest_edge" in size else "squash"
     fields["crop_pct"] = 1.0
@@ -581,11 +589,11 @@ def open_transformers(name: str, *, from_scratch: bool = False) -> nn.Module:
         return _converted(model, None, name)
     folder = _folder(name)
     _refuse_other_files(name, folder)
+    processor = None
     with _in_words(name), _quiet():
         model, loaded = cls.from_pretrained(
             folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-        processor = None
         if any((folder / file).is_file() for file in _PROCESSORS):
             processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     unused = ("pooler.", "embeddings.mask_token", f"{_KINDS[cls.__name__].backbone}.embeddings.mask_token")

@@ -481,6 +481,14 @@ PROCESSORS = {
         {"size": {"height": 27, "width": 27}, "crop_size": {"height": 24, "width": 24}},
         {"interpolation": "bicubic", "crop_mode": "squash", "resized": 27},
     ),
+    "dinov3": (
+        transformers.DINOv3ViTImageProcessorFast, {"size": {"height": 24, "width": 24}},
+        {"interpolation": "bilinear", "crop_mode": "squash", "crop_pct": 1.0, "mean": (0.485, 0.456, 0.406)},
+    ),
+    "lanczos": (
+        transformers.ViTImageProcessor, {"resample": 1, "do_resize": True}, {"interpolation": "lanczos"},
+    ),
+    "not resized": (transformers.ViTImageProcessor, {"do_resize": False}, {"mean": (0.5,) * 3}),
     "not normalised": (
         transformers.ViTImageProcessor, {"do_normalize": False, "size": {"height": 24, "width": 24}},
         {"mean": (0.0,) * 3, "std": (1.0,) * 3},
@@ -502,6 +510,12 @@ def test_an_image_processor_says_how_images_are_made(kind):
     assert knows_normalisation(ours)
     for name, value in expected.items():
         assert got[name] == (pytest.approx(value) if name in ("mean", "std") else value), name
+
+
+def test_what_is_no_image_processor_is_refused():
+    model = made(*CLASSIFIERS["vit"])
+    with pytest.raises(TypeError, match="image_processor: got dict without do_rescale"):
+        vtp.from_transformers(model, image_processor={"image_mean": [0.5] * 3})
 
 
 def test_every_crop_is_resized_to_the_pixel():
@@ -743,7 +757,7 @@ def test_a_command_that_cannot_open_it_says_why_and_writes_nothing(tmp_path, cap
     assert not out.exists()
 
 
-@pytest.mark.parametrize("command", ["run", "train", "eval", "prune", "predict", "export"])
+@pytest.mark.parametrize("command", ["run", "train", "finetune", "eval", "prune", "predict", "export"])
 def test_help_names_it(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
