@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 training failed, 2 bad input, 128 + signal."""
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
+            options.command(options)
     except TrainingInterrupted as error:
         print(f"vtp: {error}", file=sys.stderr)
         return 128 + error.signum
@@ -101,6 +104,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vtp: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _show_warning(
+    usual: Callable[..., None], message: Warning, category: type[Warning], filename: str, *rest: Any
+) -> None:
+    """Warnings of our own as notes; others as usual, with the line of code that they are about."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+        print(f"vtp: note: {message}", file=sys.stderr)
+    else:
+        usual(message, category, filename, *rest)
 
 
 # ------------------------------------------------------------------------------------------------ commands

@@ -750,6 +750,17 @@ def test_export_takes_it_and_calls_the_file_by_its_name(folder, data, tmp_path, 
         assert relative_error(got, original(folder)(images).logits) < 1e-5
 
 
+@pytest.mark.filterwarnings("default")
+def test_what_is_left_out_is_a_note_of_a_command(data, tmp_path, capsys):
+    model = made("Dinov2", "ForImageClassification", {**DINO2, "num_labels": 3}).float()
+    model.save_pretrained(tmp_path / "dino")
+    capsys.readouterr()
+    assert run("eval", "--model", f"hf:{tmp_path / 'dino'}", "--data", data) == 2
+    note, error = capsys.readouterr().err.splitlines()
+    assert note.startswith("vtp: note: Dinov2ForImageClassification: its head was left out, and outputs are")
+    assert "--new-head" in error
+
+
 def test_a_command_that_cannot_open_it_says_why_and_writes_nothing(tmp_path, capsys):
     out = tmp_path / "small.safetensors"
     assert run("prune", "hf:no/such/folder", "--calibrate", "fashion-mnist-10k", "--out", out) == 2
