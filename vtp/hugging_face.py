@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib
+import json
 import math
 import re
 import warnings
@@ -96,6 +97,8 @@ def from_transformers(model: nn.Module, *, image_processor: Any = None) -> nn.Mo
         )
     _refuse_changes(model)
     config = model.config
+    if not config.num_hidden_layers:
+        raise UnsupportedModelError("config.num_hidden_layers: got 0, expected at least 1")
     made = kind.make(config, _canonical(model, kind.backbone))
     _warn_of_what_is_left_out(model)
     made.train(model.training)
@@ -567,6 +570,7 @@ _CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _ADAPTER = "adapter_config.json"
+_SHARD = re.compile(r"[\w.-]+\.safetensors")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -584,7 +588,7 @@ def open_transformers(name: str, *, from_scratch: bool = False) -> nn.Module:
     """
     transformers, cls, config = _read_config(name)
     if from_scratch:
-        with _quiet():
+        with _in_words(name), _quiet():
             model = cls(config)
         return _converted(model, None, name)
     folder = _folder(name)
@@ -614,7 +618,7 @@ def _converted(model: nn.Module, processor: Any, name: str) -> nn.Module:
 def without_weights(name: str) -> nn.Module:
     """The same without storage, from the config alone; to refuse what is not supported early."""
     _, cls, config = _read_config(name)
-    with torch.device("meta"), _quiet(), warnings.catch_warnings():
+    with torch.device("meta"), _in_words(name), _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which the model with weights gives
         return from_transformers(cls(config))
 
@@ -680,7 +684,16 @@ def _refuse_other_files(name: str, folder: Path) -> None:
         raise UnsupportedModelError(
             f"model: {PREFIX}{name} holds an adapter ({_ADAPTER}); save what model.merge_and_unload() returns"
         )
-    if any((folder / file).is_file() for file in _WEIGHTS):
+    whole, index = (folder / file for file in _WEIGHTS)
+    if whole.is_file():
+        return
+    if index.is_file():
+        with _in_words(name):
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if odd := sorted(shard for shard in shards if _SHARD.fullmatch(shard) is None):
+            raise FileError(
+                f"model: {index.name} of {PREFIX}{name} names {odd[0]}, expected safetensors files"
+            )
         return
     pickled = [file for file in _PICKLES if (folder / file).is_file()]
     has = f"{pickled[0]}, a pickle, which is not read" if pickled else "no weights"

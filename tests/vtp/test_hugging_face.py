@@ -632,6 +632,17 @@ def test_a_pickle_is_never_read(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("shard", ["weights.bin", "../weights.safetensors", "/weights.safetensors"])
+def test_a_list_of_weights_that_names_other_files_is_refused(folder, tmp_path, shard):
+    original(folder).save_pretrained(tmp_path / "shards", max_shard_size="8KB")
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    fields["weight_map"]["classifier.weight"] = shard
+    index.write_text(json.dumps(fields))
+    with pytest.raises(vtp.FileError, match=rf"index\.json of .* names {shard}, expected safetensors files"):
+        open_model(f"hf:{tmp_path / 'shards'}")
+
+
 def broken(folder, target, **config):
     """A copy of the folder with fields of its config changed."""
     target.mkdir()
@@ -653,6 +664,8 @@ def broken(folder, target, **config):
         ({"model_type": "of next year"}, r"transformers cannot open .*of next year"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"is quantized"),
         ({"hidden_act": "gelu_fast"}, r"timm has no 'gelu_fast'"),
+        ({"hidden_act": "of next year"}, r"transformers cannot open .*of next year"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers: got 0, expected at least 1"),
         ({"num_hidden_layers": 3}, r"has no vit\..*, which a ViTForImageClassification needs"),
         ({"intermediate_size": 64}, r"cannot open|has another shape of"),
         (
