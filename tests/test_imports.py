@@ -18,7 +18,7 @@ FLOORS = (
     ("vtp.files", "vtp.options", "vtp.timing", "vtp.machine", "vtp.weights"),
     ("vtp.model",),
     ("vtp.pruning",),
-    ("vtp.checkpoint", "vtp.hub"),
+    ("vtp.checkpoint", "vtp.hub", "vtp.hugging_face"),
     ("vtp.runtime",),
     ("vtp.training",),
     ("vtp.comparison",),

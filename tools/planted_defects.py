@@ -382,6 +382,48 @@ DEFECTS = [
         "indices of a file from elsewhere are trusted",
         "tests/vtp/test_hub.py -k out_of_range",
     ),
+    Defect(
+        "vtp/hugging_face.py",
+        '{"cls_token": tensors["cls_token"] + of_class, ',
+        '{"cls_token": tensors["cls_token"], ',
+        "the class token of a DINOv2 with registers has lost its position",
+        "tests/vtp/test_hugging_face.py -k registers",
+    ),
+    Defect(
+        "vtp/hugging_face.py",
+        'for part in ("gate", "up")]',
+        'for part in ("up", "gate")]',
+        "gate and input of a SwiGLU are swapped",
+        "tests/vtp/test_hugging_face.py -k swiglu",
+    ),
+    Defect(
+        "vtp/hugging_face.py",
+        "partial(LayerNorm, eps=config.layer_norm_eps)",
+        "LayerNorm",
+        "norms have timm's epsilon",
+        "tests/vtp/test_hugging_face.py -k odd",
+    ),
+    Defect(
+        "vtp/hugging_face.py",
+        "if parts.get(name) != expected.get(name):",
+        "if False:",
+        "adapters and replaced layers of a transformers model are dropped in silence",
+        "tests/vtp/test_hugging_face.py -k class_and_config",
+    ),
+    Defect(
+        "vtp/hugging_face.py",
+        "allow_patterns=wanted",
+        "allow_patterns=None",
+        "pickles and code of a hub are fetched",
+        "tests/vtp/test_hugging_face.py -k hub",
+    ),
+    Defect(
+        "vtp/hugging_face.py",
+        "return share if math.floor(img_size / share) == wanted else",
+        "return share if True else",
+        "images of a transformers checkpoint are resized to a pixel less",
+        "tests/vtp/test_hugging_face.py -k to_the_pixel",
+    ),
     # -- the rest of vtp
     Defect(
         "vtp/timing.py",

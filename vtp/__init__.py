@@ -11,6 +11,7 @@ fast = vtp.optimize(small, dtype=torch.bfloat16)    # packed weights, fused kern
 from vtp.checkpoint import load, read_metadata, save
 from vtp.files import FileError
 from vtp.hub import push_to_hub, save_pretrained
+from vtp.hugging_face import from_transformers
 from vtp.model.architecture import Architecture, UnsupportedModelError, describe
 from vtp.model.cost import Cost, count
 from vtp.pruning.calibration import Statistics, calibrate
@@ -47,6 +48,7 @@ __all__ = [
     "count",
     "describe",
     "expand",
+    "from_transformers",
     "insert_gates",
     "l1_penalty",
     "load",

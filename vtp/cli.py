@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 training failed, 2 bad input, 128 + signal."""
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
+            options.command(options)
     except TrainingInterrupted as error:
         print(f"vtp: {error}", file=sys.stderr)
         return 128 + error.signum
@@ -101,6 +104,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vtp: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _show_warning(
+    usual: Callable[..., None], message: Warning, category: type[Warning], filename: str, *rest: Any
+) -> None:
+    """Warnings of our own as notes; others as usual, with the line of code that they are about."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+        print(f"vtp: note: {message}", file=sys.stderr)
+    else:
+        usual(message, category, filename, *rest)
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -402,9 +415,8 @@ def _export(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(f"--to: {error}") from error
     named = Path(options.file)
-    out = Path(
-        options.out or (named.with_suffix(target.suffix) if named.is_file() else named.name + target.suffix)
-    )
+    default = named.with_suffix("") if named.is_file() else _bare_name(options.file)
+    out = Path(options.out or f"{default}{target.suffix}")
     refuse_unwritable(out)
     torch.set_num_threads(options.threads)
     model = open_model(options.file).float().eval()
@@ -431,6 +443,11 @@ def _export(options: argparse.Namespace) -> None:
     print_table(_console, f"{exported.runtime_version(target)}, {options.dtype}", rows)
     _console.print("dense: the model before the cut, with random weights, as the file has no others")
     _console.print(f"measured on {in_one_line(description(torch.device('cpu')))}")
+
+
+def _bare_name(name: str) -> str:
+    """Of a model's name what a file can be called by: hf:OWNER/NAME without hf: and OWNER."""
+    return Path(name.rpartition(":")[2]).name
 
 
 def _images_to_check(options: argparse.Namespace, model: nn.Module, count: int) -> torch.Tensor:
@@ -699,7 +716,7 @@ def _add_prune(commands: Any) -> None:
     parser.add_argument(
         "file",
         help="a gated model, such as sparse.safetensors of a run; with --calibrate dense and compact ones "
-        f"too: {FASHION_DEIT!r}, a timm model name, or a file of ours",
+        f"too: {FASHION_DEIT!r}, a timm model name, hf:OWNER/NAME or hf:FOLDER, or a file of ours",
     )
     parser.add_argument("--out", required=True, help="file for the compact model")
     parser.add_argument("--plan", help="also write the plan as JSON to this file")
@@ -753,7 +770,7 @@ def _add_predict(commands: Any) -> None:
         commands, "predict", _predict, "the most probable classes of images",
         "vtp predict runs/demo/compact.safetensors cat.jpg dog.webp",
     )  # fmt: skip
-    parser.add_argument("file", help=f"{FASHION_DEIT!r}, a timm model name, or a file of ours")
+    parser.add_argument("file", help=f"{FASHION_DEIT!r}, a timm model name, hf:NAME, or a file of ours")
     parser.add_argument("images", nargs="+", help="image files")
 
 
@@ -762,7 +779,7 @@ def _add_bench(commands: Any) -> None:
         commands, "bench", _bench, "time a compact model by every runtime, and say whether pruning paid",
         "vtp bench runs/demo/compact.safetensors --batch 8",
     )  # fmt: skip
-    parser.add_argument("model", help="a file with a compact model; to profile, any file or timm model name")
+    parser.add_argument("model", help="a file with a compact model; to profile, any file or model name")
     parser.add_argument("--batch", type=positive(int), default=1, help="images in a call (default 1)")
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["float32"], help="default float32")
     parser.add_argument("--rounds", type=positive(int), default=30, help="at most (default 30)")
@@ -783,7 +800,7 @@ def _add_export(commands: Any) -> None:
         commands, "export", _export, "write a model for another runtime, checked by that runtime",
         "vtp export runs/demo/compact.safetensors --to onnx --out small.onnx",
     )  # fmt: skip
-    parser.add_argument("file", help=f"a file of ours, {FASHION_DEIT!r} or a timm model name")
+    parser.add_argument("file", help=f"a file of ours, {FASHION_DEIT!r}, a timm model name or hf:NAME")
     parser.add_argument("--to", choices=TARGETS, required=True, help="the format")
     parser.add_argument("--out", help="file to write (default: FILE with the suffix of the format)")
     parser.add_argument(
@@ -825,7 +842,7 @@ _IMAGES_HELP = f"training images that calibration and refit take (default {IMAGE
 _MEMORY_HELP = "what their tokens may take; the rest lies in a temporary file (default: no limit)"
 _MODEL_HELP = (
     f"{FASHION_DEIT!r} (default); a timm model name, also as timm/NAME, hf-hub:OWNER/NAME or "
-    "local-dir:FOLDER; or a file of ours"
+    "local-dir:FOLDER; hf:OWNER/NAME or hf:FOLDER of Hugging Face's transformers; or a file of ours"
 )
 _CHECKPOINT_HELP = (
     "weights for a timm model name: a checkpoint of DeiT's or timm's training (of several sets the averaged "
@@ -879,8 +896,8 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
 def _teacher_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher",
-        help="model to distil from: any timm name, such as regnety_160.deit_in1k, or a file of ours; "
-        "without it there is no distillation",
+        help="model to distil from: any timm name, such as regnety_160.deit_in1k, hf:NAME, or a file of "
+        "ours; without it there is no distillation",
     )
     parser.add_argument(
         "--teacher-checkpoint",

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from vtp import hugging_face
 from vtp.checkpoint import load
 from vtp.files import FileError
 from vtp.model.architecture import Architecture, describe
@@ -45,7 +46,8 @@ def open_model(
     Args:
         name: "fashion-deit"; a file that `vtp.save` wrote; or one of timm's names: of its registry, with or
             without a tag, such a name behind "timm/", "hf-hub:OWNER/NAME" or "local-dir:FOLDER", also of what
-            `vtp.save_pretrained` wrote.
+            `vtp.save_pretrained` wrote; or "hf:OWNER/NAME" or "hf:FOLDER" of Hugging Face's transformers, see
+            `vtp.from_transformers`.
         from_scratch: new weights drawn from `seed` instead of released ones.
         num_classes: give the model a new head of so many classes; None keeps its own.
         checkpoint: a file with weights for a model of timm's name, see `vtp.weights`: of DeiT's or timm's
@@ -55,12 +57,13 @@ def open_model(
         The model, which says what its classes are where that is known (`vtp.model.images.class_names`).
 
     Raises:
-        FileError: `name` is neither a file nor a model that timm knows, or has no such weights, or a file
-            cannot be read or holds another model.
-        UnsupportedModelError: the method does not support that timm model.
+        FileError: `name` is neither a file nor a model that timm or transformers knows, or has no such
+            weights, or a file cannot be read or holds another model.
+        UnsupportedModelError: the method does not support that model.
     """
     torch.manual_seed(seed)
-    if checkpoint is not None and (from_scratch or name == FASHION_DEIT or Path(name).is_file()):
+    complete = name == FASHION_DEIT or name.startswith(hugging_face.PREFIX) or Path(name).is_file()
+    if checkpoint is not None and (from_scratch or complete):
         other = "from_scratch" if from_scratch else f"the model {name}, which has weights"
         raise FileError(
             f"checkpoint: got {checkpoint} and {other}; expected the name of its timm model alone"
@@ -75,6 +78,10 @@ def open_model(
         if from_scratch:
             raise FileError(f"model: {name} is a file with weights, which from_scratch would throw away")
         model = _load(name)
+    elif name.startswith(hugging_face.PREFIX):
+        source = name.removeprefix(hugging_face.PREFIX)
+        describe(hugging_face.without_weights(source))  # refuse what is not supported before weights are read
+        model = hugging_face.open_transformers(source, from_scratch=from_scratch)
     else:
         model = _open_timm(name, pretrained=not from_scratch, checkpoint=checkpoint)
         if not from_scratch and checkpoint is None and ":" not in timm_name(name):
@@ -90,8 +97,8 @@ def open_teacher(name: str, checkpoint: str | Path | None = None) -> nn.Module:
     """A model to distil from, of any architecture that timm has, on the CPU, in eval mode.
 
     Args:
-        name: as `open_model` takes it; or the name of any model of timm's, "hf-hub:OWNER/NAME" or
-            "local-dir:FOLDER".
+        name: as `open_model` takes it, behind "hf:" any model of `vtp.from_transformers`; or the name of any
+            model of timm's, "hf-hub:OWNER/NAME" or "local-dir:FOLDER".
         checkpoint: a file with one's own weights for a timm name, as DeiT's or timm's training writes it, or
             plain safetensors; no pickle is executed. The number of classes is that of its classifier.
 
@@ -103,6 +110,8 @@ def open_teacher(name: str, checkpoint: str | Path | None = None) -> nn.Module:
         if checkpoint is not None:
             raise FileError(f"teacher: got {name!r} for the weights in {checkpoint}, expected a timm name")
         try:
+            if name.startswith(hugging_face.PREFIX):
+                return hugging_face.open_transformers(name.removeprefix(hugging_face.PREFIX))
             return open_model(name).eval()
         except FileError as error:
             raise FileError(f"teacher: {str(error).removeprefix('model: ')}") from error
@@ -172,18 +181,19 @@ def timm_name(name: str) -> str:
         return bare if known else f"hf-hub:{name}"
     expected = (
         f"expected {FASHION_DEIT!r}, a file of vtp's, or a name of timm's: deit_small_patch16_224, "
-        "hf-hub:OWNER/NAME or local-dir:FOLDER"
+        "hf-hub:OWNER/NAME or local-dir:FOLDER; or of transformers: hf:OWNER/NAME or hf:FOLDER"
     )
     if Path(name).is_dir():
         raise FileError(
-            f"model: got the folder {name}, {expected}; with timm's config.json: local-dir:{name}"
+            f"model: got the folder {name}, {expected}; with timm's config.json: local-dir:{name}, with that "
+            f"of transformers: hf:{name}"
         )
     if Path(name).suffix in (".safetensors", ".pth", ".pt", ".tar", ".bin"):
         raise FileError(f"model: no file {name}; {expected}")
     close = difflib.get_close_matches(bare, timm.list_models(), n=3, cutoff=0.75)
     hint = f"; timm has {', '.join(close)}" if close else ""
     if "/" in name and not close:
-        hint = f"; on the hub: hf-hub:{name}"
+        hint = f"; on the hub: hf-hub:{name} of timm, hf:{name} of transformers"
     raise FileError(f"model: got {name!r}, {expected}{hint}")
 
 
