@@ -95,6 +95,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit_pe_spatial_tiny_patch16_512": {"img_size": (32, 48)},
     "vit_pe_lang_large_patch14_448": {"img_size": 28, "embed_dim": 384},
 }
+# Classes of transformers, each with the arguments of a small configuration beside these.
+SMALL = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 32,
+    "patch_size": 8,
+}
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "ViTForImageClassification": {"intermediate_size": 96},
+    "DeiTForImageClassification": {"intermediate_size": 96},
+    "DeiTForImageClassificationWithTeacher": {"intermediate_size": 96},
+    "Dinov2Model": {"mlp_ratio": 2},
+    "Dinov2WithRegistersModel": {"mlp_ratio": 2, "use_swiglu_ffn": True},
+    "DINOv3ViTModel": {"intermediate_size": 96, "num_register_tokens": 4},
+}
 # One of each kind that is refused.
 REFUSED = (
     "eva02_base_patch14_224",
@@ -117,9 +133,19 @@ class BrokenPromiseError(AssertionError):
 
 
 def toy(name: str) -> nn.Module:
-    """timm's model of a name in `MODELS`, small, with random weights everywhere, float64, in eval mode."""
+    """A model of a name in `MODELS` or `TRANSFORMERS`, small, with random weights, float64, in eval mode.
+
+    Raises:
+        ModuleNotFoundError: it is of transformers, which is not installed.
+    """
     torch.manual_seed(SEED)
-    model = timm.create_model(name, **{"depth": 2, **MODELS[name]}).double().eval()
+    if name in TRANSFORMERS:
+        import transformers
+
+        cls = getattr(transformers, name)
+        model = vtp.from_transformers(cls(cls.config_class(**SMALL, **TRANSFORMERS[name])).eval()).double()
+    else:
+        model = timm.create_model(name, **{"depth": 2, **MODELS[name]}).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Zero biases and tiny LayerScale, as timm starts them, would hide a wrong cut.
@@ -280,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "refused": {name: refusal(name) for name in REFUSED},
     }
     with tempfile.TemporaryDirectory() as folder:
-        for name in MODELS:
+        for name in (*MODELS, *TRANSFORMERS):
             console.print(name, highlight=False)
             content["models"][name] = record(name, Path(folder))
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"

@@ -5,7 +5,16 @@ import json
 import pytest
 
 from bench import backbones
-from bench.backbones import CHECKS, MODELS, REFUSED, BrokenPromiseError, check_pruned, refusal, toy
+from bench.backbones import (
+    CHECKS,
+    MODELS,
+    REFUSED,
+    TRANSFORMERS,
+    BrokenPromiseError,
+    check_pruned,
+    refusal,
+    toy,
+)
 from vtp.runtime.export import TARGETS
 
 # But for their widths, smaller models have each of the traits that these have.
@@ -25,9 +34,15 @@ WITHOUT_RUNTIMES = [column for column in CHECKS if column not in TARGETS]
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.thorough] if name in ALIKE else []) for name in MODELS]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.thorough] if name in ALIKE else [])
+        for name in (*MODELS, *TRANSFORMERS)
+    ],
 )
 def test_every_promise_holds(name, tmp_path):
+    if name in TRANSFORMERS:
+        pytest.importorskip("transformers")
     small = check_pruned(toy(name))
     for column in WITHOUT_RUNTIMES:
         CHECKS[column](small, tmp_path)
@@ -35,9 +50,9 @@ def test_every_promise_holds(name, tmp_path):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *TRANSFORMERS])
 def test_every_runtime_computes_the_same(name, target, tmp_path):
-    for package in TARGETS[target][0].packages:
+    for package in (*TARGETS[target][0].packages, *(["transformers"] if name in TRANSFORMERS else [])):
         pytest.importorskip(package)
     CHECKS[target](check_pruned(toy(name)), tmp_path)
 
@@ -73,6 +88,7 @@ def test_a_broken_promise_is_seen(part, message, monkeypatch):
 
 def test_the_command_writes_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(backbones, "MODELS", {"vit_tiny_patch16_224": {"img_size": 32, "depth": 1}})
+    monkeypatch.setattr(backbones, "TRANSFORMERS", {})
     monkeypatch.setattr(backbones, "REFUSED", ("vit_base_patch16_rpn_224",))
     for target in TARGETS:
         monkeypatch.setitem(CHECKS, target, lambda small, folder: "works")

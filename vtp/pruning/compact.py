@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from vtp.model.architecture import Architecture, describe
 from vtp.model.widths import SITES
-from vtp.pruning.dense_block import activated, layer_scales, scaled
+from vtp.pruning.dense_block import activated, hidden_rows, layer_scales, scaled
 from vtp.pruning.gates import sites, with_gates
 from vtp.pruning.plan import PlanError, PruningPlan
 from vtp.pruning.refit import refit
@@ -545,11 +545,6 @@ def block_rows(key_widths: tuple[int, ...], keep_proj: Tensor, width: int, head_
     queries = torch.cat([start + torch.arange(w) for start, w in zip(starts, key_widths, strict=True)])
     queries = queries.to(keep_proj.device)
     return torch.cat([queries, width + queries, 2 * width + keep_proj])
-
-
-def hidden_rows(hidden: Tensor, architecture: Architecture) -> Tensor:
-    """Rows of a dense fc1 that make these hidden dimensions: with SwiGLU one of each half."""
-    return torch.cat([hidden, architecture.mlp_hidden + hidden]) if architecture.glu else hidden
 
 
 def _cut_mlp(

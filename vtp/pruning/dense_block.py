@@ -7,6 +7,8 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 
+from vtp.model.architecture import Architecture
+
 
 def layer_scales(block: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """The factors [embed_dim] behind proj and behind fc2 of a block, dense or compact; None for none."""
@@ -60,3 +62,8 @@ def attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor
 def centred(key: Tensor) -> Tensor:
     """Keys [images, heads, tokens, head_dim] less their mean over tokens, which the softmax does not see."""
     return key - key.mean(-2, keepdim=True)
+
+
+def hidden_rows(hidden: Tensor, architecture: Architecture) -> Tensor:
+    """Rows of a dense fc1 that make these hidden dimensions: with SwiGLU one of each half."""
+    return torch.cat([hidden, architecture.mlp_hidden + hidden]) if architecture.glu else hidden

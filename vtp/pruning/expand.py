@@ -22,7 +22,8 @@ from vtp.model.architecture import (
     wrapped_hint,
 )
 from vtp.model.widths import SITES
-from vtp.pruning.compact import CompactBlock, CompactModel, ConstantBranch, block_rows, hidden_rows
+from vtp.pruning.compact import CompactBlock, CompactModel, ConstantBranch, block_rows
+from vtp.pruning.dense_block import hidden_rows
 
 
 @torch.no_grad()

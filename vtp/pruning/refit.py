@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GluMlp, LayerScale
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from vtp.model.architecture import Architecture
@@ -29,6 +29,7 @@ from vtp.pruning.dense_block import (
     activated,
     attend,
     centred,
+    hidden_rows,
     layer_scales,
     scaled,
     scaled_weight,
@@ -134,7 +135,7 @@ class _BlockFit:
             for site in SITES
         }
         self.keys, self.values = plan.key_widths(index), plan.value_widths(index)
-        self.turned = plan.value_basis == "principal"
+        self.turned, self.architecture = plan.value_basis == "principal", plan.architecture
         self.before: list[Tensor] = []  # without feedback: what the cut stream lacked before the branch
 
     def attention(self, store: Store) -> None:
@@ -213,8 +214,7 @@ class _BlockFit:
         mlp, own = self.block.mlp, self.own.mlp
         alive = hasattr(own, "fc1")
         inputs, hidden = self.kept["mlp.fc1"], self.kept["mlp.fc2"]
-        # With SwiGLU a hidden dimension is made by a row of each half of fc1.
-        made = torch.cat([hidden, mlp.fc2.in_features + hidden]) if isinstance(mlp, GluMlp) else hidden
+        made = hidden_rows(hidden, self.architecture)
         weight, bias = scaled_weight(mlp.fc1)
         weight, bias = weight[made][:, inputs], bias[made]
         sums = Moments(len(inputs), len(made), self.device)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 import vtp
 from tests.support.models import FAMILIES, TINY, build, gated, image, relative_error, with_zeros
 from vtp.pruning import refit as refit_module
-from vtp.pruning.compact import ConstantBranch, hidden_rows
+from vtp.pruning.compact import ConstantBranch
+from vtp.pruning.dense_block import hidden_rows
 from vtp.pruning.streams import Store
 
 
