@@ -1,7 +1,7 @@
 """What works with which backbone: pruned, kept in a file, run by each engine, exported to each target.
 
     python -m bench.backbones               # table and JSON, some minutes
-    python -m bench.backbones --markdown    # that of docs/backbones.md, from a run's file
+    python -m bench.backbones --markdown    # that of docs/supported-models.md, from a run's file
 
 timm's models by their names, a block or two deep and for small images, with random weights everywhere. Each
 is gated, cut to widths that are unequal in every layer and head, and then everything that is promised of it
@@ -270,6 +270,21 @@ def refusal(name: str) -> str:
     raise BrokenPromiseError(f"{name} is not refused")
 
 
+def supported_names() -> list[str]:
+    """timm's names of the classes that are supported of which the model, as it is by default, is too."""
+    found = []
+    for module in ("vision_transformer", "deit", "eva"):
+        for name in timm.list_models(module=module):
+            with torch.device("meta"):
+                model = timm.create_model(name)
+            try:
+                vtp.describe(model)
+            except UnsupportedModelError:
+                continue
+            found.append(name)
+    return sorted(found)
+
+
 def tables(content: dict[str, Any]) -> dict[str, Rows]:
     """By title: what works, and what is refused."""
     columns = ["prune", *CHECKS]
@@ -280,8 +295,8 @@ def tables(content: dict[str, Any]) -> dict[str, Rows]:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The tables of docs/backbones.md."""
-    lines = []
+    """The tables of docs/supported-models.md."""
+    lines = [f"{len(content['names'])} names of timm {content['environment']['timm']}.", ""]
     for first, *rows in tables(content).values():
         lines += ["| " + " | ".join(first) + " |", "|" + " --- |" * len(first)]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
@@ -304,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "runtimes": {name: runtime_version(target) for name, (target, _) in TARGETS.items()},
         "models": {},
         "refused": {name: refusal(name) for name in REFUSED},
+        "names": supported_names(),
     }
     with tempfile.TemporaryDirectory() as folder:
         for name in (*MODELS, *TRANSFORMERS):

@@ -89,6 +89,7 @@ def test_a_broken_promise_is_seen(part, message, monkeypatch):
 def test_the_command_writes_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(backbones, "MODELS", {"vit_tiny_patch16_224": {"img_size": 32, "depth": 1}})
     monkeypatch.setattr(backbones, "TRANSFORMERS", {})
+    monkeypatch.setattr(backbones.timm, "list_models", lambda module: ["test_vit", "test_vit4"])
     monkeypatch.setattr(backbones, "REFUSED", ("vit_base_patch16_rpn_224",))
     for target in TARGETS:
         monkeypatch.setitem(CHECKS, target, lambda small, folder: "works")
@@ -96,6 +97,7 @@ def test_the_command_writes_a_table(tmp_path, monkeypatch, capsys):
     assert backbones.main(["--out", str(out)]) == 0
     content = json.loads(out.read_text())
     assert set(content["models"]["vit_tiny_patch16_224"]) == {"prune", *CHECKS}
+    assert content["names"] == ["test_vit", "test_vit", "test_vit"]  # the other one has RMSNorm
     assert "ResPostBlock" in content["refused"]["vit_base_patch16_rpn_224"]
     capsys.readouterr()
     assert backbones.main(["--out", str(out), "--markdown"]) == 0
