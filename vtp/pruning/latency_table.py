@@ -40,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Of an Architecture; blocks are alike, the packed weights contain biases and scales, and nothing is dropped.
 _WITHOUT_EFFECT = {
     "depth", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate",
-    "drop_path_rate", "norm_eps", "init_values", "qkv_bias", "proj_bias",
+    "drop_path_rate", "norm_eps", "init_values", "qkv_bias", "proj_bias", "glu", "eva",
 }  # fmt: skip
 
 
@@ -151,7 +151,8 @@ class LatencyTable:
         try:
             width, heads = self.geometry["embed_dim"], self.geometry["num_heads"]
             head_dim = width // heads
-            least = head_dim if self.geometry["qk_norm"] else 1
+            whole = self.geometry["qk_norm"] or "rotary" in self.geometry
+            least = head_dim if whole else 1
             ends = {
                 "attention": [(1, width), (1, heads), (1, head_dim), (least, head_dim)],
                 "mlp": [(1, width), (1, self.geometry["mlp_hidden"])],
@@ -196,8 +197,9 @@ class LatencyTable:
 
     def check_geometry(self, architecture: Architecture) -> None:
         """Raise LatencyTableError, which names what differs, if the model has another geometry."""
-        for name, wanted in geometry(architecture).items():
-            got = self.geometry.get(name)
+        wanted_of = geometry(architecture)
+        for name in dict.fromkeys([*wanted_of, *self.geometry]):
+            got, wanted = self.geometry.get(name), wanted_of.get(name)
             if got != wanted:
                 raise LatencyTableError(
                     f"latency table: made for a model with {name} {got}, the model has {wanted}; "
@@ -256,7 +258,14 @@ class LatencyTable:
 def geometry(architecture: Architecture) -> dict[str, Any]:
     """The fields of an architecture that decide how long its compact models take."""
     fields = dataclasses.asdict(architecture)
-    return {name: value for name, value in fields.items() if name not in _WITHOUT_EFFECT}
+    found = {name: value for name, value in fields.items() if name not in _WITHOUT_EFFECT}
+    # Said only of a model that has them, as tables from before do not say so of others.
+    if architecture.glu:
+        found["glu"] = True
+    if architecture.eva is not None:
+        of_eva = {"rotary": architecture.eva.rope_type, "pool_heads": architecture.eva.attn_pool_num_heads}
+        found |= {name: value for name, value in of_eva.items() if value is not None}
+    return found
 
 
 def how_to_make_one() -> str:

@@ -15,7 +15,7 @@ import torch
 
 import vtp
 from bench import latency_budget
-from tests.support.models import build, gated, image
+from tests.support.models import AXIAL, build, gated, image
 from vtp.files import FileError
 from vtp.model.widths import BlockWidths
 from vtp.pruning import latency_table
@@ -196,6 +196,14 @@ def test_table_serves_a_model_of_another_depth_and_no_other_geometry(table, mode
     wider = dataclasses.replace(TOY, mlp_hidden=48)
     with pytest.raises(LatencyTableError, match="mlp_hidden 40, the model has 48"):
         table.predict(vtp.make_plan(gated(wider.build()), rate=0.3))
+    rotary = dataclasses.replace(TOY, eva=AXIAL)
+    with pytest.raises(LatencyTableError, match="rotary None, the model has dinov3"):
+        table.predict(vtp.make_plan(gated(rotary.build()), rate=0.3))
+    with pytest.raises(LatencyTableError, match="glu None, the model has True"):
+        table.predict(vtp.make_plan(gated(dataclasses.replace(TOY, glu=True).build()), rate=0.3))
+    of_glu = made_up(dataclasses.replace(TOY, glu=True))
+    with pytest.raises(LatencyTableError, match="glu True, the model has None"):
+        of_glu.predict(plan)
 
 
 # -------------------------------------------------------------------------------------------------- budgets
@@ -514,8 +522,9 @@ def test_noise_that_makes_narrow_keys_slower_saves_nothing_and_no_time_is_negati
     assert (times >= 0).all() and (np.diff(times, axis=3) >= 0).all()
 
 
-def test_keys_that_have_norms_are_measured_and_read_at_full_width_only(table):
-    normed = dataclasses.replace(TOY, qk_norm=True)
+@pytest.mark.parametrize("why", [{"qk_norm": True}, {"eva": AXIAL}], ids=["norms", "rotary"])
+def test_keys_that_keep_their_width_are_measured_and_read_at_it_only(table, why):
+    normed = dataclasses.replace(TOY, **why)
     axes = profile._axes(normed)["attention"]
     assert axes[3] == (8,) and profile._measured(axes) == list(itertools.product(*axes))
     times = profile.completed(axes, {widths: attention_ms(*widths) for widths in itertools.product(*axes)})
