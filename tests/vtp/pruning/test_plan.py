@@ -709,7 +709,7 @@ def test_bad_basis_or_change_is_refused(plan, field):
 
 def test_norms_of_queries_and_keys_take_all_of_a_head():
     plan = vtp.make_plan(prepared(dataclasses.replace(TINY, qk_norm=True)), rate=0.0)
-    with pytest.raises(vtp.PlanError, match="a norm of queries and keys is over all of it"):
+    with pytest.raises(vtp.PlanError, match="norms of queries and keys are over all of it"):
         dataclasses.replace(plan, keys={"blocks.1.attn": (4, 3, 4)})
     model = prepared(dataclasses.replace(TINY, qk_norm=True))
     with pytest.raises(vtp.PlanError, match=r"^key_width: got 3, expected 4 at most, norms"):
