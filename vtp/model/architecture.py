@@ -408,8 +408,8 @@ def wrapped_hint(model: nn.Module) -> str:
     children = list(model._modules)
     if children == ["_orig_mod"]:
         return "; it is what torch.compile made: pass the model inside it, model._orig_mod"
-    if children == ["module"]:
-        return "; it wraps another model: pass that, model.module"
+    if children in (["module"], ["model"]):  # of DistributedDataParallel, of timm's FeatureGetterNet
+        return f"; it wraps another model: pass that, model.{children[0]}"
     if hasattr(model, "merge_and_unload"):
         return "; it has adapters: pass what model.merge_and_unload() returns"
     return ""

@@ -4,6 +4,7 @@
 micro-kernels read it, and a list of integers that says what lies where.
 """
 
+import copy
 import struct
 from collections.abc import Sequence
 
@@ -57,6 +58,16 @@ def pack_blocks(vit: VisionTransformer | Eva, dtype: torch.dtype) -> VisionTrans
     """The same with the blocks alone on the C++ engine, so that what goes in and out of them can be had."""
     vit.blocks = nn.Sequential(CpuBlocks(vit, dtype))
     return vit.to(dtype)
+
+
+def block_by_block(vit: VisionTransformer | Eva) -> VisionTransformer | Eva:
+    """A model whose blocks are modules, one each: itself, or one with the same modules where `pack_blocks` has
+    made one of all."""
+    if not isinstance(vit.blocks[0], CpuBlocks):
+        return vit
+    same = copy.copy(vit)
+    same._modules = {**vit._modules, "blocks": vit.blocks[0].single}
+    return same
 
 
 def _is_plain(vit: VisionTransformer | Eva) -> bool:
@@ -201,10 +212,9 @@ def _positions(vit: VisionTransformer) -> Tensor:
 class _CpuModule(nn.Module):
     """Holds what `_Writer` wrote. `dtype` is of the weights; they stay on the CPU."""
 
-    def __init__(self, writer: _Writer) -> None:
+    def __init__(self, weights: Tensor, layout: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = writer.dtype
-        weights, layout = writer.buffers()
+        self.dtype = dtype
         self.register_buffer("weights", weights)
         self.register_buffer("layout", layout)
 
@@ -223,7 +233,7 @@ class CpuViT(_CpuModule):
         writer.patches(vit)
         writer.blocks(vit.blocks)
         writer.head(vit)
-        super().__init__(writer)
+        super().__init__(*writer.buffers(), dtype)
         self.outputs = vit.head.out_features
 
     def forward(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -231,18 +241,31 @@ class CpuViT(_CpuModule):
         return torch.ops.vtp.cpu_vit(images, self.weights, self.layout, self.outputs)
 
 
-class CpuBlocks(_CpuModule):
-    """Tokens [B, N, embed_dim] to the same shape and dtype, through all blocks of a model."""
-
-    def __init__(self, vit: VisionTransformer | Eva, dtype: torch.dtype) -> None:
-        writer = _Writer(dtype, vit)
-        writer.list.append(0)
-        writer.blocks(vit.blocks)
-        writer.list.append(0)
-        super().__init__(writer)
+class CpuBlock(_CpuModule):
+    """Tokens [B, N, embed_dim] to the same shape and dtype, through the blocks that `layout` lists."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: None = None
     ) -> Tensor:
         self._refuse_masks(attn_mask, is_causal)
         return torch.ops.vtp.cpu_blocks(x, self.weights, self.layout)
+
+
+class CpuBlocks(CpuBlock):
+    """All blocks of a model in one call, its residual stream in float32 throughout.
+
+    Attributes:
+        single: for what is between them each block as a call of its own, on the same weights in memory.
+    """
+
+    def __init__(self, vit: VisionTransformer | Eva, dtype: torch.dtype) -> None:
+        writer = _Writer(dtype, vit)
+        start, lists = [*writer.list, 0], []
+        for block in vit.blocks:
+            writer.list = []
+            writer.blocks([block])
+            lists.append(writer.list)
+        writer.list = [*start, len(lists), *(number for each in lists for number in each[1:]), 0]
+        super().__init__(*writer.buffers(), dtype)
+        layouts = [torch.tensor([*start, *each, 0]) for each in lists]
+        self.single = nn.Sequential(*[CpuBlock(self.weights, layout, dtype) for layout in layouts])
