@@ -1,5 +1,7 @@
-"""The figures of docs/ are those of the results files, as the commands that docs/ names print them; and code in
-docs/ runs."""
+"""The figures of docs/ are those of the results files, as the commands that docs/ names print them.
+
+Code in docs/ runs, on a small model.
+"""
 
 import importlib.util
 import re
@@ -42,28 +44,47 @@ def test_every_row_of_figures_is_printed_by_a_command(page, commands, capsys):
     assert rows(text) <= printed
 
 
+def code(page: str) -> list[str]:
+    """The blocks of Python of a page."""
+    return re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
+
+
 @pytest.fixture
-def small_deit(monkeypatch, tmp_path):
-    """What the guide's code starts from: any timm name is a small DeiT with random weights."""
-    create, small = timm.create_model, {"img_size": 32, "depth": 3, "num_classes": 4}
-    monkeypatch.setattr(
-        timm, "create_model", lambda name, pretrained: create("deit_tiny_patch16_224", **small)
-    )
+def known(monkeypatch, tmp_path):
+    """The names that code in docs/ starts from: any timm name is a small DeiT with random weights."""
+    create = timm.create_model
+
+    def small(name: str, **arguments):
+        if name.startswith("local-dir:"):
+            return create(name, **arguments)
+        own = {"num_classes": 4, **arguments, "pretrained": False, "img_size": 32, "depth": 3}
+        return create("deit_tiny_patch16_224", **own).eval()
+
+    monkeypatch.setattr(timm, "create_model", small)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     return {"torch": torch, "images": torch.randn(16, 3, 32, 32), "labels": torch.arange(16) % 4}
 
 
-def test_the_guides_code_runs_in_order_and_does_what_it_says(small_deit):
-    theirs, *ours = re.findall(r"```python\n(.*?)```", (DOCS / "coming-from.md").read_text(), re.DOTALL)
+def test_the_code_for_backbones_gives_the_maps_that_it_says(known):
+    cut, features, folder = code("backbones")
+    exec(cut, known)
+    assert known["model"](known["images"]).shape == (16, 5, 192)
+    assert vtp.count(known["small"]).macs <= 0.6 * vtp.count(known["model"]).macs
+    for block in (features, folder):
+        exec(block, known)
+        assert [maps.shape for maps in known["maps"]] == [(16, 192, 2, 2)] * 2
+
+
+def test_the_guides_code_runs_in_order_and_does_what_it_says(known):
+    theirs, *ours = code("coming-from")
     assert "torch_pruning" in theirs and not any("torch_pruning" in block for block in ours)
     if importlib.util.find_spec("torch_pruning"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exec(theirs, dict(small_deit))
+            exec(theirs, dict(known))
         assert Path("small.pth").is_file()
     one_shot, sparse, own_scores, heads = ours
-    known = dict(small_deit)
     exec(one_shot, known)
     dense = vtp.count(known["model"])
     assert 0.55 * dense.macs < vtp.count(vtp.load("small.safetensors")).macs <= 0.6 * dense.macs
