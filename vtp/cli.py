@@ -552,6 +552,8 @@ def _images_and_classes(model: nn.Module) -> str:
     else:
         images += "; how they are normalised is not known"
     known = "not known" if names is None else f"{len(names)}: {in_short(names)}"
+    if getattr(model, "num_classes", None) == 0:
+        known = "none, its outputs are features"
     return f"{images}\nclasses: {known}"
 
 

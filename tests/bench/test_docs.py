@@ -57,7 +57,14 @@ def known(monkeypatch, tmp_path):
     def small(name: str, **arguments):
         if name.startswith("local-dir:"):
             return create(name, **arguments)
-        own = {"num_classes": 4, **arguments, "pretrained": False, "img_size": 32, "depth": 3}
+        own = {
+            "num_classes": 4,
+            **arguments,
+            "pretrained": False,
+            "img_size": 32,
+            "depth": 3,
+            "embed_dim": 48,
+        }
         return create("deit_tiny_patch16_224", **own).eval()
 
     monkeypatch.setattr(timm, "create_model", small)
@@ -69,11 +76,11 @@ def known(monkeypatch, tmp_path):
 def test_the_code_for_backbones_gives_the_maps_that_it_says(known):
     cut, features, folder = code("backbones")
     exec(cut, known)
-    assert known["model"](known["images"]).shape == (16, 5, 192)
+    assert known["model"](known["images"]).shape == (16, 5, 48)
     assert vtp.count(known["small"]).macs <= 0.6 * vtp.count(known["model"]).macs
     for block in (features, folder):
         exec(block, known)
-        assert [maps.shape for maps in known["maps"]] == [(16, 192, 2, 2)] * 2
+        assert [maps.shape for maps in known["maps"]] == [(16, 48, 2, 2)] * 2
 
 
 def test_the_guides_code_runs_in_order_and_does_what_it_says(known):
@@ -91,10 +98,10 @@ def test_the_guides_code_runs_in_order_and_does_what_it_says(known):
     exec(sparse, known)
     assert known["small"].plan.rate >= 0.4
     exec(own_scores, known)
-    assert all(len(kept) == 192 for name, kept in known["plan"].kept.items() if name.endswith("attn.qkv"))
+    assert all(len(kept) == 48 for name, kept in known["plan"].kept.items() if name.endswith("attn.qkv"))
     exec(heads, known)
     assert [block.attn.num_heads for block in known["small"].blocks] == [2, 3, 1]
-    images, head_dim = known["images"], 64
+    images, head_dim = known["images"], 16
     with torch.no_grad():  # what a pruned head said is gone, the rest as it was
         for block, pruned in known["heads_to_prune"].items():
             for head in pruned:

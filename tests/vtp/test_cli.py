@@ -614,6 +614,8 @@ def test_eval_of_frozen_features_takes_other_classes_than_the_models_and_models_
     shutil.copytree(files / "images" / "val", tmp_path / "alone" / "val")
     alone = ["--model", files / "dense.safetensors", "--data", tmp_path / "alone"]
     refused("found nothing to train", "eval", *alone, "--knn", 3)
+    assert run("inspect", tmp_path / "headless.safetensors") == 0
+    assert "classes: none, its outputs are features\n" in capsys.readouterr().out
     # Where a head is needed, what there is without one is named.
     no_head = "the model has no head, .*vtp eval --knn.*--new-head"
     refused(no_head, "eval", *usual, tmp_path / "headless.safetensors")
