@@ -388,17 +388,17 @@ DEFECTS = [
     ),
     Defect(
         "vtp/runtime/optimize.py",
-        "    if features:\n",
-        "    if False:\n",
+        "    if features:\n        for block",
+        "    if False:\n        for block",
         "a block puts out what constants of later blocks add",
         "tests/vtp/test_backbones.py -k constants",
     ),
     Defect(
         "vtp/runtime/cpu.py",
-        "blocks = list(self)[index]",
-        "blocks = list(self)[:1]",
-        "a slice of the blocks has others than were asked for",
-        "tests/vtp/test_backbones.py -k feature_getter",
+        "self.list[start:end], *after]",
+        "self.list[self._starts[0] : ends[0]], *after]",
+        "between blocks the first is run again and again",
+        "tests/vtp/test_backbones.py -k intermediates_are",
     ),
     Defect(
         "vtp/runtime/optimize.py",

@@ -74,7 +74,7 @@ def known(monkeypatch, tmp_path):
 
 
 def test_the_code_for_backbones_gives_the_maps_that_it_says(known):
-    cut, features, folder = code("backbones")
+    cut, features, folder = code("features")
     exec(cut, known)
     assert known["model"](known["images"]).shape == (16, 5, 48)
     assert vtp.count(known["small"]).macs <= 0.6 * vtp.count(known["model"]).macs

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from timm.models._features import FeatureGetterNet
-from torch import Tensor
+from torch import Tensor, nn
 
 import vtp
 from tests.support.engine_cases import compact_model, with_dead_parts
@@ -43,7 +43,7 @@ ASKED = {
 
 
 @functools.cache
-def cut(kind: str) -> tuple[torch.nn.Module, vtp.CompactViT]:
+def cut(kind: str) -> tuple[nn.Module, nn.Module]:
     """The gated model with zeros at the removed gates, and the compact one, in float64."""
     model = gated(build(HEADLESS[kind]))
     plan = vtp.make_plan(model, rate=0.3)
@@ -66,7 +66,7 @@ def assert_same(got, expected, bound: float) -> None:
         assert relative_error(a.double(), b.double()) < bound
 
 
-def packings(small: vtp.CompactViT) -> list[tuple[torch.nn.Module, float]]:
+def packings(small: nn.Module) -> list[tuple[nn.Module, float]]:
     """Packed models, and how far each may be off."""
     made = [(pack_for_ops(small, features=True), EXACT)]
     if cpp_unsupported_reason() is None:
@@ -123,7 +123,7 @@ def test_features_only_opens_a_folder_and_what_it_gives_can_be_packed(tmp_path):
     want = expected.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
     assert_same(net(images.float()), want, CLOSE)
     with pytest.raises(
-        TypeError, match=r"got FeatureGetterNet, expected a CompactViT; .* pass that, model\.model"
+        TypeError, match=r"got FeatureGetterNet, expected a compact model; .* pass that, model\.model"
     ):
         vtp.optimize(net)
     fast = vtp.optimize(net.model, features=True)

@@ -61,12 +61,13 @@ def pack_blocks(vit: VisionTransformer | Eva, dtype: torch.dtype) -> VisionTrans
 
 
 def block_by_block(vit: VisionTransformer | Eva) -> VisionTransformer | Eva:
-    """A model whose blocks are modules, one each: itself, or one with the same modules where `pack_blocks` has
-    made one of all."""
-    if not isinstance(vit.blocks[0], CpuBlocks):
+    """A packed model with a module for each block: itself, or another of the same parts where one module has
+    all blocks."""
+    single = getattr(vit.blocks[0], "single", None)
+    if single is None:
         return vit
     same = copy.copy(vit)
-    same._modules = {**vit._modules, "blocks": vit.blocks[0].single}
+    same._modules = {**vit._modules, "blocks": single}
     return same
 
 
@@ -107,6 +108,7 @@ class _Writer:
     def __init__(self, dtype: torch.dtype, vit: VisionTransformer | Eva) -> None:
         self.dtype = dtype
         self._parts: list[Tensor] = []
+        self._starts: list[int] = []  # of each block in the list
         self._size = 0
         heads = [block.attn.heads for block in vit.blocks if block.attn is not None]
         norms = [
@@ -121,6 +123,15 @@ class _Writer:
         """(bytes, list), as the operators take them."""
         self._parts.append(torch.zeros(-self._size % _ALIGNMENT, dtype=torch.uint8))
         return torch.cat(self._parts), torch.tensor(self.list)
+
+    def layouts_of_single_blocks(self) -> list[Tensor]:
+        """The list for each block alone, on the same bytes, once that of blocks alone is complete."""
+        ends = [*self._starts[1:], len(self.list) - 1]
+        before, after = self.list[: self._starts[0] - 1], self.list[-1:]
+        return [
+            torch.tensor([*before, 1, *self.list[start:end], *after])
+            for start, end in zip(self._starts, ends, strict=True)
+        ]
 
     def memory(self, tensor: Tensor) -> None:
         """Put the tensor's bytes at the end, and their offset into the list."""
@@ -165,6 +176,7 @@ class _Writer:
     def blocks(self, blocks: Sequence[PackedBlock]) -> None:
         self.list.append(len(blocks))
         for block in blocks:
+            self._starts.append(len(self.list))
             self.maybe(None if block.offset is None else block.offset.float())
             self.list.append(int(block.attn is not None))
             if block.attn is not None:
@@ -212,9 +224,10 @@ def _positions(vit: VisionTransformer) -> Tensor:
 class _CpuModule(nn.Module):
     """Holds what `_Writer` wrote. `dtype` is of the weights; they stay on the CPU."""
 
-    def __init__(self, weights: Tensor, layout: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, writer: _Writer) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype = writer.dtype
+        weights, layout = writer.buffers()
         self.register_buffer("weights", weights)
         self.register_buffer("layout", layout)
 
@@ -233,7 +246,7 @@ class CpuViT(_CpuModule):
         writer.patches(vit)
         writer.blocks(vit.blocks)
         writer.head(vit)
-        super().__init__(*writer.buffers(), dtype)
+        super().__init__(writer)
         self.outputs = vit.head.out_features
 
     def forward(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -241,31 +254,31 @@ class CpuViT(_CpuModule):
         return torch.ops.vtp.cpu_vit(images, self.weights, self.layout, self.outputs)
 
 
-class CpuBlock(_CpuModule):
-    """Tokens [B, N, embed_dim] to the same shape and dtype, through the blocks that `layout` lists."""
+class CpuBlocks(_CpuModule):
+    """Tokens [B, N, embed_dim] to the same shape and dtype, through all blocks of a model.
+
+    In one call, within which the residual stream is in float32.
+
+    Attributes:
+        single: for what is between the blocks each of them by itself, on the same weights in memory.
+    """
+
+    def __init__(self, vit: VisionTransformer | Eva, dtype: torch.dtype) -> None:
+        writer = _Writer(dtype, vit)
+        writer.list.append(0)
+        writer.blocks(vit.blocks)
+        writer.list.append(0)
+        super().__init__(writer)
+        self.single = nn.Sequential(*[self._with(layout) for layout in writer.layouts_of_single_blocks()])
+
+    def _with(self, layout: Tensor) -> "CpuBlocks":
+        """What there is so far with another list of integers."""
+        other = copy.copy(self)
+        other._buffers, other._modules = {**self._buffers, "layout": layout}, {}
+        return other
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: None = None
     ) -> Tensor:
         self._refuse_masks(attn_mask, is_causal)
         return torch.ops.vtp.cpu_blocks(x, self.weights, self.layout)
-
-
-class CpuBlocks(CpuBlock):
-    """All blocks of a model in one call, its residual stream in float32 throughout.
-
-    Attributes:
-        single: for what is between them each block as a call of its own, on the same weights in memory.
-    """
-
-    def __init__(self, vit: VisionTransformer | Eva, dtype: torch.dtype) -> None:
-        writer = _Writer(dtype, vit)
-        start, lists = [*writer.list, 0], []
-        for block in vit.blocks:
-            writer.list = []
-            writer.blocks([block])
-            lists.append(writer.list)
-        writer.list = [*start, len(lists), *(number for each in lists for number in each[1:]), 0]
-        super().__init__(*writer.buffers(), dtype)
-        layouts = [torch.tensor([*start, *each, 0]) for each in lists]
-        self.single = nn.Sequential(*[CpuBlock(self.weights, layout, dtype) for layout in layouts])

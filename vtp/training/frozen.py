@@ -43,7 +43,7 @@ def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
     if features.ndim == 2:
         return features
     vit = getattr(model, "vit", model)  # of a packed model
-    return features[:, 0] if vit.has_class_token else features[:, vit.num_prefix_tokens :].mean(dim=1)
+    return features[:, 0] if vit.cls_token is not None else features[:, vit.num_prefix_tokens :].mean(dim=1)
 
 
 @torch.no_grad()
