@@ -187,6 +187,10 @@ POOLED = {
     "distilled": (FAMILIES["distilled"], lambda tokens: tokens[:, :2].mean(1)),
     "no head": (FAMILIES["features"], lambda tokens: tokens[:, 0]),
     "all tokens": (dataclasses.replace(FAMILIES["features"], global_pool=""), lambda tokens: tokens[:, 0]),
+    "rotary": (
+        dataclasses.replace(FAMILIES["rotary"], num_classes=0, global_pool=""),
+        lambda tokens: tokens[:, 0],
+    ),
     "registers alone": (
         dataclasses.replace(TINY, num_classes=0, global_pool="", class_token=False, reg_tokens=2),
         lambda tokens: tokens[:, 2:].mean(1),
