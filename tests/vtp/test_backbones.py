@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vtp
 from tests.support.engine_cases import compact_model, with_dead_parts
-from tests.support.models import FAMILIES, build, gated, image, relative_error, with_zeros
+from tests.support.models import AXIAL, FAMILIES, MIXED, build, gated, image, relative_error, with_zeros
 from tests.support.numerics import assert_close_to_float64
 from vtp.runtime.export import export_pt2
 from vtp.runtime.optimize import pack_for_ops
@@ -145,11 +145,14 @@ def test_features_only_opens_a_folder_and_what_it_gives_can_be_packed(tmp_path):
         vtp.save(net.model, tmp_path / "cut-off.safetensors")
 
 
-DEAD = ("0.attn.qkv", "1.attn.proj", "1.mlp.fc1", "2.attn.qkv")
+DEAD = ("0.attn.qkv", "1.attn.proj", "1.mlp.fc1")
 
 
-def test_blocks_put_out_what_they_should_where_branches_are_constants():
-    small = with_dead_parts(DEAD, torch.float64, depth=3)
+@pytest.mark.parametrize(
+    "changes", [{}, {"eva": AXIAL}, {"eva": MIXED}], ids=["plain", "rotary", "rotary-mixed"]
+)
+def test_blocks_put_out_what_they_should_where_branches_are_constants(changes):
+    small = with_dead_parts(DEAD, torch.float64, depth=3, **changes)
     images = image(small)
     want = small.forward_intermediates(images)
     for fast, bound in packings(small):
