@@ -498,8 +498,9 @@ def _refuse_other_parts(model: nn.Module) -> None:
         _refuse_other_mlp(f"blocks.{i}.mlp", block.mlp)
         for branch in ("attn", "mlp"):
             owner = getattr(block, branch)
-            for name in _LINEARS.intersection(dict(owner.named_children())):
-                linear = getattr(owner, name)
+            for name, linear in owner.named_children():
+                if name not in _LINEARS:
+                    continue
                 if type(linear) is not nn.Linear and not hasattr(linear, "gate"):
                     raise UnsupportedModelError(
                         f"blocks.{i}.{branch}.{name}: {class_name(linear)} is not supported, expected "
