@@ -281,6 +281,27 @@ DEFECTS = [
         "tests/vtp/training/test_classes.py -k enough_to_evaluate",
     ),
     Defect(
+        "vtp/training/frozen.py",
+        "if tied.any():",
+        "if False:",
+        "which of equally similar images are neighbours is left to chance",
+        "tests/vtp/training/test_frozen.py -k equally_similar",
+    ),
+    Defect(
+        "vtp/training/frozen.py",
+        "(similarity.double() / temperature).softmax(dim=1)",
+        "similarity.double()",
+        "neighbours vote with their similarity itself",
+        "tests/vtp/training/test_frozen.py -k definition",
+    ),
+    Defect(
+        "vtp/training/frozen.py",
+        "features[fitted], labels[fitted], penalty, weights)",
+        "features, labels, penalty, weights)",
+        "the penalty is chosen by images that were fitted",
+        "tests/vtp/training/test_frozen.py -k left_out",
+    ),
+    Defect(
         "vtp/training/folders.py",
         "if name.lower().endswith(ENDINGS) and not _is_hidden(name):",
         "if name.lower().endswith(ENDINGS):",
@@ -364,6 +385,20 @@ DEFECTS = [
         "self.linear(weight / len(heads), bias)",
         "the two heads of a distilled model add their biases",
         "tests/vtp/runtime/test_cpu.py -k 'close_to_float64 and distilled'",
+    ),
+    Defect(
+        "vtp/runtime/optimize.py",
+        "    if features:\n        for block",
+        "    if False:\n        for block",
+        "a block puts out what constants of later blocks add",
+        "tests/vtp/test_backbones.py -k constants",
+    ),
+    Defect(
+        "vtp/runtime/cpu.py",
+        "self.list[start:end], *after]",
+        "self.list[self._starts[0] : ends[0]], *after]",
+        "between blocks the first is run again and again",
+        "tests/vtp/test_backbones.py -k intermediates_are",
     ),
     Defect(
         "vtp/runtime/optimize.py",

@@ -64,7 +64,8 @@ from vtp.runtime.export.onnx import OPSET, OPSETS
 from vtp.runtime.latency_profile import profile_widths
 from vtp.training.classes import in_short
 from vtp.training.config import TrainConfig
-from vtp.training.data import EMBEDDED, Data, DataError, open_data
+from vtp.training.data import EMBEDDED, Data, DataError, check_data, open_data
+from vtp.training.frozen import NEIGHBOURS, evaluate_features
 from vtp.training.loaders import Augment, calibration_count, image_pipeline, test_loader
 from vtp.training.loop import (
     NonFiniteLossError,
@@ -296,10 +297,34 @@ def _statistics(options: argparse.Namespace, model: nn.Module, data: Data, loade
 
 def _eval(options: argparse.Namespace) -> None:
     model = open_model(options.model, checkpoint=options.checkpoint)
+    if options.knn is not None or options.linear_probe:
+        _eval_features(options, model)
+        return
     data = _fit_data(_open_data(options, train=False), model, subset=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     top1, loss = evaluate(model.to(device).eval(), data, workers=options.workers)
     _console.print(f"top-1 {top1:.2f}, cross-entropy {loss:.4f}; {count(model)}")
+
+
+def _eval_features(options: argparse.Namespace, model: nn.Module) -> None:
+    """What frozen features tell of the classes of any data, which need not be those of the model."""
+    data = _open_data(options).for_model(getattr(model, "pretrained_cfg", None))
+    for note in data.notes:
+        print(f"vtp: note: {note}", file=sys.stderr)
+    if data.num_classes is not None:  # as a stream may not say
+        check_data(data, data.num_classes)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _console.status("evaluating"):
+        found = evaluate_features(
+            model.to(device).eval(), data,
+            k=options.knn, linear_probe=options.linear_probe, workers=options.workers,
+        )  # fmt: skip
+    said = []
+    if options.knn is not None:
+        said.append(f"k-NN top-1 {found['knn']:.2f} (k {options.knn})")
+    if options.linear_probe:
+        said.append(f"linear probe top-1 {found['linear_probe']:.2f} (penalty {found['penalty']:g})")
+    _console.print(f"{', '.join(said)}; {count(model)}")
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -527,6 +552,8 @@ def _images_and_classes(model: nn.Module) -> str:
     else:
         images += "; how they are normalised is not known"
     known = "not known" if names is None else f"{len(names)}: {in_short(names)}"
+    if getattr(model, "num_classes", None) == 0:
+        known = "none, its outputs are features"
     return f"{images}\nclasses: {known}"
 
 
@@ -763,6 +790,16 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", help=_CHECKPOINT_HELP)
     _data_options(parser)
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    group = parser.add_argument_group(
+        "frozen features, of models with and without a head", "of training images with any classes; no top-1"
+    )
+    group.add_argument(
+        "--knn", type=positive(int), nargs="?", const=NEIGHBOURS, metavar="K",
+        help=f"accuracy by the vote of the K (default {NEIGHBOURS}) nearest training images",
+    )  # fmt: skip
+    group.add_argument(
+        "--linear-probe", action="store_true", help="accuracy of a logistic regression of the features"
+    )
 
 
 def _add_predict(commands: Any) -> None:

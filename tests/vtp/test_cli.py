@@ -586,6 +586,46 @@ def test_eval_reports_accuracy_and_cost(files, capsys):
     assert found[2] == str(vtp.count(vtp.load(files / "compact.safetensors")))
 
 
+def test_eval_of_frozen_features_takes_other_classes_than_the_models_and_models_without_a_head(
+    files, tmp_path, capsys, refused, misused
+):
+    headless = build(TINY.__class__(**{**TINY.__dict__, "num_classes": 0}), dtype=torch.float32)
+    vtp.save(headless, tmp_path / "headless.safetensors")
+    vtp.save(build(dtype=torch.float32), tmp_path / "ten.safetensors")
+    usual = ["--data", files / "images", "--model"]
+    for file in (
+        tmp_path / "headless.safetensors",
+        tmp_path / "ten.safetensors",
+        files / "gated.safetensors",
+    ):
+        assert run("eval", *usual, file, "--knn", 3, "--linear-probe") == 0
+        found = re.search(
+            r"k-NN top-1 (\d+\.\d\d) \(k 3\), linear probe top-1 (\d+\.\d\d) \(penalty [\de.-]+\); (.*)\n",
+            capsys.readouterr().out,
+        )
+        assert found[1] == found[2] == "100.00"  # dark and light
+        assert found[3] == str(vtp.count(vtp.load(file)))
+    assert run("eval", *usual, files / "compact.safetensors", "--linear-probe") == 0
+    assert capsys.readouterr().out.startswith("linear probe top-1")
+    refused(
+        "k: got 20, expected at most 16, the training", "eval", *usual, files / "dense.safetensors", "--knn"
+    )
+    misused("--knn: got '0', expected an integer of at least 1", "eval", "--knn", "0")
+    shutil.copytree(files / "images" / "val", tmp_path / "alone" / "val")
+    alone = ["--model", files / "dense.safetensors", "--data", tmp_path / "alone"]
+    refused("found nothing to train", "eval", *alone, "--knn", 3)
+    assert run("inspect", tmp_path / "headless.safetensors") == 0
+    assert "classes: none, its outputs are features\n" in capsys.readouterr().out
+    # Where a head is needed, what there is without one is named.
+    no_head = "the model has no head, .*vtp eval --knn.*--new-head"
+    refused(no_head, "eval", *usual, tmp_path / "headless.safetensors")
+    refused(
+        f"{no_head}.*--no-eval", "prune", tmp_path / "headless.safetensors", "--calibrate", files / "images",
+        "--out", tmp_path / "small.safetensors",
+    )  # fmt: skip
+    assert not (tmp_path / "small.safetensors").exists()
+
+
 @pytest.mark.parametrize("command", ["eval", "predict"])
 def test_a_model_whose_outputs_are_not_numbers_has_no_accuracy_and_no_predictions(
     command, pets, tmp_path, capsys

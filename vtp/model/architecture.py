@@ -408,8 +408,8 @@ def wrapped_hint(model: nn.Module) -> str:
     children = list(model._modules)
     if children == ["_orig_mod"]:
         return "; it is what torch.compile made: pass the model inside it, model._orig_mod"
-    if children == ["module"]:
-        return "; it wraps another model: pass that, model.module"
+    if children in (["module"], ["model"]):  # of DistributedDataParallel, of timm's FeatureGetterNet
+        return f"; it wraps another model: pass that, model.{children[0]}"
     if hasattr(model, "merge_and_unload"):
         return "; it has adapters: pass what model.merge_and_unload() returns"
     return ""
@@ -498,8 +498,9 @@ def _refuse_other_parts(model: nn.Module) -> None:
         _refuse_other_mlp(f"blocks.{i}.mlp", block.mlp)
         for branch in ("attn", "mlp"):
             owner = getattr(block, branch)
-            for name in _LINEARS.intersection(dict(owner.named_children())):
-                linear = getattr(owner, name)
+            for name, linear in owner.named_children():
+                if name not in _LINEARS:
+                    continue
                 if type(linear) is not nn.Linear and not hasattr(linear, "gate"):
                     raise UnsupportedModelError(
                         f"blocks.{i}.{branch}.{name}: {class_name(linear)} is not supported, expected "

@@ -4,6 +4,7 @@
 micro-kernels read it, and a list of integers that says what lies where.
 """
 
+import copy
 import struct
 from collections.abc import Sequence
 
@@ -59,6 +60,17 @@ def pack_blocks(vit: VisionTransformer | Eva, dtype: torch.dtype) -> VisionTrans
     return vit.to(dtype)
 
 
+def block_by_block(vit: VisionTransformer | Eva) -> VisionTransformer | Eva:
+    """A packed model with a module for each block: itself, or another of the same parts where one module has
+    all blocks."""
+    single = getattr(vit.blocks[0], "single", None)
+    if single is None:
+        return vit
+    same = copy.copy(vit)
+    same._modules = {**vit._modules, "blocks": single}
+    return same
+
+
 def _is_plain(vit: VisionTransformer | Eva) -> bool:
     """Whether the engine can do what is outside the blocks."""
     patch = vit.patch_embed
@@ -96,6 +108,7 @@ class _Writer:
     def __init__(self, dtype: torch.dtype, vit: VisionTransformer | Eva) -> None:
         self.dtype = dtype
         self._parts: list[Tensor] = []
+        self._starts: list[int] = []  # of each block in the list
         self._size = 0
         heads = [block.attn.heads for block in vit.blocks if block.attn is not None]
         norms = [
@@ -110,6 +123,15 @@ class _Writer:
         """(bytes, list), as the operators take them."""
         self._parts.append(torch.zeros(-self._size % _ALIGNMENT, dtype=torch.uint8))
         return torch.cat(self._parts), torch.tensor(self.list)
+
+    def layouts_of_single_blocks(self) -> list[Tensor]:
+        """The list for each block alone, on the same bytes, once that of blocks alone is complete."""
+        ends = [*self._starts[1:], len(self.list) - 1]
+        before, after = self.list[: self._starts[0] - 1], self.list[-1:]
+        return [
+            torch.tensor([*before, 1, *self.list[start:end], *after])
+            for start, end in zip(self._starts, ends, strict=True)
+        ]
 
     def memory(self, tensor: Tensor) -> None:
         """Put the tensor's bytes at the end, and their offset into the list."""
@@ -154,6 +176,7 @@ class _Writer:
     def blocks(self, blocks: Sequence[PackedBlock]) -> None:
         self.list.append(len(blocks))
         for block in blocks:
+            self._starts.append(len(self.list))
             self.maybe(None if block.offset is None else block.offset.float())
             self.list.append(int(block.attn is not None))
             if block.attn is not None:
@@ -232,7 +255,13 @@ class CpuViT(_CpuModule):
 
 
 class CpuBlocks(_CpuModule):
-    """Tokens [B, N, embed_dim] to the same shape and dtype, through all blocks of a model."""
+    """Tokens [B, N, embed_dim] to the same shape and dtype, through all blocks of a model.
+
+    In one call, within which the residual stream is in float32.
+
+    Attributes:
+        single: for what is between the blocks each of them by itself, on the same weights in memory.
+    """
 
     def __init__(self, vit: VisionTransformer | Eva, dtype: torch.dtype) -> None:
         writer = _Writer(dtype, vit)
@@ -240,6 +269,13 @@ class CpuBlocks(_CpuModule):
         writer.blocks(vit.blocks)
         writer.list.append(0)
         super().__init__(writer)
+        self.single = nn.Sequential(*[self._with(layout) for layout in writer.layouts_of_single_blocks()])
+
+    def _with(self, layout: Tensor) -> "CpuBlocks":
+        """What there is so far with another list of integers."""
+        other = copy.copy(self)
+        other._buffers, other._modules = {**self._buffers, "layout": layout}, {}
+        return other
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: None = None

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vtp.machine import return_freed_memory
 from vtp.model.architecture import class_name, refuse_changed_behaviour, wrapped_hint
 from vtp.model.images import described
-from vtp.pruning.compact import CompactBlock, CompactModel
+from vtp.pruning.compact import CompactBlock, CompactModel, ConstantBranch
 from vtp.runtime import cpu
 from vtp.runtime.packed import PackedBlock, absorb_constants
 from vtp_kernels.library import autocast_is_on
@@ -46,9 +46,10 @@ def optimize(
     Args:
         model: what `vtp.compact` or `vtp.load` gave.
         dtype: of weights and activations: float32, bfloat16, float16 or float64; None keeps the model's.
-        features: whether the result is to have `forward_features` and `forward_head` on the CPU's C++ engine
-            too, which otherwise runs the whole model in one call: it then runs the blocks, and what is around
-            them is PyTorch's. Every other engine has them anyway.
+        features: whether the result is to have `forward_features`, `forward_head` and `forward_intermediates`
+            whatever runs it. Without, the C++ engine runs the model in one call wherever it can; with it, it
+            runs the blocks, and what is around them is PyTorch's. Without, too, what a branch adds that was
+            cut to a constant may be moved to an earlier block, which `forward_intermediates` would show.
 
     Returns:
         The packed model; its `engine` says which of `BACKENDS` runs it, and why no faster one does.
@@ -59,15 +60,17 @@ def optimize(
     """
     blocks_alone = dataclasses.replace(CPP, pack=cpu.pack_blocks)
     backends = [blocks_alone if features and backend is CPP else backend for backend in BACKENDS]
-    return _on_first_of(backends, model, dtype)
+    return _on_first_of(backends, model, dtype, features)
 
 
-def pack_for_ops(model: CompactModel, dtype: torch.dtype | None = None) -> "OptimizedViT":
+def pack_for_ops(
+    model: CompactModel, dtype: torch.dtype | None = None, *, features: bool = False
+) -> "OptimizedViT":
     """Pack a compact model for the ops of `vtp_kernels`, on a CPU too, where they run on plain PyTorch.
 
     Args, Raises: those of `optimize`.
     """
-    return _on_first_of([OPS], model, dtype)
+    return _on_first_of([OPS], model, dtype, features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +110,11 @@ BACKENDS = (
 
 @torch.no_grad()
 def _on_first_of(
-    backends: Sequence[Backend], model: CompactModel, dtype: torch.dtype | None
+    backends: Sequence[Backend], model: CompactModel, dtype: torch.dtype | None, features: bool
 ) -> "OptimizedViT":
     """Pack the model for the first backend that supports it; the last supports every model."""
     dtype, spec = _checked(model, dtype), ImageSpec.of(model)
-    packed = packed_model(model, dtype)
+    packed = packed_model(model, dtype, features=features)
     reasons: list[str] = []
     for backend in backends:
         reason = backend.unsupported_reason(packed, dtype)
@@ -120,6 +123,8 @@ def _on_first_of(
         reasons.append(reason)
     fast = OptimizedViT(backend.pack(packed, dtype), spec, backend.engine(reasons))
     fast.pretrained_cfg = described(model)
+    fast.feature_info = copy.deepcopy(model.feature_info)
+    fast.constants_moved = not features and _has_constants(model)
     del packed  # with the copies on the way, twice the size of what is left
     return_freed_memory()
     return fast
@@ -141,14 +146,25 @@ def _checked(model: CompactModel, dtype: torch.dtype | None) -> torch.dtype:
 
 
 @torch.no_grad()
-def packed_model(model: CompactModel, dtype: torch.dtype) -> CompactModel:
-    """The model with packed blocks, weights in `dtype`, biases still in float64: what a backend packs."""
+def packed_model(model: CompactModel, dtype: torch.dtype, *, features: bool = False) -> CompactModel:
+    """The model with packed blocks, weights in `dtype`, biases still in float64: what a backend packs.
+
+    features: whether each block is to put out what the model's own does; see `optimize`.
+    """
     blocks = nn.Sequential(*[PackedBlock(block, dtype) for block in model.blocks])
-    absorb_constants(model.blocks, blocks)
+    if features:
+        for block, packed in zip(model.blocks, blocks, strict=True):
+            absorb_constants([block], [packed])
+    else:
+        absorb_constants(model.blocks, blocks)
     # deepcopy takes what `memo` has for an object: everything but the blocks is copied.
     vit = copy.deepcopy(model, {id(model.blocks): blocks})
     vit.set_grad_checkpointing(False)
     return vit.eval()
+
+
+def _has_constants(model: CompactModel) -> bool:
+    return any(isinstance(part, ConstantBranch) for block in model.blocks for part in (block.attn, block.mlp))
 
 
 def _refuse_changed_blocks(model: CompactModel) -> None:
@@ -203,8 +219,9 @@ class ImageSpec:
 class OptimizedViT(nn.Module):
     """A compact model packed for inference: images to logits, no gradients, always in eval mode.
 
-    It has timm's `forward_features`, `forward_head` and `forward_intermediates` where the engine lets it look
-    inside; the C++ engine, which runs whole models in one call, has the first two if it was asked for them.
+    It has timm's `forward_features`, `forward_head` and `forward_intermediates`, and timm's
+    `FeatureGetterNet` takes it, if it was packed with `features`; without, where the engine lets it look
+    inside, as the C++ engine does not where it runs the model in one call.
 
     Packed tensors are buffers, in the dtype that it computes in. `torch.compile(fullgraph=True)`,
     `torch.export` with a dynamic batch and AOTInductor take it; what they make needs `vtp_kernels` imported
@@ -215,9 +232,13 @@ class OptimizedViT(nn.Module):
         images: what images it takes.
         engine: what it runs on, in words, with the reason where that is not the fastest there is.
         pretrained_cfg: the model's, for `timm.data.resolve_model_data_config`.
+        feature_info: the model's: channels and stride of what each block puts out, for timm's wrappers.
+        constants_moved: whether what a branch adds that was cut to a constant may lie in an earlier block.
     """
 
     pretrained_cfg: dict | None = None
+    feature_info: list[dict] | None = None
+    constants_moved = False
 
     def __init__(self, vit: nn.Module, images: ImageSpec, engine: str) -> None:
         super().__init__()
@@ -271,14 +292,22 @@ class OptimizedViT(nn.Module):
         return self._timms("forward_head")(features, pre_logits)
 
     def forward_intermediates(self, images: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        """timm's `forward_intermediates`: what the blocks put out, with its arguments and results.
+        """timm's `forward_intermediates`: what the blocks put out, with its arguments and results, in the
+        model's dtype. The C++ engine then runs each block by itself.
 
         Raises:
-            ValueError: the C++ engine runs all blocks in one call; or as `forward`.
+            ValueError: it was packed without `features`, and the C++ engine runs the whole model, or
+                constants were moved between blocks; or as `forward`.
             TypeError: as `forward`.
         """
-        run = self._timms("forward_intermediates", block_by_block=True)
-        return self._run(run, images, *arguments, **keywords)
+        vit = self._block_by_block("forward_intermediates")
+        return self._run(vit.forward_intermediates, images, *arguments, **keywords)
+
+    def prune_intermediate_layers(self, *arguments: Any, **keywords: Any) -> list[int]:
+        """timm's `prune_intermediate_layers`: drop, in place, blocks, norm and head where nothing asked for
+        takes them, with its arguments and result. Raises ValueError as `forward_intermediates` does."""
+        self.vit = self._block_by_block("prune_intermediate_layers")
+        return self.vit.prune_intermediate_layers(*arguments, **keywords)
 
     def _run(self, function: Callable[..., Any], images: Tensor, *arguments: Any, **keywords: Any) -> Any:
         """A function of images, checked and in the model's dtype, without autocast."""
@@ -289,20 +318,25 @@ class OptimizedViT(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return function(images, *arguments, **keywords)
 
-    def _timms(self, method: str, *, block_by_block: bool = False) -> Callable[..., Any]:
-        """A method of timm's, where the engine does not run in one piece what it looks into."""
-        has = hasattr(self.vit, "patch_embed")
-        if block_by_block:
-            has = has and all(isinstance(block, PackedBlock) for block in self.vit.blocks)
-        if not has:
-            what, hint = "the model", "of vtp.optimize(model, features=True), "
-            if block_by_block:
-                what, hint = "all blocks", ""
-            raise ValueError(
-                f"{method}: the engine {self.engine} runs {what} in one piece; it is a method {hint}of the "
-                "compact model, and of what vtp.runtime.optimize.pack_for_ops(model) makes of it"
-            )
+    def _timms(self, method: str) -> Callable[..., Any]:
+        """A method of timm's, where the engine does not run the model in one piece."""
+        if not hasattr(self.vit, "patch_embed"):
+            raise self._missing(method, f"the engine {self.engine} runs the model in one piece")
         return getattr(self.vit, method)
+
+    def _block_by_block(self, method: str) -> nn.Module:
+        """The model, as timm goes through it, for a method that looks at what is between its blocks."""
+        self._timms(method)
+        if self.constants_moved:
+            reason = "what branches add that were cut to constants may lie in earlier blocks"
+            raise self._missing(method, reason)
+        return cpu.block_by_block(self.vit)
+
+    @staticmethod
+    def _missing(method: str, reason: str) -> ValueError:
+        return ValueError(
+            f"{method}: {reason}; vtp.optimize(model, features=True) has it, and so has the compact model"
+        )
 
     def _validate(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):

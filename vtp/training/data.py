@@ -511,10 +511,15 @@ def check_data(data: Data, num_classes: int) -> None:
         num_classes: width of the model's head.
 
     Raises:
-        DataError: the head does not have one output for each class; a class has no image; a label is not that
-            of a class; an image file is unreadable or truncated. What a stream holds is not known beforehand:
-            of a stream, only the number of classes is checked, where it says.
+        DataError: there is no head, or not one output of it for each class; a class has no image; a label is
+            not that of a class; an image file is unreadable or truncated. What a stream holds is not known
+            beforehand: of a stream, only the number of classes is checked, where it says.
     """
+    if num_classes == 0:
+        raise DataError(
+            "num_classes: the model has no head, whose outputs could be classes; `vtp eval --knn` and "
+            "--linear-probe evaluate its features, and --new-head trains a head"
+        )
     if data.num_classes is not None and data.num_classes != num_classes:
         raise DataError(
             f"num_classes: the head has {num_classes} outputs, but the data set {data.name} has "

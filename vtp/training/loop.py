@@ -130,7 +130,7 @@ def evaluate(
     Raises:
         NonFiniteLossError: the model's outputs are NaN or infinite for some of the images.
     """
-    loader = test_loader(data, **_loader_arguments(model, data, batch_size, workers))
+    loader = test_images(model, data, batch_size=batch_size, workers=workers)
     device = _device(model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     cast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
@@ -140,6 +140,14 @@ def evaluate(
             "model: got NaN or infinite outputs on the test images, expected finite ones"
         )
     return found["top1"], found["loss"]
+
+
+def test_images(model: nn.Module, data: Data, *, batch_size: int = 256, workers: int = 0) -> DataLoader:
+    """All test images, in their order, of the model's size and channels: a loader of (images, labels)."""
+    return test_loader(data, **_loader_arguments(model, data, batch_size, workers))
+
+
+test_images.__test__ = False  # not a test case of pytest
 
 
 def calibration_images(
