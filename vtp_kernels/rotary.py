@@ -83,17 +83,17 @@ class _Pairs(NamedTuple):
 
 
 @triton.jit
-def _load_pairs(p_row, m_row, fill, PAIRS: tl.constexpr):
-    """Both numbers of each pair in d columns, float32 [rows, BLOCK] each; `fill` where masked."""
+def _load_pairs(p_row, m_row, PAIRS: tl.constexpr):
+    """Both numbers of each pair in d columns, float32 [rows, BLOCK] each."""
     if PAIRS.HALVES:
         o_pair = tl.arange(0, PAIRS.BLOCK)[None, :]
         m_tile = m_row & (o_pair < PAIRS.COUNT)
-        b_first = tl.load(p_row + o_pair, mask=m_tile, other=fill).to(tl.float32)
-        b_second = tl.load(p_row + PAIRS.COUNT + o_pair, mask=m_tile, other=fill).to(tl.float32)
+        b_first = tl.load(p_row + o_pair, mask=m_tile, other=0.0).to(tl.float32)
+        b_second = tl.load(p_row + PAIRS.COUNT + o_pair, mask=m_tile, other=0.0).to(tl.float32)
         return b_first, b_second
     else:
         o_d = tl.arange(0, 2 * PAIRS.BLOCK)[None, :]
-        b_tile = tl.load(p_row + o_d, mask=m_row & (o_d < 2 * PAIRS.COUNT), other=fill).to(tl.float32)
+        b_tile = tl.load(p_row + o_d, mask=m_row & (o_d < 2 * PAIRS.COUNT), other=0.0).to(tl.float32)
         return tl.split(tl.reshape(b_tile, (p_row.shape[0], PAIRS.BLOCK, 2)))
 
 
@@ -116,8 +116,8 @@ def _load_table(rope, head, o_n, m_row, prefix_tokens, tokens, PAIRS: tl.constex
     """Sines and then cosines of the pairs of tokens o_n; m_row: those of them that are rotated."""
     row = tl.cast(head, tl.int64) * tokens + (o_n[:, None] - prefix_tokens)
     p_row = rope + row * (4 * PAIRS.COUNT)
-    b_sin_first, b_sin_second = _load_pairs(p_row, m_row, 0.0, PAIRS)
-    b_cos_first, b_cos_second = _load_pairs(p_row + 2 * PAIRS.COUNT, m_row, 1.0, PAIRS)
+    b_sin_first, b_sin_second = _load_pairs(p_row, m_row, PAIRS)
+    b_cos_first, b_cos_second = _load_pairs(p_row + 2 * PAIRS.COUNT, m_row, PAIRS)
     return b_sin_first, b_sin_second, b_cos_first, b_cos_second
 
 
@@ -126,7 +126,7 @@ def _rotate(source, target, row, column, m_row, m_rotated, table, PAIRS: tl.cons
     """The d columns from `column` on of some rows of source, those of m_rotated rotated, to target."""
     b_sin_first, b_sin_second, b_cos_first, b_cos_second = table
     p_source = source.source + row * source.stride + column
-    b_first, b_second = _load_pairs(p_source, m_row, 0.0, PAIRS)
+    b_first, b_second = _load_pairs(p_source, m_row, PAIRS)
     if ADJOINT:
         b_out_first = b_first * b_cos_first + b_second * b_sin_second
         b_out_second = b_second * b_cos_second - b_first * b_sin_first
@@ -209,8 +209,8 @@ def _rotate_heads_drope_kernel(
     for i in range(2 * B):  # of each image the query, then the key
         row = (tl.cast(i // 2, tl.int64) * N + o_n)[:, None]
         column = (i % 2 * H + head) * d
-        b_g_first, b_g_second = _load_pairs(dout + row * stride_dout + column, m_row, 0.0, PAIRS)
-        b_first, b_second = _load_pairs(qkv + row * stride_qkv + column, m_row, 0.0, PAIRS)
+        b_g_first, b_g_second = _load_pairs(dout + row * stride_dout + column, m_row, PAIRS)
+        b_first, b_second = _load_pairs(qkv + row * stride_qkv + column, m_row, PAIRS)
         b_sin_first -= b_g_first * b_second
         b_sin_second += b_g_second * b_first
         b_cos_first += b_g_first * b_first
@@ -353,21 +353,26 @@ def _backward_triton(
     return library.empty_for_none(dout, dqkv, drope)
 
 
-# What is compiled ahead of time: the head widths of usual models.
-_COMPILED = (64, 80, 128)
-
-
 def variants(target: str) -> Iterator[Variant]:
-    """The compilations that `rotate_heads` asks for on `target` in usual models: heads of `_COMPILED`.
+    """The compilations that `rotate_heads` asks for on `target` in usual models: those of `_COMPILED`.
 
     Others are the same kernels with another value of one constant, the pairs of a head.
     """
     with launching.recording("rotary", target) as found:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for table in dict.fromkeys((dtype, torch.float32)):
-                for d in _COMPILED:
-                    _record(dtype, table, d)
+        for dtype, table, d in _COMPILED:
+            _record(dtype, table, d)
     yield from found.values()
+
+
+# Dtypes of qkv and of rope, and the width of a head: 64 in most models, 80 and 128 in the largest.
+_COMPILED = [
+    (torch.bfloat16, torch.float32, 64),
+    (torch.bfloat16, torch.float32, 80),
+    (torch.bfloat16, torch.float32, 128),
+    (torch.bfloat16, torch.bfloat16, 64),
+    (torch.float16, torch.float32, 64),
+    (torch.float32, torch.float32, 64),
+]
 
 
 def _record(dtype: torch.dtype, table: torch.dtype, d: int) -> None:
