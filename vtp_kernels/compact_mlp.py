@@ -247,7 +247,7 @@ def _gelu_bwd_kernel(
 def _load_gate_and_value(z, o_row, o_h, M, hidden, stride_z):
     """Both halves of z at columns o_h, 0 beyond hidden; o_row is a column of 64-bit numbers."""
     p_z = z + o_row * stride_z + o_h[None, :]
-    # Of the gate whole 16 bytes are loaded: what lies behind is the values, or padding.
+    # Of the gate whole 16 bytes are loaded, which end among values, or in the padding behind few of them.
     m_gate = (o_row < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)
     b_gate = tl.load(p_z, mask=m_gate, other=0.0).to(tl.float32)
     b_value = tl.load(p_z + hidden, mask=(o_row < M) & (o_h[None, :] < hidden), other=0.0).to(tl.float32)
@@ -350,7 +350,12 @@ _LAUNCHES = choice("compact_mlp", "fused", "two_launches")  # what `launching.fo
 _GELU_BWD = Config.of(4, 1, BLOCK_M=16, BLOCK_H=128)
 _BWD_ROWS = 128  # per program: one partial sum of a column for each
 _SWIGLU_FWD = Config.of(4, 1, BLOCK_M=16, BLOCK_H=128)
-_SWIGLU_BWD = Config.of(4, 1, BLOCK_M=16, BLOCK_H=128)
+# By whether both halves of z are aligned. With 4 warps some registers spill on sm_80. Where values are loaded
+# one by one, so many addresses take registers that only one block of 16 rows fits on sm_100.
+_SWIGLU_BWD = {
+    True: Config.of(8, 1, BLOCK_M=16, BLOCK_H=128),
+    False: Config.of(8, 1, BLOCK_M=8, BLOCK_H=128),
+}
 
 
 def _is_fused(dtype: torch.dtype, M: int, N: int, swiglu: bool = False) -> bool:
@@ -440,18 +445,18 @@ def _launch_swiglu_bwd(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     M, hidden = dh.shape
     # Of programs: the padding of h, and that of dz behind its values, reach further than hidden.
     columns = max(padded_width(hidden), padded_width(2 * hidden) - hidden)
-    programs = cdiv(M, _BWD_ROWS)
+    programs, aligned = cdiv(M, _BWD_ROWS), hidden % 8 == 0
     dz, h = (empty_rows(M, width, dtype=z.dtype, device=z.device) for width in (2 * hidden, hidden))
     partial = torch.empty((programs, 2 * hidden), dtype=torch.float32, device=z.device)
     launch(
         _swiglu_bwd_kernel,
-        (programs, cdiv(columns, _SWIGLU_BWD.blocks["BLOCK_H"])),
+        (programs, cdiv(columns, _SWIGLU_BWD[aligned].blocks["BLOCK_H"])),
         dict(
             dh=dh, z=z, dz=dz, h=h, partial=partial, M=M, hidden=hidden, rows_per_program=_BWD_ROWS,
             stride_dh=dh.stride(0), stride_z=z.stride(0), stride_dz=dz.stride(0), stride_h=h.stride(0),
         ),
-        _SWIGLU_BWD,
-        HALVES_ALIGNED=hidden % 8 == 0,
+        _SWIGLU_BWD[aligned],
+        HALVES_ALIGNED=aligned,
     )  # fmt: skip
     return dz, h, partial
 
