@@ -296,8 +296,8 @@ def _swiglu_bwd_kernel(
     m_end = o_h[None, :] < (2 * hidden + 7) // 8 * 8 - hidden  # of values, and the padding of dz
     b_sum_gate = tl.zeros((BLOCK_H,), dtype=tl.float32)
     b_sum_value = tl.zeros((BLOCK_H,), dtype=tl.float32)
-    first = tl.program_id(0) * rows_per_program
-    for row in range(first, tl.minimum(M, first + rows_per_program), BLOCK_M):
+    begin = tl.program_id(0) * rows_per_program
+    for row in range(begin, tl.minimum(M, begin + rows_per_program), BLOCK_M):
         o_row = (row + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
         m_row = o_row < M
         b_gate, b_value = _load_gate_and_value(z, o_row, o_h, M, hidden, stride_z)

@@ -578,6 +578,8 @@ DEFECTS = [planted(*row) for row in (
     ("swiglu_bwd", OTHER, "no-other-on-the-gate", "poison", GATE, GATE.replace(", other=0.0", "")),
     ("swiglu_bwd", RACE, "partial-sums-all-in-one-row", "race-detection",
      "tl.program_id(0).to(tl.int64) * 2 * hidden + o_h", "o_h", TALL),
+    ("swiglu_bwd", RACE, "programs-overlap", "race-detection", "begin = tl.program_id(0) * rows_per_program",
+     "begin = tl.program_id(0) * (rows_per_program - 1)", TALL),
     ("swiglu_bwd", RACE, "gradient-of-the-gate-stored-as-far-as-values", "race-detection", STORE_DGATE,
      STORE_DGATE.replace("m_own", "(o_h[None, :] < 2 * hidden)"), Case(5, 1, 200, 1)),
     ("swiglu_bwd", UNWRITTEN, "last-partial-sum-not-stored", "poison", STORE_SUM_VALUE,
