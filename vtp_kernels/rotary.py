@@ -332,7 +332,8 @@ def _rotate_triton(qkv: Tensor, rope: Tensor, heads: int, prefix_tokens: int, ro
     if not _is_for_kernels(qkv, rope):
         return _rotate_plain(qkv, rope, heads, prefix_tokens, rotate_half)
     rope, rows = _table(rope, qkv), with_padded_rows(qkv)
-    _launch_rotation(rows, rope, rows, qkv.shape[-2], heads, prefix_tokens, rotate_half)
+    keys = rows[:, : heads * rope.shape[-1]]  # and queries: values are not touched
+    _launch_rotation(keys, rope, keys, qkv.shape[-2], heads, prefix_tokens, rotate_half)
     if rows.data_ptr() != qkv.data_ptr():
         qkv.copy_(rows.view(qkv.shape))
 

@@ -33,6 +33,7 @@ from vtp_kernels import launching
 from vtp_kernels._files import write_whole
 from vtp_kernels.launching import cdiv
 from vtp_kernels.library import TritonSides
+from vtp_kernels.rows import padded_width
 
 
 class Gpu(NamedTuple):
@@ -201,6 +202,25 @@ def _compact_mlp(a: SimpleNamespace) -> Work:
     return Work(programs, loads, "out z", flops, 2 * units * a.BLOCK_M * (inputs + columns))
 
 
+def _swiglu(a: SimpleNamespace) -> Work:
+    rows, columns = cdiv(a.M, a.BLOCK_M), cdiv(a.hidden, a.BLOCK_H)
+    return Work(rows * columns, {"z": (rows * a.BLOCK_M, 2 * columns * a.BLOCK_H)}, "h")
+
+
+def _rotate_heads(a: SimpleNamespace) -> Work:
+    """Prefix tokens, which are not touched in place, are counted like the others."""
+    images, tiles, groups = len(a.source) // a.N, cdiv(a.N - a.first, a.BLOCK_M), cdiv(a.H, a.HEADS)
+    rows, values = images * tiles * a.BLOCK_M, 0
+    if a.COPY:
+        values = cdiv(padded_width(a.width) - 4 * a.H * a.COUNT, a.COLUMNS)
+    tables = a.H if a.OWN_TABLES else groups
+    loads = {
+        "source": (rows, 4 * a.H * a.BLOCK_P + values * a.COLUMNS),
+        "rope": (rows, 4 * tables * a.BLOCK_P),
+    }
+    return Work(images * tiles * (groups + values), loads, "target")
+
+
 # Another op's kernels are added here. Of the compact model's they are those of the forward pass.
 KERNELS: dict[str, Callable[[SimpleNamespace], Work]] = {
     "_gated_linear_fwd_kernel": _fwd,
@@ -214,7 +234,9 @@ KERNELS: dict[str, Callable[[SimpleNamespace], Work]] = {
     "_compact_linear_parts_kernel": _compact_linear_parts,
     "_ragged_attention_fwd_kernel": _ragged_attention,
     "_ragged_attention_online_kernel": _ragged_attention,
+    "_rotate_heads_kernel": _rotate_heads,
     "_compact_mlp_fwd_kernel": _compact_mlp,
+    "_swiglu_fwd_kernel": _swiglu,
 }
 
 # ---- what a launch is, and noting it ----
