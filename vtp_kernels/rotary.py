@@ -17,16 +17,17 @@ gradient of out, the gradients are
 with sums over images, over query and key, and over heads where these share a table. Prefix tokens and values
 are left, or copied, bit for bit. Saved for backward: rope, and qkv if rope needs a gradient.
 
-A pass of its own, in place where nothing needs a gradient: 8 H d bytes a token in 16 bits, queries and keys
-in and out; for a ViT-B with 201 tokens 1.2 MB an image and layer, 0.37 us of an H100's bandwidth. Attention
-could rotate what it loads and save these bytes. But each of its programs, one for 64 queries of a head, would
-rotate all keys again: 4 times for 201 tokens, 10 times for 577. The arithmetic is little, 3 d FLOPs a key
-beside 256 d of the products. The table is not: 8 d bytes of float32 a key, beside the 4 d bytes of key and
-value, so that a program would load three times as much. Keys, which go to shared memory as they are, would
-have to pass through registers, and so would they in both kernels of the backward pass, which have none to
-spare. The epilogue of the product that makes qkv would cost no byte; but from 1,024 rows on that is the
-vendor's. In training, where the input must stay, the pass writes a copy, values with it: 4 H d + 2 V bytes
-a token in and as many out, forward and backward. Predicted, not measured.
+A pass of its own, in place where nothing needs a gradient: in 16 bits it moves 8 H d bytes a token, queries
+and keys in and out; for a ViT-B with 201 tokens 1.2 MB an image and layer, 0.37 us of an H100's bandwidth.
+Attention could rotate what it loads and save these bytes. But each of its programs, one for 64 queries of a
+head, would rotate all keys again: 4 times for 201 tokens, 10 times for 577. The arithmetic is little, 3 d
+FLOPs a key beside 256 d of the products. The table is not: 8 d bytes of float32 a key, beside the 4 d bytes
+of key and value, so that a program would load three times as much; with 128 images that is 650 MB more from
+L2 a layer, against 160 MB that the pass moves. Keys, which go to shared memory as they are, would have to
+pass through registers, and so would they in both kernels of the backward pass, which have none to spare. The
+epilogue of the product that makes qkv would cost no byte; but from 1,024 rows on that is the vendor's. In
+training, where the input must stay, the pass writes a copy, values with it: 4 H d + 2 V bytes a token in and
+as many out, forward and backward. All this is predicted, not measured.
 
 There are no matrix products, so nothing for PyTorch's FLOP counter.
 
@@ -112,9 +113,9 @@ def _store_pairs(p_row, m_row, b_first, b_second, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _load_table(rope, head, o_n, m_row, prefix_tokens, tokens, PAIRS: tl.constexpr):
+def _load_table(rope, head, o_n, m_row, prefix_tokens, table_rows, PAIRS: tl.constexpr):
     """Sines and then cosines of the pairs of tokens o_n; m_row: those of them that are rotated."""
-    row = tl.cast(head, tl.int64) * tokens + (o_n[:, None] - prefix_tokens)
+    row = tl.cast(head, tl.int64) * table_rows + (o_n[:, None] - prefix_tokens)
     p_row = rope + row * (4 * PAIRS.COUNT)
     b_sin_first, b_sin_second = _load_pairs(p_row, m_row, PAIRS)
     b_cos_first, b_cos_second = _load_pairs(p_row + 2 * PAIRS.COUNT, m_row, PAIRS)
@@ -139,18 +140,20 @@ def _rotate(source, target, row, column, m_row, m_rotated, table, PAIRS: tl.cons
 
 
 @triton.jit(
-    do_not_specialize=["N", "H", "width", "prefix_tokens", "first", "stride_source", "stride_target"]
+    do_not_specialize=[
+        "N", "H", "width", "prefix_tokens", "first", "table_rows", "stride_source", "stride_target",
+    ]
 )  # fmt: skip
 def _rotate_heads_kernel(
-    source, rope, target, N, H, width, prefix_tokens, first, stride_source, stride_target,
-    COUNT: tl.constexpr, HALVES: tl.constexpr, OWN_TABLES: tl.constexpr, COPY: tl.constexpr,
-    ADJOINT: tl.constexpr,
+    source, rope, target, N, H, width, prefix_tokens, first, table_rows, stride_source, stride_target,
+    COUNT: tl.constexpr, HALVES: tl.constexpr, COPY: tl.constexpr, ADJOINT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Queries and keys of HEADS heads, or with COPY the next COLUMNS columns of values, of BLOCK_M tokens.
 
     first: the token with which tiles begin. Without COPY that is the first that is rotated, and target may
     be source: a program loads what it overwrites, and nobody else does.
+    table_rows: how many rows of rope a head has to itself, 0 where all share one table.
     """
     stride_source, stride_target = stride_source // 8 * 8, stride_target // 8 * 8  # rows are padded
     source, target = Matrix(source, None, width, stride_source), Matrix(target, None, width, stride_target)
@@ -168,18 +171,10 @@ def _rotate_heads_kernel(
     m_row = o_n[:, None] < N
     m_rotated = m_row & (o_n[:, None] >= prefix_tokens)
     if i_unit < groups:
-        head, last = i_unit * HEADS, tl.minimum(i_unit * HEADS + HEADS, H)
-        tokens = N - prefix_tokens
-        if OWN_TABLES:
-            for i in range(head, last):
-                table = _load_table(rope, i, o_n, m_rotated, prefix_tokens, tokens, PAIRS)
-                _rotate(source, target, row, i * d, m_row, m_rotated, table, PAIRS, ADJOINT)
-                _rotate(source, target, row, (H + i) * d, m_row, m_rotated, table, PAIRS, ADJOINT)
-        else:
-            table = _load_table(rope, 0, o_n, m_rotated, prefix_tokens, tokens, PAIRS)
-            for i in range(head, last):
-                _rotate(source, target, row, i * d, m_row, m_rotated, table, PAIRS, ADJOINT)
-                _rotate(source, target, row, (H + i) * d, m_row, m_rotated, table, PAIRS, ADJOINT)
+        for i in range(i_unit * HEADS, tl.minimum(i_unit * HEADS + HEADS, H)):
+            table = _load_table(rope, i, o_n, m_rotated, prefix_tokens, table_rows, PAIRS)
+            _rotate(source, target, row, i * d, m_row, m_rotated, table, PAIRS, ADJOINT)
+            _rotate(source, target, row, (H + i) * d, m_row, m_rotated, table, PAIRS, ADJOINT)
     elif COPY:
         o_c = 2 * H * d + (i_unit - groups) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         m_tile = m_row & (o_c < (width + 7) // 8 * 8)
@@ -225,7 +220,8 @@ def _rotate_heads_drope_kernel(
 
 
 # By the pairs of a head, rounded up to a power of two: eight a thread, so that in 16 bits it loads 16 bytes
-# of either layout. Two heads for one load of a table; more would leave too few programs for one image.
+# of either layout. Two heads a program, which find a table that they share in L1 the second time; more would
+# leave too few programs for one image.
 TILES = {
     8: Config.of(4, 1, BLOCK_M=64, BLOCK_P=8, HEADS=2, COLUMNS=64),
     16: Config.of(4, 1, BLOCK_M=64, BLOCK_P=16, HEADS=2, COLUMNS=64),
@@ -270,12 +266,12 @@ def _launch_rotation(
         (len(source) // N * cdiv(N - first, config.blocks["BLOCK_M"]) * units,),
         dict(
             source=source, rope=rope, target=target, N=N, H=heads, width=width, prefix_tokens=prefix_tokens,
-            first=first, stride_source=source.stride(0), stride_target=target.stride(0),
+            first=first, table_rows=rope.shape[1] if rope.ndim == 3 else 0,
+            stride_source=source.stride(0), stride_target=target.stride(0),
         ),
         config,
         COUNT=pairs,
         HALVES=rotate_half,
-        OWN_TABLES=rope.ndim == 3,
         COPY=not in_place,
         ADJOINT=adjoint,
     )  # fmt: skip
@@ -365,10 +361,9 @@ def variants(target: str) -> Iterator[Variant]:
     yield from found.values()
 
 
-# Dtypes of qkv and of rope, and the width of a head: 64 in most models, 80 and 128 in the largest.
+# Dtypes of qkv and of rope, and the width of a head: 64 in most models, 128 in the largest.
 _COMPILED = [
     (torch.bfloat16, torch.float32, 64),
-    (torch.bfloat16, torch.float32, 80),
     (torch.bfloat16, torch.float32, 128),
     (torch.bfloat16, torch.bfloat16, 64),
     (torch.float16, torch.float32, 64),
@@ -378,13 +373,12 @@ _COMPILED = [
 
 def _record(dtype: torch.dtype, table: torch.dtype, d: int) -> None:
     """Ask for all that qkv and rope of these dtypes and heads of d can lead to."""
-    qkv = torch.empty((2, 20, 4 * d + 64), dtype=dtype, device="meta")
-    for rope in (torch.empty((2, 19, 2 * d), dtype=table, device="meta"),
-                 torch.empty((19, 2 * d), dtype=table, device="meta")):  # fmt: skip
-        for rotate_half in (False, True):
-            _forward_triton(qkv, rope, 2, 1, rotate_half)
-            _rotate_triton(qkv, rope, 2, 1, rotate_half)
-            _backward_triton(qkv, rope, qkv, 2, 1, rotate_half, True)
+    qkv, rope = (torch.empty(shape, device="meta") for shape in ((2, 20, 4 * d + 64), (19, 2 * d)))
+    qkv, rope = qkv.to(dtype), rope.to(table)
+    for rotate_half in (False, True):
+        _forward_triton(qkv, rope, 2, 1, rotate_half)
+        _rotate_triton(qkv, rope, 2, 1, rotate_half)
+        _backward_triton(qkv, rope, qkv, 2, 1, rotate_half, True)
 
 
 # ---------------------------------------------------------------------------------- plain PyTorch, any device

@@ -43,7 +43,7 @@ VALUES_LOAD = "tl.load(source.source + row * source.stride + o_c, mask=m_tile, o
 VALUES_STORE = "tl.store(target.source + row * target.stride + o_c, b_tile, mask=m_tile)"
 VALUES_MASK = "m_tile = m_row & (o_c < (width + 7) // 8 * 8)"
 ROTATED = "m_rotated = m_row & (o_n[:, None] >= prefix_tokens)"
-TABLE_ROW = "row = tl.cast(head, tl.int64) * tokens + (o_n[:, None] - prefix_tokens)"
+TABLE_ROW = "row = tl.cast(head, tl.int64) * table_rows + (o_n[:, None] - prefix_tokens)"
 OUT_FIRST = "b_out_first = b_first * b_cos_first - b_second * b_sin_first"
 OUT_SECOND = "b_out_second = b_second * b_cos_second + b_first * b_sin_second"
 DX_FIRST = "b_out_first = b_first * b_cos_first + b_second * b_sin_second"
@@ -65,8 +65,8 @@ DEFECTS = [
         "rotate_heads", options(),
         (READ, "rows-of-the-table-not-masked", "guard-page", ROTATED,
          "m_rotated = o_n[:, None] >= prefix_tokens", options(), "rope"),
-        (READ, "prefix-rows-of-the-table-read", "guard-page", "table = _load_table(rope, 0, o_n, m_rotated,",
-         "table = _load_table(rope, 0, o_n, m_row,", options(BEFORE), "rope"),
+        (READ, "prefix-rows-of-the-table-read", "guard-page", "table = _load_table(rope, i, o_n, m_rotated,",
+         "table = _load_table(rope, i, o_n, m_row,", options(BEFORE), "rope"),
         (READ, "rows-of-queries-not-masked", "guard-page",
          "_load_pairs(p_source, m_row, PAIRS)", "_load_pairs(p_source, m_row | (row >= 0), PAIRS)", options(),
          "source"),
@@ -82,11 +82,11 @@ DEFECTS = [
         (RACE, "columns-of-the-next-head-stored", "race-detection", STORE_COLUMNS, f"{ANY_COLUMN})"),
         (RACE, "tiles-of-tokens-overlap", "race-detection", "first + i_tile * BLOCK_M + ",
          "first + i_tile * (BLOCK_M - 1) + ", options(LONG)),
-        (RACE, "groups-of-heads-overlap", "race-detection", "tl.minimum(i_unit * HEADS + HEADS, H)",
-         "tl.minimum(i_unit * HEADS + HEADS + 1, H)", IN_PLACE()),
+        (RACE, "groups-of-heads-overlap", "race-detection", "tl.minimum(i_unit * HEADS + HEADS, H)):",
+         "tl.minimum(i_unit * HEADS + HEADS + 1, H)):", IN_PLACE()),
         (UNWRITTEN, "last-columns-of-values-not-stored", "poison", VALUES_MASK,
          VALUES_MASK.replace("(width + 7) // 8", "width // 8")),
-        (UNWRITTEN, "keys-not-stored", "poison", "(H + i) * d, m_row", "i * d, m_row", options(), "", 2),
+        (UNWRITTEN, "keys-not-stored", "poison", "(H + i) * d, m_row", "i * d, m_row"),
         (UNWRITTEN, "last-tile-not-launched", "poison", 'cdiv(N - first, config.blocks["BLOCK_M"]) * units',
          '((N - first) // config.blocks["BLOCK_M"]) * units', options(LONG)),
         (RAW, "product-in-bfloat16", "bfloat16-check", OUT_FIRST,
@@ -120,10 +120,10 @@ DEFECTS = [
          options(HALF_OWN)),
         (VALUE, "table-of-the-head-before-in-place", "error-rule", LOAD_OWN_TABLE,
          "_load_table(rope, tl.maximum(i - 1, 0), o_n", IN_PLACE(OWN)),
-        (VALUE, "pairs-of-the-other-layout", "error-rule", "HALVES=rotate_half,\n        OWN_TABLES",
-         "HALVES=not rotate_half,\n        OWN_TABLES"),
+        (VALUE, "pairs-of-the-other-layout", "error-rule", "HALVES=rotate_half,\n        COPY",
+         "HALVES=not rotate_half,\n        COPY"),
         (VALUE, "keys-not-rotated-in-place", "error-rule", "(H + i) * d, m_row", "i * d, m_row & (i < 0)",
-         IN_PLACE(), "", 2),
+         IN_PLACE()),
     ),
     *in_kernel(
         "rotate_heads_drope", options(SMALL, "drope"),

@@ -213,11 +213,8 @@ def _rotate_heads(a: SimpleNamespace) -> Work:
     rows, values = images * tiles * a.BLOCK_M, 0
     if a.COPY:
         values = cdiv(padded_width(a.width) - 4 * a.H * a.COUNT, a.COLUMNS)
-    tables = a.H if a.OWN_TABLES else groups
-    loads = {
-        "source": (rows, 4 * a.H * a.BLOCK_P + values * a.COLUMNS),
-        "rope": (rows, 4 * tables * a.BLOCK_P),
-    }
+    loads = {"source": (rows, 4 * a.H * a.BLOCK_P + values * a.COLUMNS)}
+    loads["rope"] = rows, 4 * (a.H if a.table_rows else groups) * a.BLOCK_P  # a shared one is in L1 later
     return Work(images * tiles * (groups + values), loads, "target")
 
 
