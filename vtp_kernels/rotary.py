@@ -219,15 +219,16 @@ def _rotate_heads_drope_kernel(
 # --------------------------------------------------------------------------------------------------- tables
 
 
-# By the pairs of a head, rounded up to a power of two: eight a thread, so that in 16 bits it loads 16 bytes
-# of either layout. Two heads a program, which find a table that they share in L1 the second time; more would
-# leave too few programs for one image.
+# By the pairs of a head, rounded up to a power of two: four a thread, in 16 bits whole 16 bytes where pairs are
+# neighbours, and two times 8 where they are in halves. With eight a thread some registers spill on sm_100. Two
+# heads a program, which find a table that they share in L1 the second time; more would leave too few programs
+# for one image.
 TILES = {
     8: Config.of(4, 1, BLOCK_M=64, BLOCK_P=8, HEADS=2, COLUMNS=64),
-    16: Config.of(4, 1, BLOCK_M=64, BLOCK_P=16, HEADS=2, COLUMNS=64),
-    32: Config.of(4, 1, BLOCK_M=32, BLOCK_P=32, HEADS=2, COLUMNS=128),
-    64: Config.of(4, 1, BLOCK_M=16, BLOCK_P=64, HEADS=2, COLUMNS=256),
-    128: Config.of(4, 1, BLOCK_M=8, BLOCK_P=128, HEADS=2, COLUMNS=512),
+    16: Config.of(4, 1, BLOCK_M=32, BLOCK_P=16, HEADS=2, COLUMNS=64),
+    32: Config.of(4, 1, BLOCK_M=16, BLOCK_P=32, HEADS=2, COLUMNS=128),
+    64: Config.of(4, 1, BLOCK_M=8, BLOCK_P=64, HEADS=2, COLUMNS=256),
+    128: Config.of(4, 1, BLOCK_M=4, BLOCK_P=128, HEADS=2, COLUMNS=512),
 }
 DROPE_TILES = {
     8: Config.of(4, 1, BLOCK_M=64, BLOCK_P=8),

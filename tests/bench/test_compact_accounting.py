@@ -111,8 +111,8 @@ def test_rotation_moves_queries_and_keys_in_place_and_all_in_a_copy(own_tables):
     table = rope.numel() * 4
     (found,) = recorded(lambda: rotate_heads_(qkv, rope, (d,) * H, 5, True))
     assert found.dram_bytes == 8 * H * d * B * N + table
-    # Seven tiles of 32 tokens, prefix tokens not among them; a table is loaded for two heads or for one.
-    rows = B * 7 * 32
+    # Thirteen tiles of 16 tokens, prefix tokens not among them; a table is loaded for two heads or for one.
+    rows = B * 13 * 16
     tables = rows * 2 * d * 4 * (H if own_tables else H // 2)
     assert found.tile_bytes == 2 * 2 * H * d * rows + tables + 4 * H * d * B * N
     (copy,) = recorded(lambda: rotate_heads(qkv, rope, (d,) * H, 5, True))
