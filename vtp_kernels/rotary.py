@@ -219,10 +219,10 @@ def _rotate_heads_drope_kernel(
 # --------------------------------------------------------------------------------------------------- tables
 
 
-# By the pairs of a head, rounded up to a power of two: four a thread, in 16 bits whole 16 bytes where pairs are
-# neighbours, and two times 8 where they are in halves. With eight a thread some registers spill on sm_100. Two
-# heads a program, which find a table that they share in L1 the second time; more would leave too few programs
-# for one image.
+# By the pairs of a head, rounded up to a power of two: four a thread, in 16 bits whole 16 bytes where pairs
+# are neighbours, and two times 8 bytes where they are in halves. With eight some registers spill on sm_100.
+# Two heads a program, which find a table that they share in L1 the second time; more would leave too few
+# programs for one image.
 TILES = {
     8: Config.of(4, 1, BLOCK_M=64, BLOCK_P=8, HEADS=2, COLUMNS=64),
     16: Config.of(4, 1, BLOCK_M=32, BLOCK_P=16, HEADS=2, COLUMNS=64),
