@@ -43,7 +43,6 @@ import torch
 from torch import Tensor
 
 from vtp_kernels import _arguments, launching, library
-from vtp_kernels._tiles import Matrix
 from vtp_kernels.launching import Config, Variant, cdiv, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import clear_padding, empty_rows_like, padded_width, with_padded_rows
@@ -99,8 +98,9 @@ def _load_pairs(p_row, m_row, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _store_pairs(p_row, m_row, b_first, b_second, PAIRS: tl.constexpr):
+def _store_pairs(p_row, m_row, pairs, PAIRS: tl.constexpr):
     """What `_load_pairs` loads."""
+    b_first, b_second = pairs
     if PAIRS.HALVES:
         o_pair = tl.arange(0, PAIRS.BLOCK)[None, :]
         m_tile = m_row & (o_pair < PAIRS.COUNT)
@@ -123,20 +123,17 @@ def _load_table(rope, head, o_n, m_row, prefix_tokens, table_rows, PAIRS: tl.con
 
 
 @triton.jit
-def _rotate(source, target, row, column, m_row, m_rotated, table, PAIRS: tl.constexpr, ADJOINT: tl.constexpr):
-    """The d columns from `column` on of some rows of source, those of m_rotated rotated, to target."""
+def _rotate(pairs, table, m_rotated, ADJOINT: tl.constexpr):
+    """Pairs, rotated where m_rotated says so; with ADJOINT by the transpose of that."""
+    b_first, b_second = pairs
     b_sin_first, b_sin_second, b_cos_first, b_cos_second = table
-    p_source = source.source + row * source.stride + column
-    b_first, b_second = _load_pairs(p_source, m_row, PAIRS)
     if ADJOINT:
         b_out_first = b_first * b_cos_first + b_second * b_sin_second
         b_out_second = b_second * b_cos_second - b_first * b_sin_first
     else:
         b_out_first = b_first * b_cos_first - b_second * b_sin_first
         b_out_second = b_second * b_cos_second + b_first * b_sin_second
-    b_out_first = tl.where(m_rotated, b_out_first, b_first)
-    b_out_second = tl.where(m_rotated, b_out_second, b_second)
-    _store_pairs(target.source + row * target.stride + column, m_row, b_out_first, b_out_second, PAIRS)
+    return tl.where(m_rotated, b_out_first, b_first), tl.where(m_rotated, b_out_second, b_second)
 
 
 @triton.jit(
@@ -146,17 +143,17 @@ def _rotate(source, target, row, column, m_row, m_rotated, table, PAIRS: tl.cons
 )  # fmt: skip
 def _rotate_heads_kernel(
     source, rope, target, N, H, width, prefix_tokens, first, table_rows, stride_source, stride_target,
-    COUNT: tl.constexpr, HALVES: tl.constexpr, COPY: tl.constexpr, ADJOINT: tl.constexpr,
+    COUNT: tl.constexpr, HALVES: tl.constexpr, ADJOINT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Queries and keys of HEADS heads, or with COPY the next COLUMNS columns of values, of BLOCK_M tokens.
+    """Queries and keys of HEADS heads, or the next COLUMNS columns of values, of BLOCK_M tokens.
 
-    first: the token with which tiles begin. Without COPY that is the first that is rotated, and target may
-    be source: a program loads what it overwrites, and nobody else does.
+    Without target queries and keys are rotated where they are: a program loads what it overwrites, and nobody
+    else does. first: the token with which tiles begin, without target the first that is rotated.
     table_rows: how many rows of rope a head has to itself, 0 where all share one table.
     """
     stride_source, stride_target = stride_source // 8 * 8, stride_target // 8 * 8  # rows are padded
-    source, target = Matrix(source, None, width, stride_source), Matrix(target, None, width, stride_target)
+    COPY: tl.constexpr = target is not None
     PAIRS: tl.constexpr = _Pairs(COUNT, BLOCK_P, HALVES)
     d: tl.constexpr = 2 * COUNT
     groups = tl.cdiv(H, HEADS)
@@ -170,17 +167,27 @@ def _rotate_heads_kernel(
     row = (i_image.to(tl.int64) * N + o_n)[:, None]
     m_row = o_n[:, None] < N
     m_rotated = m_row & (o_n[:, None] >= prefix_tokens)
+    p_row = source + row * stride_source
+    if COPY:
+        p_target = target + row * stride_target
     if i_unit < groups:
         for i in range(i_unit * HEADS, tl.minimum(i_unit * HEADS + HEADS, H)):
+            # Both loads stand before a store, as the compiler moves none past another to the same memory.
+            p_query, p_key = p_row + i * d, p_row + (H + i) * d
+            query, key = _load_pairs(p_query, m_row, PAIRS), _load_pairs(p_key, m_row, PAIRS)
             table = _load_table(rope, i, o_n, m_rotated, prefix_tokens, table_rows, PAIRS)
-            _rotate(source, target, row, i * d, m_row, m_rotated, table, PAIRS, ADJOINT)
-            _rotate(source, target, row, (H + i) * d, m_row, m_rotated, table, PAIRS, ADJOINT)
+            query = _rotate(query, table, m_rotated, ADJOINT)
+            key = _rotate(key, table, m_rotated, ADJOINT)
+            if COPY:
+                p_query, p_key = p_target + i * d, p_target + (H + i) * d
+            _store_pairs(p_query, m_row, query, PAIRS)
+            _store_pairs(p_key, m_row, key, PAIRS)
     elif COPY:
         o_c = 2 * H * d + (i_unit - groups) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         m_tile = m_row & (o_c < (width + 7) // 8 * 8)
-        b_tile = tl.load(source.source + row * source.stride + o_c, mask=m_tile, other=0.0)
+        b_tile = tl.load(p_row + o_c, mask=m_tile, other=0.0)
         b_tile = tl.where(o_c < width, b_tile, tl.zeros_like(b_tile))
-        tl.store(target.source + row * target.stride + o_c, b_tile, mask=m_tile)
+        tl.store(p_target + o_c, b_tile, mask=m_tile)
 
 
 @triton.jit(do_not_specialize=["B", "N", "H", "prefix_tokens", "stride_dout", "stride_qkv"])
@@ -212,8 +219,8 @@ def _rotate_heads_drope_kernel(
         b_cos_second += b_g_second * b_second
     row = (head.to(tl.int64) * tokens + (o_n - prefix_tokens))[:, None]
     p_row = drope + row * (2 * d)
-    _store_pairs(p_row, m_row, b_sin_first, b_sin_second, PAIRS)
-    _store_pairs(p_row + d, m_row, b_cos_first, b_cos_second, PAIRS)
+    _store_pairs(p_row, m_row, (b_sin_first, b_sin_second), PAIRS)
+    _store_pairs(p_row + d, m_row, (b_cos_first, b_cos_second), PAIRS)
 
 
 # --------------------------------------------------------------------------------------------------- tables
@@ -249,15 +256,15 @@ def _config(table: dict[int, Config], rope: Tensor) -> tuple[Config, int]:
 
 
 def _launch_rotation(
-    source: Tensor, rope: Tensor, target: Tensor, N: int, heads: int, prefix_tokens: int, rotate_half: bool,
-    adjoint: bool = False,
+    source: Tensor, rope: Tensor, target: Tensor | None, N: int, heads: int, prefix_tokens: int,
+    rotate_half: bool, adjoint: bool = False,
 ) -> None:  # fmt: skip
-    """Fill target [B * N, columns] with source, as wide, rotated; or rotate source, if it is target.
+    """Fill target [B * N, columns] with source, as wide, rotated; or without it rotate source where it is.
 
     Both have padded rows; rope is contiguous.
     """
     config, pairs = _config(TILES, rope)
-    in_place, width = target is source, source.shape[1]
+    in_place, width = target is None, source.shape[1]
     first = prefix_tokens if in_place else 0
     units = cdiv(heads, config.blocks["HEADS"])
     if not in_place:
@@ -268,12 +275,11 @@ def _launch_rotation(
         dict(
             source=source, rope=rope, target=target, N=N, H=heads, width=width, prefix_tokens=prefix_tokens,
             first=first, table_rows=rope.shape[1] if rope.ndim == 3 else 0,
-            stride_source=source.stride(0), stride_target=target.stride(0),
+            stride_source=source.stride(0), stride_target=0 if target is None else target.stride(0),
         ),
         config,
         COUNT=pairs,
         HALVES=rotate_half,
-        COPY=not in_place,
         ADJOINT=adjoint,
     )  # fmt: skip
 
@@ -330,7 +336,7 @@ def _rotate_triton(qkv: Tensor, rope: Tensor, heads: int, prefix_tokens: int, ro
         return _rotate_plain(qkv, rope, heads, prefix_tokens, rotate_half)
     rope, rows = _table(rope, qkv), with_padded_rows(qkv)
     keys = rows[:, : heads * rope.shape[-1]]  # and queries: values are not touched
-    _launch_rotation(keys, rope, keys, qkv.shape[-2], heads, prefix_tokens, rotate_half)
+    _launch_rotation(keys, rope, None, qkv.shape[-2], heads, prefix_tokens, rotate_half)
     if rows.data_ptr() != qkv.data_ptr():
         qkv.copy_(rows.view(qkv.shape))
 

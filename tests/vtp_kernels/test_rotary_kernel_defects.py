@@ -39,8 +39,8 @@ def prove_by_name(check, case, check_name, **conditions):
 IN_PLACE, ADJOINT = (
     lambda case=SMALL, check=check: options(case, check) for check in ("in_place", "adjoint")
 )
-VALUES_LOAD = "tl.load(source.source + row * source.stride + o_c, mask=m_tile, other=0.0)"
-VALUES_STORE = "tl.store(target.source + row * target.stride + o_c, b_tile, mask=m_tile)"
+VALUES_LOAD = "tl.load(p_row + o_c, mask=m_tile, other=0.0)"
+VALUES_STORE = "tl.store(p_target + o_c, b_tile, mask=m_tile)"
 VALUES_MASK = "m_tile = m_row & (o_c < (width + 7) // 8 * 8)"
 ROTATED = "m_rotated = m_row & (o_n[:, None] >= prefix_tokens)"
 TABLE_ROW = "row = tl.cast(head, tl.int64) * table_rows + (o_n[:, None] - prefix_tokens)"
@@ -55,7 +55,7 @@ VALUES_CLEAR = "b_tile = tl.where(o_c < width, b_tile, tl.zeros_like(b_tile))"
 LOAD_OWN_TABLE = "_load_table(rope, i, o_n"
 ROW = "row = (i_image.to(tl.int64) * N + o_n)[:, None]"
 DROPE_ROWS = "m_row = o_n[:, None] < N\n    b_sin_first"
-DROPE_COS = "_store_pairs(p_row + d, m_row, b_cos_first, b_cos_second, PAIRS)"
+DROPE_COS = "_store_pairs(p_row + d, m_row, (b_cos_first, b_cos_second), PAIRS)"
 DROPE_SIN = "b_sin_first -= b_g_first * b_second"
 LONG_DROPE = Case(1, 70, 1, 2, 6, 5)
 
@@ -68,16 +68,16 @@ DEFECTS = [
         (READ, "prefix-rows-of-the-table-read", "guard-page", "table = _load_table(rope, i, o_n, m_rotated,",
          "table = _load_table(rope, i, o_n, m_row,", options(BEFORE), "rope"),
         (READ, "rows-of-queries-not-masked", "guard-page",
-         "_load_pairs(p_source, m_row, PAIRS)", "_load_pairs(p_source, m_row | (row >= 0), PAIRS)", options(),
+         "_load_pairs(p_query, m_row, PAIRS)", "_load_pairs(p_query, m_row | (row >= 0), PAIRS)", options(),
          "source"),
         (MASK, "no-mask-on-values", "guard-page", VALUES_LOAD,
-         "tl.load(source.source + row * source.stride + o_c)", options(), "source"),
+         "tl.load(p_row + o_c)", options(), "source"),
         (MASK, "no-mask-on-columns-of-the-table", "guard-page", LOAD_COLUMNS, f"{ANY_COLUMN}, other",
          options(), "rope"),
         (WRITE, "no-mask-on-stored-values", "guard-page", VALUES_STORE,
          VALUES_STORE.replace(", mask=m_tile", ""), options(Case(1, 1, 0, 1, 2, 1)), "target"),
         (WRITE, "rows-of-queries-not-masked-in-place", "guard-page",
-         "m_row, b_out_first, b_out_second, PAIRS)", "m_row | (row >= 0), b_out_first, b_out_second, PAIRS)",
+         "_store_pairs(p_query, m_row, query", "_store_pairs(p_query, m_row | (row >= 0), query",
          IN_PLACE(), "source"),
         (RACE, "columns-of-the-next-head-stored", "race-detection", STORE_COLUMNS, f"{ANY_COLUMN})"),
         (RACE, "tiles-of-tokens-overlap", "race-detection", "first + i_tile * BLOCK_M + ",
@@ -86,7 +86,7 @@ DEFECTS = [
          "tl.minimum(i_unit * HEADS + HEADS + 1, H)):", IN_PLACE()),
         (UNWRITTEN, "last-columns-of-values-not-stored", "poison", VALUES_MASK,
          VALUES_MASK.replace("(width + 7) // 8", "width // 8")),
-        (UNWRITTEN, "keys-not-stored", "poison", "(H + i) * d, m_row", "i * d, m_row"),
+        (UNWRITTEN, "keys-not-stored", "poison", "_store_pairs(p_key, m_row, key, PAIRS)", "pass"),
         (UNWRITTEN, "last-tile-not-launched", "poison", 'cdiv(N - first, config.blocks["BLOCK_M"]) * units',
          '((N - first) // config.blocks["BLOCK_M"]) * units', options(LONG)),
         (RAW, "product-in-bfloat16", "bfloat16-check", OUT_FIRST,
@@ -120,9 +120,9 @@ DEFECTS = [
          options(HALF_OWN)),
         (VALUE, "table-of-the-head-before-in-place", "error-rule", LOAD_OWN_TABLE,
          "_load_table(rope, tl.maximum(i - 1, 0), o_n", IN_PLACE(OWN)),
-        (VALUE, "pairs-of-the-other-layout", "error-rule", "HALVES=rotate_half,\n        COPY",
-         "HALVES=not rotate_half,\n        COPY"),
-        (VALUE, "keys-not-rotated-in-place", "error-rule", "(H + i) * d, m_row", "i * d, m_row & (i < 0)",
+        (VALUE, "pairs-of-the-other-layout", "error-rule", "HALVES=rotate_half,\n        ADJOINT",
+         "HALVES=not rotate_half,\n        ADJOINT"),
+        (VALUE, "keys-not-rotated-in-place", "error-rule", "_store_pairs(p_key, m_row, key, PAIRS)", "pass",
          IN_PLACE()),
     ),
     *in_kernel(

@@ -211,11 +211,11 @@ def _rotate_heads(a: SimpleNamespace) -> Work:
     """Prefix tokens, which are not touched in place, are counted like the others."""
     images, tiles, groups = len(a.source) // a.N, cdiv(a.N - a.first, a.BLOCK_M), cdiv(a.H, a.HEADS)
     rows, values = images * tiles * a.BLOCK_M, 0
-    if a.COPY:
+    if a.target is not None:
         values = cdiv(padded_width(a.width) - 4 * a.H * a.COUNT, a.COLUMNS)
     loads = {"source": (rows, 4 * a.H * a.BLOCK_P + values * a.COLUMNS)}
     loads["rope"] = rows, 4 * (a.H if a.table_rows else groups) * a.BLOCK_P  # a shared one is in L1 later
-    return Work(images * tiles * (groups + values), loads, "target")
+    return Work(images * tiles * (groups + values), loads, "source" if a.target is None else "target")
 
 
 # Another op's kernels are added here. Of the compact model's they are those of the forward pass.
@@ -339,7 +339,8 @@ class Recorder(TritonSides):
         types = " ".join(f"{n}:{launching.TYPE_NAMES[tensor.dtype]}" for n, tensor in used.items())
         dims = " ".join(f"{n}={v}" for n, v in arguments.items() if n in ("M", "N", "K", "rows"))
         launch = f"{types} {dims} tile={config} grid={'x'.join(map(str, grid))}"
-        amounts = sum(map(_size, used.values())), loaded + written, work.flops, work.tiled_flops
+        read = sum(_size(values[n]) for n in work.loads)
+        amounts = read + written, loaded + written, work.flops, work.tiled_flops
         itemsize = next(iter(used.values())).element_size()
         record = name.strip("_").removesuffix("_kernel"), self.part(name, None), *amounts, itemsize, launch
         self.records.append(Record(*record, _size(values.get("partial"))))
