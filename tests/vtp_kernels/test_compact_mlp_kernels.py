@@ -280,6 +280,7 @@ SWIGLU_CASES = [
             (37, 61, "begin"),
             (17, 64, "end"),
             (15, 197, "end"),
+            (11, 37, "end"),
             (5, 127, "begin"),
             (3, 15, "end"),
             (9, 461, "begin"),
@@ -322,9 +323,12 @@ def test_swiglu_backward_of_several_programs_each_way(interpreter):
     ],
     ids=str,
 )
-def test_both_passes_of_swiglu_in_every_layout(interpreter, case):
+@pytest.mark.parametrize("path", [FUSED, ("compact_linear", "vendor")], ids=["kernel", "vendor"])
+def test_both_passes_of_swiglu_in_every_layout(interpreter, case, path):
+    """There is no fused kernel for it; its products are those of compact_linear, or from 1,024 rows on the
+    vendor's."""
     case = replace(case, activation="swiglu")
-    launched = run(interpreter, check_passes, case, forced=FUSED)  # which it has no kernel for
+    launched = run(interpreter, check_passes, case, forced=path)
     assert {key[0] for key in launched} == {"_swiglu_fwd_kernel", "_swiglu_bwd_kernel"}
 
 
