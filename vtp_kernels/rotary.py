@@ -237,13 +237,7 @@ TILES = {
     64: Config.of(4, 1, BLOCK_M=8, BLOCK_P=64, HEADS=2, COLUMNS=256),
     128: Config.of(4, 1, BLOCK_M=4, BLOCK_P=128, HEADS=2, COLUMNS=512),
 }
-DROPE_TILES = {
-    8: Config.of(4, 1, BLOCK_M=64, BLOCK_P=8),
-    16: Config.of(4, 1, BLOCK_M=32, BLOCK_P=16),
-    32: Config.of(4, 1, BLOCK_M=16, BLOCK_P=32),
-    64: Config.of(4, 1, BLOCK_M=8, BLOCK_P=64),
-    128: Config.of(4, 1, BLOCK_M=4, BLOCK_P=128),
-}
+DROPE_TILES = {block: Config.of(4, 1, BLOCK_M=512 // block, BLOCK_P=block) for block in TILES}
 
 
 # ------------------------------------------------------------------------------------------------- launchers
