@@ -60,7 +60,8 @@ class LayerRecorder(Recorder):
     layer = "outside the blocks"
 
     def part(self, kernel: str | None, result: Tensor | None) -> str:
-        return "attention" if kernel and kernel.startswith("_ragged_attention") else self.layer
+        of_attention = kernel and kernel.startswith(("_ragged_attention", "_rotate_heads"))
+        return "attention" if of_attention else self.layer
 
 
 LAYERS = ("norm1", "qkv", "attention", "proj", "norm2", "mlp")

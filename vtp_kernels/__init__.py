@@ -5,5 +5,14 @@ from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.gated_linear import gated_linear
 from vtp_kernels.layer_norm_gather import layer_norm_gather
 from vtp_kernels.ragged_attention import ragged_attention
+from vtp_kernels.rotary import rotate_heads, rotate_heads_
 
-__all__ = ["compact_linear", "compact_mlp", "gated_linear", "layer_norm_gather", "ragged_attention"]
+__all__ = [
+    "compact_linear",
+    "compact_mlp",
+    "gated_linear",
+    "layer_norm_gather",
+    "ragged_attention",
+    "rotate_heads",
+    "rotate_heads_",
+]

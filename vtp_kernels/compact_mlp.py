@@ -1,7 +1,8 @@
-"""The feed-forward branch of a compact block: `residual + (gelu(x W1^T + b1) W2^T + b2)`, GELU by erf.
+"""The feed-forward branch of a compact block: `residual + (act(x W1^T + b1) W2^T + b2)`, act GELU or SwiGLU.
 
 x [..., K], W1 [hidden, K], b1 [hidden], W2 [N, hidden], b2 [N], residual [..., N]; M is the number of rows of
-x. K, hidden and N are any integers, as pruning leaves them.
+x. K, hidden and N are any integers, as pruning leaves them. GELU is the exact one, by erf. For SwiGLU W1 is
+[2 hidden, K] and b1 [2 hidden]: the rows of the gate, then those of the value.
 
 With z = x W1^T + b1, h = gelu(z) = z Phi(z), Phi and phi the distribution function and the density of the
 standard normal distribution, and dy the gradient of the branch:
@@ -14,11 +15,24 @@ a program keeps [BLOCK_M, N] sums in registers and passes over `hidden` in tiles
 through GELU and multiplies by its columns of W2. The [M, hidden] activation is then never in memory. Else two
 launches of `compact_linear`.
 
+With SwiGLU z = x W1^T + b1 has two halves, z_g and z_v, and with s the logistic function
+
+    h = z_g s(z_g) z_v    dz_g = dh z_v s(z_g) (1 + z_g (1 - s(z_g)))    dz_v = dh z_g s(z_g)
+
+That is two launches of `compact_linear` and between them a pass over z, one kernel, which reads 2 M hidden
+numbers and writes half as many. An epilogue of the first product would save writing z and reading it. But
+from 1,024 rows on that product is the vendor's, which has none; and with fewer rows z stays in L2, and the
+pass is a launch of a few microseconds (predicted, not measured). It would also need rows of W1 in another
+order, so that one tile has a gate and its value, or two accumulators in each of the three kinds of tiles of
+`compact_linear`. Nor is there one kernel for it all: of the models that have SwiGLU only the smallest,
+EVA-02-Ti, is as narrow as 256. Where hidden is no multiple of 8, values do not start at 16 bytes and are
+loaded, and their gradient is stored, one by one.
+
 Saved for backward: x, z, W1 and W2; h is made again from z, by the kernel that makes dz, in one pass over
 both. The products are the vendor's, of operands padded with zeros to multiples of 8.
 
-Numbers: products and sums are float32; h is rounded once, to the dtype of x. Where z is kept for backward, h
-is made of the rounded z, in both passes the same.
+Numbers: products and sums are float32; h is rounded once, to the dtype of x. Where z is kept for backward,
+and with SwiGLU always, h is made of the rounded z, in both passes the same.
 
 Deterministic: sums over rows are made in two stages of fixed order; there are no atomics.
 """
@@ -42,6 +56,7 @@ from vtp_kernels.rows import (
     empty_rows,
     empty_rows_like,
     in_padded_rows,
+    padded_width,
     whole_rows,
     with_padded_rows,
     zero_padded,
@@ -57,10 +72,20 @@ def compact_mlp_ref(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     residual: Tensor | None,
+    activation: str = "gelu",
 ) -> Tensor:
     """The definition of `compact_mlp` in plain PyTorch, for autograd to differentiate."""
-    out = F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    h = _activated(F.linear(x, fc1_weight, fc1_bias), activation == "swiglu")
+    out = F.linear(h, fc2_weight, fc2_bias)
     return out if residual is None else residual + out
+
+
+def _activated(z: Tensor, swiglu: bool) -> Tensor:
+    """h [..., hidden] of z, which is as wide or with SwiGLU twice as wide."""
+    if not swiglu:
+        return F.gelu(z)
+    gate, value = z.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 # -------------------------------------------------------------------------------------------------- kernels
@@ -218,6 +243,83 @@ def _gelu_bwd_kernel(
     tl.store(partial + tl.program_id(0).to(tl.int64) * hidden + o_h, b_sum, mask=o_h < hidden)
 
 
+@triton.jit
+def _load_gate_and_value(z, o_row, o_h, M, hidden, stride_z):
+    """Both halves of z at columns o_h, 0 beyond hidden; o_row is a column of 64-bit numbers."""
+    p_z = z + o_row * stride_z + o_h[None, :]
+    # Of the gate whole 16 bytes are loaded, which end among values, or in the padding behind few of them.
+    m_gate = (o_row < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)
+    b_gate = tl.load(p_z, mask=m_gate, other=0.0).to(tl.float32)
+    b_value = tl.load(p_z + hidden, mask=(o_row < M) & (o_h[None, :] < hidden), other=0.0).to(tl.float32)
+    return tl.where(o_h[None, :] < hidden, b_gate, 0.0), b_value
+
+
+@triton.jit(do_not_specialize=["M", "hidden", "stride_z", "stride_h"])
+def _swiglu_fwd_kernel(
+    z, h, M, hidden, stride_z, stride_h,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, HALVES_ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """h = silu(gate) * value of z [M, 2 hidden], 0 in the padding of its rows.
+
+    HALVES_ALIGNED: hidden is a multiple of 8, so that values start at 16 bytes as gates do.
+    """
+    stride_z, stride_h = stride_z // 8 * 8, stride_h // 8 * 8
+    if HALVES_ALIGNED:
+        hidden = hidden // 8 * 8
+    o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    o_row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
+    b_gate, b_value = _load_gate_and_value(z, o_row, o_h, M, hidden, stride_z)
+    b_h = b_gate / (1.0 + tl.exp(-b_gate)) * b_value
+    m_h = (o_row < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)
+    tl.store(h + o_row * stride_h + o_h[None, :], b_h.to(h.dtype.element_ty), mask=m_h)
+
+
+@triton.jit(
+    do_not_specialize=["M", "hidden", "rows_per_program", "stride_dh", "stride_z", "stride_dz", "stride_h"]
+)
+def _swiglu_bwd_kernel(
+    dh, z, dz, h, partial, M, hidden, rows_per_program, stride_dh, stride_z, stride_dz, stride_h,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, HALVES_ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """dz [M, 2 hidden] and h = silu(gate) * value, 0 in the padding of their rows.
+
+    partial [programs, 2 hidden]: this program's sum of dz over its `rows_per_program` rows, a multiple of
+    BLOCK_M.
+    """
+    stride_dh, stride_z = stride_dh // 8 * 8, stride_z // 8 * 8
+    stride_dz, stride_h = stride_dz // 8 * 8, stride_h // 8 * 8
+    if HALVES_ALIGNED:
+        hidden = hidden // 8 * 8
+    o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    m_own = o_h[None, :] < hidden
+    m_padded = o_h[None, :] < (hidden + 7) // 8 * 8
+    m_end = o_h[None, :] < (2 * hidden + 7) // 8 * 8 - hidden  # of values, and the padding of dz
+    b_sum_gate = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    b_sum_value = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    begin = tl.program_id(0) * rows_per_program
+    for row in range(begin, tl.minimum(M, begin + rows_per_program), BLOCK_M):
+        o_row = (row + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
+        m_row = o_row < M
+        b_gate, b_value = _load_gate_and_value(z, o_row, o_h, M, hidden, stride_z)
+        p_dh = dh + o_row * stride_dh + o_h[None, :]
+        b_dh = tl.load(p_dh, mask=m_row & m_padded, other=0.0).to(tl.float32)
+        b_dh = tl.where(m_own, b_dh, 0.0)
+        b_s = 1.0 / (1.0 + tl.exp(-b_gate))
+        b_silu = b_gate * b_s
+        b_dgate = b_dh * b_value * (b_s * (1.0 + b_gate * (1.0 - b_s)))
+        b_dvalue = b_dh * b_silu
+        b_sum_gate += tl.sum(b_dgate, axis=0)
+        b_sum_value += tl.sum(b_dvalue, axis=0)
+        p_dz = dz + o_row * stride_dz + o_h[None, :]
+        tl.store(p_dz, b_dgate.to(dz.dtype.element_ty), mask=m_row & m_own)
+        tl.store(p_dz + hidden, b_dvalue.to(dz.dtype.element_ty), mask=m_row & m_end)
+        p_h = h + o_row * stride_h + o_h[None, :]
+        tl.store(p_h, (b_silu * b_value).to(h.dtype.element_ty), mask=m_row & m_padded)
+    p_partial = partial + tl.program_id(0).to(tl.int64) * 2 * hidden + o_h
+    tl.store(p_partial, b_sum_gate, mask=o_h < hidden)
+    tl.store(p_partial + hidden, b_sum_value, mask=o_h < hidden)
+
+
 # --------------------------------------------------------------------------------------------------- tables
 
 
@@ -246,12 +348,19 @@ _FUSED_ROWS = 64 * 66
 _LAUNCHES = choice("compact_mlp", "fused", "two_launches")  # what `launching.forced_path` can force
 
 _GELU_BWD = Config.of(4, 1, BLOCK_M=16, BLOCK_H=128)
-_GELU_BWD_ROWS = 128  # per program: one partial sum of a column for each
+_BWD_ROWS = 128  # per program: one partial sum of a column for each
+_SWIGLU_FWD = Config.of(4, 1, BLOCK_M=16, BLOCK_H=128)
+# By whether both halves of z are aligned. With 4 warps some registers spill on sm_80. Where values are loaded
+# one by one, so many addresses take registers that only one block of 16 rows fits on sm_100.
+_SWIGLU_BWD = {
+    True: Config.of(8, 1, BLOCK_M=16, BLOCK_H=128),
+    False: Config.of(8, 1, BLOCK_M=8, BLOCK_H=128),
+}
 
 
-def _is_fused(dtype: torch.dtype, M: int, N: int) -> bool:
+def _is_fused(dtype: torch.dtype, M: int, N: int, swiglu: bool = False) -> bool:
     """Whether one kernel makes the whole branch."""
-    can_be = N <= _WIDEST and launching.operands(dtype) != "ieee"
+    can_be = N <= _WIDEST and launching.operands(dtype) != "ieee" and not swiglu
     return can_be and _LAUNCHES.takes("fused", M >= _FUSED_ROWS)
 
 
@@ -301,14 +410,14 @@ def _launch_gelu_bwd(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dz and h [M, hidden], partial [programs, hidden]; dh and z with padded rows."""
     M, hidden = z.shape
     block_h = _GELU_BWD.blocks["BLOCK_H"]
-    programs = cdiv(M, _GELU_BWD_ROWS)
+    programs = cdiv(M, _BWD_ROWS)
     dz, h = (empty_rows(M, hidden, dtype=z.dtype, device=z.device) for _ in range(2))
     partial = torch.empty((programs, hidden), dtype=torch.float32, device=z.device)
     launch(
         _gelu_bwd_kernel,
         (programs, cdiv(hidden, block_h)),
         dict(
-            dh=dh, z=z, dz=dz, h=h, partial=partial, M=M, hidden=hidden, rows_per_program=_GELU_BWD_ROWS,
+            dh=dh, z=z, dz=dz, h=h, partial=partial, M=M, hidden=hidden, rows_per_program=_BWD_ROWS,
             stride_dh=dh.stride(0), stride_z=z.stride(0), stride_out=dz.stride(0),
         ),
         _GELU_BWD,
@@ -316,16 +425,52 @@ def _launch_gelu_bwd(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return dz, h, partial
 
 
+def _launch_swiglu_fwd(z: Tensor) -> Tensor:
+    """h [M, hidden] of z [M, 2 hidden] with padded rows."""
+    M, hidden = len(z), z.shape[1] // 2
+    block_m, block_h = _SWIGLU_FWD.blocks.values()
+    h = empty_rows(M, hidden, dtype=z.dtype, device=z.device)
+    launch(
+        _swiglu_fwd_kernel,
+        (cdiv(M, block_m), cdiv(hidden, block_h)),
+        dict(z=z, h=h, M=M, hidden=hidden, stride_z=z.stride(0), stride_h=h.stride(0)),
+        _SWIGLU_FWD,
+        HALVES_ALIGNED=hidden % 8 == 0,
+    )
+    return h
+
+
+def _launch_swiglu_bwd(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dz [M, 2 hidden], h [M, hidden], partial [programs, 2 hidden]; dh and z with padded rows."""
+    M, hidden = dh.shape
+    # Of programs: the padding of h, and that of dz behind its values, reach further than hidden.
+    columns = max(padded_width(hidden), padded_width(2 * hidden) - hidden)
+    programs, aligned = cdiv(M, _BWD_ROWS), hidden % 8 == 0
+    dz, h = (empty_rows(M, width, dtype=z.dtype, device=z.device) for width in (2 * hidden, hidden))
+    partial = torch.empty((programs, 2 * hidden), dtype=torch.float32, device=z.device)
+    launch(
+        _swiglu_bwd_kernel,
+        (programs, cdiv(columns, _SWIGLU_BWD[aligned].blocks["BLOCK_H"])),
+        dict(
+            dh=dh, z=z, dz=dz, h=h, partial=partial, M=M, hidden=hidden, rows_per_program=_BWD_ROWS,
+            stride_dh=dh.stride(0), stride_z=z.stride(0), stride_dz=dz.stride(0), stride_h=h.stride(0),
+        ),
+        _SWIGLU_BWD[aligned],
+        HALVES_ALIGNED=aligned,
+    )  # fmt: skip
+    return dz, h, partial
+
+
 def _forward_triton(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
-    residual: Tensor | None, keep_z: bool,
+    residual: Tensor | None, keep_z: bool, swiglu: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (hidden, K), N, lead = fc1_weight.shape, len(fc2_weight), x.shape[:-1]
     M = math.prod(lead)
     if 0 in (M, K, hidden, N) or x.dtype == torch.float64:
-        return _forward_plain(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z)
-    if not _is_fused(x.dtype, M, N):
-        return _two_launches(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z)
+        return _forward_plain(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z, swiglu)
+    if not _is_fused(x.dtype, M, N, swiglu):
+        return _two_launches(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z, swiglu)
     # A bias that is not there is not worth a compilation.
     fc1_bias = x.new_zeros(hidden) if fc1_bias is None else fc1_bias.contiguous()
     fc2_bias = x.new_zeros(N) if fc2_bias is None else fc2_bias.contiguous()
@@ -337,31 +482,38 @@ def _forward_triton(
 
 def _two_launches(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
-    residual: Tensor | None, keep_z: bool,
+    residual: Tensor | None, keep_z: bool, swiglu: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """And with SwiGLU a pass between them."""
     with torch.no_grad():  # so that compact_linear keeps nothing
-        z = compact_linear(x, fc1_weight, fc1_bias, activation=None if keep_z else "gelu")
+        z = compact_linear(x, fc1_weight, fc1_bias, activation=None if keep_z or swiglu else "gelu")
         # With its padding, which is 0, so that its width is one that every GEMM takes.
-        h, fc2_weight = whole_rows(z), zero_padded(fc2_weight)
-        out = compact_linear(F.gelu(h) if keep_z else h, fc2_weight, fc2_bias, residual=residual)
+        if swiglu:
+            h = whole_rows(_launch_swiglu_fwd(with_padded_rows(z)))
+            h = h.view(*x.shape[:-1], h.shape[1])
+        else:
+            h = F.gelu(whole_rows(z)) if keep_z else whole_rows(z)
+        out = compact_linear(h, zero_padded(fc2_weight), fc2_bias, residual=residual)
         return out, z if keep_z else x.new_empty(0)
 
 
 def _backward_triton(
     dy: Tensor, x: Tensor, z: Tensor, fc1_weight: Tensor, fc2_weight: Tensor,
     need_x: bool, need_fc1: bool, need_fc1_bias: bool, need_fc2: bool, need_fc2_bias: bool,
+    swiglu: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    (hidden, K), N, M = fc1_weight.shape, len(fc2_weight), math.prod(x.shape[:-1])
+    (units, K), (N, hidden), M = fc1_weight.shape, fc2_weight.shape, math.prod(x.shape[:-1])
     needs = need_x, need_fc1, need_fc1_bias, need_fc2, need_fc2_bias
     if 0 in (M, K, hidden, N) or x.dtype == torch.float64:
-        return _backward_plain(dy, x, z, fc1_weight, fc2_weight, *needs)
+        return _backward_plain(dy, x, z, fc1_weight, fc2_weight, *needs, swiglu)
     dx = dw1 = db1 = dw2 = None
     dy = dy.reshape(M, N)
     db2 = dy.sum(0, dtype=torch.float32).to(x.dtype) if need_fc2_bias else None
     if any(needs[:4]):
         dy = zero_padded(dy.to(x.dtype))
         dh = (dy @ zero_padded(fc2_weight, rows=True))[:, :hidden]
-        dz, h, partial = _launch_gelu_bwd(dh, with_padded_rows(z))
+        launch_bwd = _launch_swiglu_bwd if swiglu else _launch_gelu_bwd
+        dz, h, partial = launch_bwd(dh, with_padded_rows(z))
         dz, h = whole_rows(dz), whole_rows(h)
         if need_fc2:
             dw2 = (dy.t() @ h)[:N, :hidden]
@@ -370,7 +522,7 @@ def _backward_triton(
         if need_x:
             dx = (dz @ zero_padded(fc1_weight, rows=True))[:, :K].view(x.shape)
         if need_fc1:  # what lies behind the width of x makes columns that are cut off
-            dw1 = (dz.t() @ whole_rows(with_padded_rows(x)))[:hidden, :K]
+            dw1 = (dz.t() @ whole_rows(with_padded_rows(x)))[:units, :K]
     return library.empty_for_none(x, dx, dw1, db1, dw2, db2)
 
 
@@ -398,6 +550,10 @@ def _record(dtype: torch.dtype) -> None:
             for keep_z in (False, True):
                 _forward_triton(empty(M, K), *weights, residual, keep_z)
         _backward_triton(empty(M, N), empty(M, K), empty(M, hidden), weights[0], weights[2], *(True,) * 5)
+    for hidden in (128, 125):  # where values start at 16 bytes, and where they do not
+        x, z, fc1_weight, fc2_weight = map(empty, (M, M, 2 * hidden, K), (K, 2 * hidden, K, hidden))
+        _forward_triton(x, fc1_weight, None, fc2_weight, None, None, True, True)
+        _backward_triton(x, x, z, fc1_weight, fc2_weight, *(True,) * 5, True)
 
 
 # ---------------------------------------------------------------------------------- plain PyTorch, any device
@@ -405,10 +561,10 @@ def _record(dtype: torch.dtype) -> None:
 
 def _forward_plain(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
-    residual: Tensor | None, keep_z: bool,
+    residual: Tensor | None, keep_z: bool, swiglu: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     z = F.linear(x, fc1_weight, fc1_bias)
-    out = F.linear(F.gelu(z), fc2_weight, fc2_bias)
+    out = F.linear(_activated(z, swiglu), fc2_weight, fc2_bias)
     if residual is not None:
         out = residual + out
     return in_padded_rows(out), in_padded_rows(z) if keep_z else x.new_empty(0)
@@ -417,33 +573,41 @@ def _forward_plain(
 def _backward_plain(
     dy: Tensor, x: Tensor, z: Tensor, fc1_weight: Tensor, fc2_weight: Tensor,
     need_x: bool, need_fc1: bool, need_fc1_bias: bool, need_fc2: bool, need_fc2_bias: bool,
+    swiglu: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    (hidden, K), N, M = fc1_weight.shape, len(fc2_weight), math.prod(x.shape[:-1])
+    (units, K), N, M = fc1_weight.shape, len(fc2_weight), math.prod(x.shape[:-1])
     dx = dw1 = db1 = dw2 = None
     dy = dy.reshape(M, N)
     db2 = dy.sum(0).to(x.dtype) if need_fc2_bias else None
-    dy, z = dy.to(x.dtype), z.reshape(M, hidden)
+    dy, z = dy.to(x.dtype), z.reshape(M, units)
     if need_fc2:
-        dw2 = in_padded_rows(dy.t() @ F.gelu(z))
+        dw2 = in_padded_rows(dy.t() @ _activated(z, swiglu))
     if need_x or need_fc1 or need_fc1_bias:
-        dz = torch.ops.aten.gelu_backward(dy @ fc2_weight, z)
+        dz = _activation_backward(dy @ fc2_weight, z, swiglu)
         db1 = dz.sum(0) if need_fc1_bias else None
         dx = in_padded_rows((dz @ fc1_weight).view(x.shape)) if need_x else None
         dw1 = in_padded_rows(dz.t() @ x.reshape(M, K)) if need_fc1 else None
     return library.empty_for_none(x, dx, dw1, db1, dw2, db2)
 
 
+def _activation_backward(dh: Tensor, z: Tensor, swiglu: bool) -> Tensor:
+    if not swiglu:
+        return torch.ops.aten.gelu_backward(dh, z)
+    gate, value = z.chunk(2, dim=-1)
+    return torch.cat([torch.ops.aten.silu_backward(dh * value, gate), dh * F.silu(gate)], dim=-1)
+
+
 # ---------------------------------------------------------------------------------------------- registration
 
 
-def _forward_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z):
+def _forward_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z, swiglu=False):
     lead, dtype = x.shape[:-1], None if residual is None else residual.dtype
     out = empty_rows_like(x, *lead, fc2_weight.shape[0], dtype=dtype)
     return out, empty_rows_like(x, *lead, fc1_weight.shape[0]) if keep_z else x.new_empty(0)
 
 
 def _backward_fake(
-    dy, x, z, fc1_weight, fc2_weight, need_x, need_fc1, need_fc1_bias, need_fc2, need_fc2_bias
+    dy, x, z, fc1_weight, fc2_weight, need_x, need_fc1, need_fc1_bias, need_fc2, need_fc2_bias, swiglu=False
 ):
     return library.empty_for_none(
         x,
@@ -456,33 +620,34 @@ def _backward_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    x, fc1_weight, _, fc2_weight, _, _, ctx.keep_z = inputs
+    x, fc1_weight, _, fc2_weight, _, _, ctx.keep_z, ctx.swiglu = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], fc1_weight, fc2_weight)
 
 
 def _backward(ctx, dy, _):
-    *needs, need_residual, _ = ctx.needs_input_grad
+    *needs, need_residual = ctx.needs_input_grad[:6]
+    others = (None,) * len(ctx.needs_input_grad[6:])  # an argument that has its default is not among them
     gradients = (None,) * 5
     if dy is not None and any(needs):
         if not ctx.keep_z:
             raise ValueError("keep_z: got False, expected True where the branch is to be differentiated")
-        gradients = torch.ops.vtp.compact_mlp_backward(dy, *ctx.saved_tensors, *needs)
+        gradients = torch.ops.vtp.compact_mlp_backward(dy, *ctx.saved_tensors, *needs, ctx.swiglu)
         gradients = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    return *gradients, dy if need_residual else None, None
+    return *gradients, dy if need_residual else None, *others
 
 
 define(
     "compact_mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias,"
-    " Tensor? residual, bool keep_z) -> (Tensor, Tensor)",
+    " Tensor? residual, bool keep_z, bool swiglu=False) -> (Tensor, Tensor)",
     plain=_forward_plain,
     triton=_forward_triton,
     fake=_forward_fake,
 )
 define(
     "compact_mlp_backward(Tensor dy, Tensor x, Tensor z, Tensor fc1_weight, Tensor fc2_weight, bool need_x,"
-    " bool need_fc1, bool need_fc1_bias, bool need_fc2, bool need_fc2_bias)"
+    " bool need_fc1, bool need_fc1_bias, bool need_fc2, bool need_fc2_bias, bool swiglu=False)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     plain=_backward_plain,
     triton=_backward_triton,
@@ -520,20 +685,21 @@ def compact_mlp(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     residual: Tensor | None,
+    activation: str = "gelu",
 ) -> Tensor:
-    """Feed-forward branch: `residual + (gelu(x @ fc1_weight.T + fc1_bias) @ fc2_weight.T + fc2_bias)`.
-
-    GELU is the exact one, by erf.
+    """Feed-forward branch: `residual + (act(x @ fc1_weight.T + fc1_bias) @ fc2_weight.T + fc2_bias)`.
 
     Args:
         x: [..., K], float32, bfloat16, float16 or float64; any strides, rows that are padded to a multiple of
             8 elements are read without a copy. Under autocast x, weights and biases are cast to its dtype, as
             `torch.nn.functional.linear` casts them.
-        fc1_weight: [hidden, K], in the dtype of x.
-        fc1_bias: [hidden], in the dtype of x, or None.
+        fc1_weight: [hidden, K], in the dtype of x; with "swiglu" [2 * hidden, K], the rows of the gate and
+            then those of the value.
+        fc1_bias: [hidden], or with "swiglu" [2 * hidden], in the dtype of x, or None.
         fc2_weight: [N, hidden], in the dtype of x.
         fc2_bias: [N], in the dtype of x, or None.
         residual: [..., N], in the dtype of x, or float32 beside a 16-bit x, or None. Autocast leaves it.
+        activation: "gelu", the exact one, by erf; or "swiglu", `silu(gate) * value`.
 
     Returns:
         [..., N] in the dtype of the residual if there is one, else of x; the rows lie in memory a multiple of
@@ -541,34 +707,44 @@ def compact_mlp(
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype is not one of those above.
-        ValueError: shapes or devices do not go together.
+        ValueError: shapes or devices do not go together, or the activation is not known.
     """
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = _arguments.as_autocast_casts(
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias
     )
-    _validate(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual)
+    _validate(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation)
     operands = [t for t in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias) if t is not None]
     keep_z = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
-    out, _ = torch.ops.vtp.compact_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep_z)
+    weights = fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    out, _ = torch.ops.vtp.compact_mlp(x, *weights, residual, keep_z, activation == "swiglu")
     return out
 
 
 def _validate(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
-    residual: Tensor | None,
+    residual: Tensor | None, activation: str,
 ) -> None:  # fmt: skip
+    if activation not in ("gelu", "swiglu"):
+        raise ValueError(f"activation: got {activation!r}, expected 'gelu' or 'swiglu'")
     required = {"x": x, "fc1_weight": fc1_weight, "fc2_weight": fc2_weight}
     optional = {"fc1_bias": fc1_bias, "fc2_bias": fc2_bias, "residual": residual}
     tensors = _arguments.check_tensors(required, optional)
     _arguments.check_dtypes(tensors, or_float32=("residual",))
-    _arguments.check_inputs(x, fc1_weight, "fc1_weight", "[hidden, K]")
-    hidden, K = fc1_weight.shape
+    swiglu = activation == "swiglu"
+    _arguments.check_inputs(x, fc1_weight, "fc1_weight", "[2 * hidden, K]" if swiglu else "[hidden, K]")
+    units, K = fc1_weight.shape
+    if swiglu and units % 2:
+        raise ValueError(
+            f"fc1_weight: got shape {tuple(fc1_weight.shape)}, expected [2 * hidden, K]: a gate and a value"
+            " for each hidden unit"
+        )
+    hidden = units // 2 if swiglu else units
     if fc2_weight.ndim != 2:
         raise ValueError(f"fc2_weight: got shape {tuple(fc2_weight.shape)}, expected [N, hidden]")
     if fc2_weight.shape[1] != hidden:
-        expected = f"[N, {hidden}], as fc1_weight is [{hidden}, {K}]"
+        expected = f"[N, {hidden}], as fc1_weight is [{units}, {K}]"
         raise ValueError(f"fc2_weight: got shape {tuple(fc2_weight.shape)}, expected {expected}")
     N = fc2_weight.shape[0]
-    for name, shape in {"fc1_bias": (hidden,), "fc2_bias": (N,), "residual": (*x.shape[:-1], N)}.items():
+    for name, shape in {"fc1_bias": (units,), "fc2_bias": (N,), "residual": (*x.shape[:-1], N)}.items():
         if name in tensors:
             _arguments.check_shape(name, tensors[name], shape)

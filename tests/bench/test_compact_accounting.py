@@ -21,6 +21,7 @@ from vtp_kernels.launching import cdiv
 from vtp_kernels.layer_norm_gather import layer_norm_gather
 from vtp_kernels.proofs.roofline import Recorder, total
 from vtp_kernels.ragged_attention import ragged_attention
+from vtp_kernels.rotary import rotate_heads, rotate_heads_
 
 
 def half(*shape):
@@ -90,6 +91,33 @@ def test_a_fused_branch_moves_no_hidden_activation():
     assert found.dram_bytes == 2 * (M * 120 + hidden * 120 + hidden + N * 464 + N + M * N)
     assert found.flops == 2 * M * hidden * (K + N)
     assert found.tiled_flops == 2 * M * 480 * (128 + 192)
+
+
+def test_swiglu_reads_both_halves_and_writes_one_between_its_products():
+    M, K, hidden, N = 2000, 120, 461, 64
+    x, fc1, fc2 = half(M, K), half(2 * hidden, K), half(N, 464)[:, :hidden]
+    records = recorded(lambda: compact_mlp(x, fc1, None, fc2, None, None, "swiglu"))
+    (found,) = (record for record in records if record.name == "swiglu_fwd")
+    assert [record.name for record in records].count("mm") == 2
+    assert found.dram_bytes == 2 * M * (928 + 464)  # 922 and 461, rows padded to multiples of 8
+    assert found.flops == 0 and sum(record.flops for record in records) >= 2 * M * hidden * (2 * K + N)
+
+
+@pytest.mark.parametrize("own_tables", [False, True], ids=["one-table", "own-tables"])
+def test_rotation_moves_queries_and_keys_in_place_and_all_in_a_copy(own_tables):
+    B, N, H, d, V = 8, 201, 12, 64, 461
+    qkv = half(B, N, 2 * H * d + 464)[..., : 2 * H * d + V]
+    rope = torch.empty(*(H,) * own_tables, N - 5, 2 * d, device="meta")
+    table = rope.numel() * 4
+    (found,) = recorded(lambda: rotate_heads_(qkv, rope, (d,) * H, 5, True))
+    assert found.dram_bytes == 8 * H * d * B * N + table
+    # Thirteen tiles of 16 tokens, prefix tokens not among them; a table is loaded for two heads or for one.
+    rows = B * 13 * 16
+    tables = rows * 2 * d * 4 * (H if own_tables else H // 2)
+    assert found.tile_bytes == 2 * 2 * H * d * rows + tables + 4 * H * d * B * N
+    (copy,) = recorded(lambda: rotate_heads(qkv, rope, (d,) * H, 5, True))
+    assert copy.dram_bytes == 2 * 2 * (2 * H * d + 464) * B * N + table
+    assert found.flops == copy.flops == 0
 
 
 def test_operators_of_pytorch_are_counted_without_views_and_outputs_given():

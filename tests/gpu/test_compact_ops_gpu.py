@@ -1,6 +1,7 @@
 """The ops of the compact model on a GPU: values, gradients, layouts, whole models, graphs, compilations."""
 
 import copy
+import functools
 import importlib
 
 import pytest
@@ -14,6 +15,7 @@ from vtp_kernels.compact_linear import compact_linear, compact_linear_ref
 from vtp_kernels.compact_mlp import compact_mlp, compact_mlp_ref
 from vtp_kernels.layer_norm_gather import layer_norm_gather, layer_norm_gather_ref
 from vtp_kernels.ragged_attention import ragged_attention, ragged_attention_ref
+from vtp_kernels.rotary import rotate_heads, rotate_heads_, rotate_heads_ref
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -80,6 +82,49 @@ def test_compact_mlp(device, dtype, M, K, hidden, N):
         normal(N, hidden, seed=3, scale=hidden**-0.5), normal(N, seed=4), normal(M, N, seed=5),
     )  # fmt: skip
     check(device, dtype, compact_mlp, compact_mlp_ref, *given)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("M", "K", "hidden", "N"), [(37, 115, 461, 192), (4300, 61, 64, 192), (64, 61, 1, 15)]
+)
+def test_compact_mlp_with_swiglu(device, dtype, M, K, hidden, N):
+    given = (
+        normal(M, K), normal(2 * hidden, K, seed=1, scale=K**-0.5), normal(2 * hidden, seed=2),
+        normal(N, hidden, seed=3, scale=hidden**-0.5), normal(N, seed=4), normal(M, N, seed=5),
+    )  # fmt: skip
+    ours, reference = (functools.partial(f, activation="swiglu") for f in (compact_mlp, compact_mlp_ref))
+    check(device, dtype, ours, reference, *given)
+
+
+ROTATIONS = pytest.mark.parametrize("rotate_half", [False, True], ids=["interleaved", "halves"])
+
+
+@DTYPES
+@ROTATIONS
+@pytest.mark.parametrize("own_tables", [False, True], ids=["one-table", "own-tables"])
+@pytest.mark.parametrize(("N", "prefix", "d"), [(2, 1, 2), (201, 5, 64), (17, 0, 30), (197, 1, 80)])
+def test_rotate_heads(device, dtype, N, prefix, d, own_tables, rotate_half):
+    given = normal(3, N, 6 * d + 61), normal(*(3,) * own_tables, N - prefix, 2 * d, seed=1)
+    arguments = (d,) * 3, prefix, rotate_half
+    check(
+        device, dtype, lambda qkv, rope: rotate_heads(qkv, rope, *arguments),
+        lambda qkv, rope: rotate_heads_ref(qkv, rope, *arguments), *given,
+    )  # fmt: skip
+
+
+@DTYPES
+@ROTATIONS
+@pytest.mark.parametrize("V", [61, 64])
+def test_rotate_heads_in_place_with_a_table_of_float32(device, dtype, V, rotate_half):
+    qkv, rope = normal(2, 201, 256 + V).to(device, dtype), normal(196, 128, seed=1).to(device).float()
+    arguments = (64, 64), 5, rotate_half
+    exact = rotate_heads_ref(qkv.double(), rope.double(), *arguments)
+    torchs = rotate_heads_ref(qkv, rope.to(dtype), *arguments)
+    expected = rotate_heads(qkv, rope, *arguments)
+    assert_close_to_float64(expected, exact, torchs)
+    assert rotate_heads_(qkv, rope, *arguments) is qkv
+    assert torch.equal(qkv, expected)
 
 
 @DTYPES
@@ -182,3 +227,18 @@ def test_few_small_shapes_that_run_every_kernel(device, dtype):
     fc1 = normal(61, 37, seed=1, scale=0.1), normal(61, seed=2)
     fc2 = normal(45, 61, seed=3, scale=0.1), normal(45, seed=4)
     check(device, dtype, compact_mlp, compact_mlp_ref, normal(70, 37), *fc1, *fc2, normal(70, 45, seed=5))
+    for hidden in (61, 64):
+        fc1 = normal(2 * hidden, 37, seed=1, scale=0.1), normal(2 * hidden, seed=2)
+        fc2 = normal(45, hidden, seed=3, scale=0.1), normal(45, seed=4)
+        swiglu = [functools.partial(f, activation="swiglu") for f in (compact_mlp, compact_mlp_ref)]
+        check(device, dtype, *swiglu, normal(70, 37), *fc1, *fc2, normal(70, 45, seed=5))
+    for own_tables, rotate_half in ((False, False), (True, True)):
+        qkv, rope = normal(2, 37, 6 * 30 + 13), normal(*(3,) * own_tables, 36, 60, seed=1)
+        arguments = (30,) * 3, 1, rotate_half
+        check(
+            device, dtype, lambda *t, given=arguments: rotate_heads(*t, *given),
+            lambda *t, given=arguments: rotate_heads_ref(*t, *given), qkv, rope,
+        )  # fmt: skip
+        in_place = qkv.to(device, dtype), rope.to(device, dtype)
+        expected = rotate_heads(*in_place, *arguments)
+        assert torch.equal(rotate_heads_(*in_place, *arguments), expected)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import SwiGLUPacked
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,84 +17,100 @@ from vtp_kernels.compact_mlp import compact_mlp, compact_mlp_ref
 ARGUMENTS = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "residual")
 # Rows, inputs, hidden, outputs: the odd widths of a pruned model on every axis.
 SHAPES = [(1, 1, 1, 1), (15, 17, 37, 61), (61, 115, 197, 115), (197, 37, 461, 64), (37, 461, 15, 17)]
+ACTIVATION = pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 
 
-def inputs(M, K, hidden, N, dtypes="f32", seed=0):
+def inputs(M, K, hidden, N, dtypes="f32", seed=0, activation="gelu"):
     """x, weights and biases, residual and dout, of like size. Only the last two may be of another dtype."""
     g = torch.Generator().manual_seed(seed)
     x_dtype, residual_dtype = DTYPES[dtypes]
-    shapes = (M, K), (hidden, K), (hidden,), (N, hidden), (N,), (M, N), (M, N)
+    units = 2 * hidden if activation == "swiglu" else hidden
+    shapes = (M, K), (units, K), (units,), (N, hidden), (N,), (M, N), (M, N)
     x, w1, b1, w2, b2, residual, dout = (torch.randn(shape, generator=g) for shape in shapes)
     w1, w2 = w1 / K**0.5, w2 / hidden**0.5
     operands = [t.to(x_dtype) for t in (x, w1, b1, w2, b2)]
     return *operands, residual.to(residual_dtype), dout.to(residual_dtype)
 
 
-def run(function, *tensors):
+def run(function, *tensors, activation="gelu"):
     """out and the gradient of each input, None for a missing one; the last tensor is that of out."""
     *tensors, dout = tensors
     tensors = leaves(tensors)
-    out = function(*tensors)
+    out = function(*tensors, activation)
     out.backward(dout)
     return out.detach(), *(None if t is None else t.grad for t in tensors)
 
 
-def references(*tensors):
+def references(*tensors, activation="gelu"):
     """The definition in float64 and in the dtypes given."""
-    yield run(compact_mlp_ref, *(None if t is None else t.double() for t in tensors))
-    yield run(compact_mlp_ref, *tensors)
+    yield run(compact_mlp_ref, *(None if t is None else t.double() for t in tensors), activation=activation)
+    yield run(compact_mlp_ref, *tensors, activation=activation)
 
 
-def check(*tensors):
-    results = run(compact_mlp, *tensors)
-    names = ("out", *("d" + name for name in ARGUMENTS))
-    for name, out, ref64, torchs in zip(names, results, *references(*tensors), strict=True):
+def check(*tensors, activation="gelu"):
+    results = run(compact_mlp, *tensors, activation=activation)
+    names, expected = (
+        ("out", *("d" + name for name in ARGUMENTS)),
+        references(*tensors, activation=activation),
+    )
+    for name, out, ref64, torchs in zip(names, results, *expected, strict=True):
         assert (out is None) == (ref64 is None), name
         if out is not None:
             assert out.dtype == torchs.dtype, name
             assert_close_to_float64(out, ref64, torchs, name)
 
 
+@ACTIVATION
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize(("M", "K", "hidden", "N"), SHAPES, ids=lambda v: str(v))
-def test_values_and_all_gradients_are_within_the_error_rule(M, K, hidden, N, dtypes):
-    check(*inputs(M, K, hidden, N, dtypes))
+def test_values_and_all_gradients_are_within_the_error_rule(M, K, hidden, N, dtypes, activation):
+    check(*inputs(M, K, hidden, N, dtypes, activation=activation), activation=activation)
+
+
+def test_swiglu_is_what_timm_computes():
+    mlp = SwiGLUPacked(11, 42, 7).double()
+    x, *_ = (t.double() for t in inputs(6, 11, 21, 7))
+    weights = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
+    torch.testing.assert_close(compact_mlp(x, *weights, None, activation="swiglu"), mlp(x))
 
 
 @pytest.mark.parametrize(
     "missing", [("fc1_bias",), ("fc2_bias",), ("fc1_bias", "fc2_bias", "residual")], ids=str
 )
 @pytest.mark.parametrize("dtypes", ["f32", "bf16"])
-def test_without_biases_or_residual(missing, dtypes):
-    *tensors, dout = inputs(15, 17, 37, 61, dtypes)
+@ACTIVATION
+def test_without_biases_or_residual(missing, dtypes, activation):
+    *tensors, dout = inputs(15, 17, 37, 61, dtypes, activation=activation)
     tensors = [None if name in missing else t for name, t in zip(ARGUMENTS, tensors, strict=True)]
-    check(*tensors, dout)
+    check(*tensors, dout, activation=activation)
 
 
-def test_gradients_are_those_of_finite_differences():
-    *tensors, _ = (t.double() for t in inputs(4, 3, 5, 2))
-    assert torch.autograd.gradcheck(compact_mlp, leaves(tensors))
+@ACTIVATION
+def test_gradients_are_those_of_finite_differences(activation):
+    *tensors, _ = (t.double() for t in inputs(4, 3, 5, 2, activation=activation))
+    assert torch.autograd.gradcheck(lambda *t: compact_mlp(*t, activation), leaves(tensors))
 
 
-def test_every_subset_of_gradients_is_what_all_of_them_give():
-    *tensors, dout = inputs(9, 11, 13, 7)
-    expected = run(compact_mlp, *tensors, dout)[1:]
+@ACTIVATION
+def test_every_subset_of_gradients_is_what_all_of_them_give(activation):
+    *tensors, dout = inputs(9, 11, 13, 7, activation=activation)
+    expected = run(compact_mlp, *tensors, dout, activation=activation)[1:]
     for needs in itertools.product((False, True), repeat=6):
         if not any(needs):
             continue
         given = [t.clone().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-        compact_mlp(*given).backward(dout)
+        compact_mlp(*given, activation).backward(dout)
         for name, t, need, gradient in zip(ARGUMENTS, given, needs, expected, strict=True):
             assert (t.grad is not None) == need, (needs, name)
             assert not need or torch.equal(t.grad, gradient), (needs, name)
 
 
-def products(needs, K=32, hidden=32):
-    """The matrix products, forward and backward, in units of one."""
-    *tensors, _ = inputs(64, K, hidden, K)
+def products(needs, K=32, hidden=32, activation="gelu"):
+    """The matrix products, forward and backward, in units of one of K x hidden."""
+    *tensors, _ = inputs(64, K, hidden, K, activation=activation)
     given = [t.requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
     with FlopCounterMode(display=False) as counter:
-        compact_mlp(*given).sum().backward()
+        compact_mlp(*given, activation).sum().backward()
     return counter.get_total_flops() / (2 * 64 * K * hidden)
 
 
@@ -106,13 +123,20 @@ def test_only_the_products_that_are_needed_are_counted():
     assert products((False, False, False, False, True, True)) == 2
 
 
-def test_x_and_what_enters_gelu_are_saved_and_no_other_activation():
-    *tensors, _ = inputs(30, 11, 45, 7, "bf16")
+def test_the_first_product_of_swiglu_is_twice_as_large():
+    assert products((True,) * 6, activation="swiglu") == 9
+    assert products((True, False, False, False, False, False), activation="swiglu") == 6
+    assert products((False, False, False, True, False, False), activation="swiglu") == 4
+
+
+@ACTIVATION
+def test_x_and_what_enters_the_activation_are_saved_and_nothing_else_of_their_size(activation):
+    *tensors, _ = inputs(30, 11, 45, 7, "bf16", activation=activation)
     tensors = leaves(tensors)
-    saved = saved_by(compact_mlp, *tensors)
+    saved = saved_by(compact_mlp, *tensors, activation)
     for name, t in zip(ARGUMENTS, tensors, strict=True):
         assert (saved.pop(t.data_ptr(), None) is not None) == (name in ("x", "fc1_weight", "fc2_weight"))
-    assert [t.shape for t in saved.values()] == [(30, 45)]
+    assert [t.shape for t in saved.values()] == [(30, len(tensors[1]))]
 
 
 def test_nothing_is_kept_without_gradients():
@@ -131,12 +155,13 @@ def test_a_branch_that_kept_nothing_refuses_to_be_differentiated():
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_layouts_of_inputs_and_of_the_gradient_change_nothing(kind):
-    x, w1, b1, w2, b2, residual, dout = inputs(9, 21, 35, 13)
-    expected = run(compact_mlp, x, w1, b1, w2, b2, residual, dout)
+@ACTIVATION
+def test_layouts_of_inputs_and_of_the_gradient_change_nothing(kind, activation):
+    x, w1, b1, w2, b2, residual, dout = inputs(9, 21, 35, 13, activation=activation)
+    expected = run(compact_mlp, x, w1, b1, w2, b2, residual, dout, activation=activation)
     x, w1, w2, residual = (with_layout(kind, t).detach().requires_grad_() for t in (x, w1, w2, residual))
     tensors = x, w1, *leaves([b1]), w2, *leaves([b2]), residual
-    out = compact_mlp(*tensors)
+    out = compact_mlp(*tensors, activation)
     out.backward(with_layout(kind, dout))
     for name, a, b in zip(("out", *ARGUMENTS), (out, *(t.grad for t in tensors)), expected, strict=True):
         torch.testing.assert_close(a.detach(), b, rtol=1e-5, atol=1e-5, msg=name)
@@ -159,22 +184,24 @@ def test_rows_of_results_start_at_multiples_of_eight(N):
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (2, 1, 3, 5), (0, 5), (2, 0, 5)], ids=str)
-def test_any_leading_shape_even_an_empty_one(shape):
-    _, *weights, _, _ = (t.double() for t in inputs(1, 5, 9, 7))
+@ACTIVATION
+def test_any_leading_shape_even_an_empty_one(shape, activation):
+    _, *weights, _, _ = (t.double() for t in inputs(1, 5, 9, 7, activation=activation))
     g = torch.Generator().manual_seed(1)
     x = torch.randn(shape, dtype=torch.float64, generator=g)
     residual, dout = torch.randn((2, *shape[:-1], 7), dtype=torch.float64, generator=g)
-    got = run(compact_mlp, x, *weights, residual, dout)
-    expected = run(compact_mlp_ref, x, *weights, residual, dout)
+    got, expected = (
+        run(f, x, *weights, residual, dout, activation=activation) for f in (compact_mlp, compact_mlp_ref)
+    )
     for name, a, b in zip(("out", *ARGUMENTS), got, expected, strict=True):
         torch.testing.assert_close(a, b, msg=name)
 
 
 @pytest.mark.parametrize(("K", "hidden", "N"), [(0, 5, 7), (5, 0, 7), (5, 7, 0)])
-def test_widths_of_zero(K, hidden, N):
-    shapes = (3, K), (hidden, K), (hidden,), (N, hidden), (N,), (3, N), (3, N)
-    tensors = [torch.ones(shape) for shape in shapes]
-    got, expected = run(compact_mlp, *tensors), run(compact_mlp_ref, *tensors)
+@ACTIVATION
+def test_widths_of_zero(K, hidden, N, activation):
+    tensors = [torch.ones_like(t) for t in inputs(3, K, hidden, N, activation=activation)]
+    got, expected = (run(f, *tensors, activation=activation) for f in (compact_mlp, compact_mlp_ref))
     for name, a, b in zip(("out", *ARGUMENTS), got, expected, strict=True):
         torch.testing.assert_close(a, b, msg=name)
 
@@ -201,17 +228,30 @@ class TestTransforms:
 
     @pytest.mark.parametrize("dtypes", ["f32", "bf16-f32"])
     @pytest.mark.parametrize("full", [True, False], ids=["full", "no-biases-no-residual"])
-    def test_opcheck(self, full, dtypes):
-        x, w1, b1, w2, b2, residual, _ = inputs(6, 5, 9, 7, dtypes)
+    @ACTIVATION
+    def test_opcheck(self, full, dtypes, activation):
+        x, w1, b1, w2, b2, residual, _ = inputs(6, 5, 9, 7, dtypes, activation=activation)
         b1, b2, residual = (b1, b2, residual) if full else (None, None, None)
-        torch.library.opcheck(torch.ops.vtp.compact_mlp, (*leaves((x, w1, b1, w2, b2, residual)), True))
-        torch.library.opcheck(torch.ops.vtp.compact_mlp, (x, w1, b1, w2, b2, residual, False))
+        swiglu = activation == "swiglu"
+        given = *leaves((x, w1, b1, w2, b2, residual)), True, swiglu
+        torch.library.opcheck(torch.ops.vtp.compact_mlp, given)
+        torch.library.opcheck(torch.ops.vtp.compact_mlp, (x, w1, b1, w2, b2, residual, False, swiglu))
 
     @pytest.mark.parametrize("needs", [(True,) * 5, (False,) * 5, (True, False, False, False, True)], ids=str)
-    def test_opcheck_of_the_backward(self, needs):
-        x, w1, _, w2, _, _, dout = inputs(6, 5, 9, 7, "bf16-f32")
-        z = F.linear(x, w1)
-        torch.library.opcheck(torch.ops.vtp.compact_mlp_backward, (dout, x, z, w1, w2, *needs))
+    @ACTIVATION
+    def test_opcheck_of_the_backward(self, needs, activation):
+        x, w1, _, w2, _, _, dout = inputs(6, 5, 9, 7, "bf16-f32", activation=activation)
+        given = dout, x, F.linear(x, w1), w1, w2, *needs, activation == "swiglu"
+        torch.library.opcheck(torch.ops.vtp.compact_mlp_backward, given)
+
+    def test_a_program_that_was_exported_before_there_was_swiglu_still_calls_it(self):
+        x, w1, b1, w2, b2, residual, dout = inputs(6, 5, 9, 7)
+        x.requires_grad_()
+        out, z = torch.ops.vtp.compact_mlp(x, w1, b1, w2, b2, residual, True)
+        torch.testing.assert_close(out, compact_mlp_ref(x, w1, b1, w2, b2, residual))
+        (dx,) = torch.autograd.grad(out, x, dout)
+        given = dout, x.detach(), z.detach(), w1, w2, *(True,) * 5
+        assert torch.equal(torch.ops.vtp.compact_mlp_backward(*given)[0], dx)
 
     def test_autocast_computes_in_its_dtype_and_keeps_the_residuals(self):
         *tensors, dout = inputs(12, 21, 35, 13)
@@ -225,12 +265,13 @@ class TestTransforms:
             assert compact_mlp(*tensors[:5], None).dtype == torch.bfloat16
 
     @pytest.mark.parametrize("autocast", [False, True], ids=["f32", "autocast"])
-    def test_compiles_without_breaks_and_without_recompiling_for_the_batch(self, autocast):
+    @ACTIVATION
+    def test_compiles_without_breaks_and_without_recompiling_for_the_batch(self, autocast, activation):
         def results(f, batch):
-            x, *weights, residual, dout = inputs(batch * 7, 21, 35, 13)
+            x, *weights, residual, dout = inputs(batch * 7, 21, 35, 13, activation=activation)
             x, residual, dout = (t.view(batch, 7, -1) for t in (x, residual, dout))
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                return run(f, x, *weights, residual, dout)
+                return run(f, x, *weights, residual, dout, activation=activation)
 
         check_compilation(compact_mlp, results)
 
@@ -263,6 +304,19 @@ BAD = {
         r"residual: got shape \(2,\), expected \[3, 2\]",
     ),
     "residual-dtype": (dict(residual=torch.ones(3, 2).half()), TypeError, r"residual: got torch.float16"),
+    "activation": (dict(activation="relu"), ValueError, r"activation: got .relu., expected .gelu. or"),
+    "swiglu-odd": (
+        dict(activation="swiglu"), ValueError,
+        r"fc1_weight: got shape \(7, 5\), expected \[2 \* hidden, K\]",
+    ),
+    "swiglu-fc2": (
+        dict(activation="swiglu", fc1_weight=torch.ones(8, 5)), ValueError,
+        r"fc2_weight: got shape \(2, 7\), expected \[N, 4\], as fc1_weight is \[8, 5\]",
+    ),
+    "swiglu-bias": (
+        dict(activation="swiglu", fc1_weight=torch.ones(14, 5)), ValueError,
+        r"fc1_bias: got shape \(7,\), expected \[14\]",
+    ),
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ plants defects and expects each to be caught by the proof that its id names.
 """
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ FUSED, TWO_LAUNCHES = ("compact_mlp", "fused"), ("compact_mlp", "two_launches")
 
 @dataclass(frozen=True)
 class Case:
-    """x [M, K], W1 [hidden, K], W2 [N, hidden]; layout, and which end of memory is at the page."""
+    """x [M, K], W1 [hidden, K], for SwiGLU twice as high, W2 [N, hidden]; layout, the end at the page."""
 
     M: int
     K: int
@@ -51,9 +51,10 @@ class Case:
     side: str = "end"
     residual: bool = True
     biases: bool = True
+    activation: str = "gelu"
 
     def __str__(self):
-        flags = [self.layout] * (self.layout != "padded")
+        flags = [self.layout] * (self.layout != "padded") + [self.activation] * (self.activation != "gelu")
         flags += ["no-residual"] * (not self.residual) + ["no-biases"] * (not self.biases)
         sizes = f"M{self.M}-K{self.K}-hidden{self.hidden}-N{self.N}"
         return "-".join([sizes, self.dtypes, self.side, *flags])
@@ -68,21 +69,23 @@ class Data:
     def __init__(self, case):
         self.case, is_tf32 = case, case.dtypes == "tf32"
         dtypes = "f32" if is_tf32 else case.dtypes
-        *tensors, dout = inputs(case.M, case.K, case.hidden, case.N, dtypes)
+        sizes, activation = (case.M, case.K, case.hidden, case.N), case.activation
+        *tensors, dout = inputs(*sizes, dtypes, activation=activation)
         missing = ("fc1_bias", "fc2_bias") * (not case.biases) + ("residual",) * (not case.residual)
         tensors = [None if name in missing else t for name, t in zip(ARGUMENTS, tensors, strict=True)]
         if not case.residual:
             dout = dout.to(tensors[0].dtype)
-        exact, same_dtype = references(*tensors, dout)
+        exact, same_dtype = references(*tensors, dout, activation=activation)
         x, w1, b1, w2, b2, residual = tensors
         z64 = F.linear(*(None if t is None else t.double() for t in (x, w1, b1)))
         if is_tf32:  # PyTorch on the CPU has none: what it would multiply
             x, w1, w2 = map(to_tf32, (x, w1, w2))
-            _, same_dtype = references(x, w1, b1, w2, b2, residual, dout)
+            _, same_dtype = references(x, w1, b1, w2, b2, residual, dout, activation=activation)
         self.expected = dict(zip(NAMES, zip(exact, same_dtype, strict=True), strict=True))
         self.tensors = dict(zip((*ARGUMENTS, "dout"), (*tensors, dout), strict=True))
         if is_tf32:
-            out = F.linear(to_tf32(F.gelu(F.linear(x, w1, b1))), w2, b2)
+            h = op_module._activated(F.linear(x, w1, b1), activation == "swiglu")
+            out = F.linear(to_tf32(h), w2, b2)
             self.expected["out"] = exact[0], out if residual is None else residual + out
         self.expected["z"] = z64, F.linear(x, w1, b1)
 
@@ -131,21 +134,54 @@ def check_gelu_bwd(op, data):
     assert_padding_is_zero("h", h)
 
 
+def _halves_of_z(data):
+    """z [M, 2 hidden] and dh, which here need not come from any product, in the dtype of x.
+
+    Values and dh are of like size: silu' has a zero, where what PyTorch rounds depends on whether it was
+    compiled to fused multiply-adds, and their product must not be far larger there than elsewhere.
+    """
+    case, dtype = data.case, data.tensors["x"].dtype
+    g = torch.Generator().manual_seed(1)
+    gate, value, dh = torch.randn(3, case.M, case.hidden, generator=g)
+    value, dh = (t.sign() * (0.5 + torch.rand(t.shape, generator=g)) for t in (value, dh))
+    return torch.cat([gate, value], dim=-1).to(dtype), dh.to(dtype)
+
+
+def check_swiglu_fwd(op, data):
+    z, _ = _halves_of_z(data)
+    h = op._launch_swiglu_fwd(place(z, data.case.layout, data.case.side))
+    assert_close_to_float64(h, op_module._activated(z.double(), True), op_module._activated(z, True), "h")
+    assert_padding_is_zero("h", h)
+
+
+def check_swiglu_bwd(op, data):
+    z, dh = _halves_of_z(data)
+    dz, h, partial = op._launch_swiglu_bwd(*(place(t, data.case.layout, data.case.side) for t in (dh, z)))
+    gradient, activated = op_module._activation_backward, op_module._activated
+    dz64 = gradient(dh.double(), z.double(), True)
+    assert_close_to_float64(dz, dz64, gradient(dh, z, True), "dz")
+    assert_close_to_float64(h, activated(z.double(), True), activated(z, True), "h")
+    sums = gradient(dh.float(), z.float(), True).sum(0)
+    assert_close_to_float64(partial.sum(0), dz64.sum(0), sums, "db1")
+    assert_padding_is_zero("dz", dz)
+    assert_padding_is_zero("h", h)
+
+
 NEEDS = [(True,) * 5, (False, True, True, True, True), (True, False, False, False, False),
          (False, False, False, True, False), (False, False, True, False, True)]  # fmt: skip
 
 
 def check_passes(op, data):
     """Both whole passes, the backward one for several subsets of the gradients."""
-    tensors = data.placed(*ARGUMENTS)
+    tensors, swiglu = data.placed(*ARGUMENTS), data.case.activation == "swiglu"
     for keep_z in (False, True):
-        out, z = op._forward_triton(*tensors, keep_z)
-        assert_like((out, z), op._forward_fake(*tensors, keep_z))
+        out, z = op._forward_triton(*tensors, keep_z, swiglu)
+        assert_like((out, z), op._forward_fake(*tensors, keep_z, swiglu))
         data.compare("out", out)
     x, w1, _, w2, _, _ = tensors
     (dout,) = data.placed("dout")
     for needs in NEEDS:
-        arguments = dout, x, z, w1, w2, *needs
+        arguments = dout, x, z, w1, w2, *needs, swiglu
         gradients = op._backward_triton(*arguments)
         assert_like(gradients, op._backward_fake(*arguments))
         for name, gradient, need in zip(NAMES[1:6], gradients, needs, strict=True):
@@ -157,9 +193,10 @@ def check_passes(op, data):
 def check_that_a_second_run_is_equal(op, data):
     """Bit for bit: sums are made in a fixed order."""
     x, w1, b1, w2, b2, residual, dout = data.placed(*ARGUMENTS, "dout")
-    first, second = (op._forward_triton(x, w1, b1, w2, b2, residual, True) for _ in range(2))
+    swiglu = data.case.activation == "swiglu"
+    first, second = (op._forward_triton(x, w1, b1, w2, b2, residual, True, swiglu) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    arguments = dout, x, first[1], w1, w2, *(True,) * 5
+    arguments = dout, x, first[1], w1, w2, *(True,) * 5, swiglu
     first, second = (op._backward_triton(*arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -233,6 +270,84 @@ def test_gelu_backward_of_several_programs_each_way(interpreter):
     run(interpreter, check_gelu_bwd, Case(261, 1, 135, 1))
 
 
+# The gate and the value of a row as they can lie: one of each, values that start at 16 bytes and that do not,
+# several blocks of columns, and padding behind the values that needs a block of its own (127 units).
+SWIGLU_CASES = [
+    Case(M, 1, hidden, 1, _NAMES[i % 5], side=side, activation="swiglu")
+    for i, (M, hidden, side) in enumerate(
+        (
+            (1, 1, "end"),
+            (37, 61, "begin"),
+            (17, 64, "end"),
+            (15, 197, "end"),
+            (11, 37, "end"),
+            (5, 127, "begin"),
+            (3, 15, "end"),
+            (9, 461, "begin"),
+            (33, 115, "end"),
+            (61, 17, "begin"),
+            (21, 136, "end"),
+        )
+    )
+]
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("case", SWIGLU_CASES, ids=str)
+@pytest.mark.parametrize("kernel", ["swiglu_fwd", "swiglu_bwd"])
+def test_swiglu_at_odd_widths(interpreter, kernel, case):
+    run(interpreter, CHECKS[kernel], case)
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("layout", ["wide", "far"])
+@pytest.mark.parametrize("hidden", [61, 64])
+def test_swiglu_in_strided_rows_and_rows_beyond_32_bits(interpreter, hidden, layout):
+    for check in (check_swiglu_fwd, check_swiglu_bwd):
+        run(interpreter, check, Case(9, 1, hidden, 1, "bf16", layout, activation="swiglu"))
+
+
+def test_swiglu_backward_of_several_programs_each_way(interpreter):
+    run(interpreter, check_swiglu_bwd, Case(261, 1, 135, 1, activation="swiglu"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(36, 37, 61, 21, "bf16"),
+        Case(36, 37, 61, 21, "f32", "tight"),
+        Case(36, 40, 64, 24, "f16-f32", "misaligned"),
+        Case(36, 21, 61, 45, "bf16-f32", "images"),
+        Case(36, 37, 61, 21, "f16", "transposed", residual=False),
+        Case(36, 37, 61, 21, "bf16", biases=False, residual=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("path", [FUSED, ("compact_linear", "vendor")], ids=["kernel", "vendor"])
+def test_both_passes_of_swiglu_in_every_layout(interpreter, case, path):
+    """There is no fused kernel for it; its products are those of compact_linear, or from 1,024 rows on the
+    vendor's."""
+    case = replace(case, activation="swiglu")
+    launched = run(interpreter, check_passes, case, forced=path)
+    assert {key[0] for key in launched} == {"_swiglu_fwd_kernel", "_swiglu_bwd_kernel"}
+
+
+def test_the_passes_of_swiglu_are_equal_bit_for_bit_in_a_second_run(interpreter):
+    run(interpreter, check_that_a_second_run_is_equal, Case(37, 61, 45, 21, activation="swiglu"))
+
+
+def test_swiglu_layers_of_any_odd_widths_and_batches_of_any_size_share_two_compilations():
+    def empty(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    with op_module.launching.recording("compact_mlp", "sm_90") as found:
+        for M, K, hidden in ((5000, 37, 461), (8192, 115, 61), (100000, 192, 767), (5001, 1, 1)):
+            x, w1, w2 = empty(M, K), empty(2 * hidden, K), empty(192, hidden)
+            out, z = op_module._forward_triton(x, w1, None, w2, None, None, True, True)
+            op_module._backward_triton(out, x, z, w1, w2, *(True,) * 5, True)
+    assert len(found) == 2
+
+
 @pytest.mark.parametrize("path", [FUSED, TWO_LAUNCHES], ids=["fused", "two-launches"])
 @pytest.mark.parametrize(
     "case",
@@ -277,6 +392,7 @@ def test_few_rows_wide_outputs_and_float32_without_tensor_cores_are_two_launches
     assert is_fused(torch.bfloat16, rows, 256)
     assert not is_fused(torch.bfloat16, rows - 1, 256)
     assert not is_fused(torch.bfloat16, rows, 257)
+    assert not is_fused(torch.bfloat16, rows, 256, swiglu=True)
     with op_module.launching.matmul_precision("high"):
         assert is_fused(torch.float32, rows, 256)
     with op_module.launching.matmul_precision("highest"):
@@ -289,7 +405,9 @@ READ, WRITE, MASK, OTHER, RACE, UNWRITTEN, RAW, VALUE = KINDS
 SMALL = Case(37, 61, 45, 21)  # tails only
 LONG = Case(70, 69, 141, 21)  # several tiles along every axis but that of the outputs, and tails
 TF32 = Case(70, 37, 45, 21, "tf32")
-TALL = Case(150, 1, 45, 1)  # of gelu_bwd: two programs of rows
+TALL = Case(150, 1, 45, 1)  # of a backward kernel: two programs of rows
+ALIGNED = Case(37, 1, 48, 1)  # of SwiGLU: values start at 16 bytes
+FAR_APART = Case(9, 1, 45, 1, layout="far")
 
 
 def planted(kernel, kind, what, proof, old, new, case=SMALL, argument="", descriptors=False):
@@ -314,6 +432,21 @@ BWD_Z = "tl.load(z + o_row * stride_z + o_h[None, :], mask=m_tile, other=0.0)"
 BWD_DH = "tl.load(dh + o_row * stride_dh + o_h[None, :], mask=m_tile, other=0.0)"
 BWD_DZ = "tl.store(dz + o_out, b_dz.to(dz.dtype.element_ty), mask=m_tile)"
 BWD_H = "tl.store(h + o_out, (b_z * b_cdf).to(h.dtype.element_ty), mask=m_tile)"
+GATE_CLEAR = "return tl.where(o_h[None, :] < hidden, b_gate, 0.0), b_value"
+GATE_MASK = "m_gate = (o_row < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)"
+GATE = "tl.load(p_z, mask=m_gate, other=0.0)"
+VALUE_LOAD = "tl.load(p_z + hidden, mask=(o_row < M) & (o_h[None, :] < hidden), other=0.0)"
+SWIGLU_H = "b_h = b_gate / (1.0 + tl.exp(-b_gate)) * b_value"
+H_MASK = "m_h = (o_row < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)"
+DH = "tl.load(p_dh, mask=m_row & m_padded, other=0.0)"
+DH_CLEAR = "b_dh = tl.where(m_own, b_dh, 0.0)"
+DGATE = "b_dgate = b_dh * b_value * (b_s * (1.0 + b_gate * (1.0 - b_s)))"
+STORE_DGATE = "tl.store(p_dz, b_dgate.to(dz.dtype.element_ty), mask=m_row & m_own)"
+STORE_DVALUE = "tl.store(p_dz + hidden, b_dvalue.to(dz.dtype.element_ty), mask=m_row & m_end)"
+STORE_H = "tl.store(p_h, (b_silu * b_value).to(h.dtype.element_ty), mask=m_row & m_padded)"
+STORE_SUM_VALUE = "tl.store(p_partial + hidden, b_sum_value, mask=o_h < hidden)"
+SWIGLU_ROW = "o_row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)"
+SWIGLU_BWD_ROW = "o_row = (row + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)"
 BWD_PARTIAL = "tl.store(partial + tl.program_id(0).to(tl.int64) * hidden + o_h, b_sum, mask=o_h < hidden)"
 
 # Each: kernel, kind, what is wrong, the proof, old and new text; what is run; the argument that is overrun.
@@ -404,9 +537,91 @@ DEFECTS = [planted(*row) for row in (
      "b_sum = tl.sum"),
     ("gelu_bwd", VALUE, "sums-in-bfloat16", "error-rule", "b_sum += tl.sum(b_dz, axis=0)",
      "b_sum = (b_sum + tl.sum(b_dz, axis=0)).to(tl.bfloat16).to(tl.float32)", TALL),
+    ("swiglu_fwd", READ, "row-mask-removed", "guard-page", GATE_MASK,
+     GATE_MASK.replace("(o_row < M)", "(o_row >= 0)"), SMALL, "z"),
+    ("swiglu_fwd", MASK, "no-mask-on-values", "guard-page", VALUE_LOAD, "tl.load(p_z + hidden)", SMALL, "z"),
+    ("swiglu_fwd", WRITE, "row-mask-of-store-removed", "guard-page", H_MASK,
+     H_MASK.replace("(o_row < M)", "(o_row >= 0)"), SMALL, "h"),
+    ("swiglu_fwd", RACE, "programs-overlap", "race-detection", SWIGLU_ROW,
+     SWIGLU_ROW.replace("* BLOCK_M", "* (BLOCK_M - 1)")),
+    ("swiglu_fwd", UNWRITTEN, "last-columns-not-stored", "poison", H_MASK,
+     H_MASK.replace("(hidden + 7) // 8", "hidden // 8")),
+    ("swiglu_fwd", UNWRITTEN, "last-rows-not-launched", "poison", "(cdiv(M, block_m), cdiv(hidden, block_h))",
+     "(M // block_m, cdiv(hidden, block_h))"),
+    ("swiglu_fwd", OTHER, "no-other-on-values", "padding", VALUE_LOAD, VALUE_LOAD.replace(", other=0.0", "")),
+    ("swiglu_fwd", RAW, "product-in-bfloat16", "bfloat16-check", SWIGLU_H,
+     "b_h = b_gate.to(tl.bfloat16) * b_value.to(tl.bfloat16)"),
+    ("swiglu_fwd", PAD_IN, "padding-of-values-used", "padding", VALUE_LOAD,
+     VALUE_LOAD.replace("< hidden)", "< (hidden + 7) // 8 * 8)")),
+    ("swiglu_fwd", PAD_IN, "padding-of-gates-used", "padding", GATE_CLEAR, "return b_gate, b_value",
+     Case(37, 1, 1, 1)),
+    ("swiglu_fwd", PAD_OUT, "padding-not-written", "padding", H_MASK,
+     H_MASK.replace("(hidden + 7) // 8 * 8", "hidden")),
+    ("swiglu_fwd", VALUE, "rows-in-32-bits", "overflow-check", SWIGLU_ROW,
+     SWIGLU_ROW.replace(".to(tl.int64)", ""), FAR_APART),
+    ("swiglu_fwd", VALUE, "halves-swapped", "error-rule", SWIGLU_H,
+     "b_h = b_value / (1.0 + tl.exp(-b_value)) * b_gate"),
+    ("swiglu_fwd", VALUE, "sign-of-the-exponent", "error-rule", SWIGLU_H,
+     SWIGLU_H.replace("-b_gate", "b_gate")),
+    ("swiglu_fwd", VALUE, "gate-not-multiplied", "error-rule", SWIGLU_H,
+     SWIGLU_H.replace("b_gate / (", "1.0 / (")),
+    ("swiglu_fwd", VALUE, "silu-rounded-to-bfloat16", "error-rule", SWIGLU_H,
+     "b_h = (b_gate / (1.0 + tl.exp(-b_gate))).to(tl.bfloat16).to(tl.float32) * b_value", TF32),
+    ("swiglu_fwd", VALUE, "odd-widths-taken-for-aligned", "poison", "HALVES_ALIGNED=hidden % 8 == 0",
+     "HALVES_ALIGNED=True"),
+    ("swiglu_bwd", READ, "row-mask-of-z-removed", "guard-page", GATE_MASK,
+     GATE_MASK.replace("(o_row < M)", "(o_row >= 0)"), SMALL, "z"),
+    ("swiglu_bwd", MASK, "no-mask-on-dh", "guard-page", DH, "tl.load(p_dh)", SMALL, "dh"),
+    ("swiglu_bwd", WRITE, "mask-of-h-removed", "guard-page", STORE_H,
+     STORE_H.replace(", mask=m_row & m_padded", ""), Case(5, 1, 45, 1), "h"),
+    ("swiglu_bwd", WRITE, "row-mask-of-dz-removed", "guard-page", STORE_DVALUE,
+     STORE_DVALUE.replace("m_row & m_end", "m_row | m_end"), SMALL, "dz"),
+    ("swiglu_bwd", WRITE, "mask-of-partial-sums-removed", "guard-page", STORE_SUM_VALUE,
+     STORE_SUM_VALUE.replace(", mask=o_h < hidden", ""), SMALL, "partial"),
+    ("swiglu_bwd", OTHER, "no-other-on-dh", "poison", DH, DH.replace(", other=0.0", "")),
+    ("swiglu_bwd", OTHER, "no-other-on-the-gate", "poison", GATE, GATE.replace(", other=0.0", "")),
+    ("swiglu_bwd", RACE, "partial-sums-all-in-one-row", "race-detection",
+     "tl.program_id(0).to(tl.int64) * 2 * hidden + o_h", "o_h", TALL),
+    ("swiglu_bwd", RACE, "programs-overlap", "race-detection", "begin = tl.program_id(0) * rows_per_program",
+     "begin = tl.program_id(0) * (rows_per_program - 1)", TALL),
+    ("swiglu_bwd", RACE, "gradient-of-the-gate-stored-as-far-as-values", "race-detection", STORE_DGATE,
+     STORE_DGATE.replace("m_own", "(o_h[None, :] < 2 * hidden)"), Case(5, 1, 200, 1)),
+    ("swiglu_bwd", UNWRITTEN, "last-partial-sum-not-stored", "poison", STORE_SUM_VALUE,
+     STORE_SUM_VALUE.replace("< hidden)", "< hidden - 1)")),
+    ("swiglu_bwd", UNWRITTEN, "last-column-of-the-gate-not-stored", "poison", STORE_DGATE,
+     STORE_DGATE.replace("m_own", "(o_h[None, :] < hidden - 1)")),
+    ("swiglu_bwd", RAW, "product-in-bfloat16", "bfloat16-check", "b_dvalue = b_dh * b_silu",
+     "b_dvalue = (b_dh.to(tl.bfloat16) * b_silu.to(tl.bfloat16)).to(tl.float32)"),
+    ("swiglu_bwd", PAD_IN, "padding-of-dh-used", "padding", DH_CLEAR, "pass", SMALL),
+    ("swiglu_bwd", PAD_OUT, "padding-of-dz-not-written", "padding", STORE_DVALUE,
+     STORE_DVALUE.replace("m_end", "m_own")),
+    ("swiglu_bwd", PAD_OUT, "no-program-for-the-last-padding", "padding",
+     "columns = max(padded_width(hidden), padded_width(2 * hidden) - hidden)", "columns = hidden",
+     Case(5, 1, 127, 1)),
+    ("swiglu_bwd", VALUE, "rows-in-32-bits", "overflow-check", SWIGLU_BWD_ROW,
+     SWIGLU_BWD_ROW.replace(".to(tl.int64)", ""), FAR_APART),
+    ("swiglu_bwd", VALUE, "halves-swapped", "error-rule", GATE_CLEAR, "return b_value, b_gate", ALIGNED),
+    ("swiglu_bwd", VALUE, "gradients-of-halves-swapped", "error-rule",
+     (STORE_DGATE, STORE_DVALUE),
+     (STORE_DGATE.replace("b_dgate", "b_dvalue"), STORE_DVALUE.replace("b_dvalue", "b_dgate")), ALIGNED),
+    ("swiglu_bwd", VALUE, "derivative-of-the-logistic-function", "error-rule", DGATE,
+     DGATE.replace("(b_s * (1.0 + b_gate * (1.0 - b_s)))", "(b_s * (1.0 - b_s))")),
+    ("swiglu_bwd", VALUE, "derivative-without-its-second-term", "error-rule", DGATE,
+     DGATE.replace("(b_s * (1.0 + b_gate * (1.0 - b_s)))", "b_s"), ALIGNED),
+    ("swiglu_bwd", VALUE, "gradient-of-the-gate-without-the-value", "error-rule", DGATE,
+     DGATE.replace("b_dh * b_value", "b_dh")),
+    ("swiglu_bwd", VALUE, "rows-after-the-first-tile-dropped", "error-rule", "b_sum_value += tl.sum",
+     "b_sum_value = tl.sum"),
+    ("swiglu_bwd", VALUE, "sums-in-bfloat16", "error-rule", "b_sum_gate += tl.sum(b_dgate, axis=0)",
+     "b_sum_gate = (b_sum_gate + tl.sum(b_dgate, axis=0)).to(tl.bfloat16).to(tl.float32)", TALL),
 )]
 # fmt: on
-CHECKS = {"fwd": check_fwd, "gelu_bwd": check_gelu_bwd}
+CHECKS = {
+    "fwd": check_fwd,
+    "gelu_bwd": check_gelu_bwd,
+    "swiglu_fwd": check_swiglu_fwd,
+    "swiglu_bwd": check_swiglu_bwd,
+}
 
 
 @pytest.mark.covering(by=lambda defect: (defect.kernel, defect.kind))

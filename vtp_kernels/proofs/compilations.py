@@ -43,7 +43,14 @@ from vtp_kernels.proofs.disassembly import CHIPS, measure, tensor_families
 # Each op and the module whose `variants(target)` yields all compilations that its launchers can ask for.
 OPS = {
     name: f"vtp_kernels.{name}"
-    for name in ("gated_linear", "layer_norm_gather", "compact_linear", "ragged_attention", "compact_mlp")
+    for name in (
+        "gated_linear",
+        "layer_norm_gather",
+        "compact_linear",
+        "ragged_attention",
+        "rotary",
+        "compact_mlp",
+    )
 }
 
 BASELINE = Path(__file__).with_name("compilations.json")

@@ -33,6 +33,7 @@ from vtp_kernels import launching
 from vtp_kernels._files import write_whole
 from vtp_kernels.launching import cdiv
 from vtp_kernels.library import TritonSides
+from vtp_kernels.rows import padded_width
 
 
 class Gpu(NamedTuple):
@@ -201,6 +202,22 @@ def _compact_mlp(a: SimpleNamespace) -> Work:
     return Work(programs, loads, "out z", flops, 2 * units * a.BLOCK_M * (inputs + columns))
 
 
+def _swiglu(a: SimpleNamespace) -> Work:
+    rows, columns = cdiv(a.M, a.BLOCK_M), cdiv(a.hidden, a.BLOCK_H)
+    return Work(rows * columns, {"z": (rows * a.BLOCK_M, 2 * columns * a.BLOCK_H)}, "h")
+
+
+def _rotate_heads(a: SimpleNamespace) -> Work:
+    """Prefix tokens, which are not touched in place, are counted like the others."""
+    images, tiles, groups = len(a.source) // a.N, cdiv(a.N - a.first, a.BLOCK_M), cdiv(a.H, a.HEADS)
+    rows, values = images * tiles * a.BLOCK_M, 0
+    if a.target is not None:
+        values = cdiv(padded_width(a.width) - 4 * a.H * a.COUNT, a.COLUMNS)
+    loads = {"source": (rows, 4 * a.H * a.BLOCK_P + values * a.COLUMNS)}
+    loads["rope"] = rows, 4 * (a.H if a.table_rows else groups) * a.BLOCK_P  # a shared one is in L1 later
+    return Work(images * tiles * (groups + values), loads, "source" if a.target is None else "target")
+
+
 # Another op's kernels are added here. Of the compact model's they are those of the forward pass.
 KERNELS: dict[str, Callable[[SimpleNamespace], Work]] = {
     "_gated_linear_fwd_kernel": _fwd,
@@ -214,7 +231,9 @@ KERNELS: dict[str, Callable[[SimpleNamespace], Work]] = {
     "_compact_linear_parts_kernel": _compact_linear_parts,
     "_ragged_attention_fwd_kernel": _ragged_attention,
     "_ragged_attention_online_kernel": _ragged_attention,
+    "_rotate_heads_kernel": _rotate_heads,
     "_compact_mlp_fwd_kernel": _compact_mlp,
+    "_swiglu_fwd_kernel": _swiglu,
 }
 
 # ---- what a launch is, and noting it ----
@@ -320,7 +339,8 @@ class Recorder(TritonSides):
         types = " ".join(f"{n}:{launching.TYPE_NAMES[tensor.dtype]}" for n, tensor in used.items())
         dims = " ".join(f"{n}={v}" for n, v in arguments.items() if n in ("M", "N", "K", "rows"))
         launch = f"{types} {dims} tile={config} grid={'x'.join(map(str, grid))}"
-        amounts = sum(map(_size, used.values())), loaded + written, work.flops, work.tiled_flops
+        read = sum(_size(values[n]) for n in work.loads)
+        amounts = read + written, loaded + written, work.flops, work.tiled_flops
         itemsize = next(iter(used.values())).element_size()
         record = name.strip("_").removesuffix("_kernel"), self.part(name, None), *amounts, itemsize, launch
         self.records.append(Record(*record, _size(values.get("partial"))))
