@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <numeric>
@@ -25,6 +26,8 @@ struct BlockShape {
   bool head_norms;
   int64_t mlp_kept, hidden;  // 0: no MLP
   bool offset;
+  bool swiglu = false;
+  std::vector<int64_t> tables = {};  // of each head, -1 without; empty: no head has one
 };
 
 struct Shape {
@@ -36,11 +39,30 @@ struct Shape {
   int64_t channels, height, width, patch_height, patch_width, prefix, pooled, classes;
 
   bool whole() const { return channels > 0; }
+  int64_t tables() const {
+    int64_t most = 0;
+    for (const BlockShape& b : blocks)
+      for (int64_t table : b.tables) most = std::max(most, table + 1);
+    return most;
+  }
   int64_t patches() const { return whole() ? (height / patch_height) * (width / patch_width) : 0; }
 };
 
 inline int64_t sum(const std::vector<int64_t>& widths) {
   return std::accumulate(widths.begin(), widths.end(), int64_t{0});
+}
+
+// [tables][tokens][width]: cosines and sines of random angles, of the first token of 0.
+inline std::vector<float> rotary_tables(int64_t tables, int64_t tokens, int64_t width) {
+  Random random(3);
+  std::vector<float> out(static_cast<size_t>(tables * tokens * width));
+  for (int64_t row = 0; row < tables * tokens; ++row)
+    for (int64_t i = 0; i < width / 2; ++i) {
+      const double angle = row % tokens ? 3 * random.normal() : 0.0;
+      out[static_cast<size_t>(row * width + i)] = static_cast<float>(std::cos(angle));
+      out[static_cast<size_t>(row * width + width / 2 + i)] = static_cast<float>(std::sin(angle));
+    }
+  return out;
 }
 
 struct PlainLinear {
@@ -114,7 +136,10 @@ class PlainModel {
       if (b.shape.mlp_kept)
         for (std::vector<double>& row : x) {
           std::vector<double> hidden = b.fc1(b.norm2(row.data(), shape_.embed_dim, eps()).data());
-          for (double& h : hidden) h = gelu(h);
+          for (int64_t j = 0; j < b.shape.hidden; ++j) {
+            double& h = hidden[static_cast<size_t>(j)];
+            h = b.shape.swiglu ? silu(h) * hidden[static_cast<size_t>(b.shape.hidden + j)] : gelu(h);
+          }
           add(row, b.fc2(hidden.data()));
         }
     }
@@ -151,7 +176,7 @@ class PlainModel {
     }
     if (s.mlp_kept) {
       out.norm2 = norm(s.mlp_kept);
-      out.fc1 = linear(s.mlp_kept, s.hidden);
+      out.fc1 = linear(s.mlp_kept, s.swiglu ? 2 * s.hidden : s.hidden);
       out.fc2 = linear(s.hidden, shape_.embed_dim);
     }
     return out;
@@ -183,6 +208,7 @@ class PlainModel {
     for (const std::vector<double>& row : x) {
       std::vector<double> out = b.qkv(b.norm1(row.data(), shape_.embed_dim, eps()).data());
       if (b.shape.head_norms) normalize_heads(b, out.data());
+      rotate_heads(b, out.data(), static_cast<int64_t>(qkv.size()) / width, tokens);
       qkv.insert(qkv.end(), out.begin(), out.end());
     }
     for (int64_t t = 0; t < tokens; ++t) {
@@ -214,6 +240,15 @@ class PlainModel {
     }
   }
 
+  // Of one token, queries and keys.
+  void rotate_heads(const PlainBlock& b, double* row, int64_t token, int64_t tokens) const {
+    const std::vector<float> all = rotary_tables(shape_.tables(), tokens, shape_.head_dim);
+    for (int64_t part = 0; part < 2; ++part)
+      for (size_t h = 0; h < b.shape.key_widths.size(); row += b.shape.key_widths[h++])
+        if (!b.shape.tables.empty() && b.shape.tables[h] >= 0)
+          rotate(row, all.data() + (b.shape.tables[h] * tokens + token) * shape_.head_dim, shape_.head_dim);
+  }
+
   static void add(std::vector<double>& to, const std::vector<double>& x) {
     for (size_t j = 0; j < x.size(); ++j) to[j] += x[j];
   }
@@ -232,7 +267,7 @@ class Packed {
   explicit Packed(const PlainModel& model) : dtype_(model.shape_.dtype) {
     const Shape& s = model.shape_;
     layout = {
-        2, static_cast<int64_t>(dtype_), s.embed_dim, s.head_dim, bits(model.eps()), bits(model.scale())};
+        3, static_cast<int64_t>(dtype_), s.embed_dim, s.head_dim, bits(model.eps()), bits(model.scale())};
     layout.push_back(s.whole());
     if (s.whole()) {
       for (int64_t n : {s.channels, s.height, s.width, s.patch_height, s.patch_width, s.prefix})
@@ -293,6 +328,20 @@ class Packed {
     rows_of_panels(layer.bias, layer.outputs);
   }
 
+  // Panels of the first half of the outputs and of the second in turn, with zeros behind each.
+  static PlainLinear halves_by_panel(const PlainLinear& layer) {
+    const int64_t half = layer.outputs / 2, inputs = layer.inputs;
+    PlainLinear out{inputs, 2 * round_up(half, kPanel), {}, {}};
+    out.weight.resize(static_cast<size_t>(out.outputs * inputs));
+    out.bias.resize(static_cast<size_t>(out.outputs));
+    for (int64_t n = 0; n < layer.outputs; ++n) {
+      const int64_t j = n % half, to = j / kPanel * 2 * kPanel + n / half * kPanel + j % kPanel;
+      out.bias[static_cast<size_t>(to)] = layer.bias[static_cast<size_t>(n)];
+      std::copy_n(layer.weight.begin() + n * inputs, inputs, out.weight.begin() + to * inputs);
+    }
+    return out;
+  }
+
   void norm(const PlainNorm& norm, int64_t width) {
     const int64_t kept = static_cast<int64_t>(norm.index.size());
     layout.push_back(kept);
@@ -313,6 +362,8 @@ class Packed {
       layout.push_back(static_cast<int64_t>(b.shape.key_widths.size()));
       for (int64_t d : b.shape.key_widths) layout.push_back(d);
       for (int64_t w : b.shape.value_widths) layout.push_back(w);
+      for (size_t h = 0; h < b.shape.key_widths.size(); ++h)
+        layout.push_back(b.shape.tables.empty() ? -1 : b.shape.tables[h]);
       linear(b.qkv);
       maybe(b.head_norms);
       linear(b.proj);
@@ -320,7 +371,8 @@ class Packed {
     layout.push_back(b.shape.mlp_kept > 0);
     if (b.shape.mlp_kept) {
       norm(b.norm2, width);
-      linear(b.fc1);
+      layout.push_back(b.shape.swiglu);
+      linear(b.shape.swiglu ? halves_by_panel(b.fc1) : b.fc1);
       linear(b.fc2);
     }
   }
