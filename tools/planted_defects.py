@@ -183,8 +183,8 @@ DEFECTS = [
     ),
     Defect(
         "vtp/pruning/compact.py",
-        "of_heads = of_heads[..., self.kept_heads, :, :]",
-        "of_heads = of_heads[..., : self.num_heads, :, :]",
+        "torch.stack([rope[..., head, :, :] for head in self.kept_heads], dim=-3)",
+        "rope[..., : self.num_heads, :, :]",
         "heads behind a removed one are rotated by its learned angles",
         "tests/vtp/model/test_eva.py -k removed_head",
     ),

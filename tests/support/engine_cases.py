@@ -21,7 +21,7 @@ from vtp.model.architecture import Architecture
 from vtp.pruning.compact import CompactAttention
 from vtp_kernels import launching
 
-OPS = ("layer_norm_gather", "compact_linear", "ragged_attention", "compact_mlp")
+OPS = ("layer_norm_gather", "compact_linear", "rotary", "ragged_attention", "compact_mlp")
 
 # timm's names with the arguments that keep a test small; weights are random.
 MODELS = {
@@ -44,6 +44,18 @@ MODELS = {
     "no-biases": (
         "vit_tiny_patch16_224",
         {"img_size": 32, "depth": 2, "qkv_bias": False, "proj_bias": False},
+    ),
+    "rotary-swiglu": (
+        "vit_small_plus_patch16_dinov3",
+        {"img_size": (32, 48), "embed_dim": 96, "depth": 2, "num_classes": 10},
+    ),
+    "rotary-mixed": (
+        "vit_small_patch16_rope_mixed_224",
+        {"img_size": 32, "embed_dim": 96, "depth": 2, "num_classes": 10},
+    ),
+    "rotary-qk-norm": (
+        "vit_small_patch16_rope_224",
+        {"img_size": 32, "embed_dim": 96, "depth": 1, "num_classes": 10, "qk_norm": True},
     ),
     "any-image-size": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "dynamic_img_size": True}),
 }
@@ -159,7 +171,7 @@ class NotedOperators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.names.append(func.name())
-        if func.name() == "aten::reshape" and storage(out) != storage(args[0]):
+        if func.name() in ("aten::reshape", "aten::to.dtype") and storage(out) != storage(args[0]):
             self.names.append("aten::clone")
         return out
 

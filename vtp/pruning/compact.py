@@ -41,6 +41,7 @@ from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
 from vtp_kernels.ragged_attention import ragged_attention
+from vtp_kernels.rotary import rotate_heads
 
 _ERF_GELUS = (nn.GELU, get_act_layer("gelu"))
 _WIDEST_HEAD = 256  # that `ragged_attention` takes
@@ -77,6 +78,11 @@ def _linear(layer: nn.Module, x: Tensor) -> Tensor:
 def is_erf_gelu(activation: nn.Module) -> bool:
     """Whether a module is the exact GELU, which the ops apply themselves."""
     return type(activation) in _ERF_GELUS and getattr(activation, "approximate", "none") == "none"
+
+
+def has_op(mlp: nn.Module) -> bool:
+    """Whether `compact_mlp` does what is between the linear layers of a CompactMlp or of a packed one."""
+    return mlp.glu or is_erf_gelu(mlp.act)
 
 
 class LayerNormGather(nn.Module):
@@ -182,20 +188,21 @@ class CompactAttention(Attention):
     ) -> Tensor:
         """What is between the two linear layers: qkv as they put it out to [B, N, sum(value_widths)].
 
-        With `on_kernels` it is one op, but for masks and active dropout, which stay on PyTorch's operators,
-        and for norms and rotations of queries and keys, which are applied before it.
+        With `on_kernels` it is one op, and another before it that rotates; but masks, active dropout and
+        norms of queries and keys stay on PyTorch's operators.
         """
+        if on_kernels and self.rotates_by_op(rope):
+            qkv, rope = rotate_heads(qkv, *self.rotation(rope)), None
         dropout = self.attn_drop.p if self.training else 0.0
         widest = max(*self.key_widths, *self.value_widths)
         plain = attn_mask is None and not is_causal and not dropout
         fused = on_kernels and self.fused_attn and plain and widest <= _WIDEST_HEAD
-        normed = not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
-        if fused and not normed and rope is None:
+        if fused and not self._is_normed and rope is None:
             return ragged_attention(qkv, self.key_widths, self.value_widths, self.scale)
         query, key, value = qkv.split(
             [sum(self.key_widths), sum(self.key_widths), sum(self.value_widths)], dim=-1
         )
-        if normed or rope is not None:
+        if self._is_normed or rope is not None:
             query, key = self._turned(query, self.q_norm, rope), self._turned(key, self.k_norm, rope)
         if fused:
             qkv = torch.cat([query, key, value], dim=-1)
@@ -218,14 +225,30 @@ class CompactAttention(Attention):
         heads = enumerate(_split(value, self.value_widths))
         return torch.cat([scores[:, head] @ value for head, value in heads], dim=-1)
 
+    def rotates_by_op(self, rope: Tensor | None) -> bool:
+        """Whether `rotate_heads` does what these angles say: not behind patch dropout, nor behind norms."""
+        return rope is not None and rope.ndim < 4 and not self._is_normed
+
+    def rotation(self, rope: Tensor) -> tuple[Tensor, tuple[int, ...], int, bool]:
+        """What `rotate_heads` takes behind qkv."""
+        return self._of_kept_heads(rope), self.key_widths, self.num_prefix_tokens, self.rotate_half
+
+    @property
+    def _is_normed(self) -> bool:
+        return not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
+
+    def _of_kept_heads(self, rope: Tensor) -> Tensor:
+        """Angles [N, 2 d] of all heads as they are; of [..., heads, N, 2 d] those of the heads that are left."""
+        if rope.ndim == 2 or rope.shape[-3] <= len(self.kept_heads):
+            return rope
+        return torch.stack([rope[..., head, :, :] for head in self.kept_heads], dim=-3)
+
     def _turned(self, x: Tensor, norm: nn.Module, rope: Tensor | None) -> Tensor:
         """Queries or keys of all heads, [B, N, heads * head_dim], normed, and rotated as timm does it."""
         x = norm(x.unflatten(-1, (self.num_heads, self.head_dim)))
         if rope is not None:
             # [N, 2 d] of all heads, or [heads, N, 2 d]; behind patch dropout, with images before them.
-            of_heads = rope.unsqueeze(0) if rope.ndim == 2 else rope
-            if of_heads.shape[-3] > 1:
-                of_heads = of_heads[..., self.kept_heads, :, :]
+            of_heads = self._of_kept_heads(rope.unsqueeze(0) if rope.ndim == 2 else rope)
             prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
             patches = apply_rot_embed_cat(patches, of_heads.transpose(-3, -2), half=self.rotate_half)
             x = torch.cat([prefix, patches], dim=1)
@@ -292,9 +315,9 @@ class CompactMlp(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.drop1.p if self.training else 0.0
         linears = type(self.fc1) is type(self.fc2) is nn.Linear
-        if _on_kernels(x) and linears and is_erf_gelu(self.act) and not dropout:
+        if _on_kernels(x) and linears and has_op(self) and not dropout:
             weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            return self.drop2(compact_mlp(x, *weights, None))
+            return self.drop2(compact_mlp(x, *weights, None, "swiglu" if self.glu else "gelu"))
         return self.drop2(_linear(self.fc2, self.drop1(activated(self, _linear(self.fc1, x)))))
 
 

@@ -14,12 +14,13 @@ from vtp.pruning.compact import (
     CompactMlp,
     ConstantBranch,
     LayerNormGather,
-    is_erf_gelu,
+    has_op,
 )
 from vtp.pruning.dense_block import activated
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
+from vtp_kernels.rotary import rotate_heads_
 from vtp_kernels.rows import whole_rows
 
 
@@ -45,10 +46,15 @@ class PackedLinear(nn.Module):
         """Take 8 n inputs, of which those behind the last meet zeros."""
         self.in_features = self.storage.shape[1]
 
-    def widen_outputs(self) -> None:
-        """Compute 8 n outputs, of which those behind the last are 0; `forward` leaves them in the padding."""
-        missing = -self.out_features % 8
-        self.storage, self.bias = F.pad(self.storage, (0, 0, 0, missing)), F.pad(self.bias, (0, missing))
+    def widen_outputs(self, parts: int = 1) -> None:
+        """Compute 8 n outputs, of which those behind the last are 0, in each of `parts` equal parts.
+
+        `forward` leaves those of one part in the padding.
+        """
+        missing = -(self.out_features // parts) % 8
+        of_parts = self.storage.unflatten(0, (parts, -1)), self.bias.unflatten(0, (parts, -1))
+        self.storage = F.pad(of_parts[0], (0, 0, 0, missing)).flatten(0, 1)
+        self.bias = F.pad(of_parts[1], (0, missing)).flatten()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., in] to [..., out]."""
@@ -90,7 +96,10 @@ class PackedAttention(nn.Module):
         self.proj = _before_scale(attn.proj, scale, dtype)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None) -> Tensor:
-        out = self.heads.attend(self.qkv(self.norm(x)), attn_mask, is_causal, rope, on_kernels=True)
+        qkv = self.qkv(self.norm(x))
+        if self.heads.rotates_by_op(rope):  # in place: nobody else has seen it
+            qkv, rope = rotate_heads_(qkv, *self.heads.rotation(rope)), None
+        out = self.heads.attend(qkv, attn_mask, is_causal, rope, on_kernels=True)
         missing = self.proj.in_features - out.shape[-1]
         if missing:  # an op's result has them in its padding, as zeros
             is_padded = out.stride(-2) == self.proj.in_features
@@ -113,8 +122,9 @@ class PackedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normalized, fc1, fc2 = self.norm(x), self.fc1, self.fc2
-        if is_erf_gelu(self.act):
-            return compact_mlp(normalized, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x)
+        if has_op(self):
+            weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            return compact_mlp(normalized, *weights, x, "swiglu" if self.glu else "gelu")
         return fc2(activated(self, fc1(normalized)), residual=x)
 
 
@@ -158,8 +168,8 @@ class PackedBlock(nn.Module):
         if self.mlp is not None:
             if self.mlp.norm.widen(dim):
                 self.mlp.fc1.widen_inputs()
-            if is_erf_gelu(self.mlp.act):  # another activation may make something else of 0
-                self.mlp.fc1.widen_outputs()
+            if has_op(self.mlp):  # another activation may make something else of 0
+                self.mlp.fc1.widen_outputs(2 if self.mlp.glu else 1)
                 self.mlp.fc1.out_features = len(self.mlp.fc1.storage)
                 self.mlp.fc2.widen_inputs()
 

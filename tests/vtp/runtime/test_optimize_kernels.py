@@ -87,6 +87,9 @@ INFERENCE = {
     "registers": ("dinov2-registers", {"depth": 1}, 2),
     "qk-norm": ("qk-norm", {"depth": 1}, 2),
     "quick-gelu": ("pre-norm-quick-gelu", {}, 1),
+    "rotary-swiglu": ("rotary-swiglu", {}, 2),
+    "rotary-mixed": ("rotary-mixed", {"depth": 1}, 2),
+    "rotary-qk-norm": ("rotary-qk-norm", {}, 2),
     "dead-heads-and-branches": ("dead-parts", {"depth": 3}, 3),
     "deit-tiny-block-197-tokens": ("deit-tiny", {"img_size": 224, "depth": 1}, 1),
 }
@@ -135,8 +138,13 @@ def check_fine_tuning(name, changes, batch, side, autocast):
 )
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("dead-parts", {"depth": 3, "init_values": 0.1}), ("deit-tiny", {"depth": 1})],
-    ids=["dead-parts", "deit-tiny"],
+    [
+        ("dead-parts", {"depth": 3, "init_values": 0.1}),
+        ("deit-tiny", {"depth": 1}),
+        ("rotary-swiglu", {"depth": 1}),
+        ("rotary-mixed", {"depth": 1}),
+    ],
+    ids=["dead-parts", "deit-tiny", "rotary-swiglu", "rotary-mixed"],
 )
 def test_fine_tuning_on_the_kernels_has_the_gradients_of_pytorch(interpreter, name, changes, autocast, side):
     interpreter.run(check_fine_tuning, name, changes, 2, side, autocast)
@@ -150,8 +158,16 @@ def recorded(small, dtype, batch, target="sm_90"):
     """What warm blocks would launch on `target`: kernels in order, their variants, and other operators."""
     fast = pack_for_ops(small, dtype).to("meta")
     x = torch.empty(batch, 197, fast.vit.embed_dim, device="meta", dtype=dtype)
+    rotary = small.plan.architecture.rotary
+    tokens, width = 197 - small.num_prefix_tokens, 2 * small.plan.head_dim
+    keywords = {"rope": torch.empty(tokens, width, device="meta")} if rotary else {}
+
+    def run():
+        for block in fast.vit.blocks:
+            block(x, **keywords)
+
     with launching.recording("engine", target), TritonSides():
-        fast.vit.blocks(x)  # fills caches, as warmup does
+        run()  # fills caches, as warmup does
     noted = NotedOperators()
     with (
         launching.recording("engine", target) as variants,
@@ -159,7 +175,7 @@ def recorded(small, dtype, batch, target="sm_90"):
         noted,
         TritonSides(),
     ):
-        fast.vit.blocks(x)
+        run()
     return launched, variants, noted.names
 
 
@@ -173,6 +189,7 @@ FREE = {
     "aten::reshape",
     "aten::slice.Tensor",
     "aten::t",
+    "aten::to.dtype",
     "aten::view",
 }
 VENDOR = {"aten::mm.out", "aten::addmm.out", "aten::gelu_", "aten::add.out"}
@@ -181,6 +198,15 @@ MANY_ROWS = 1024  # from which a product is the vendor's, with GELU and residual
 
 def launches_of_a_block(rows):
     return 10 if rows >= MANY_ROWS else 7
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_rotary_block_with_swiglu_is_a_launch_more(batch):
+    launched, _, noted = recorded(compact_model("rotary-swiglu", depth=1), torch.bfloat16, batch)
+    others = [name for name in noted if name not in FREE and not name.startswith("vtp::")]
+    assert launched.count("_rotate_heads_kernel") == 1
+    assert set(others) <= VENDOR, others
+    assert len(launched) + len(others) <= launches_of_a_block(197 * batch) + 1 + (197 * batch < MANY_ROWS)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
