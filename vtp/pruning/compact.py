@@ -238,7 +238,7 @@ class CompactAttention(Attention):
         return not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
 
     def _of_kept_heads(self, rope: Tensor) -> Tensor:
-        """Angles [N, 2 d] of all heads as they are; of [..., heads, N, 2 d] those of the heads that are left."""
+        """Angles [N, 2 d] of all heads as they are; of [..., heads, N, 2 d] those of the kept heads."""
         if rope.ndim == 2 or rope.shape[-3] <= len(self.kept_heads):
             return rope
         return torch.stack([rope[..., head, :, :] for head in self.kept_heads], dim=-3)
