@@ -191,7 +191,7 @@ class CompactAttention(Attention):
         With `on_kernels` it is one op, and another before it that rotates; but masks, active dropout and
         norms of queries and keys stay on PyTorch's operators.
         """
-        if on_kernels and self.rotates_by_op(rope):
+        if on_kernels and rope is not None and self.rotates_by_op(rope):
             qkv, rope = rotate_heads(qkv, *self.rotation(rope)), None
         dropout = self.attn_drop.p if self.training else 0.0
         widest = max(*self.key_widths, *self.value_widths)
@@ -225,9 +225,9 @@ class CompactAttention(Attention):
         heads = enumerate(_split(value, self.value_widths))
         return torch.cat([scores[:, head] @ value for head, value in heads], dim=-1)
 
-    def rotates_by_op(self, rope: Tensor | None) -> bool:
+    def rotates_by_op(self, rope: Tensor) -> bool:
         """Whether `rotate_heads` does what these angles say: not behind patch dropout, nor behind norms."""
-        return rope is not None and rope.ndim < 4 and not self._is_normed
+        return rope.ndim < 4 and not self._is_normed
 
     def rotation(self, rope: Tensor) -> tuple[Tensor, tuple[int, ...], int, bool]:
         """What `rotate_heads` takes behind qkv."""

@@ -97,7 +97,7 @@ class PackedAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None) -> Tensor:
         qkv = self.qkv(self.norm(x))
-        if self.heads.rotates_by_op(rope):  # in place: nobody else has seen it
+        if rope is not None and self.heads.rotates_by_op(rope):  # in place: nobody else has seen it
             qkv, rope = rotate_heads_(qkv, *self.heads.rotation(rope)), None
         out = self.heads.attend(qkv, attn_mask, is_causal, rope, on_kernels=True)
         missing = self.proj.in_features - out.shape[-1]
