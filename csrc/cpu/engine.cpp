@@ -54,7 +54,8 @@ struct Stage {
   int64_t from_stride;
   void* to;
   int64_t to_stride;
-  bool gelu, to_float, add;              // of a linear layer; add: to what is there
+  Nonlinearity nonlinearity;             // of a linear layer
+  bool to_float, add;                    // likewise; add: to what is there
   int64_t rows, row_block, panel_block;  // of a linear layer; of one image for kEmbed
   int64_t parts;                         // of a head's rows, for kAttention
 };
@@ -173,7 +174,8 @@ class Engine {
       }
       if (b.has_mlp) {
         norm(b.mlp.norm, rows);
-        linear(b.mlp.fc1, input_, input_stride_, hidden_, hidden_stride_, rows, false).gelu = true;
+        linear(b.mlp.fc1, input_, input_stride_, hidden_, hidden_stride_, rows, false).nonlinearity =
+            b.mlp.swiglu ? Nonlinearity::kSwiGlu : Nonlinearity::kGelu;
         linear(b.mlp.fc2, hidden_, hidden_stride_, x_, x_stride_, rows, true).add = true;
       }
     }
@@ -330,9 +332,10 @@ class Engine {
     t.inputs = s.layer->inputs;
     t.rows = std::min(s.row_block, s.rows - row);
     t.columns = std::min(s.panel_block * kPanel, s.layer->outputs - panel * kPanel);
-    t.gelu = s.gelu;
+    t.nonlinearity = s.nonlinearity;
+    const int64_t to_panel = s.nonlinearity == Nonlinearity::kSwiGlu ? panel / 2 : panel;
     t.out = static_cast<char*>(s.to) +
-            (row * s.to_stride + panel * kPanel) * (s.to_float ? 4 : k_.activation_bytes);
+            (row * s.to_stride + to_panel * kPanel) * (s.to_float ? 4 : k_.activation_bytes);
     t.out_float = s.to_float;
     t.out_stride = s.to_stride;
     t.scratch = scratch;
@@ -400,6 +403,8 @@ class Engine {
       t.k_bias = a.head_norms + 3 * d;
     }
     t.eps = m_.eps;
+    const int64_t table = a.tables[static_cast<size_t>(head)];
+    if (table >= 0) t.rotary = call_.rotary + table * tokens_ * d;
     if (t.first_row < t.last_row) k_.attention(t);
   }
 
@@ -467,7 +472,7 @@ class Engine {
   int64_t tokens_ = 0, chunk_ = 0, images_ = 0, first_image_ = 0;
   int64_t x_stride_, input_stride_, hidden_stride_, logits_stride_, scratch_stride_;
   float *x_, *logits_, *scratch_;  // the residual stream; the head's results; a part for each worker
-  char *input_, *hidden_;          // activations: what linear layers read; what qkv and fc1 put out
+  char *input_, *hidden_;  // activations: what linear layers read; what qkv and GELU or SwiGLU put out
   std::atomic<int64_t> workers_{0};
 };
 

@@ -24,6 +24,7 @@ struct Call {
   int64_t images, tokens;
   void* output;
   bool output_bfloat16;
+  const float* rotary;  // [model.tables][tokens][head_dim], cosines then sines, or null where there are none
 };
 
 struct Stage;

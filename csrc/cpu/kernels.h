@@ -29,6 +29,10 @@ static inline int64_t panel_bytes(Dtype dtype, int64_t inputs) {
   return dtype == Dtype::kFloat32 ? inputs * kPanel * 4 : divide_up(inputs, 2) * kPanel * 4;
 }
 
+// What is made of A W^T + bias. kSwiGlu makes one column of two: panels of what SiLU is applied to and panels
+// of what that is multiplied with take turns, so a whole panel comes of each pair.
+enum class Nonlinearity : int64_t { kNone, kGelu, kSwiGlu };
+
 // A tile of C = act(A W^T + bias) + residual. Rows of A and C have room for whole panels; what of C lies
 // beyond `columns` is undefined, but where activations are bfloat16: there it is computed from the weight's
 // zeros, so that an odd width ends in a finite number.
@@ -38,9 +42,9 @@ struct LinearTile {
   const void* weight;     // the first panel
   const float* bias;      // of the first panel's columns, or null
   int64_t inputs;         // K
-  int64_t rows, columns;  // of the tile; it starts with a whole panel
-  bool gelu;              // exact GELU of A W^T + bias
-  const float* residual;  // of the first element, or null; may be what is written
+  int64_t rows, columns;  // of A W^T; it starts with a whole panel, and is pairs of them for kSwiGlu
+  Nonlinearity nonlinearity;
+  const float* residual;  // of the first element, or null, as for kSwiGlu; may be what is written
   int64_t residual_stride;
   void* out;  // first element: float32 with `out_float`, else activations
   bool out_float;
@@ -75,6 +79,10 @@ struct AttentionRows {
   // LayerNorm of queries and keys (qk_norm) or null: weight and bias [key_width] each
   const float *q_weight, *q_bias, *k_weight, *k_bias;
   float eps;
+  // Rotary embedding or null: for each token the cosines [key_width / 2] of its angles, then their sines. A
+  // query or key x becomes, behind its norm, x[i] c[i] - x[i + key_width / 2] s[i] and x[i + key_width / 2]
+  // c[i] + x[i] s[i].
+  const float* rotary;
 };
 
 // Pixels of one row of patches, in the order of a convolution's weight: [channels][patch height][patch

@@ -44,7 +44,8 @@ inline BFloat16 from_float<BFloat16>(float x) {
 
 // ----------------------------------------------------------------------------------------------- functions
 
-// 2^t for t < 128, to 1.6e-7 relative; 2^-126 below -126, NaN for NaN. Degree 5, fitted to |r| <= 1 / 2.
+// 2^t for t < 127.5, to 1.6e-7 relative, infinite from there to 128; 2^-126 below -126, NaN for NaN. Degree
+// 5, fitted to |r| <= 1 / 2.
 inline Vector exp2(Vector t) {
   t = Vector::max(Vector::broadcast(-126.0f), t);
   // 1.5 * 2^23, adding which rounds to an integer, and the bias of an exponent.
@@ -77,6 +78,12 @@ inline Vector gelu(Vector x) {
   q = Vector::fma(q, s, Vector::broadcast(1.0f));
   const Vector below = Vector::fma(a, p, q * Vector::broadcast(-0.5f)) / q;  // -Phi(-a)
   return Vector::fma(a, below, Vector::max(Vector::broadcast(0.0f), x));
+}
+
+// x / (1 + e^-x). Below -88, where that is less than 4e-37 away from 0, the power is infinite.
+inline Vector silu(Vector x) {
+  const Vector t = Vector::min(Vector::broadcast(128.0f), x * Vector::broadcast(-1.44269504f));
+  return x / (Vector::broadcast(1.0f) + exp2(t));
 }
 
 // ------------------------------------------------------------------------------------------------ products
@@ -201,10 +208,28 @@ void finish_tile(const LinearTile& t) {
     for (int64_t j = 0; j < t.columns; j += Vector::kWidth) {
       Vector x = Vector::load(from + j);
       if (t.bias) x = x + Vector::load(t.bias + j);
-      if (t.gelu) x = gelu(x);
+      if (t.nonlinearity == Nonlinearity::kGelu) x = gelu(x);
       if (t.residual) x = x + Vector::load(t.residual + i * t.residual_stride + j);
       store_as(to + j, x);
     }
+  }
+}
+
+// Of each pair of panels one.
+template <class Out>
+void finish_swiglu_tile(const LinearTile& t) {
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const float* from = t.scratch + i * t.columns;
+    Out* to = static_cast<Out*>(t.out) + i * t.out_stride;
+    for (int64_t panel = 0; panel < t.columns; panel += 2 * kPanel)
+      for (int64_t j = panel; j < panel + kPanel; j += Vector::kWidth, to += Vector::kWidth) {
+        Vector gate = Vector::load(from + j), x = Vector::load(from + j + kPanel);
+        if (t.bias) {
+          gate = gate + Vector::load(t.bias + j);
+          x = x + Vector::load(t.bias + j + kPanel);
+        }
+        store_as(to, silu(gate) * x);
+      }
   }
 }
 
@@ -214,10 +239,11 @@ void linear(const LinearTile& t) {
   const int64_t stride = divide_up(t.inputs, Dot::kStep) * kPanel * 4;
   multiply<Dot>(static_cast<const Activation*>(t.a), t.a_stride, t.rows, static_cast<const char*>(t.weight),
                 stride, t.columns, t.inputs, t.scratch, round_up(t.columns, kPanel));
+  const bool swiglu = t.nonlinearity == Nonlinearity::kSwiGlu;
   if (t.out_float)
-    finish_tile<float>(t);
+    (swiglu ? finish_swiglu_tile<float> : finish_tile<float>)(t);
   else
-    finish_tile<Activation>(t);
+    (swiglu ? finish_swiglu_tile<Activation> : finish_tile<Activation>)(t);
 }
 
 // ----------------------------------------------------------------------------------------------- LayerNorm
@@ -298,18 +324,49 @@ inline AttentionLayout attention_layout(int64_t tokens, int64_t key_width, int64
   return at;
 }
 
-// A token's query or key, with LayerNorm if there is one (then in `room`), else as it is.
-template <class Activation>
-inline const Activation* normalized(const Activation* x, int64_t width, const float* weight,
-                                    const float* bias, float eps, float* row, Activation* room) {
-  if (!weight) return x;
-  for (int64_t j = 0; j < width; ++j) row[j] = to_float(x[j]);
-  float mean, rstd;
-  statistics(row, width, eps, mean, rstd);
-  for (int64_t j = 0; j < width; ++j)
-    room[j] = from_float<Activation>((row[j] - mean) * rstd * weight[j] + bias[j]);
-  return room;
+// Each pair (x[i], x[i + width / 2]), turned by the angle whose cosine and sine are in `angles`, in place.
+inline void rotate(float* x, const float* angles, int64_t width) {
+  const int64_t half = width / 2;
+  float *first = x, *second = x + half;
+  const float *cosines = angles, *sines = angles + half;
+  int64_t i = 0;
+  for (; i + Vector::kWidth <= half; i += Vector::kWidth) {
+    const Vector a = Vector::load(first + i), b = Vector::load(second + i);
+    const Vector c = Vector::load(cosines + i), s = Vector::load(sines + i);
+    (a * c - b * s).store(first + i);
+    (b * c + a * s).store(second + i);
+  }
+  for (; i < half; ++i) {
+    const float a = first[i], b = second[i];
+    first[i] = a * cosines[i] - b * sines[i];
+    second[i] = b * cosines[i] + a * sines[i];
+  }
 }
+
+// Queries and keys alike: LayerNorm, if there is one, and the rotation, if there is one.
+struct HeadRows {
+  int64_t width;
+  const float *weight, *bias, *rotary;
+  float eps;
+  float* row;  // room for one
+
+  bool change() const { return weight || rotary; }
+
+  // Of one token, from `x` to `to`, rounded once.
+  template <class Activation>
+  void prepare(const Activation* x, int64_t token, Activation* to) const {
+    for (int64_t j = 0; j < width; ++j) row[j] = to_float(x[j]);
+    if (weight) {
+      float mean, rstd;
+      statistics(row, width, eps, mean, rstd);
+      for (int64_t j = 0; j < width; ++j) row[j] = (row[j] - mean) * rstd * weight[j] + bias[j];
+    }
+    if (rotary) rotate(row, rotary + token * width, width);
+    int64_t j = 0;
+    for (; j + Vector::kWidth <= width; j += Vector::kWidth) store_as(to + j, Vector::load(row + j));
+    for (; j < width; ++j) to[j] = from_float<Activation>(row[j]);
+  }
+};
 
 typedef float FourUnits __attribute__((vector_size(16)));
 
@@ -337,7 +394,7 @@ inline void transpose_four(const void* from, int64_t from_stride, void* to, int6
 
 // Keys as weights of a linear layer from d to N: panels of 16 columns, zeros behind the last.
 template <class Dot>
-inline void pack_keys(const AttentionRows& t, typename Dot::Activation* keys, float* row,
+inline void pack_keys(const AttentionRows& t, const HeadRows& rows, typename Dot::Activation* keys,
                       typename Dot::Activation* room) {
   using Activation = typename Dot::Activation;
   constexpr int64_t kStep = Dot::kStep;
@@ -346,17 +403,22 @@ inline void pack_keys(const AttentionRows& t, typename Dot::Activation* keys, fl
   const Activation zero = from_float<Activation>(0.0f);
   int64_t token = 0;
   // Four tokens at once; of each, the last few units one by one.
-  if (!t.k_weight)
-    for (; token + 4 <= N; token += 4) {
-      const Activation* from = k + token * t.stride;
-      Activation* to = keys + (token / kPanel * units * kPanel + token % kPanel) * kStep;
-      int64_t j = 0;
-      for (; j + 4 * kStep <= d; j += 4 * kStep)
-        transpose_four(from + j, t.stride * sizeof(Activation), to + j * kPanel, kPanel * 4);
-      for (; j < units * kStep; ++j)
-        for (int64_t i = 0; i < 4; ++i)
-          to[j / kStep * kPanel * kStep + i * kStep + j % kStep] = j < d ? from[i * t.stride + j] : zero;
+  for (; token + 4 <= N; token += 4) {
+    const Activation* from = k + token * t.stride;
+    int64_t stride = t.stride;
+    if (rows.change()) {
+      stride = round_up(d, kPanel);
+      for (int64_t i = 0; i < 4; ++i) rows.prepare(from + i * t.stride, token + i, room + i * stride);
+      from = room;
     }
+    Activation* to = keys + (token / kPanel * units * kPanel + token % kPanel) * kStep;
+    int64_t j = 0;
+    for (; j + 4 * kStep <= d; j += 4 * kStep)
+      transpose_four(from + j, stride * sizeof(Activation), to + j * kPanel, kPanel * 4);
+    for (; j < units * kStep; ++j)
+      for (int64_t i = 0; i < 4; ++i)
+        to[j / kStep * kPanel * kStep + i * kStep + j % kStep] = j < d ? from[i * stride + j] : zero;
+  }
   for (; token < round_up(N, kPanel); ++token) {
     Activation* to = keys + (token / kPanel * units * kPanel + token % kPanel) * kStep;
     if (token >= N) {
@@ -364,7 +426,11 @@ inline void pack_keys(const AttentionRows& t, typename Dot::Activation* keys, fl
         for (int64_t s = 0; s < kStep; ++s) to[u * kPanel * kStep + s] = zero;
       continue;
     }
-    const Activation* from = normalized(k + token * t.stride, d, t.k_weight, t.k_bias, t.eps, row, room);
+    const Activation* from = k + token * t.stride;
+    if (rows.change()) {
+      rows.prepare(from, token, room);
+      from = room;
+    }
     for (int64_t j = 0; j < d / kStep; ++j)
       memcpy(to + j * kPanel * kStep, from + j * kStep, kStep * sizeof(Activation));
     if (d % kStep) {
@@ -450,7 +516,9 @@ void attention(const AttentionRows& t) {
   const auto* q = static_cast<const Activation*>(t.q);
   auto* out = static_cast<Activation*>(t.out);
   const Activation zero = from_float<Activation>(0.0f);
-  pack_keys<Dot>(t, keys, row, queries);
+  const HeadRows query_rows = {d, t.q_weight, t.q_bias, t.rotary, t.eps, row};
+  const HeadRows key_rows = {d, t.k_weight, t.k_bias, t.rotary, t.eps, row};
+  pack_keys<Dot>(t, key_rows, keys, queries);
   pack_values<Dot>(t, values);
 
   const int64_t columns = round_up(N, kPanel), value_columns = round_up(w, kPanel);
@@ -458,10 +526,10 @@ void attention(const AttentionRows& t) {
     const int64_t rows = t.last_row - first < kQueryRows ? t.last_row - first : kQueryRows;
     const Activation* a = q + first * t.stride;
     int64_t a_stride = t.stride;
-    if (t.q_weight) {
+    if (query_rows.change()) {
       a_stride = round_up(d, kPanel);
       for (int64_t i = 0; i < rows; ++i) {
-        normalized(q + (first + i) * t.stride, d, t.q_weight, t.q_bias, t.eps, row, queries + i * a_stride);
+        query_rows.prepare(q + (first + i) * t.stride, first + i, queries + i * a_stride);
         if (d % kStep) queries[i * a_stride + d] = zero;  // it meets a key's zero
       }
       a = queries;

@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -69,9 +70,29 @@ void expect_input(const Tensor& t, const char* name, int64_t rank) {
                               std::to_string(rank) + " dimensions");
 }
 
+// That there are tables [T, N, d] for all heads that have one, and none where no head has.
+void expect_rotary(const std::optional<Tensor>& rotary, const Model& m, int64_t tokens) {
+  const std::string wanted = m.tables == 0 ? "none: the layout has no head with a rotary embedding"
+                                           : "contiguous float32 [T, " + std::to_string(tokens) + ", " +
+                                                 std::to_string(m.head_dim) + "] with T at least " +
+                                                 std::to_string(m.tables);
+  if (!rotary) {
+    expect(m.tables == 0, "rotary: got none, expected " + wanted);
+    return;
+  }
+  expect(m.tables > 0, "rotary: got shape " + shape_of(*rotary) + ", expected " + wanted);
+  expect(rotary->is_cpu(), "rotary: not on the CPU");
+  expect(rotary->scalar_type() == ScalarType::Float && rotary->is_contiguous(),
+         "rotary: got another dtype or memory format, expected " + wanted);
+  expect(rotary->dim() == 3 && rotary->size(0) >= m.tables && rotary->size(1) == tokens &&
+             rotary->size(2) == m.head_dim,
+         "rotary: got shape " + shape_of(*rotary) + ", expected " + wanted);
+}
+
 // Reads the model, calls `check` on it, which gives the shape of the result, and runs it.
 template <class Check>
-Tensor run_model(const Tensor& input, const Tensor& weights, const Tensor& layout, const Check& check) {
+Tensor run_model(const Tensor& input, const Tensor& weights, const Tensor& layout,
+                 const std::optional<Tensor>& rotary, const Check& check) {
   expect_memory(weights, "weights", ScalarType::Byte, "uint8");
   expect_memory(layout, "layout", ScalarType::Long, "int64");
   std::unique_ptr<Workspace> workspace = pool().take();
@@ -81,8 +102,13 @@ Tensor run_model(const Tensor& input, const Tensor& weights, const Tensor& layou
   const Tensor in = torch::stable::contiguous(input);
   Tensor out = torch::stable::new_empty(in, shape);
   const bool bfloat16 = in.scalar_type() == ScalarType::BFloat16;
-  const Call call{in.const_data_ptr(),    bfloat16, in.size(0), workspace->model.from_images ? 0 : in.size(1),
-                  out.mutable_data_ptr(), bfloat16};
+  const Call call{in.const_data_ptr(),
+                  bfloat16,
+                  in.size(0),
+                  workspace->model.from_images ? 0 : in.size(1),
+                  out.mutable_data_ptr(),
+                  bfloat16,
+                  rotary ? rotary->const_data_ptr<float>() : nullptr};
   if (out.numel() > 0) run(*workspace, call, torch::stable::get_num_threads(), in_parallel);
   pool().give_back(std::move(workspace));
   return out;
@@ -90,7 +116,7 @@ Tensor run_model(const Tensor& input, const Tensor& weights, const Tensor& layou
 
 Tensor cpu_vit(const Tensor& images, const Tensor& weights, const Tensor& layout, int64_t outputs) {
   expect_input(images, "images", 4);
-  return run_model(images, weights, layout, [&](const Model& m) {
+  return run_model(images, weights, layout, std::nullopt, [&](const Model& m) {
     expect(m.from_images && m.to_logits, "layout: it is not that of a whole model");
     expect(images.size(1) == m.channels && images.size(2) == m.height && images.size(3) == m.width,
            "images: got shape " + shape_of(images) + ", expected [B, " + std::to_string(m.channels) + ", " +
@@ -101,12 +127,16 @@ Tensor cpu_vit(const Tensor& images, const Tensor& weights, const Tensor& layout
   });
 }
 
-Tensor cpu_blocks(const Tensor& tokens, const Tensor& weights, const Tensor& layout) {
+// rotary: [T, N, d] in float32, for each table and token the cosines of d / 2 angles, then their sines; which
+// head is rotated by which table is in the layout.
+Tensor cpu_blocks(const Tensor& tokens, const Tensor& weights, const Tensor& layout,
+                  const std::optional<Tensor>& rotary) {
   expect_input(tokens, "tokens", 3);
-  return run_model(tokens, weights, layout, [&](const Model& m) {
+  return run_model(tokens, weights, layout, rotary, [&](const Model& m) {
     expect(!m.from_images && !m.to_logits, "layout: it is not that of blocks alone");
     expect(tokens.size(2) == m.embed_dim, "tokens: got shape " + shape_of(tokens) + ", expected [B, N, " +
                                               std::to_string(m.embed_dim) + "]");
+    expect_rotary(rotary, m, tokens.size(1));
     return std::vector<int64_t>{tokens.size(0), tokens.size(1), tokens.size(2)};
   });
 }
@@ -147,7 +177,7 @@ std::string cpu_isa() { return kernels(Dtype::kBFloat16).name; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vtp, m) {
   m.def("cpu_vit(Tensor images, Tensor weights, Tensor layout, int outputs) -> Tensor");
-  m.def("cpu_blocks(Tensor tokens, Tensor weights, Tensor layout) -> Tensor");
+  m.def("cpu_blocks(Tensor tokens, Tensor weights, Tensor layout, Tensor? rotary=None) -> Tensor");
   m.def("cpu_linear(Tensor x, Tensor weights, Tensor bias, int outputs, bool bfloat16) -> Tensor");
   m.def("cpu_isa() -> str");
 }

@@ -8,7 +8,7 @@
 namespace vtp_cpu {
 namespace {
 
-constexpr int64_t kFormat = 2;      // of the list; vtp/runtime/cpu.py has the same
+constexpr int64_t kFormat = 3;      // of the list; vtp/runtime/cpu.py has the same
 constexpr int64_t kMost = 1 << 24;  // of any width or count: products of two stay far from overflow
 
 [[noreturn]] void refuse(const std::string& why) {
@@ -49,6 +49,23 @@ class Reader {
     return total;
   }
 
+  // The table of each head, `before` more than in the list; keys of heads that have one are `width` wide.
+  // Returns how many there have to be.
+  int64_t tables(Attention& a, int64_t before, int64_t width) {
+    a.tables.resize(a.key_widths.size());
+    int64_t most = 0;
+    for (size_t h = 0; h < a.tables.size(); ++h) {
+      int64_t table = count("the table of a head", -1);
+      if (table >= 0) table += before;
+      a.tables[h] = table;
+      most = std::max(most, table + 1);
+      if (table >= 0 && (a.key_widths[h] != width || width % 2))
+        refuse("a key width is " + std::to_string(a.key_widths[h]) + " where pairs of " +
+               std::to_string(width) + " are rotated");
+    }
+    return most;
+  }
+
   template <class T>
   const T* memory(int64_t count, const char* what) {
     const int64_t offset = next();
@@ -62,11 +79,12 @@ class Reader {
     if (at_ != end_) refuse("it goes on behind its end");
   }
 
+  // 0 inputs or outputs: any number of them.
   Linear linear(Dtype dtype, int64_t inputs, int64_t outputs) {
     Linear out;
     out.inputs = count("the inputs of a layer", 1);
     out.outputs = count("the outputs of a layer", 1);
-    if (out.inputs != inputs || (outputs && out.outputs != outputs))
+    if ((inputs && out.inputs != inputs) || (outputs && out.outputs != outputs))
       refuse("a layer has " + std::to_string(out.inputs) + " inputs and " + std::to_string(out.outputs) +
              " outputs where " + std::to_string(inputs) + " and " + std::to_string(outputs) + " belong");
     out.weight = memory<char>(out.panels() * panel_bytes(dtype, out.inputs), "a weight");
@@ -113,6 +131,9 @@ void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64
   head_dim = in.count("the head width");
   eps = float_of(in.next());
   scale = float_of(in.next());
+  // Tables of a block, if blocks have their own: heads are numbered within theirs, so that a block's part of
+  // the list is the same in that of this block alone.
+  const int64_t tables_of_a_block = in.count("the tables of a block");
 
   from_images = in.next() != 0;
   if (from_images) {
@@ -131,7 +152,9 @@ void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64
     positions = in.memory<float>(tokens * round_up(embed_dim, kPanel), "the positions");
   }
 
+  tables = 0;
   blocks.resize(in.count_listed("the number of blocks"));
+  int64_t tables_before = 0;
   for (Block& block : blocks) {
     block.offset = in.next() ? in.memory<float>(embed_dim, "an offset") : nullptr;
     block.has_attention = in.next() != 0;
@@ -141,6 +164,7 @@ void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64
       const int64_t heads = in.count_listed("the number of heads", 1);
       a.total_keys = in.widths(a.key_widths, heads, "a key width");
       a.total_width = in.widths(a.value_widths, heads, "a value width");
+      tables = std::max(tables, in.tables(a, tables_before, head_dim));
       a.qkv = in.linear(dtype, a.norm.kept, 2 * a.total_keys + a.total_width);
       a.head_norms = in.next() ? in.memory<float>(4 * head_dim, "the norms of heads") : nullptr;
       if (a.head_norms)
@@ -152,11 +176,20 @@ void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64
     }
     block.has_mlp = in.next() != 0;
     if (block.has_mlp) {
-      block.mlp.norm = in.norm(embed_dim);
-      block.mlp.fc1 = in.linear(dtype, block.mlp.norm.kept, 0);
-      block.mlp.fc2 = in.linear(dtype, block.mlp.fc1.outputs, embed_dim);
+      Mlp& m = block.mlp;
+      m.norm = in.norm(embed_dim);
+      const int64_t nonlinearity = in.count("the nonlinearity");
+      if (nonlinearity > 1) refuse("a nonlinearity is " + std::to_string(nonlinearity));
+      m.swiglu = nonlinearity == 1;
+      m.fc1 = in.linear(dtype, m.norm.kept, 0);
+      m.fc2 = in.linear(dtype, m.swiglu ? 0 : m.fc1.outputs, embed_dim);
+      if (m.swiglu && m.fc1.outputs != 2 * round_up(m.fc2.inputs, kPanel))
+        refuse("SwiGLU has " + std::to_string(m.fc1.outputs) + " outputs of fc1 for " +
+               std::to_string(m.fc2.inputs) + " inputs of fc2");
     }
+    tables_before += tables_of_a_block;
   }
+  if (from_images && tables) refuse("a whole model has rotary embeddings");
 
   to_logits = in.next() != 0;
   if (to_logits) {
@@ -180,7 +213,7 @@ int64_t Model::widest_hidden() const {
   int64_t widest = 0;
   for (const Block& b : blocks) {
     if (b.has_attention) widest = std::max(widest, b.attention.qkv.outputs);
-    if (b.has_mlp) widest = std::max(widest, b.mlp.fc1.outputs);
+    if (b.has_mlp) widest = std::max(widest, b.mlp.fc2.inputs);
   }
   return widest;
 }

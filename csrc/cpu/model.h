@@ -28,11 +28,15 @@ struct Attention {
   // Of each head: its query and its key, as wide as one another, and its values.
   std::vector<int64_t> key_widths, value_widths;
   int64_t total_keys, total_width;  // their sums
+  std::vector<int64_t> tables;      // of each head: of the rotary embedding, -1 without
   const float* head_norms;          // [4][head_dim]: weight and bias for q, then for k; or null
 };
 
 struct Mlp {
   Norm norm;
+  // SwiGLU, else GELU. With it fc1 has panels in turn of what SiLU is applied to and of what that is
+  // multiplied with, either half filled up to whole panels with zeros.
+  bool swiglu;
   Linear fc1, fc2;
 };
 
@@ -48,6 +52,7 @@ struct Model {
   int64_t embed_dim, head_dim;  // head_dim: of the dense model, over which norms of heads are
   float eps, scale;
   std::vector<Block> blocks;
+  int64_t tables;  // of rotary embeddings that calls have to bring: one more than the largest index of a head
 
   // From images: patches, and a table [tokens][embed_dim rounded to panels] that is added to them, whose
   // first `prefix` rows are the tokens that are no patches. Else the input is tokens.
@@ -67,7 +72,7 @@ struct Model {
   void read(const int64_t* layout, int64_t length, const char* bytes, int64_t size);
 
   int64_t widest_input() const;   // of the linear layers that read normalized rows, attention or patches
-  int64_t widest_hidden() const;  // of what qkv and fc1 put out
+  int64_t widest_hidden() const;  // of what qkv puts out, and what the nonlinearity of a branch
 };
 
 }  // namespace vtp_cpu

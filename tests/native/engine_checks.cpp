@@ -77,6 +77,36 @@ std::vector<Shape> shapes() {
                    1,
                    1,
                    5});
+    // Heads with one table in common, with one of their own and with none; SwiGLU of odd widths.
+    out.push_back({"rotary",
+                   dtype,
+                   61,
+                   38,
+                   {{50, {38, 7, 38, 38}, {5, 4, 6, 38}, false, 61, 37, true, true, {0, -1, 2, 0}},
+                    {61, {38}, {64}, true, 15, 1, false, true, {1}}},
+                   0,
+                   0,
+                   0,
+                   0,
+                   0,
+                   0,
+                   0,
+                   0,
+                   2});
+    out.push_back(
+        {"swiglu",
+         dtype,
+         33,
+         15,
+         {{33, {15, 15}, {15, 2}, false, 30, 115, false, true}, {0, {}, {}, false, 33, 48, false, true}},
+         2,
+         12,
+         12,
+         3,
+         3,
+         1,
+         1,
+         17});
   }
   return out;
 }
@@ -109,7 +139,9 @@ Numbers run_engine(Workspace& workspace, const Packed& packed, const Shape& s, c
   read(workspace, packed);
   Numbers output(images * output_size(s), input.bytes());
   const bool half = input.bytes() == 2;
-  const Call call{input.memory().data(), half, images, s.whole() ? 0 : kTokens, output.data(), half};
+  const std::vector<float> rotary = rotary_tables(s.tables(), kTokens, s.head_dim);
+  const Call call{input.memory().data(), half, images,       s.whole() ? 0 : kTokens,
+                  output.data(),         half, rotary.data()};
   vtp_cpu::run(workspace, call, threads, parallel);
   return output;
 }
@@ -277,10 +309,12 @@ void check_steady() {
     const Packed packed(PlainModel(s, 13));
     const Numbers input = random_input(s, 4, 3);
     Numbers output(3 * output_size(s), 4);
+    const std::vector<float> rotary = rotary_tables(s.tables(), kTokens, s.head_dim);
     Workspace workspace;
     const auto call = [&](int64_t images) {
       read(workspace, packed);
-      const Call one{input.memory().data(), false, images, s.whole() ? 0 : kTokens, output.data(), false};
+      const Call one{input.memory().data(), false, images,       s.whole() ? 0 : kTokens,
+                     output.data(),         false, rotary.data()};
       vtp_cpu::run(workspace, one, 2, on_one_thread);
     };
     call(3);
@@ -349,10 +383,12 @@ bool runs(const std::vector<int64_t>& layout, const char* bytes, int64_t size) {
   }
   const int64_t images = 2, tokens = 3;
   const int64_t in = m.from_images ? m.channels * m.height * m.width : tokens * m.embed_dim;
-  if (m.from_images != m.to_logits || in > 1 << 16)
-    return true;  // no operator runs the one, the other takes long
+  if (m.from_images != m.to_logits || in > 1 << 16 || m.tables > 1 << 10)
+    return true;  // no operator runs the one, the others take long
   Numbers input(images * in, 4), output(images * (m.from_images ? m.head.outputs : tokens * m.embed_dim), 4);
-  vtp_cpu::run(workspace, {input.data(), false, images, m.from_images ? 0 : tokens, output.data(), false}, 2,
+  const std::vector<float> rotary = rotary_tables(m.tables, tokens, m.tables ? m.head_dim : 0);
+  const int64_t given = m.from_images ? 0 : tokens;
+  vtp_cpu::run(workspace, {input.data(), false, images, given, output.data(), false, rotary.data()}, 2,
                on_one_thread);
   return true;
 }
@@ -396,6 +432,28 @@ void check_wrong() {
   expect(runs(PlainModel(norms, 1)), "wrong: norms of heads are refused");
   norms.blocks[0].key_widths[1] = norms.head_dim - 1;
   expect(!runs(PlainModel(norms, 1)), "wrong: a key is narrower than its norm");
+  Shape rotary = good;
+  rotary.channels = 0;  // tokens in and out
+  rotary.head_dim = 6;
+  rotary.blocks = {{17, {6, 5}, {1, 7}, false, 21, 61, false, true, {3, -1}}};
+  expect(runs(PlainModel(rotary, 1)), "wrong: rotary embeddings are refused");
+  rotary.blocks[0].tables = {3, 0};
+  expect(!runs(PlainModel(rotary, 1)), "wrong: a narrow key is rotated");
+  rotary.blocks[0].key_widths = {5, 5};
+  rotary.head_dim = 5;
+  expect(!runs(PlainModel(rotary, 1)), "wrong: a key of odd width is rotated");
+  rotary.blocks[0].tables = {-2, -1};
+  expect(!runs(PlainModel(rotary, 1)), "wrong: a table before the first");
+  Shape images = good;
+  images.head_dim = 6;
+  images.blocks = {{17, {6}, {1}, false, 21, 61, false, false, {0}}};
+  expect(!runs(PlainModel(images, 1)), "wrong: a whole model is rotated");
+  rotary.blocks[0].tables = {};
+  Packed halves{PlainModel(rotary, 1)};
+  expect(runs(halves.layout, halves.bytes(), halves.size), "wrong: SwiGLU is refused");
+  const int64_t fc1[] = {21, 128};  // inputs, and outputs: twice 61, in whole panels
+  std::search(halves.layout.begin(), halves.layout.end(), fc1, fc1 + 2)[1] = 96;
+  expect(!runs(halves.layout, halves.bytes(), halves.size), "wrong: half of a hidden unit is missing");
   for (int64_t index : {int64_t{-1}, good.embed_dim, int64_t{INT32_MAX}, int64_t{INT32_MIN}}) {
     PlainModel model(good, 1);
     model.spoil_index(static_cast<int32_t>(index));
@@ -405,8 +463,8 @@ void check_wrong() {
 
 // A short list that claims to hold a lot does not make the reader take memory for it.
 void check_claims() {
-  const std::vector<int64_t> blocks = {2, 0, 8, 4, 0, 0, 0, 1 << 24};
-  const std::vector<int64_t> heads = {2, 0, 8, 4, 0, 0, 0, 1, 0, 1, 8, 0, 1 << 24};
+  const std::vector<int64_t> blocks = {3, 0, 8, 4, 0, 0, 0, 0, 1 << 24};
+  const std::vector<int64_t> heads = {3, 0, 8, 4, 0, 0, 0, 0, 1, 0, 1, 8, 0, 1 << 24};
   for (const std::vector<int64_t>& layout : {heads, blocks}) {
     rusage before{}, after{};
     getrusage(RUSAGE_SELF, &before);

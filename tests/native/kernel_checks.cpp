@@ -11,15 +11,21 @@ double half_precision(const Kernels& k) { return k.activation_bytes == 2 ? kBFlo
 
 struct LinearCase {
   const char* name;
-  bool gelu, bias, out_float, residual, in_place;
+  Nonlinearity nonlinearity;
+  bool bias, out_float, residual, in_place;
 };
 const LinearCase kLinearCases[] = {
-    {"plain", false, false, false, false, false},
-    {"bias", false, true, false, false, false},
-    {"gelu", true, true, false, false, false},
-    {"float-out", false, true, true, false, false},
-    {"residual-in-place", false, true, true, true, true},
-    {"residual-elsewhere", false, true, true, true, false},
+    {"plain", Nonlinearity::kNone, false, false, false, false},
+    {"bias", Nonlinearity::kNone, true, false, false, false},
+    {"gelu", Nonlinearity::kGelu, true, false, false, false},
+    {"float-out", Nonlinearity::kNone, true, true, false, false},
+    {"residual-in-place", Nonlinearity::kNone, true, true, true, true},
+    {"residual-elsewhere", Nonlinearity::kNone, true, true, true, false},
+};
+const LinearCase kSwiGluCases[] = {
+    {"swiglu", Nonlinearity::kSwiGlu, true, false, false, false},
+    {"swiglu-without-bias", Nonlinearity::kSwiGlu, false, false, false, false},
+    {"swiglu-float-out", Nonlinearity::kSwiGlu, true, true, false, false},
 };
 
 // All that the kernel reads and writes. Behind an input of odd width lies what must not count.
@@ -60,7 +66,7 @@ struct LinearData {
     t.inputs = inputs;
     t.rows = rows;
     t.columns = outputs;
-    t.gelu = c.gelu;
+    t.nonlinearity = c.nonlinearity;
     t.residual = c.residual ? residual().floats() : nullptr;
     t.residual_stride = residual_stride;
     t.out = out.data();
@@ -101,7 +107,7 @@ void check_linear(const Kernels& k, Dtype dtype, const LinearCase& c, const int6
     for (int64_t n = 0; n < data.outputs; ++n) {
       const auto [sum, sizes] = product(data, i, n);
       const double added = c.residual ? before.get(i * data.residual_stride + n) : 0.0;
-      const double expected = (c.gelu ? gelu(sum) : sum) + added;
+      const double expected = (c.nonlinearity == Nonlinearity::kGelu ? gelu(sum) : sum) + added;
       const double stored = data.out_bytes == 2 ? kBFloat16Eps * std::fabs(expected) : 0.0;
       expect_close(data.out.get(i * data.out_stride + n), expected,
                    kFloatEps * roundings * (sizes + std::fabs(added)) + stored, name);
@@ -115,11 +121,60 @@ void check_linear(const Kernels& k, Dtype dtype, const LinearCase& c, const int6
            name + ": an odd row ends in no number");
 }
 
+// `columns` is of the product: pairs of panels.
+void check_swiglu(const Kernels& k, Dtype dtype, const LinearCase& c, const int64_t (&size)[3],
+                  Random& random) {
+  LinearData data(k, dtype, c, size, random);
+  k.linear(data.tile());
+  const std::string name =
+      std::string(k.name) + " linear " + c.name + " " + text({size[0], size[1], size[2]});
+  const double roundings = 8 + 2 * std::sqrt(static_cast<double>(data.inputs));
+  for (int64_t i = 0; i < data.rows; ++i) {
+    for (int64_t n = 0; n < data.outputs / 2; ++n) {
+      const int64_t column = n / kPanel * 2 * kPanel + n % kPanel;
+      const auto [gate, gate_sizes] = product(data, i, column);
+      const auto [x, sizes] = product(data, i, column + kPanel);
+      const double expected = silu(gate) * x;
+      const double stored = data.out_bytes == 2 ? kBFloat16Eps * std::fabs(expected) : 0.0;
+      expect_close(
+          data.out.get(i * data.out_stride + n), expected,  // SiLU is steeper than 1, by a tenth
+          kFloatEps * roundings * (1.1 * gate_sizes * std::fabs(x) + std::fabs(silu(gate)) * sizes) + stored,
+          name);
+    }
+    for (int64_t n = data.outputs / 2; n < data.out_stride && i + 1 < data.rows; ++n)
+      expect(data.out.is_untouched(i * data.out_stride + n), name + ": wrote behind a row");
+  }
+}
+
+// SiLU of a fine grid, as biases of a layer whose weights are zero, times 1.
+void check_silu(const Kernels& k, Dtype dtype) {
+  const int64_t count = 4096;
+  Random random(0);
+  LinearData data(k, dtype, {"", Nonlinearity::kSwiGlu, true, true, false, false}, {1, 1, 2 * count}, random);
+  data.panels.assign(data.panels.size(), '\0');
+  const double odd[] = {NAN,   INFINITY, -1e4,  1e30,  -1e30, -1e-30,   0.0,
+                        -87.3, -88.0,    -88.5, -88.8, 88.5,  -INFINITY};
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t at = j / kPanel * 2 * kPanel + j % kPanel;
+    data.bias.set(at, j < 13 ? odd[j] : static_cast<double>(j - count / 2) / 64);
+    data.bias.set(at + kPanel, 1.0);
+  }
+  k.linear(data.tile());
+  for (int64_t j = 0; j < count; ++j) {
+    const double x = data.bias.get(j / kPanel * 2 * kPanel + j % kPanel), got = data.out.get(j);
+    const std::string name = std::string(k.name) + " silu of " + std::to_string(x);
+    if (x == INFINITY)
+      expect(got == x, name);
+    else  // of minus infinity NaN, as of an overflow
+      expect_close(got, silu(x), 2e-7 * std::fabs(x) + 1e-37, name);
+  }
+}
+
 // GELU of a fine grid, as biases of a layer whose weights are zero.
 void check_gelu(const Kernels& k, Dtype dtype) {
   const int64_t count = 4096;
   Random random(0);
-  LinearData data(k, dtype, {"", true, true, true, false, false}, {1, 1, count}, random);
+  LinearData data(k, dtype, {"", Nonlinearity::kGelu, true, true, false, false}, {1, 1, count}, random);
   data.panels.assign(data.panels.size(), '\0');
   for (int64_t j = 0; j < count; ++j) data.bias.set(j, static_cast<double>(j - count / 2) / 128);
   const double odd[] = {NAN, INFINITY, -1e4, 1e30, -1e-30, 0.0};
@@ -180,12 +235,13 @@ void check_norm(const Kernels& k, int64_t width, int64_t kept, double offset, Ra
 // The first of two heads; the second has keys of another width and one value, so that other numbers lie on
 // either side of everything.
 struct AttentionData {
-  AttentionData(const Kernels& k, int64_t n, int64_t key_width, int64_t value_width, bool norms,
+  AttentionData(const Kernels& k, int64_t n, int64_t key_width, int64_t value_width, bool norms, bool rotate,
                 Random& random)
       : tokens(n),
         d(key_width),
         w(value_width),
         head_norms(norms),
+        rotated(rotate),
         keys(d + 3),
         total(2 * keys + w + 1),
         stride(round_up(total, kPanel) + kPanel),
@@ -194,10 +250,17 @@ struct AttentionData {
         qkv((tokens - 1) * stride + total, k.activation_bytes),
         out((tokens - 1) * out_stride + w + padding, k.activation_bytes),
         norm(4 * d, 4),
+        rotary(tokens * d, 4),
         scratch(k.attention_scratch(tokens, d, w), 4) {
     for (int64_t i = 0; i < tokens; ++i)
       for (int64_t j = 0; j < total; ++j) qkv.set(i * stride + j, random.normal());
     for (int64_t j = 0; j < 4 * d; ++j) norm.set(j, random.normal());
+    for (int64_t j = 0; j < tokens * (d / 2); ++j) {
+      const int64_t at = j / (d / 2) * d + j % (d / 2);
+      const double angle = 3 * random.normal();
+      rotary.set(at, std::cos(angle));
+      rotary.set(at + d / 2, std::sin(angle));
+    }
   }
 
   vtp_cpu::AttentionRows rows(int64_t first, int64_t last) {
@@ -223,57 +286,74 @@ struct AttentionData {
       t.k_weight = norm.floats(2 * d);
       t.k_bias = norm.floats(3 * d);
     }
+    if (rotated) t.rotary = rotary.floats();
     return t;
   }
 
-  // Queries (part 0) or keys (part 1) [tokens][d], with their LayerNorm.
-  std::vector<double> normalized(int64_t part) const {
+  // Queries (part 0) or keys (part 1) [tokens][d], with their LayerNorm and rotation.
+  std::vector<double> prepared(int64_t part) {
     std::vector<double> out;
     for (int64_t i = 0; i < tokens; ++i) {
       std::vector<double> row;
       for (int64_t j = 0; j < d; ++j) row.push_back(qkv.get(i * stride + part * keys + j));
       if (head_norms) normalize(row.data(), d, static_cast<double>(1e-5f));
-      for (int64_t j = 0; j < d; ++j)
-        out.push_back(head_norms ? row[static_cast<size_t>(j)] * norm.get(2 * part * d + j) +
-                                       norm.get((2 * part + 1) * d + j)
-                                 : row[static_cast<size_t>(j)]);
+      for (int64_t j = 0; j < d && head_norms; ++j)
+        row[static_cast<size_t>(j)] =
+            row[static_cast<size_t>(j)] * norm.get(2 * part * d + j) + norm.get((2 * part + 1) * d + j);
+      if (rotated) rotate(row.data(), rotary.floats(i * d), d);
+      out.insert(out.end(), row.begin(), row.end());
+    }
+    return out;
+  }
+
+  // How large they are: of a rotated pair, each as large as both together, which its rounding is relative to.
+  std::vector<double> sizes(const std::vector<double>& rows) const {
+    std::vector<double> out;
+    for (int64_t i = 0; i < tokens * d; ++i) {
+      const int64_t other = i % d < d / 2 ? i + d / 2 : i - d / 2;
+      out.push_back(rotated ? std::hypot(rows[static_cast<size_t>(i)], rows[static_cast<size_t>(other)])
+                            : std::fabs(rows[static_cast<size_t>(i)]));
     }
     return out;
   }
 
   int64_t tokens, d, w;
-  bool head_norms;
+  bool head_norms, rotated;
   int64_t keys, total, stride, padding, out_stride;  // keys: columns of both heads
-  Numbers qkv, out, norm, scratch;
+  Numbers qkv, out, norm, rotary, scratch;
 };
 
-// The largest of sum |q| |k| scale over all keys: roundings of scores are relative to it.
+// The largest of sum |q| |k| scale over all keys, of their sizes: roundings of scores are relative to it.
 double largest_score(const double* q, const std::vector<double>& keys, int64_t d) {
   double largest = 0;
   for (size_t key = 0; key < keys.size(); key += static_cast<size_t>(d)) {
     double size = 0;
-    for (size_t j = 0; j < static_cast<size_t>(d); ++j) size += std::fabs(q[j] * keys[key + j]) * 0.25;
+    for (size_t j = 0; j < static_cast<size_t>(d); ++j) size += q[j] * keys[key + j] * 0.25;
     largest = std::fmax(largest, size);
   }
   return largest;
 }
 
-void check_attention(const Kernels& k, int64_t tokens, int64_t d, int64_t w, bool norms, Random& random) {
-  AttentionData data(k, tokens, d, w, norms, random);
+void check_attention(const Kernels& k, int64_t tokens, int64_t d, int64_t w, bool norms, bool rotated,
+                     Random& random) {
+  AttentionData data(k, tokens, d, w, norms, rotated, random);
   const int64_t middle = (tokens + 1) / 2;  // in two parts, as two tasks do it
   k.attention(data.rows(0, middle));
   if (middle < tokens) k.attention(data.rows(middle, tokens));
 
-  const std::string name =
-      std::string(k.name) + " attention " + text({tokens, d, w}) + (norms ? " norms" : "");
-  const std::vector<double> q = data.normalized(0), keys = data.normalized(1);
+  const std::string name = std::string(k.name) + " attention " + text({tokens, d, w}) +
+                           (norms ? " norms" : "") + (rotated ? " rotary" : "");
+  const std::vector<double> q = data.prepared(0), keys = data.prepared(1);
+  const std::vector<double> q_sizes = data.sizes(q), key_sizes = data.sizes(keys);
   const double stored = half_precision(k), root = std::sqrt(static_cast<double>(d));
-  const double of_scores = kFloatEps * (2 * root + 12) + (norms ? 2 * stored : 0.0);
+  const double of_scores =
+      kFloatEps * (2 * root + 12 + (rotated ? 9 : 0)) + (norms || rotated ? 2 * stored : 0.0);
   const double of_sums = kFloatEps * (2 * std::sqrt(static_cast<double>(tokens)) + 16) + stored;
   for (int64_t i = 0; i < tokens; ++i) {
     const double* query = &q[static_cast<size_t>(i * d)];
     const std::vector<double> p = softmax_weights(query, keys.data(), d, tokens, d, 0.25);
-    const double relative = of_sums + 2 * of_scores * largest_score(query, keys, d);
+    const double relative =
+        of_sums + 2 * of_scores * largest_score(&q_sizes[static_cast<size_t>(i * d)], key_sizes, d);
     for (int64_t j = 0; j < w + data.padding; ++j) {
       double expected = 0, size = 0;
       for (int64_t other = 0; other < tokens && j < w; ++other) {
@@ -372,7 +452,15 @@ void check_kernels(const Kernels& k, Dtype dtype) {
     for (int64_t inputs : {383, 384, 385, 769, 1153}) check_linear(k, dtype, c, {5, inputs, 23}, random);
     for (int64_t outputs = 1; outputs <= 64; ++outputs) check_linear(k, dtype, c, {7, 9, outputs}, random);
   }
+  for (const LinearCase& c : kSwiGluCases) {
+    for (int64_t inputs : widths)
+      for (int64_t columns : {32, 64, 96, 160})
+        check_swiglu(k, dtype, c, {1 + random.below(13), inputs, columns}, random);
+    for (int64_t rows = 1; rows <= 26; ++rows) check_swiglu(k, dtype, c, {rows, 37, 64}, random);
+    check_swiglu(k, dtype, c, {5, 769, 64}, random);
+  }
   check_gelu(k, dtype);
+  check_silu(k, dtype);
   for (int64_t width : {1, 2, 15, 16, 17, 37, 61, 64, 115, 129})
     for (int64_t kept : {int64_t{1}, (width + 1) / 2, width})
       for (double offset : {0.0, 30.0}) check_norm(k, width, kept, offset, random);
@@ -380,7 +468,10 @@ void check_kernels(const Kernels& k, Dtype dtype) {
     for (int64_t d : {1, 2, 15, 37, 64})
       for (int64_t w : {1, 15, 16, 37})
         for (bool norms : {false, true})
-          if (d > 1 || !norms) check_attention(k, tokens, d, w, norms, random);
+          if (d > 1 || !norms) check_attention(k, tokens, d, w, norms, false, random);
+  for (int64_t tokens : {1, 3, 17, 49})
+    for (int64_t d : {2, 6, 16, 34, 64})
+      for (bool norms : {false, true}) check_attention(k, tokens, d, 15, norms, true, random);
   for (bool bfloat16 : {false, true})
     for (int64_t columns : {1, 2, 5}) {
       check_patches(k, bfloat16, {1, 1, 1, columns}, random);

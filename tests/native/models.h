@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <numeric>
@@ -25,6 +26,8 @@ struct BlockShape {
   bool head_norms;
   int64_t mlp_kept, hidden;  // 0: no MLP
   bool offset;
+  bool swiglu = false;
+  std::vector<int64_t> tables = {};  // of each head, within its block, -1 without; empty: no head has one
 };
 
 struct Shape {
@@ -34,13 +37,36 @@ struct Shape {
   std::vector<BlockShape> blocks;
   // of whole models; tokens in, tokens out if `channels` is 0
   int64_t channels, height, width, patch_height, patch_width, prefix, pooled, classes;
+  int64_t tables_of_a_block = 0;  // 0: blocks share them
 
   bool whole() const { return channels > 0; }
+  int64_t tables() const {
+    int64_t most = 0, before = 0;
+    for (const BlockShape& b : blocks) {
+      for (int64_t table : b.tables)
+        if (table >= 0) most = std::max(most, before + table + 1);
+      before += tables_of_a_block;
+    }
+    return most;
+  }
   int64_t patches() const { return whole() ? (height / patch_height) * (width / patch_width) : 0; }
 };
 
 inline int64_t sum(const std::vector<int64_t>& widths) {
   return std::accumulate(widths.begin(), widths.end(), int64_t{0});
+}
+
+// [tables][tokens][width]: cosines and sines of random angles, of the first token of 0.
+inline std::vector<float> rotary_tables(int64_t tables, int64_t tokens, int64_t width) {
+  Random random(3);
+  std::vector<float> out(static_cast<size_t>(tables * tokens * width));
+  for (int64_t row = 0; row < tables * tokens; ++row)
+    for (int64_t i = 0; i < width / 2; ++i) {
+      const double angle = row % tokens ? 3 * random.normal() : 0.0;
+      out[static_cast<size_t>(row * width + i)] = static_cast<float>(std::cos(angle));
+      out[static_cast<size_t>(row * width + width / 2 + i)] = static_cast<float>(std::sin(angle));
+    }
+  return out;
 }
 
 struct PlainLinear {
@@ -72,6 +98,7 @@ struct PlainBlock {
   PlainNorm norm1, norm2;
   PlainLinear qkv, proj, fc1, fc2;
   std::vector<double> offset, head_norms;  // [4][head_dim]
+  int64_t tables_before = 0;
 };
 
 using Tokens = std::vector<std::vector<double>>;
@@ -86,7 +113,11 @@ class PlainModel {
       positions_ = random_.numbers((s.prefix + s.patches()) * s.embed_dim, Dtype::kFloat32);
       head_ = linear(s.pooled * s.embed_dim, s.classes);
     }
-    for (const BlockShape& b : s.blocks) blocks_.push_back(block(b));
+    for (const BlockShape& b : s.blocks) {
+      const int64_t before = static_cast<int64_t>(blocks_.size()) * s.tables_of_a_block;
+      blocks_.push_back(block(b));
+      blocks_.back().tables_before = before;
+    }
   }
 
   const Shape& shape() const { return shape_; }
@@ -114,7 +145,10 @@ class PlainModel {
       if (b.shape.mlp_kept)
         for (std::vector<double>& row : x) {
           std::vector<double> hidden = b.fc1(b.norm2(row.data(), shape_.embed_dim, eps()).data());
-          for (double& h : hidden) h = gelu(h);
+          for (int64_t j = 0; j < b.shape.hidden; ++j) {
+            double& h = hidden[static_cast<size_t>(j)];
+            h = b.shape.swiglu ? silu(h) * hidden[static_cast<size_t>(b.shape.hidden + j)] : gelu(h);
+          }
           add(row, b.fc2(hidden.data()));
         }
     }
@@ -151,7 +185,7 @@ class PlainModel {
     }
     if (s.mlp_kept) {
       out.norm2 = norm(s.mlp_kept);
-      out.fc1 = linear(s.mlp_kept, s.hidden);
+      out.fc1 = linear(s.mlp_kept, s.swiglu ? 2 * s.hidden : s.hidden);
       out.fc2 = linear(s.hidden, shape_.embed_dim);
     }
     return out;
@@ -183,6 +217,7 @@ class PlainModel {
     for (const std::vector<double>& row : x) {
       std::vector<double> out = b.qkv(b.norm1(row.data(), shape_.embed_dim, eps()).data());
       if (b.shape.head_norms) normalize_heads(b, out.data());
+      rotate_heads(b, out.data(), static_cast<int64_t>(qkv.size()) / width, tokens);
       qkv.insert(qkv.end(), out.begin(), out.end());
     }
     for (int64_t t = 0; t < tokens; ++t) {
@@ -214,6 +249,16 @@ class PlainModel {
     }
   }
 
+  // Of one token, queries and keys.
+  void rotate_heads(const PlainBlock& b, double* row, int64_t token, int64_t tokens) const {
+    const std::vector<float> all = rotary_tables(shape_.tables(), tokens, shape_.head_dim);
+    for (int64_t part = 0; part < 2; ++part)
+      for (size_t h = 0; h < b.shape.key_widths.size(); row += b.shape.key_widths[h++])
+        if (!b.shape.tables.empty() && b.shape.tables[h] >= 0)
+          rotate(row, all.data() + ((b.tables_before + b.shape.tables[h]) * tokens + token) * shape_.head_dim,
+                 shape_.head_dim);
+  }
+
   static void add(std::vector<double>& to, const std::vector<double>& x) {
     for (size_t j = 0; j < x.size(); ++j) to[j] += x[j];
   }
@@ -231,8 +276,13 @@ class Packed {
  public:
   explicit Packed(const PlainModel& model) : dtype_(model.shape_.dtype) {
     const Shape& s = model.shape_;
-    layout = {
-        2, static_cast<int64_t>(dtype_), s.embed_dim, s.head_dim, bits(model.eps()), bits(model.scale())};
+    layout = {3,
+              static_cast<int64_t>(dtype_),
+              s.embed_dim,
+              s.head_dim,
+              bits(model.eps()),
+              bits(model.scale()),
+              s.tables_of_a_block};
     layout.push_back(s.whole());
     if (s.whole()) {
       for (int64_t n : {s.channels, s.height, s.width, s.patch_height, s.patch_width, s.prefix})
@@ -293,6 +343,20 @@ class Packed {
     rows_of_panels(layer.bias, layer.outputs);
   }
 
+  // Panels of the first half of the outputs and of the second in turn, with zeros behind each.
+  static PlainLinear halves_by_panel(const PlainLinear& layer) {
+    const int64_t half = layer.outputs / 2, inputs = layer.inputs;
+    PlainLinear out{inputs, 2 * round_up(half, kPanel), {}, {}};
+    out.weight.resize(static_cast<size_t>(out.outputs * inputs));
+    out.bias.resize(static_cast<size_t>(out.outputs));
+    for (int64_t n = 0; n < layer.outputs; ++n) {
+      const int64_t j = n % half, to = j / kPanel * 2 * kPanel + n / half * kPanel + j % kPanel;
+      out.bias[static_cast<size_t>(to)] = layer.bias[static_cast<size_t>(n)];
+      std::copy_n(layer.weight.begin() + n * inputs, inputs, out.weight.begin() + to * inputs);
+    }
+    return out;
+  }
+
   void norm(const PlainNorm& norm, int64_t width) {
     const int64_t kept = static_cast<int64_t>(norm.index.size());
     layout.push_back(kept);
@@ -313,6 +377,8 @@ class Packed {
       layout.push_back(static_cast<int64_t>(b.shape.key_widths.size()));
       for (int64_t d : b.shape.key_widths) layout.push_back(d);
       for (int64_t w : b.shape.value_widths) layout.push_back(w);
+      for (size_t h = 0; h < b.shape.key_widths.size(); ++h)
+        layout.push_back(b.shape.tables.empty() ? -1 : b.shape.tables[h]);
       linear(b.qkv);
       maybe(b.head_norms);
       linear(b.proj);
@@ -320,7 +386,8 @@ class Packed {
     layout.push_back(b.shape.mlp_kept > 0);
     if (b.shape.mlp_kept) {
       norm(b.norm2, width);
-      linear(b.fc1);
+      layout.push_back(b.shape.swiglu);
+      linear(b.shape.swiglu ? halves_by_panel(b.fc1) : b.fc1);
       linear(b.fc2);
     }
   }

@@ -17,6 +17,7 @@ namespace test {
 using vtp_cpu::Dtype;
 using vtp_cpu::Kernels;
 using vtp_cpu::kPanel;
+using vtp_cpu::Nonlinearity;
 using vtp_cpu::round_up;
 
 // The largest relative error of one rounding.
@@ -116,6 +117,18 @@ class Numbers {
 // ------------------------------------------------------------------------------------------------- functions
 
 inline double gelu(double x) { return 0.5 * x * std::erfc(-x * std::sqrt(0.5)); }
+
+inline double silu(double x) { return x / (1 + std::exp(-x)); }
+
+// Pairs (x[i], x[i + width / 2]) turned by the angles of `table`: cosines [width / 2], then sines. In place.
+template <class Table>
+inline void rotate(double* x, const Table& table, int64_t width) {
+  for (int64_t i = 0; i < width / 2; ++i) {
+    const double a = x[i], b = x[i + width / 2], c = table[i], s = table[i + width / 2];
+    x[i] = a * c - b * s;
+    x[i + width / 2] = b * c + a * s;
+  }
+}
 
 // (x - mean) / sqrt(var + eps), in place.
 inline void normalize(double* x, int64_t width, double eps) {

@@ -15,11 +15,11 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vtp.pruning.compact import CompactDistilledViT, is_erf_gelu
-from vtp.runtime.packed import PackedBlock, PackedLinear, PackedNorm
+from vtp.pruning.compact import CompactAttention, CompactDistilledViT, is_erf_gelu
+from vtp.runtime.packed import PackedAttention, PackedBlock, PackedLinear, PackedMlp, PackedNorm
 from vtp_kernels.library import cpp_unsupported_reason
 
-_FORMAT = 2  # of the list of integers; csrc/cpu/model.cpp has the same
+_FORMAT = 3  # of the list of integers; csrc/cpu/model.cpp has the same
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PANEL = 16  # outputs whose weights lie side by side
 _ALIGNMENT = 64  # bytes: a cache line
@@ -31,12 +31,8 @@ def unsupported_reason(vit: VisionTransformer | Eva, dtype: torch.dtype) -> str 
         return f"the model is on {device}"
     if dtype not in _DTYPES:
         return f"it computes in float32 and bfloat16, not in {dtype}"
-    if getattr(vit, "rope", None) is not None:
-        return "queries and keys are rotated"
     for i, block in enumerate(vit.blocks):
-        if block.mlp is not None and block.mlp.glu:
-            return f"the feed-forward of block {i} is SwiGLU"
-        if block.mlp is not None and not is_erf_gelu(block.mlp.act):
+        if block.mlp is not None and not block.mlp.glu and not is_erf_gelu(block.mlp.act):
             return f"the activation of block {i}, {type(block.mlp.act).__name__}, is not the exact GELU"
         heads = block.attn and block.attn.heads
         for norm in (heads.q_norm, heads.k_norm) if heads else ():
@@ -57,6 +53,8 @@ def pack(vit: VisionTransformer | Eva, dtype: torch.dtype) -> nn.Module:
 def pack_blocks(vit: VisionTransformer | Eva, dtype: torch.dtype) -> VisionTransformer | Eva:
     """The same with the blocks alone on the C++ engine, so that what goes in and out of them can be had."""
     vit.blocks = nn.Sequential(CpuBlocks(vit, dtype))
+    if _is_mixed(vit):
+        vit.rope_mixed = False  # timm's Eva then hands the embeddings of all blocks to the one that is there
     return vit.to(dtype)
 
 
@@ -68,6 +66,8 @@ def block_by_block(vit: VisionTransformer | Eva) -> VisionTransformer | Eva:
         return vit
     same = copy.copy(vit)
     same._modules = {**vit._modules, "blocks": single}
+    if vit.blocks[0].separate:
+        same.rope_mixed = True
     return same
 
 
@@ -102,11 +102,37 @@ def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return (by_panel.unflatten(-1, (-1, 2)) if pairs else by_panel).transpose(1, 2).contiguous()
 
 
+def rotary_table(rope: Tensor, prefix_tokens: int, rotate_half: bool) -> Tensor:
+    """A rotary embedding as timm hands it to blocks, as the operator `cpu_blocks` takes it.
+
+    Args:
+        rope: [..., N, 2 d], for each patch d sines, then d cosines. Each angle is there twice, side by side,
+            or with `rotate_half` in the two halves of d.
+        prefix_tokens: how many tokens there are before the patches; they are not rotated.
+        rotate_half: whether pairs are (i, i + d / 2), else (2 i, 2 i + 1).
+
+    Returns:
+        [tables, prefix_tokens + N, d] in float32, contiguous: d / 2 cosines, then d / 2 sines.
+    """
+    width = rope.shape[-1] // 2
+    once = slice(width // 2) if rotate_half else slice(None, None, 2)
+    sines, cosines = (part[..., once].float() for part in rope.split(width, dim=-1))
+    before = (0, 0, prefix_tokens, 0)
+    table = torch.cat([F.pad(cosines, before, value=1.0), F.pad(sines, before)], dim=-1)
+    return table.reshape(-1, *table.shape[-2:])
+
+
+def _pairs_apart(width: int) -> list[int]:
+    """Columns of a head in an order that brings pairs (2 i, 2 i + 1) to (i, i + width / 2)."""
+    return [*range(0, width, 2), *range(1, width, 2)]
+
+
 class _Writer:
     """The bytes and the list of integers of a packed model."""
 
     def __init__(self, dtype: torch.dtype, vit: VisionTransformer | Eva) -> None:
         self.dtype = dtype
+        self._vit = vit
         self._parts: list[Tensor] = []
         self._starts: list[int] = []  # of each block in the list
         self._size = 0
@@ -117,7 +143,7 @@ class _Writer:
         eps = norms[0].eps if norms else getattr(vit.norm, "eps", 0.0)
         scale = heads[0].scale if heads else 1.0
         self.list = [_FORMAT, _DTYPES[dtype], vit.embed_dim, heads[0].head_dim if heads else 0]
-        self.list += [_bits(eps), _bits(scale)]
+        self.list += [_bits(eps), _bits(scale), vit.rope.num_heads if _is_mixed(vit) else 0]
 
     def buffers(self) -> tuple[Tensor, Tensor]:
         """(bytes, list), as the operators take them."""
@@ -183,18 +209,39 @@ class _Writer:
                 self._attention(block.attn)
             self.list.append(int(block.mlp is not None))
             if block.mlp is not None:
-                self.norm(block.mlp.norm, block.mlp.fc1.in_features)
-                self.packed(block.mlp.fc1)
-                self.packed(block.mlp.fc2)
+                self._mlp(block.mlp)
 
-    def _attention(self, branch: nn.Module) -> None:
+    def _attention(self, branch: PackedAttention) -> None:
         self.norm(branch.norm, branch.qkv.in_features)
         heads = branch.heads
-        self.list += [heads.num_heads, *heads.key_widths, *heads.value_widths]
-        self.packed(branch.qkv)
+        self.list += [heads.num_heads, *heads.key_widths, *heads.value_widths, *self._tables(heads)]
+        weight, bias = branch.qkv.weight, branch.qkv.bias
         norms = [p for norm in (heads.q_norm, heads.k_norm) for p in norm.parameters()]
+        if _rope(self._vit) is not None and not heads.rotate_half:
+            # Queries and keys in another order, the same for both: their products stay as they are.
+            widths = [*heads.key_widths, *heads.key_widths, sum(heads.value_widths)]
+            *keys, values = torch.arange(len(weight)).split(widths)
+            rows = torch.cat([*(rows[_pairs_apart(len(rows))] for rows in keys), values])
+            weight, bias = weight[rows], bias[rows]
+            norms = [p[_pairs_apart(len(p))] for p in norms]
+        self.linear(weight, bias)
         self.maybe(torch.stack(norms).float() if norms else None)
         self.packed(branch.proj)
+
+    def _tables(self, heads: CompactAttention) -> list[int]:
+        """Of each head which of the rotary embeddings of its block it has, -1 without."""
+        if _rope(self._vit) is None:
+            return [-1] * heads.num_heads
+        return list(heads.kept_heads) if _is_mixed(self._vit) else [0] * heads.num_heads
+
+    def _mlp(self, branch: PackedMlp) -> None:
+        self.norm(branch.norm, branch.fc1.in_features)
+        self.list.append(int(branch.glu))
+        if branch.glu:
+            self.linear(*(_halves_by_panel(t) for t in (branch.fc1.weight, branch.fc1.bias)))
+        else:
+            self.packed(branch.fc1)
+        self.packed(branch.fc2)
 
     def head(self, vit: VisionTransformer) -> None:
         """The last norm folded into the head. DeiT averages two heads: they read two tokens side by side."""
@@ -207,6 +254,23 @@ class _Writer:
         self.list += [1, len(heads)]
         weight = torch.cat([weight * vit.norm.weight.double() for weight in weights], dim=1)
         self.linear(weight / len(heads), bias / len(heads))
+
+
+def _rope(vit: VisionTransformer | Eva) -> nn.Module | None:
+    """The rotary embedding of a model."""
+    return getattr(vit, "rope", None)
+
+
+def _is_mixed(vit: VisionTransformer | Eva) -> bool:
+    """Whether each block and head of the dense model is rotated by angles of its own."""
+    return getattr(vit, "rope_mixed", False)
+
+
+def _halves_by_panel(rows: Tensor) -> Tensor:
+    """Rows [2 * hidden, ...] as panels of the first half and of the second in turn, zeros behind each."""
+    halves = rows.unflatten(0, (2, -1))
+    padded = F.pad(halves, (*[0, 0] * (rows.ndim - 1), 0, -halves.shape[1] % _PANEL))
+    return padded.unflatten(1, (-1, _PANEL)).transpose(0, 1).flatten(0, 2)
 
 
 def _bits(x: float) -> int:
@@ -259,8 +323,14 @@ class CpuBlocks(_CpuModule):
 
     In one call, within which the residual stream is in float32.
 
+    `rope` is the rotary embedding of a model that has one, as `get_embed` of timm's `Eva.rope` gives it:
+    [N, 2 d] for N tokens without the prefix and heads of width d, or [depth, heads, N, 2 d] where each block
+    and head of the dense model has its own (`Eva.rope_mixed`). Another shape is a ValueError, and so is None
+    where heads are rotated.
+
     Attributes:
-        single: for what is between the blocks each of them by itself, on the same weights in memory.
+        single: for what is between the blocks each of them by itself, on the same weights in memory. A mixed
+            embedding is then that of its heads, [heads, N, 2 d].
     """
 
     def __init__(self, vit: VisionTransformer | Eva, dtype: torch.dtype) -> None:
@@ -269,16 +339,40 @@ class CpuBlocks(_CpuModule):
         writer.blocks(vit.blocks)
         writer.list.append(0)
         super().__init__(writer)
-        self.single = nn.Sequential(*[self._with(layout) for layout in writer.layouts_of_single_blocks()])
+        rope, heads = _rope(vit), [block.attn.heads for block in vit.blocks if block.attn is not None]
+        self.has_rope, self.prefix_tokens = rope is not None, vit.num_prefix_tokens
+        self.separate = (rope.depth, rope.num_heads) if _is_mixed(vit) else ()
+        # None: no head is left that is rotated.
+        self.rotated_width = heads[0].head_dim if rope is not None and heads else None
+        self.rotate_half = heads[0].rotate_half if heads else False
+        layouts = zip(vit.blocks, writer.layouts_of_single_blocks(), strict=True)
+        self.single = nn.Sequential(*[self._alone(block, layout) for block, layout in layouts])
 
-    def _with(self, layout: Tensor) -> "CpuBlocks":
-        """What there is so far with another list of integers."""
+    def _alone(self, block: PackedBlock, layout: Tensor) -> "CpuBlocks":
+        """A block of these, with a list of integers of its own."""
         other = copy.copy(self)
         other._buffers, other._modules = {**self._buffers, "layout": layout}, {}
+        other.separate = self.separate[1:]
+        other.rotated_width = None if block.attn is None else self.rotated_width
         return other
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
     ) -> Tensor:
         self._refuse_masks(attn_mask, is_causal)
-        return torch.ops.vtp.cpu_blocks(x, self.weights, self.layout)
+        return torch.ops.vtp.cpu_blocks(x, self.weights, self.layout, self._rotary(x, rope))
+
+    def _rotary(self, x: Tensor, rope: Tensor | None) -> Tensor | None:
+        got = None if rope is None else tuple(rope.shape)
+        if self.rotated_width is None:
+            if not self.has_rope and rope is not None:
+                raise ValueError(f"rope: got shape {got}, expected None: the model has no rotary embedding")
+            return None
+        expected = (*self.separate, x.shape[1] - self.prefix_tokens, 2 * self.rotated_width)
+        if rope is None or got != expected:
+            raise ValueError(f"rope: got {got and f'shape {got}'}, expected shape {expected}")
+        return rotary_table(rope, self.prefix_tokens, self.rotate_half)
