@@ -13,11 +13,11 @@ from vtp.comparison.comparison import Budget, Record, Subject, compare_runtimes
 from vtp.comparison.runtimes import COMPILERS, DTYPES, RUNTIMES, Run, Runtime
 from vtp.comparison.tables import Rows, in_rounds
 from vtp.model.cost import attention_cost, count, mlp_cost
+from vtp.model.eva import ropes
 from vtp.pruning.compact import CompactBlock, CompactModel, ConstantBranch, compact
 from vtp.pruning.gates import insert_gates
 from vtp.pruning.selection import make_plan
 from vtp.runtime import cpu
-from vtp.runtime.cpu import CpuBlocks
 from vtp.runtime.optimize import pack_for_ops, packed_model
 from vtp.timing import pairwise_ratio
 
@@ -28,23 +28,28 @@ _BESIDE = ("ours", "PyTorch eager", "OpenVINO")
 
 
 class Blocks(nn.Module):
-    """The blocks of a compact model: tokens [B, N, embed_dim] to the same shape."""
+    """The blocks of a compact or packed model: tokens [B, N, embed_dim] of images of its own size to the same
+    shape."""
 
     def __init__(self, vit: CompactModel) -> None:
         super().__init__()
         self.vit = vit
+        with torch.no_grad():
+            self.ropes = ropes(vit)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.vit.blocks(tokens)
+        for block, rope in zip(self.vit.blocks, self.ropes, strict=True):
+            tokens = block(tokens, rope=rope)
+        return tokens
 
 
 def prepare_blocks(model: Blocks, tokens: Tensor, *, dtype: str) -> Run:
     """The blocks as `vtp.optimize` runs them."""
     packed, tokens = packed_model(model.vit, DTYPES[dtype]), tokens.to(DTYPES[dtype])
     if cpu.unsupported_reason(packed, DTYPES[dtype]) is None:
-        blocks = CpuBlocks(packed, DTYPES[dtype])
+        blocks = Blocks(cpu.pack_blocks(packed, DTYPES[dtype]))
     else:
-        blocks = pack_for_ops(model.vit, DTYPES[dtype]).vit.blocks
+        blocks = Blocks(pack_for_ops(model.vit, DTYPES[dtype]).vit)
     return lambda: blocks(tokens)
 
 
@@ -110,6 +115,9 @@ def branches(model: CompactModel) -> dict[str, tuple[Blocks, int]]:
             setattr(alone, scale, nn.Identity())
             # deepcopy takes what `memo` has for an object: everything but the blocks is copied.
             vit = copy.deepcopy(model, {id(model.blocks): nn.Sequential(alone)})
+            if getattr(vit, "rope_mixed", False):  # the frequencies of this block
+                vit.rope.freqs = nn.Parameter(vit.rope.freqs[:, index : index + 1])
+                vit.rope.depth = 1
             found[f"blocks.{index}.{branch}"] = Blocks(vit), _macs(model, block, branch)
     return found
 
@@ -120,7 +128,7 @@ def _macs(model: CompactModel, block: CompactBlock, branch: str) -> int:
         return attention_cost(
             architecture, block.attn.qkv.in_features, block.attn.value_widths, block.attn.key_widths
         ).macs
-    return mlp_cost(architecture, block.mlp.fc1.in_features, block.mlp.fc1.out_features).macs
+    return mlp_cost(architecture, block.mlp.fc1.in_features, block.mlp.fc2.in_features).macs
 
 
 def compare_branches(small: CompactModel, batch: int, dtype: str, budget: Budget) -> Record:
@@ -200,7 +208,7 @@ def attribution_table(small: CompactModel, record: Record, rows: int = 5) -> Row
             if set(part.key_widths) != {part.head_dim}:
                 widths += f", keys {' '.join(map(str, part.key_widths))}"
         else:
-            widths = f"{part.fc1.in_features} into fc1, {part.fc1.out_features} hidden"
+            widths = f"{part.fc1.in_features} into fc1, {part.fc2.in_features} hidden"
         took = 1e3 * statistics.median(runtime["seconds"])
         cells = (f"{took:.2f}", f"{took - lost:.2f}", f"{lost:.2f}")
         table.append([name, widths, f"{runtime['macs'] / 1e6:.1f} M", *cells])

@@ -6,11 +6,13 @@ import re
 
 import pytest
 import torch
+from timm.models.eva import Eva
 
 import vtp
-from tests.support.models import TINY, build, gated, image
+from tests.support.models import TINY, build, gated, image, randomize
 from vtp.comparison import own_model
 from vtp.comparison.comparison import Budget
+from vtp.model.eva import ropes
 from vtp.pruning.compact import ConstantBranch
 
 QUICK = Budget(rounds=2, seconds=1.0, warm_up_seconds=0.01)
@@ -76,6 +78,29 @@ def test_branches_together_are_the_blocks(small):
     assert sum(macs for _, macs in alone.values()) == inside
 
 
+@pytest.mark.parametrize("rope_type", ["cat", "mixed"])
+def test_branches_of_an_eva_are_rotated_and_gated(rope_type):
+    torch.manual_seed(0)
+    model = Eva(8, 4, 1, 3, embed_dim=24, depth=2, num_heads=2, swiglu_mlp=True, use_rot_pos_emb=True,
+                rope_type=rope_type)  # fmt: skip
+    randomize(model)
+    model = gated(model.eval())
+    small = vtp.compact(model, vtp.make_plan(model, rate=0.4)).eval()
+    architecture, tokens = small.plan.architecture, torch.randn(2, 5, 24)
+    alone = own_model.branches(small)
+    with torch.no_grad():
+        whole, steps = tokens, tokens
+        for block, rope in zip(small.blocks, ropes(small), strict=True):
+            whole = block(whole, rope=rope)
+        for blocks, _ in alone.values():
+            steps = blocks(steps)
+            run = own_model.prepare_blocks(blocks, tokens, dtype="float32")
+            torch.testing.assert_close(run(), blocks(tokens))
+    torch.testing.assert_close(steps, whole)
+    inside = small.plan.cost.macs - vtp.model.cost.surroundings_cost(architecture).macs
+    assert sum(macs for _, macs in alone.values()) == inside
+
+
 def test_a_constant_branch_has_no_time_to_lose(small):
     model = copy.deepcopy(small)
     model.blocks[0].mlp = ConstantBranch(TINY.embed_dim)
@@ -108,7 +133,7 @@ def test_every_branch_is_timed_and_the_worst_is_named_with_its_widths(small):
     part = small.blocks[0].mlp
     assert (
         shown["blocks.0.mlp"]["widths kept"]
-        == f"{part.fc1.in_features} into fc1, {part.fc1.out_features} hidden"
+        == f"{part.fc1.in_features} into fc1, {part.fc2.in_features} hidden"
     )
     narrow = small.blocks[1].attn.key_widths != (4, 4, 4)
     assert (", keys 2 2 2" in shown["blocks.1.attn"]["widths kept"]) == narrow
