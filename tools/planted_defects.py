@@ -395,8 +395,8 @@ DEFECTS = [
     ),
     Defect(
         "vtp/runtime/cpu.py",
-        "for head in heads.kept_heads]",
-        "for head in range(heads.num_heads)]",
+        "list(heads.kept_heads) if",
+        "list(range(heads.num_heads)) if",
         "heads that are left are rotated as the first ones",
         "tests/vtp/runtime/test_cpu_eva.py -k 'blocks_are and mixed'",
     ),

@@ -49,12 +49,15 @@ class Reader {
     return total;
   }
 
-  // The table of each head, whose key has the full `width` if it has one; returns how many there have to be.
-  int64_t tables(Attention& a, int64_t width) {
+  // The table of each head, `before` more than in the list; keys of heads that have one are `width` wide.
+  // Returns how many there have to be.
+  int64_t tables(Attention& a, int64_t before, int64_t width) {
     a.tables.resize(a.key_widths.size());
     int64_t most = 0;
     for (size_t h = 0; h < a.tables.size(); ++h) {
-      const int64_t table = a.tables[h] = count("the table of a head", -1);
+      int64_t table = count("the table of a head", -1);
+      if (table >= 0) table += before;
+      a.tables[h] = table;
       most = std::max(most, table + 1);
       if (table >= 0 && (a.key_widths[h] != width || width % 2))
         refuse("a key width is " + std::to_string(a.key_widths[h]) + " where pairs of " +
@@ -128,6 +131,9 @@ void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64
   head_dim = in.count("the head width");
   eps = float_of(in.next());
   scale = float_of(in.next());
+  // Tables of a block, if blocks have their own: heads are numbered within theirs, so that a block's part of
+  // the list is the same in that of this block alone.
+  const int64_t tables_of_a_block = in.count("the tables of a block");
 
   from_images = in.next() != 0;
   if (from_images) {
@@ -148,6 +154,7 @@ void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64
 
   tables = 0;
   blocks.resize(in.count_listed("the number of blocks"));
+  int64_t tables_before = 0;
   for (Block& block : blocks) {
     block.offset = in.next() ? in.memory<float>(embed_dim, "an offset") : nullptr;
     block.has_attention = in.next() != 0;
@@ -157,7 +164,7 @@ void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64
       const int64_t heads = in.count_listed("the number of heads", 1);
       a.total_keys = in.widths(a.key_widths, heads, "a key width");
       a.total_width = in.widths(a.value_widths, heads, "a value width");
-      tables = std::max(tables, in.tables(a, head_dim));
+      tables = std::max(tables, in.tables(a, tables_before, head_dim));
       a.qkv = in.linear(dtype, a.norm.kept, 2 * a.total_keys + a.total_width);
       a.head_norms = in.next() ? in.memory<float>(4 * head_dim, "the norms of heads") : nullptr;
       if (a.head_norms)
@@ -180,6 +187,7 @@ void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64
         refuse("SwiGLU has " + std::to_string(m.fc1.outputs) + " outputs of fc1 for " +
                std::to_string(m.fc2.inputs) + " inputs of fc2");
     }
+    tables_before += tables_of_a_block;
   }
   if (from_images && tables) refuse("a whole model has rotary embeddings");
 

@@ -27,7 +27,7 @@ struct BlockShape {
   int64_t mlp_kept, hidden;  // 0: no MLP
   bool offset;
   bool swiglu = false;
-  std::vector<int64_t> tables = {};  // of each head, -1 without; empty: no head has one
+  std::vector<int64_t> tables = {};  // of each head, within its block, -1 without; empty: no head has one
 };
 
 struct Shape {
@@ -37,12 +37,16 @@ struct Shape {
   std::vector<BlockShape> blocks;
   // of whole models; tokens in, tokens out if `channels` is 0
   int64_t channels, height, width, patch_height, patch_width, prefix, pooled, classes;
+  int64_t tables_of_a_block = 0;  // 0: blocks share them
 
   bool whole() const { return channels > 0; }
   int64_t tables() const {
-    int64_t most = 0;
-    for (const BlockShape& b : blocks)
-      for (int64_t table : b.tables) most = std::max(most, table + 1);
+    int64_t most = 0, before = 0;
+    for (const BlockShape& b : blocks) {
+      for (int64_t table : b.tables)
+        if (table >= 0) most = std::max(most, before + table + 1);
+      before += tables_of_a_block;
+    }
     return most;
   }
   int64_t patches() const { return whole() ? (height / patch_height) * (width / patch_width) : 0; }
@@ -94,6 +98,7 @@ struct PlainBlock {
   PlainNorm norm1, norm2;
   PlainLinear qkv, proj, fc1, fc2;
   std::vector<double> offset, head_norms;  // [4][head_dim]
+  int64_t tables_before = 0;
 };
 
 using Tokens = std::vector<std::vector<double>>;
@@ -108,7 +113,11 @@ class PlainModel {
       positions_ = random_.numbers((s.prefix + s.patches()) * s.embed_dim, Dtype::kFloat32);
       head_ = linear(s.pooled * s.embed_dim, s.classes);
     }
-    for (const BlockShape& b : s.blocks) blocks_.push_back(block(b));
+    for (const BlockShape& b : s.blocks) {
+      const int64_t before = static_cast<int64_t>(blocks_.size()) * s.tables_of_a_block;
+      blocks_.push_back(block(b));
+      blocks_.back().tables_before = before;
+    }
   }
 
   const Shape& shape() const { return shape_; }
@@ -246,7 +255,8 @@ class PlainModel {
     for (int64_t part = 0; part < 2; ++part)
       for (size_t h = 0; h < b.shape.key_widths.size(); row += b.shape.key_widths[h++])
         if (!b.shape.tables.empty() && b.shape.tables[h] >= 0)
-          rotate(row, all.data() + (b.shape.tables[h] * tokens + token) * shape_.head_dim, shape_.head_dim);
+          rotate(row, all.data() + ((b.tables_before + b.shape.tables[h]) * tokens + token) * shape_.head_dim,
+                 shape_.head_dim);
   }
 
   static void add(std::vector<double>& to, const std::vector<double>& x) {
@@ -266,8 +276,13 @@ class Packed {
  public:
   explicit Packed(const PlainModel& model) : dtype_(model.shape_.dtype) {
     const Shape& s = model.shape_;
-    layout = {
-        3, static_cast<int64_t>(dtype_), s.embed_dim, s.head_dim, bits(model.eps()), bits(model.scale())};
+    layout = {3,
+              static_cast<int64_t>(dtype_),
+              s.embed_dim,
+              s.head_dim,
+              bits(model.eps()),
+              bits(model.scale()),
+              s.tables_of_a_block};
     layout.push_back(s.whole());
     if (s.whole()) {
       for (int64_t n : {s.channels, s.height, s.width, s.patch_height, s.patch_width, s.prefix})

@@ -53,7 +53,7 @@ def pack(vit: VisionTransformer | Eva, dtype: torch.dtype) -> nn.Module:
 def pack_blocks(vit: VisionTransformer | Eva, dtype: torch.dtype) -> VisionTransformer | Eva:
     """The same with the blocks alone on the C++ engine, so that what goes in and out of them can be had."""
     vit.blocks = nn.Sequential(CpuBlocks(vit, dtype))
-    if getattr(vit, "rope_mixed", False):
+    if _is_mixed(vit):
         vit.rope_mixed = False  # timm's Eva then hands the embeddings of all blocks to the one that is there
     return vit.to(dtype)
 
@@ -66,6 +66,8 @@ def block_by_block(vit: VisionTransformer | Eva) -> VisionTransformer | Eva:
         return vit
     same = copy.copy(vit)
     same._modules = {**vit._modules, "blocks": single}
+    if vit.blocks[0].separate:
+        same.rope_mixed = True
     return same
 
 
@@ -141,7 +143,7 @@ class _Writer:
         eps = norms[0].eps if norms else getattr(vit.norm, "eps", 0.0)
         scale = heads[0].scale if heads else 1.0
         self.list = [_FORMAT, _DTYPES[dtype], vit.embed_dim, heads[0].head_dim if heads else 0]
-        self.list += [_bits(eps), _bits(scale)]
+        self.list += [_bits(eps), _bits(scale), vit.rope.num_heads if _is_mixed(vit) else 0]
 
     def buffers(self) -> tuple[Tensor, Tensor]:
         """(bytes, list), as the operators take them."""
@@ -199,20 +201,20 @@ class _Writer:
 
     def blocks(self, blocks: Sequence[PackedBlock]) -> None:
         self.list.append(len(blocks))
-        for i, block in enumerate(blocks):
+        for block in blocks:
             self._starts.append(len(self.list))
             self.maybe(None if block.offset is None else block.offset.float())
             self.list.append(int(block.attn is not None))
             if block.attn is not None:
-                self._attention(block.attn, i)
+                self._attention(block.attn)
             self.list.append(int(block.mlp is not None))
             if block.mlp is not None:
                 self._mlp(block.mlp)
 
-    def _attention(self, branch: PackedAttention, block: int) -> None:
+    def _attention(self, branch: PackedAttention) -> None:
         self.norm(branch.norm, branch.qkv.in_features)
         heads = branch.heads
-        self.list += [heads.num_heads, *heads.key_widths, *heads.value_widths, *self._tables(heads, block)]
+        self.list += [heads.num_heads, *heads.key_widths, *heads.value_widths, *self._tables(heads)]
         weight, bias = branch.qkv.weight, branch.qkv.bias
         norms = [p for norm in (heads.q_norm, heads.k_norm) for p in norm.parameters()]
         if _rope(self._vit) is not None and not heads.rotate_half:
@@ -226,12 +228,11 @@ class _Writer:
         self.maybe(torch.stack(norms).float() if norms else None)
         self.packed(branch.proj)
 
-    def _tables(self, heads: CompactAttention, block: int) -> list[int]:
-        """Of each head which of the rotary embeddings it has, -1 without."""
-        rope = _rope(self._vit)
-        if rope is None:
+    def _tables(self, heads: CompactAttention) -> list[int]:
+        """Of each head which of the rotary embeddings of its block it has, -1 without."""
+        if _rope(self._vit) is None:
             return [-1] * heads.num_heads
-        return [block * rope.num_heads + head if self._vit.rope_mixed else 0 for head in heads.kept_heads]
+        return list(heads.kept_heads) if _is_mixed(self._vit) else [0] * heads.num_heads
 
     def _mlp(self, branch: PackedMlp) -> None:
         self.norm(branch.norm, branch.fc1.in_features)
@@ -258,6 +259,11 @@ class _Writer:
 def _rope(vit: VisionTransformer | Eva) -> nn.Module | None:
     """The rotary embedding of a model."""
     return getattr(vit, "rope", None)
+
+
+def _is_mixed(vit: VisionTransformer | Eva) -> bool:
+    """Whether each block and head of the dense model is rotated by angles of its own."""
+    return getattr(vit, "rope_mixed", False)
 
 
 def _halves_by_panel(rows: Tensor) -> Tensor:
@@ -323,7 +329,8 @@ class CpuBlocks(_CpuModule):
     where heads are rotated.
 
     Attributes:
-        single: for what is between the blocks each of them by itself, on the same weights in memory.
+        single: for what is between the blocks each of them by itself, on the same weights in memory. A mixed
+            embedding is then that of its heads, [heads, N, 2 d].
     """
 
     def __init__(self, vit: VisionTransformer | Eva, dtype: torch.dtype) -> None:
@@ -334,19 +341,19 @@ class CpuBlocks(_CpuModule):
         super().__init__(writer)
         rope, heads = _rope(vit), [block.attn.heads for block in vit.blocks if block.attn is not None]
         self.has_rope, self.prefix_tokens = rope is not None, vit.num_prefix_tokens
-        self.separate = (rope.depth, rope.num_heads) if getattr(vit, "rope_mixed", False) else ()
-        # None: no head is left to rotate.
+        self.separate = (rope.depth, rope.num_heads) if _is_mixed(vit) else ()
+        # None: no head is left that is rotated.
         self.rotated_width = heads[0].head_dim if rope is not None and heads else None
         self.rotate_half = heads[0].rotate_half if heads else False
-        attends = [block.attn is not None for block in vit.blocks]
-        layouts = writer.layouts_of_single_blocks()
-        self.single = nn.Sequential(*map(self._with, layouts, attends))
+        layouts = zip(vit.blocks, writer.layouts_of_single_blocks(), strict=True)
+        self.single = nn.Sequential(*[self._alone(block, layout) for block, layout in layouts])
 
-    def _with(self, layout: Tensor, attends: bool) -> "CpuBlocks":
-        """What there is so far with the list of integers of one block."""
+    def _alone(self, block: PackedBlock, layout: Tensor) -> "CpuBlocks":
+        """A block of these, with a list of integers of its own."""
         other = copy.copy(self)
-        other.rotated_width = self.rotated_width if attends else None
         other._buffers, other._modules = {**self._buffers, "layout": layout}, {}
+        other.separate = self.separate[1:]
+        other.rotated_width = None if block.attn is None else self.rotated_width
         return other
 
     def forward(

@@ -70,6 +70,14 @@ def compact_eva(case: str) -> vtp.CompactEva:
     return vtp.compact(model, dataclasses.replace(plan, kept=kept)).float()
 
 
+def without_attention(case: str, *blocks: int) -> vtp.CompactEva:
+    """One of CASES, of which these blocks have lost their heads."""
+    model = gated(dense(case))
+    plan = irregular_plan(model)
+    kept = dict(plan.kept) | {f"blocks.{i}.attn.proj": () for i in blocks}
+    return vtp.compact(model, dataclasses.replace(plan, kept=kept)).float()
+
+
 def fast_blocks(case: str, dtype: torch.dtype = torch.float32) -> CpuBlocks:
     with torch.no_grad():
         return CpuBlocks(packed_model(compact_eva(case), dtype), dtype)
@@ -146,6 +154,22 @@ def test_a_model_is_as_close_to_float64_as_pytorch(case, dtype):
     assert_close_to_float64(fast(images), *references(small, images, DTYPES[dtype]), "logits")
     features = fast.forward_features(images.to(DTYPES[dtype]))
     assert torch.equal(fast.forward_head(features), fast(images))
+
+
+@built
+@pytest.mark.parametrize("case", ["dinov3-swiglu", "rope-mixed"])
+def test_single_blocks_are_rotated_by_their_own_angles(case):
+    small = without_attention(case, 0)
+    fast, images = vtp.optimize(small, features=True), image(small, 3)
+    got, exact, same = (
+        model.forward_intermediates(images.to(dtype), intermediates_only=True)
+        for model, dtype in (
+            (fast, torch.float32), (copy.deepcopy(small).double(), torch.float64), (small, torch.float32)
+        )
+    )  # fmt: skip
+    assert fast.engine.startswith("C++, ") and len(got) == 2
+    for i, (a, b, c) in enumerate(zip(got, exact, same, strict=True)):
+        assert_close_to_float64(a, b, c, f"block {i}")
 
 
 @built
@@ -293,11 +317,9 @@ def test_an_embedding_of_another_shape_is_refused():
 
 
 @built
-def test_an_embedding_for_which_no_head_is_left_is_of_no_use():
-    model = gated(dense("dinov3"))
-    plan = irregular_plan(model)
-    kept = {name: () if "attn.proj" in name else columns for name, columns in plan.kept.items()}
-    small = vtp.compact(model, dataclasses.replace(plan, kept=kept)).float()
+@pytest.mark.parametrize("case", ["dinov3", "rope-mixed"])
+def test_an_embedding_for_which_no_head_is_left_is_of_no_use(case):
+    small = without_attention(case, 0, 1)
     fast, images = vtp.optimize(small), image(small, 4)
     assert fast.engine.startswith("C++, ")
     assert_close_to_float64(fast(images), *references(small, images, torch.float32))
