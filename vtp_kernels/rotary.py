@@ -227,11 +227,12 @@ def _rotate_heads_drope_kernel(
 
 
 # By the pairs of a head, rounded up to a power of two: four a thread, in 16 bits whole 16 bytes where pairs
-# are neighbours, and two times 8 bytes where they are in halves. With eight some registers spill on sm_100.
+# are neighbours, and two times 8 bytes where they are in halves. With eight some registers spill on sm_100,
+# with four those of the narrowest heads.
 # Two heads a program, which find a table that they share in L1 the second time; more would leave too few
 # programs for one image.
 TILES = {
-    8: Config.of(4, 1, BLOCK_M=64, BLOCK_P=8, HEADS=2, COLUMNS=64),
+    8: Config.of(4, 1, BLOCK_M=32, BLOCK_P=8, HEADS=2, COLUMNS=64),
     16: Config.of(4, 1, BLOCK_M=32, BLOCK_P=16, HEADS=2, COLUMNS=64),
     32: Config.of(4, 1, BLOCK_M=16, BLOCK_P=32, HEADS=2, COLUMNS=128),
     64: Config.of(4, 1, BLOCK_M=8, BLOCK_P=64, HEADS=2, COLUMNS=256),
