@@ -6,6 +6,7 @@ import pytest
 
 from bench import backbones
 from bench.backbones import (
+    ALIKE,
     CHECKS,
     MODELS,
     REFUSED,
@@ -17,19 +18,6 @@ from bench.backbones import (
 )
 from vtp.runtime.export import TARGETS
 
-# But for their widths, smaller models have each of the traits that these have.
-ALIKE = {
-    "deit_small_patch16_224", "deit_base_patch16_224", "deit_base_distilled_patch16_384",
-    "deit3_medium_patch16_224", "deit3_large_patch16_384", "vit_small_patch8_224", "vit_small_patch32_224",
-    "vit_base_patch14_dinov2", "vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224",
-    "vit_medium_patch32_clip_224", "vit_mediumd_patch16_reg4_gap_256", "vit_betwixt_patch16_reg4_gap_256",
-    "vit_so400m_patch14_siglip_224", "vit_so150m2_patch16_reg1_gap_256", "vit_intern300m_patch14_448",
-    "vit_base_patch16_dinov3", "vit_large_patch16_dinov3", "vit_huge_plus_patch16_dinov3",
-    "vit_small_plus_patch16_dinov3_qkvb", "eva02_small_patch14_224", "vit_small_patch16_rope_ape_224",
-    "vit_small_patch16_rope_mixed_ape_224", "vit_medium_patch16_rope_reg1_gap_256",
-    "vit_mediumd_patch16_rope_reg1_gap_256", "vit_pe_core_base_patch16_224",
-    "vit_base_patch16_gap_224", "vit_pe_spatial_tiny_patch16_512", "vit_giant_patch14_reg4_dinov2",
-}  # fmt: skip
 WITHOUT_RUNTIMES = [column for column in CHECKS if column not in TARGETS]
 
 
