@@ -16,6 +16,7 @@ A run is one folder:
     compact.safetensors  the compact model after fine-tuning: the result
     results.json         the comparison and the accuracy at other budgets
     report.html          all of it, to look at
+    timm/                the result as timm opens it ("local-dir:RUN/timm"), with a model card
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from torch.utils.data import DataLoader
 
 from vtp.checkpoint import load, save
 from vtp.files import FileError, fingerprint, refuse_unwritable, write_atomic
+from vtp.hub import save_pretrained
 from vtp.machine import environment
 from vtp.model.architecture import describe
 from vtp.model.cost import count
@@ -269,6 +271,7 @@ def run(
         write_atomic(run_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
         console.print(comparison_table(results))
         write_report(run_dir)
+        save_pretrained(models["compact"], run_dir / "timm", metadata=_for_the_card(results, data))
         _say(console, f"report: {run_dir / 'report.html'}")
     return run_dir / "report.html"
 
@@ -534,6 +537,24 @@ def _results(models: dict[str, nn.Module], data: Data, run_dir: Path, config: Ru
     if "sparse" in models:
         results["reslice"] = _reslice(models["sparse"], data, config)
     return results
+
+
+def _for_the_card(results: dict[str, Any], data: Data) -> dict[str, str]:
+    """What a run has measured, for the model card: accuracy on the way, and latency."""
+    top1 = {row["model"]: f"{row['top1']:.2f}" for row in results["rows"]}
+    ms = {row["model"]: f"{row['latency_ms']:.2f}" for row in results["rows"]}
+    about = results["environment"]
+    return {
+        "top-1": (
+            f"{top1['compact after']} after fine-tuning, {top1['compact before fine-tuning']} at the cut, "
+            f"{top1['dense']} dense; test images of {Path(data.name).name}"
+        ),
+        "milliseconds": (
+            f"{ms['compact, optimized']} by vtp.optimize, {ms['compact after']} by PyTorch, which takes "
+            f"{ms['dense']} for the dense model; batch {about['latency_batch']}, {about['device']}, "
+            f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, {about['date']}"
+        ),
+    }
 
 
 def _pareto(models: dict[str, nn.Module], statistics: Statistics) -> dict[str, Any]:

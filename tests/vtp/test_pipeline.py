@@ -29,7 +29,7 @@ from vtp.zoo import open_model
 
 FILES = [
     "checkpoints", "compact.safetensors", "config.json", "dense.safetensors", "metrics.jsonl", "plan.json",
-    "pruned.safetensors", "report.html", "results.json", "sparse.safetensors", "tensorboard",
+    "pruned.safetensors", "report.html", "results.json", "sparse.safetensors", "tensorboard", "timm",
 ]  # fmt: skip
 
 
@@ -167,6 +167,18 @@ def test_cut_of_a_run_without_refit_is_exact(finished, folder, tmp_path):
 
 def test_run_leaves_the_files_that_the_module_names(finished):
     assert sorted(path.name for path in finished.iterdir()) == FILES
+
+
+def test_a_run_leaves_its_result_for_timm_with_what_it_measured(finished):
+    model = timm.create_model(f"local-dir:{finished / 'timm'}", pretrained=True).eval()
+    images = torch.randn(2, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    assert torch.equal(model(images), vtp.load(finished / "compact.safetensors")(images))
+    card, rows = (finished / "timm" / "README.md").read_text(), {}
+    for row in json.loads((finished / "results.json").read_text())["rows"]:
+        rows[row["model"]] = row
+    for title in ("dense", "compact before fine-tuning", "compact after"):
+        assert f"{rows[title]['top1']:.2f}" in card
+    assert f"{rows['compact, optimized']['latency_ms']:.2f} by vtp.optimize" in card
 
 
 def test_results_agree_with_the_files(finished):
