@@ -10,7 +10,6 @@ is checked against the model in float64. Nothing is timed. The tests do the same
 
 import argparse
 import copy
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,10 +22,15 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import vtp
-from bench.results_file import add_results_file, check_results_file, print_results
+from bench.results_file import (
+    add_results_file,
+    check_results_file,
+    markdown_table,
+    print_results,
+    write_results,
+)
 from vtp.comparison.exported import runtime_version
 from vtp.comparison.tables import Rows, print_table
-from vtp.files import write_atomic
 from vtp.machine import environment
 from vtp.model.architecture import UnsupportedModelError
 from vtp.pruning.compact import CompactModel
@@ -309,12 +313,8 @@ def tables(content: dict[str, Any]) -> dict[str, Rows]:
 
 def markdown(content: dict[str, Any]) -> str:
     """The tables of docs/supported-models.md."""
-    lines = [f"{len(content['names'])} names of timm {content['environment']['timm']}.", ""]
-    for first, *rows in tables(content).values():
-        lines += ["| " + " | ".join(first) + " |", "|" + " --- |" * len(first)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        lines.append("")
-    return "\n".join(lines)
+    names = f"{len(content['names'])} names of timm {content['environment']['timm']}.\n"
+    return "\n".join([names, *map(markdown_table, tables(content).values())])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -338,8 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in (*(name for name in MODELS if name not in ALIKE), *TRANSFORMERS):
             console.print(name, highlight=False)
             content["models"][name] = record(name, Path(folder))
-            text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-            write_atomic(options.out, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+            write_results(options.out, content)
     for title, rows in tables(content).items():
         print_table(console, title, rows)
     console.print(f"Written to {options.out}", highlight=False, soft_wrap=True)

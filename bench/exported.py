@@ -11,7 +11,6 @@ compute in float32, on as many threads: also OpenVINO, which would take bfloat16
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 import tempfile
@@ -25,10 +24,15 @@ from torch import Tensor
 
 import vtp
 from bench.irregular import cut, gated_model
-from bench.results_file import add_results_file, check_results_file, print_results
+from bench.results_file import (
+    add_results_file,
+    check_results_file,
+    markdown_table,
+    print_results,
+    write_results,
+)
 from vtp.comparison.exported import runtime_version
 from vtp.comparison.tables import Rows, print_table
-from vtp.files import write_atomic
 from vtp.machine import environment
 from vtp.runtime.export import TARGETS, ExportError
 from vtp.timing import Stopwatch, pairwise_ratio, take_turns
@@ -118,12 +122,7 @@ def tables(content: dict[str, Any]) -> dict[str, Rows]:
 
 def markdown(content: dict[str, Any]) -> str:
     """The tables of docs/export.md."""
-    lines = []
-    for title, (first, *rows) in tables(content).items():
-        lines += [f"{title}:", "", "| " + " | ".join(first) + " |", "|" + " --- |" * len(first)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        lines.append("")
-    return "\n".join(lines)
+    return "\n".join(f"{title}:\n\n{markdown_table(rows)}" for title, rows in tables(content).items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,8 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"{name}, batch {batch}", highlight=False)
             found = compare(name, arguments, batch, options.seconds)
             content["cases"].append({"model": name, "batch": batch, **found})
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomic(options.out, lambda path: path.write_text(text, encoding="utf-8"))
+    write_results(options.out, content)
     for title, rows in tables(content).items():
         print_table(console, title, rows)
     console.print(f"Written to {options.out}", highlight=False, soft_wrap=True)

@@ -11,7 +11,6 @@ the nodes of the graph that the runtime really runs are counted. Nothing is time
 import argparse
 import collections
 import dataclasses
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,10 +22,15 @@ from rich.console import Console
 from torch import nn
 
 from bench.irregular import cut, gated_model
-from bench.results_file import add_results_file, check_results_file, print_results
+from bench.results_file import (
+    add_results_file,
+    check_results_file,
+    markdown_table,
+    print_results,
+    write_results,
+)
 from vtp.comparison.exported import runtime_version
 from vtp.comparison.tables import Rows, print_table
-from vtp.files import write_atomic
 from vtp.machine import environment
 from vtp.pruning.compact import CompactViT
 from vtp.runtime.export import TARGETS, ExportError
@@ -140,12 +144,7 @@ def _cell(found: dict[str, Any]) -> str:
 
 def markdown(content: dict[str, Any]) -> str:
     """The tables of docs/export.md."""
-    lines = []
-    for first, *rows in tables(content).values():
-        lines += ["| " + " | ".join(first) + " |", "|" + " --- |" * len(first)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        lines.append("")
-    return "\n".join(lines)
+    return "\n".join(map(markdown_table, tables(content).values()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,8 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for title, model in models().items():
             console.print(title, highlight=False)
             content["models"][title] = record(model, Path(folder))
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomic(options.out, lambda path: path.write_text(text, encoding="utf-8"))
+    write_results(options.out, content)
     for title, rows in tables(content).items():
         print_table(console, title, rows)
     console.print(f"Written to {options.out}", highlight=False, soft_wrap=True)

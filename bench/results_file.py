@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vtp.files import FileError, refuse_unwritable
+from vtp.comparison.tables import Rows
+from vtp.files import FileError, refuse_unwritable, write_atomic
 
 
 def add_results_file(parser: argparse.ArgumentParser, default: Path) -> None:
@@ -47,3 +48,16 @@ def print_results(path: Path, markdown: Callable[[Any], str]) -> int:
         print(f"argument --out: {path} is no results file: {error!r}", file=sys.stderr)
         return 2
     return 0
+
+
+def write_results(path: Path, content: Any) -> None:
+    """Write results as JSON, atomically."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def markdown_table(rows: Rows) -> str:
+    """A table, whose first row names the columns, and an empty line behind it."""
+    first, *others = rows
+    lines = [first, ["---"] * len(first), *others]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
