@@ -36,7 +36,7 @@ from vtp.model.architecture import (
     describe_surroundings,
     refuse_changed_behaviour,
 )
-from vtp.model.eva import make_rotary_buffers, with_fused_sites
+from vtp.model.eva import make_rotary_buffers, other_angles, with_fused_sites
 from vtp.model.images import described
 from vtp.pruning.compact import CompactModel, LayerNormGather, empty_compact
 from vtp.pruning.gates import GatedLinear, insert_gates
@@ -73,6 +73,11 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
     if metadata is not None and not isinstance(metadata, dict):
         raise TypeError(f"metadata: got {type(metadata).__name__}, expected a dictionary")
     _refuse_tied_parameters(model)
+    if (name := other_angles(model)) is not None:
+        raise UnsupportedModelError(
+            f"rope.{name}: it is not what the settings of the rotary embedding give, which a file has alone; "
+            "was the model in a half precision before? model.rope.init_non_persistent_buffers() makes it anew"
+        )
     fields = _describe(model, metadata)
     if fields["kind"] == "dense" and fields["architecture"]["eva"] is not None:
         model = with_fused_sites(copy.deepcopy(model))

@@ -483,6 +483,15 @@ def _refuse_other_parts(model: nn.Module) -> None:
         raise UnsupportedModelError("model.blocks is empty: there is nothing to gate")
     if type(model.patch_embed) is not PatchEmbed:
         raise UnsupportedModelError(f"patch_embed: {type(model.patch_embed).__name__}, expected PatchEmbed")
+    owners: dict[int, str] = {}
+    for i, block in enumerate(model.blocks):
+        for name in ("attn", "mlp"):
+            part = getattr(block, name, None)
+            first = owners.setdefault(id(part), f"blocks.{i}.{name}")
+            if part is not None and first != f"blocks.{i}.{name}":
+                raise UnsupportedModelError(
+                    f"blocks.{i}.{name} is the same module as {first}: a cut gives each widths of its own"
+                )
     is_eva = isinstance(model, Eva)
     if is_eva and model.rope is not None and type(model.rope) not in ROTARY.values():
         known = ", ".join(kind.__name__ for kind in ROTARY.values())

@@ -133,6 +133,22 @@ def make_rotary_buffers(model: nn.Module, device: torch.device, dtype: torch.dty
         rope.to(dtype)
 
 
+def other_angles(model: nn.Module) -> str | None:
+    """Which buffer of the rotary embedding is not what its settings give, or None: no file has them."""
+    rope = getattr(model, "rope", None)
+    if rope is None or any(buffer.is_meta for buffer in rope.buffers()):
+        return None
+    fresh = copy.deepcopy(rope).cpu().float()
+    fresh.init_non_persistent_buffers()
+    expected = dict(fresh.to(model.patch_embed.proj.weight.dtype).named_buffers())
+    for name, got in rope.named_buffers():
+        # Made on a GPU, as for another image size, an angle may be rounded otherwise.
+        bound = 8 * torch.finfo(expected[name].dtype).eps * expected[name].double().abs().clamp(min=1)
+        if ((got.cpu().double() - expected[name].double()).abs() > bound).any():
+            return name
+    return None
+
+
 def _with_one_qkv(attn: nn.Module) -> nn.Module:
     """The attention as timm's AttentionRope with one qkv; any other kind than timm's three as it is."""
     if not isinstance(attn, (EvaAttention, AttentionRope)):

@@ -78,7 +78,7 @@ class Statistics:
     images: int
     change_images: int
     change: str
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor] = dataclasses.field(repr=False)
 
     def save(self, path: str | Path) -> None:
         """Write the statistics as one safetensors file, atomically. Raises FileError."""

@@ -483,6 +483,9 @@ def compact(
             f"plan: made for {plan.architecture.depth} blocks of width {plan.architecture.embed_dim}, got a "
             f"model with {architecture.depth} blocks of width {architecture.embed_dim}"
         )
+    for name in ("glu", "rotary"):
+        if (own := getattr(architecture, name)) != (theirs := getattr(plan.architecture, name)):
+            raise PlanError(f"plan: made for a model with {name} {theirs}, got one with {name} {own}")
     if images is None and _takes_images(gated, plan):
         raise PlanError(
             "plan: it narrows queries and keys, or turns values, which takes images; give some to vtp.compact"

@@ -364,6 +364,11 @@ class CpuBlocks(_CpuModule):
         rope: Tensor | None = None,
     ) -> Tensor:
         self._refuse_masks(attn_mask, is_causal)
+        if x.dtype not in _DTYPES:
+            raise TypeError(
+                f"tokens: got {x.dtype}, expected float32 or bfloat16, as the CPU engine has no other; "
+                "vtp.optimize(model, dtype=...) packs for another dtype"
+            )
         return torch.ops.vtp.cpu_blocks(x, self.weights, self.layout, self._rotary(x, rope))
 
     def _rotary(self, x: Tensor, rope: Tensor | None) -> Tensor | None:

@@ -274,6 +274,10 @@ class OptimizedViT(nn.Module):
             TypeError: the images are no tensor, or integers, or float64 for another model.
             ValueError: their shape or device is not the model's; a mask on the C++ engine.
         """
+        if isinstance(self.vit, Eva) and self.images.any_size and not torch.compiler.is_compiling():
+            self._validate(images)
+            if not len(images):  # which timm's Eva cannot bring into the shape of tokens
+                return self._run(self.vit, images.new_zeros(1, *images.shape[1:]), attn_mask, is_causal)[:0]
         return self._run(self.vit, images, attn_mask, is_causal)
 
     def forward_features(self, images: Tensor) -> Tensor:

@@ -265,3 +265,51 @@ def test_metas_own_checkpoint_of_a_dinov3_is_read():
     load_weights(empty, state, name, "dinov3.pth")
     x = torch.randn(1, 3, 32, 48)
     assert torch.equal(empty.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("change", ["periods", "half precision and back"])
+def test_angles_that_no_file_has_are_refused(change, tmp_path):
+    model = made() if change != "periods" else made(rope_type="dinov3", rope_rotate_half=True)
+    small = vtp.compact(model, vtp.make_plan(vtp.insert_gates(model), rate=0.3)).float()
+    if change == "periods":
+        small.rope.periods.mul_(1.1)
+    else:
+        small.bfloat16().float()
+    with pytest.raises(
+        UnsupportedModelError, match=r"rope\.(periods|pos_embed): it is not what the settings"
+    ):
+        vtp.save(small, tmp_path / "small.safetensors")
+    assert not list(tmp_path.iterdir())
+    small.rope.init_non_persistent_buffers()
+    vtp.save(small, tmp_path / "small.safetensors")
+    assert torch.equal(vtp.load(tmp_path / "small.safetensors")(image(small)), small(image(small)))
+
+
+def test_a_plan_of_another_kind_of_model_is_refused():
+    plans = {
+        family: vtp.make_plan(gated(build(FAMILIES[family])), rate=0.3) for family in ("plain", "swiglu")
+    }
+    with pytest.raises(vtp.PlanError, match="made for a model with glu True, got one with glu False"):
+        vtp.compact(build(TINY), plans["swiglu"])
+    rotary = build(dataclasses.replace(TINY, eva=AXIAL))
+    with pytest.raises(vtp.PlanError, match="made for a model with rotary False, got one with rotary True"):
+        vtp.compact(rotary, plans["plain"])
+
+
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+def test_a_module_in_two_blocks_is_refused(part):
+    model = made()
+    setattr(model.blocks[1], part, getattr(model.blocks[0], part))
+    with pytest.raises(UnsupportedModelError, match=rf"blocks\.1\.{part} is the same module as blocks\.0"):
+        vtp.insert_gates(model)
+
+
+def test_packed_models_take_no_images_and_say_what_dtype_they_have():
+    small = vtp.compact(build(FAMILIES["rotary"], torch.float32), vtp.make_plan(
+        vtp.insert_gates(build(FAMILIES["rotary"], torch.float32)), rate=0.3))  # fmt: skip
+    fast = vtp.optimize(small)
+    assert fast(image(small, 0)).shape == (0, 10)
+    fast.warmup([0, 1])
+    if fast.engine.startswith("C++"):
+        with pytest.raises(TypeError, match=r"tokens: got torch\.float16, expected float32 or bfloat16"):
+            fast.half()(image(small).half())
