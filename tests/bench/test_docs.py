@@ -13,7 +13,16 @@ import timm
 import torch
 
 import vtp
-from bench import compact_accounting, compare, exports, gating_cost, latency_budget, one_shot
+from bench import (
+    backbones,
+    compact_accounting,
+    compare,
+    exported,
+    exports,
+    gating_cost,
+    latency_budget,
+    one_shot,
+)
 from vtp_kernels.proofs import gating_roofline
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -31,7 +40,8 @@ def rows(text: str) -> set[str]:
         ("training-cost", [gating_cost, gating_roofline, compare]),
         ("gpu-proofs", [compact_accounting]),
         ("one-shot", [one_shot]),
-        ("export", [exports]),
+        ("export", [exports, exported]),
+        ("supported-models", [backbones]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
