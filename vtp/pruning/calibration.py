@@ -167,8 +167,8 @@ def calibrate(
         for i, block in enumerate(plain.blocks):
             say(f"block {i + 1} of {architecture.depth}", i / architecture.depth)
             before = stream.first(probe.images).to(device)
-            sums = _gather(block, stream.ropes[i], stream, device)
             dense, narrows = _Block.of(block, stream.ropes[i]), not architecture.whole_keys
+            sums = _gather(dense, stream, device, narrows)
             for key, value in _block_tensors(dense, sums, before, narrows, partial(probe.change, i)):
                 tensors[f"blocks.{i}.{key}"] = value.cpu().contiguous()
         return Statistics(architecture, parent, stream.images, probe.images, probe.unit, tensors)
@@ -228,27 +228,30 @@ class _Block:
 
 @dataclasses.dataclass
 class _Sums:
-    """Second moments of what goes through one block: inputs of its sites; queries and keys of each head."""
+    """Second moments of what goes through one block: inputs of its sites; queries and keys of each head where
+    a cut may narrow them."""
 
     sites: dict[str, Moments]
     queries: list[Moments]
     keys: list[Moments]
 
 
-def _gather(block: nn.Module, rope: Tensor | None, stream: Stream, device: torch.device) -> _Sums:
+def _gather(dense: _Block, stream: Stream, device: torch.device, narrows: bool) -> _Sums:
     """The sums of a block over the stream, which goes on to what the block puts out."""
+    block = dense.block
     attn, mlp, gammas = block.attn, block.mlp, layer_scales(block)
+    narrowed = range(attn.num_heads if narrows else 0)
     sums = _Sums(
         {site: Moments(block.get_submodule(site).in_features, device=device) for site in SITES},
-        *([Moments(attn.head_dim, device=device) for _ in range(attn.num_heads)] for _ in range(2)),
+        *([Moments(attn.head_dim, device=device) for _ in narrowed] for _ in range(2)),
     )
     for piece in stream.pieces:
         x = piece.to(device)
         normed = block.norm1(x)
         sums.sites["attn.qkv"].add(normed.flatten(0, 1))
-        query, key, value = split_heads(attn, attn.qkv(normed), rope)
-        varying = centred(key)
-        for head in range(attn.num_heads):
+        query, key, value = split_heads(attn, attn.qkv(normed), dense.rope)
+        varying = centred(key) if narrows else key
+        for head in narrowed:
             sums.queries[head].add(query[:, head].flatten(0, 1))
             sums.keys[head].add(varying[:, head].flatten(0, 1))
         out = attend(attn, query, key, value)

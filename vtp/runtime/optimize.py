@@ -274,10 +274,15 @@ class OptimizedViT(nn.Module):
             TypeError: the images are no tensor, or integers, or float64 for another model.
             ValueError: their shape or device is not the model's; a mask on the C++ engine.
         """
-        if isinstance(self.vit, Eva) and self.images.any_size and not torch.compiler.is_compiling():
-            self._validate(images)
-            if not len(images):  # which timm's Eva cannot bring into the shape of tokens
-                return self._run(self.vit, images.new_zeros(1, *images.shape[1:]), attn_mask, is_causal)[:0]
+        traced = torch.compiler.is_compiling()  # where the batch is not to be asked for
+        if (
+            isinstance(self.vit, Eva)
+            and not traced
+            and isinstance(images, Tensor)
+            and images.shape[:1] == (0,)
+        ):
+            # timm's Eva cannot bring none into the shape of tokens.
+            return self._run(self.vit, images.new_zeros(1, *images.shape[1:]), attn_mask, is_causal)[:0]
         return self._run(self.vit, images, attn_mask, is_causal)
 
     def forward_features(self, images: Tensor) -> Tensor:
