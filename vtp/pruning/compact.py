@@ -142,6 +142,7 @@ class CompactAttention(Attention):
         self.num_heads = len(value_widths)
         self.kept_heads = tuple(range(self.num_heads)) if kept_heads is None else kept_heads
         self.num_prefix_tokens = architecture.num_prefix_tokens
+        self.is_rotary = architecture.rotary
         self.rotate_half = architecture.eva is not None and architecture.eva.rope_rotate_half
         self.head_dim = architecture.head_dim
         self.key_widths = key_widths
@@ -197,12 +198,12 @@ class CompactAttention(Attention):
         widest = max(*self.key_widths, *self.value_widths)
         plain = attn_mask is None and not is_causal and not dropout
         fused = on_kernels and self.fused_attn and plain and widest <= _WIDEST_HEAD
-        if fused and not self._is_normed and rope is None:
+        if fused and not self.is_normed and rope is None:
             return ragged_attention(qkv, self.key_widths, self.value_widths, self.scale)
         query, key, value = qkv.split(
             [sum(self.key_widths), sum(self.key_widths), sum(self.value_widths)], dim=-1
         )
-        if self._is_normed or rope is not None:
+        if self.is_normed or rope is not None:
             query, key = self._turned(query, self.q_norm, rope), self._turned(key, self.k_norm, rope)
         if fused:
             qkv = torch.cat([query, key, value], dim=-1)
@@ -227,14 +228,15 @@ class CompactAttention(Attention):
 
     def rotates_by_op(self, rope: Tensor) -> bool:
         """Whether `rotate_heads` does what these angles say: not behind patch dropout, nor behind norms."""
-        return rope.ndim < 4 and not self._is_normed
+        return rope.ndim < 4 and not self.is_normed
 
     def rotation(self, rope: Tensor) -> tuple[Tensor, tuple[int, ...], int, bool]:
         """What `rotate_heads` takes behind qkv."""
         return self._of_kept_heads(rope), self.key_widths, self.num_prefix_tokens, self.rotate_half
 
     @property
-    def _is_normed(self) -> bool:
+    def is_normed(self) -> bool:
+        """Whether queries and keys pass a norm."""
         return not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
 
     def _of_kept_heads(self, rope: Tensor) -> Tensor:

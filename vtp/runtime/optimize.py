@@ -31,7 +31,7 @@ from vtp.model.architecture import class_name, refuse_changed_behaviour, wrapped
 from vtp.model.images import described
 from vtp.pruning.compact import CompactBlock, CompactModel, ConstantBranch
 from vtp.runtime import cpu
-from vtp.runtime.packed import PackedBlock, absorb_constants
+from vtp.runtime.packed import PackedBlock, PatchProduct, absorb_constants
 from vtp_kernels.library import autocast_is_on
 
 # Of packed models; float64 is for comparisons. Images may be of the first three whatever the model is.
@@ -90,8 +90,14 @@ class Backend:
 
 
 def _for_ops(packed: CompactModel, dtype: torch.dtype) -> CompactModel:
+    embed = packed.patch_embed
+    on_gpu, prefix = embed.proj.weight.device.type != "cpu", packed.num_prefix_tokens
+    # PyTorch's fused attention is for 16 bits, and it is on GPUs that the ops' has to stand beside it.
+    tokens = embed.num_patches + prefix if on_gpu and dtype.itemsize == 2 else None
     for block in packed.blocks:
-        block.widen(packed.embed_dim)
+        block.widen(packed.embed_dim, tokens)
+    if PatchProduct.takes(embed.proj):
+        embed.proj = PatchProduct(embed.proj)
     return packed.to(dtype)
 
 

@@ -1,4 +1,5 @@
-"""Packed blocks: norms and scales folded into the weights, weights padded for the kernels."""
+"""Packed blocks: norms and scales folded into the weights, weights padded for the kernels; and the patch
+embedding as one product."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -17,11 +18,18 @@ from vtp.pruning.compact import (
     has_op,
 )
 from vtp.pruning.dense_block import activated
+from vtp_kernels import launching
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
 from vtp_kernels.rotary import rotate_heads_
-from vtp_kernels.rows import whole_rows
+from vtp_kernels.rows import padded_width, whole_rows
+
+# FLOP/s of an H200 in bfloat16 at the widths of a compact DeiT-B, batch 128, of what is kept or padded:
+# `ragged_attention` 12.2 GFLOP in 212 us, fused attention of PyTorch 15.9 in 89, matrix products 46.5 in 101
+# (bench/results/gpu-h200.json).
+_RAGGED, _FUSED, _PRODUCTS = 5.8e13, 1.8e14, 4.6e14
+_HEADS = launching.choice("packed_attention", "ragged", "padded")  # what `launching.forced_path` can force
 
 
 class PackedLinear(nn.Module):
@@ -56,9 +64,58 @@ class PackedLinear(nn.Module):
         self.storage = F.pad(of_parts[0], (0, 0, 0, missing)).flatten(0, 1)
         self.bias = F.pad(of_parts[1], (0, missing)).flatten()
 
+    def pad_heads(self, widths: Sequence[int], to: int, *, inputs: bool) -> None:
+        """Give each of the heads that lie side by side among the inputs, or the outputs, `to` of them, those
+        behind its own width with zeros."""
+        if inputs:
+            heads = self.weight.split(tuple(widths), dim=1)
+            weight = torch.cat([F.pad(head, (0, to - head.shape[1])) for head in heads], dim=1)
+            self.storage, self.in_features = F.pad(weight, (0, -weight.shape[1] % 8)), weight.shape[1]
+            return
+        heads = zip(self.storage.split(tuple(widths)), self.bias.split(tuple(widths)), strict=True)
+        padded = [(F.pad(w, (0, 0, 0, to - len(w))), F.pad(b, (0, to - len(b)))) for w, b in heads]
+        self.storage, self.bias = (torch.cat(parts) for parts in zip(*padded, strict=True))
+        self.out_features = len(self.bias)
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., in] to [..., out]."""
         return compact_linear(x, self.weight, self.bias, residual=residual)[..., : self.out_features]
+
+
+class PatchProduct(nn.Module):
+    """The convolution of a patch embedding, whose patches do not overlap, as a product of patches: images
+    [B, C, H, W] to [B, out, rows of patches, columns of patches], with the channels of a patch side by side.
+
+    On an H200 the convolution itself took 9% of the time of a compact DeiT-B, a product of its size takes 1%.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.in_channels, self.kernel_size = conv.in_channels, conv.kernel_size
+        self.register_buffer("weight", conv.weight.detach().clone())
+        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
+
+    @staticmethod
+    def takes(conv: nn.Module) -> bool:
+        """Whether a convolution is such a product."""
+        return (
+            type(conv) is nn.Conv2d
+            and conv.stride == conv.kernel_size
+            and conv.padding in ((0, 0), "valid")
+            and conv.dilation == (1, 1)
+            and conv.groups == 1
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        channels, (height, width) = images.shape[1], self.kernel_size
+        rows, columns = images.shape[2] // height, images.shape[3] // width
+        images = images[:, :, : rows * height, : columns * width]
+        patches = images.unflatten(3, (columns, width)).unflatten(2, (rows, height))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, rows, columns, channels * height * width)
+        weight, missing = self.weight.flatten(1), -(channels * height * width) % 8
+        if missing:  # 14 * 14 * 3 are no multiple of 8, for which a product takes several times as long
+            patches, weight = F.pad(patches, (0, missing)), F.pad(weight, (0, missing))
+        return F.linear(patches, weight, self.bias).permute(0, 3, 1, 2)
 
 
 class PackedNorm(nn.Module):
@@ -82,7 +139,13 @@ class PackedNorm(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """An attention branch with its norm and the residual: x [B, N, embed_dim] to the same shape."""
+    """An attention branch with its norm and the residual: x [B, N, embed_dim] to the same shape.
+
+    padded_head: 0, or the width to which every head's query, key and value are filled up with zeros, for
+    PyTorch's fused attention.
+    """
+
+    padded_head = 0
 
     def __init__(
         self, norm: LayerNormGather, attn: CompactAttention, scale: nn.Module, dtype: torch.dtype
@@ -95,10 +158,42 @@ class PackedAttention(nn.Module):
         self.heads.fused_attn = True
         self.proj = _before_scale(attn.proj, scale, dtype)
 
+    def pad_heads(self) -> None:
+        """Fill up all heads to the width of the widest, rounded up to 8."""
+        keys, values = self.heads.key_widths, self.heads.value_widths
+        self.padded_head = padded_width(max(*keys, *values))
+        self.qkv.pad_heads((*keys, *keys, *values), self.padded_head, inputs=False)
+        self.proj.pad_heads(values, self.padded_head, inputs=True)
+
+    def is_faster_padded(self, tokens: int) -> bool:
+        """Whether PyTorch's fused attention of padded heads takes less time than `ragged_attention`, what it
+        costs the products before and behind it included."""
+        keys, values = self.heads.key_widths, self.heads.value_widths
+        padded_head = padded_width(max(*keys, *values))
+        if self.heads.is_normed or (self.heads.is_rotary and set(keys) != {padded_head}):
+            return False  # what is between the products and attention knows the widths as they are
+        columns = len(keys) * padded_head
+        more_values = columns - sum(values)
+        more_products = (2 * (columns - sum(keys)) + more_values) * self.qkv.in_features
+        more_products += more_values * self.proj.out_features
+        ragged = 2 * tokens * (sum(keys) + sum(values)) / _RAGGED
+        padded = 4 * tokens * columns / _FUSED + 2 * more_products / _PRODUCTS
+        return _HEADS.takes("padded", padded < ragged)
+
+    def _attend_padded(self, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """qkv of padded heads to [B, N, heads * padded_head]."""
+        query, key, value = qkv.unflatten(-1, (3, -1, self.padded_head)).permute(2, 0, 3, 1, 4).unbind()
+        out = F.scaled_dot_product_attention(
+            query, key, value, None if is_causal else attn_mask, is_causal=is_causal, scale=self.heads.scale
+        )
+        return out.transpose(1, 2).flatten(2)
+
     def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None) -> Tensor:
         qkv = self.qkv(self.norm(x))
         if rope is not None and self.heads.rotates_by_op(rope):  # in place: nobody else has seen it
             qkv, rope = rotate_heads_(qkv, *self.heads.rotation(rope)), None
+        if self.padded_head:
+            return self.proj(self._attend_padded(qkv, attn_mask, is_causal), residual=x)
         out = self.heads.attend(qkv, attn_mask, is_causal, rope, on_kernels=True)
         missing = self.proj.in_features - out.shape[-1]
         if missing:  # an op's result has them in its padding, as zeros
@@ -155,12 +250,16 @@ class PackedBlock(nn.Module):
             x = self.attn(x, attn_mask, is_causal, rope)
         return x if self.mlp is None else self.mlp(x)
 
-    def widen(self, dim: int) -> None:
+    def widen(self, dim: int, tokens: int | None) -> None:
         """Have every matrix product take and make a multiple of 8 numbers, those that are more with zeros.
 
         A GPU's GEMM takes several times as long for other widths of 16-bit numbers (`compact_linear`).
+
+        tokens: of an image; heads are padded too where that is faster with so many. None leaves them.
         """
         if self.attn is not None:
+            if tokens is not None and self.attn.is_faster_padded(tokens):
+                self.attn.pad_heads()
             if self.attn.norm.widen(dim):
                 self.attn.qkv.widen_inputs()
             self.attn.qkv.widen_outputs()
