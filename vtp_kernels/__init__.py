@@ -1,6 +1,6 @@
 """Kernels of Vision Transformer Pruning: one op, one file."""
 
-from vtp_kernels.compact_linear import compact_linear
+from vtp_kernels.compact_linear import add_linear_, compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.gated_linear import gated_linear
 from vtp_kernels.layer_norm_gather import layer_norm_gather
@@ -8,6 +8,7 @@ from vtp_kernels.ragged_attention import ragged_attention
 from vtp_kernels.rotary import rotate_heads, rotate_heads_
 
 __all__ = [
+    "add_linear_",
     "compact_linear",
     "compact_mlp",
     "gated_linear",

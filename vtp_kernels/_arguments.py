@@ -87,3 +87,24 @@ def check_inputs(x: Tensor, weight: Tensor, name: str = "weight", axes: str = "[
     N, K = weight.shape
     if x.ndim == 0 or x.shape[-1] != K:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {K}], as {name} is [{N}, {K}]")
+
+
+def check_written(name: str, tensor: Tensor, **read: Tensor) -> None:
+    """Check that an op can write the argument `name`, without changing what it reads meanwhile.
+
+    Raises:
+        ValueError: elements of it share an address, or it shares memory with one of those that are read.
+    """
+    if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: got strides {tensor.stride()}, expected no two elements at one address: it is written"
+        )
+    for other, found in read.items():
+        if not torch.compiler.is_compiling() and torch._C._is_alias_of(tensor, found):
+            raise ValueError(f"{name}: shares memory with {other}, expected its own: it is written")
+
+
+def note_written(tensor: Tensor) -> None:
+    """Let whoever saved a tensor for a backward pass notice that an op has written it."""
+    if not (torch.compiler.is_compiling() or tensor.is_inference()):
+        torch.autograd.graph.increment_version(tensor)

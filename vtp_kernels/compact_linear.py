@@ -6,6 +6,8 @@ right border for the last columns and the bottom border for the last rows, and t
 So 461 inputs cost 464, not 512, and 1,411 outputs 1,440, not 1,536.
 
 With many rows the product is the vendor's GEMM, on widths padded with zeros to multiples of 8.
+`add_linear_` adds `x W^T` to a tensor where it is: the residual is then read and written once, by the product
+itself, which as a pass of its own reads two numbers and writes one for each.
 
 Numbers: in the kernel, products, bias, GELU and residual are float32; the result is rounded once. The
 vendor's GEMM rounds what it hands on to GELU and residual, as PyTorch does. Where tiles are too few for a GPU
@@ -41,6 +43,7 @@ from vtp_kernels.rows import (
     empty_rows,
     empty_rows_like,
     in_padded_rows,
+    is_aligned,
     padded_width,
     whole_rows,
     with_padded_rows,
@@ -572,6 +575,23 @@ def _forward_triton(
     return out, z
 
 
+def _add_triton(residual: Tensor, x: Tensor, weight: Tensor) -> None:
+    """residual += x W^T."""
+    N = len(weight)
+    if 0 in (x.numel(), N) or x.dtype == torch.float64:
+        return _add_plain(residual, x, weight)
+    rows = residual.view(-1, N) if residual.is_contiguous() else None
+    if rows is None or not is_aligned(rows):  # what lies behind the end of a row may be somebody else's
+        residual.copy_(_forward_triton(x, weight, None, False, residual, False)[0])
+        return None
+    x, weight = with_padded_rows(x), with_padded_rows(weight)
+    if _PRODUCT.takes("vendor", len(x) >= _VENDOR_ROWS):
+        rows.addmm_(zero_padded(x), zero_padded(weight).t())
+    else:  # each program reads what it overwrites, and nobody else does
+        _launch_fwd(x, weight, None, False, rows, rows, None)
+    return None
+
+
 def _backward_triton(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None,
     need_x: bool, need_weight: bool, need_bias: bool,
@@ -641,6 +661,10 @@ def _forward_plain(
     return in_padded_rows(out), in_padded_rows(z) if save else x.new_empty(0)
 
 
+def _add_plain(residual: Tensor, x: Tensor, weight: Tensor) -> None:
+    residual.add_(F.linear(x, weight))
+
+
 def _backward_plain(
     dy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None,
     need_x: bool, need_weight: bool, need_bias: bool,
@@ -698,6 +722,12 @@ define(
     fake=_forward_fake,
 )
 define(
+    "add_linear_(Tensor(a!) residual, Tensor x, Tensor weight) -> ()",
+    plain=_add_plain,
+    triton=_add_triton,
+    fake=lambda *_: None,
+)
+define(
     "compact_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? z,"
     " bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     plain=_backward_plain,
@@ -721,7 +751,12 @@ def _backward_flops(
     return (int(need_x) + int(need_weight)) * 2 * math.prod(x_shape) * weight_shape[0]
 
 
-# ------------------------------------------------------------------------------------------- public function
+@register_flop_formula(torch.ops.vtp.add_linear_)
+def _add_flops(residual_shape, x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+# ------------------------------------------------------------------------------------------ public functions
 
 
 def compact_linear(
@@ -760,6 +795,36 @@ def compact_linear(
         return residual + compact_linear(x, weight, bias, activation=activation)
     out, _ = torch.ops.vtp.compact_linear(x, weight, bias, gelu, residual, save)
     return out
+
+
+def add_linear_(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`residual += x @ weight.T` in place, for inference.
+
+    Args:
+        residual: [..., N], in the dtype of x, no two of its elements at one address. Where it is contiguous,
+            starts at 16 bytes and N is a multiple of 8, nothing is copied; else the sum is written back.
+        x: [..., K], float32, bfloat16, float16 or float64; any strides. Autocast leaves all three.
+        weight: [N, K], in the dtype of x.
+
+    Returns:
+        residual itself. `torch.compile` and `torch.export` know that it is written.
+
+    Raises:
+        TypeError: an argument is not a tensor, or its dtype is not one of those above.
+        ValueError: shapes or devices do not go together, elements of residual share an address, or it shares
+            memory with x or weight.
+        RuntimeError: a gradient is asked for; take `compact_linear`.
+    """
+    _validate(x, weight, None, None, residual)
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual: got {residual.dtype}, expected {x.dtype}, that of x")
+    _arguments.check_written("residual", residual, x=x, weight=weight)
+    for name, tensor in (("residual", residual), ("x", x), ("weight", weight)):
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise RuntimeError(f"{name}: needs a gradient, and add_linear_ has none: use compact_linear")
+    torch.ops.vtp.add_linear_(residual, x, weight)
+    _arguments.note_written(residual)
+    return residual
 
 
 def _validate(

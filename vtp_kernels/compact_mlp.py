@@ -338,7 +338,7 @@ FWD_TILES = {
         256: Config.of(8, 2, BLOCK_M=64, BLOCK_N=256, BLOCK_MORE=0, BLOCK_H=32, BLOCK_K=32),
     },
 }
-_WIDEST = 256
+WIDEST_FUSED = 256  # outputs of the kernel that makes the whole branch
 # Rows of x from which the fused kernel is taken. Predicted, not measured: it writes and reads 2 M hidden
 # numbers less, for DeiT-tiny (K = N = 192) 4 bytes for 768 FLOP, 1.2 ns and 0.8 ns per 1,000 hidden numbers
 # on an H100 (3.35 TB/s, 989 TFLOP/s), so half of the time and more. But it has only one program for 64 rows,
@@ -360,7 +360,7 @@ _SWIGLU_BWD = {
 
 def _is_fused(dtype: torch.dtype, M: int, N: int, swiglu: bool = False) -> bool:
     """Whether one kernel makes the whole branch."""
-    can_be = N <= _WIDEST and launching.operands(dtype) != "ieee" and not swiglu
+    can_be = N <= WIDEST_FUSED and launching.operands(dtype) != "ieee" and not swiglu
     return can_be and _LAUNCHES.takes("fused", M >= _FUSED_ROWS)
 
 

@@ -7,7 +7,8 @@ that is `dy * weight` at the kept columns and 0 at the removed ones,
 
     dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd    dweight = sum_m dy * xhat[index]    dbias = sum_m dy
 
-so removed columns have a gradient too: that of the statistics.
+so removed columns have a gradient too: that of the statistics. For inference a vector `shift` [D] may be
+added to every row of x first: what a residual stream would have received that its writers left out.
 
 Bytes: x is read from DRAM once and the kept columns are written once. A program holds whole rows, makes the
 statistics of them in registers (mean first, then squared deviations), and then loads x[row, index[j]]: lines
@@ -42,9 +43,15 @@ from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, with_p
 
 
 def layer_norm_gather_ref(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor | None,
+    eps: float,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """The definition of `layer_norm_gather` in plain PyTorch; all tensors of one dtype but index, int64."""
+    x = x if shift is None else x + shift
     out = F.layer_norm(x, x.shape[-1:], None, None, eps)
     if index is not None:
         out = out.index_select(-1, index)
@@ -76,7 +83,7 @@ def _scale_and_store(b_xhat, weight, bias, out, o_m, o_j, M, kept, stride_out, A
 
 @triton.jit(do_not_specialize=["M", "D", "kept", "stride_x", "stride_out", "eps"])
 def _layer_norm_gather_fwd_kernel(
-    x, weight, bias, index, out, M, D, kept, stride_x, stride_out, eps,
+    x, shift, weight, bias, index, out, M, D, kept, stride_x, stride_out, eps,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr,
     AFFINE: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
@@ -85,6 +92,8 @@ def _layer_norm_gather_fwd_kernel(
     o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, BLOCK_D)
     b_x = load_tile(x, o_m, o_d, M, D, stride_x, True, True, PADDED=True).to(tl.float32)
+    if shift is not None:
+        b_x += tl.load(shift + o_d, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
     b_mean, b_rstd = _statistics(b_x, o_d, D, eps)
     if GATHER:
         for j in range(0, kept, BLOCK_J):
@@ -93,6 +102,9 @@ def _layer_norm_gather_fwd_kernel(
             p_kept = x + o_m[:, None].to(tl.int64) * stride_x + b_index[None, :]
             m_kept = (o_m[:, None] < M) & (o_j[None, :] < kept)
             b_kept = tl.load(p_kept, mask=m_kept, other=0.0).to(tl.float32)
+            if shift is not None:
+                b_shift = tl.load(shift + b_index, mask=o_j < kept, other=0.0)
+                b_kept += b_shift.to(tl.float32)[None, :]
             b_xhat = (b_kept - b_mean[:, None]) * b_rstd[:, None]
             _scale_and_store(b_xhat, weight, bias, out, o_m, o_j, M, kept, stride_out, AFFINE)
     else:
@@ -180,9 +192,9 @@ def _bucket(table: dict[int, Config], D: int) -> Config:
 
 def _launch_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float,
-    dtype: torch.dtype,
+    dtype: torch.dtype, shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [M, D] with padded rows; weight and bias float32."""
+    """x [M, D] with padded rows; weight and bias float32; shift contiguous."""
     (M, D), kept = x.shape, x.shape[1] if index is None else len(index)
     out = empty_rows(M, kept, dtype=dtype, device=x.device)
     config = _bucket(FWD_TILES, D)
@@ -190,7 +202,7 @@ def _launch_fwd(
         _layer_norm_gather_fwd_kernel,
         (cdiv(M, config.blocks["ROWS"]),),
         dict(
-            x=x, weight=weight, bias=bias, index=index, out=out, M=M, D=D, kept=kept,
+            x=x, shift=shift, weight=weight, bias=bias, index=index, out=out, M=M, D=D, kept=kept,
             stride_x=x.stride(0), stride_out=out.stride(0), eps=eps,
         ),
         config,
@@ -242,17 +254,18 @@ def _is_for_kernels(x: Tensor, kept: int) -> bool:
 
 def _forward_triton(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float,
-    dtype: torch.dtype,
+    dtype: torch.dtype, shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     D = x.shape[-1]
     kept = D if index is None else len(index)
     if not _is_for_kernels(x, kept):
-        return _forward_plain(x, weight, bias, index, eps, dtype)
+        return _forward_plain(x, weight, bias, index, eps, dtype, shift)
     rows = with_padded_rows(x)
+    shift = None if shift is None else shift.contiguous()
     index = None if index is None else index.contiguous()
     weight = None if weight is None else _float32(weight)
     bias = None if bias is None else _float32(bias)
-    out = _launch_fwd(rows, weight, bias, index, eps, dtype)
+    out = _launch_fwd(rows, weight, bias, index, eps, dtype, shift)
     return out.view(*x.shape[:-1], kept)
 
 
@@ -287,6 +300,8 @@ def variants(target: str) -> Iterator[Variant]:
                 for index in (None, torch.empty(D, dtype=torch.int64, device="meta")):
                     for vector in (None, weight):
                         _forward_triton(x, vector, vector, index, 1e-6, dtype)
+                    if x_dtype is dtype:  # of packed models, whose norms are folded
+                        _forward_triton(x, None, None, index, 1e-6, dtype, x[0])
                     _backward_triton(x.to(dtype), x, weight, index, 1e-6)
     yield from found.values()
 
@@ -308,9 +323,10 @@ def _at_all_columns(kept: Tensor, index: Tensor | None, D: int) -> Tensor:
 
 def _forward_plain(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float,
-    dtype: torch.dtype,
+    dtype: torch.dtype, shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     D = x.shape[-1]
+    x = x if shift is None else x.to(_wide(x.dtype)) + shift
     if weight is not None and bias is not None:
         weight, bias = (_at_all_columns(t.to(_wide(x.dtype)), index, D) for t in (weight, bias))
     out = F.layer_norm(x.to(_wide(x.dtype)), (D,), weight, bias, eps)
@@ -342,7 +358,7 @@ def _backward_plain(
 # ---------------------------------------------------------------------------------------------- registration
 
 
-def _forward_fake(x, weight, bias, index, eps, dtype):
+def _forward_fake(x, weight, bias, index, eps, dtype, shift=None):
     kept = x.shape[-1] if index is None else index.shape[0]
     return empty_rows(*x.shape[:-1], kept, dtype=dtype, device=x.device)
 
@@ -354,19 +370,19 @@ def _backward_fake(dy, x, weight, index, eps):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, index, ctx.eps, _ = inputs
+    x, weight, _, index, ctx.eps, *_ = inputs
     ctx.save_for_backward(x, weight, index)
 
 
 def _backward(ctx, dy):
     gradients = torch.ops.vtp.layer_norm_gather_backward(dy, *ctx.saved_tensors, ctx.eps)
-    needs = ctx.needs_input_grad[:3]
-    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None, None
+    needs, others = ctx.needs_input_grad[:3], len(ctx.needs_input_grad[3:])  # without shift if it is None
+    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *(None,) * others
 
 
 define(
-    "layer_norm_gather(Tensor x, Tensor? weight, Tensor? bias, Tensor? index, float eps, ScalarType dtype)"
-    " -> Tensor",
+    "layer_norm_gather(Tensor x, Tensor? weight, Tensor? bias, Tensor? index, float eps, ScalarType dtype,"
+    " Tensor? shift=None) -> Tensor",
     plain=_forward_plain,
     triton=_forward_triton,
     fake=_forward_fake,
@@ -387,7 +403,13 @@ define_gradient(
 
 
 def layer_norm_gather(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor | None,
+    eps: float,
+    *,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """LayerNorm over all columns of x that returns only those of `index`.
 
@@ -398,6 +420,8 @@ def layer_norm_gather(
         index: [kept], int64: the columns that are kept, distinct and from 0 to D - 1. Its values are not
             checked: that would wait for the GPU. None keeps all D in order.
         eps: what is added to the variance, >= 0.
+        shift: [D], in the dtype of x: added to every row of x before all else, in float32 at least. For
+            inference: it has no gradient. None adds nothing.
 
     Returns:
         [..., kept] in the dtype of x, or under autocast in autocast's, though x is read as it is. Rows start
@@ -407,14 +431,26 @@ def layer_norm_gather(
         TypeError: an argument is not a tensor, or its dtype is not one of those above.
         ValueError: shapes or devices do not go together, only one of weight and bias is given, or eps is
             negative or not finite.
+        RuntimeError: a gradient is asked for beside a shift; add that to x instead.
 
     Zhu, Tang, Han, "Vision Transformer Pruning", arXiv 2104.08500.
     """
     _validate(x, weight, bias, index, eps)
+    if shift is not None:
+        _check_shift(shift, x, weight, bias)
     dtype = x.dtype
     if autocast_is_on(x.device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    return torch.ops.vtp.layer_norm_gather(x, weight, bias, index, float(eps), dtype)
+    return torch.ops.vtp.layer_norm_gather(x, weight, bias, index, float(eps), dtype, shift)
+
+
+def _check_shift(shift: Tensor, x: Tensor, *others: Tensor | None) -> None:
+    _arguments.check_tensors({"x": x}, {"shift": shift})
+    _arguments.check_dtypes({"x": x, "shift": shift})
+    _arguments.check_shape("shift", shift, (x.shape[-1],))
+    tensors = [t for t in (shift, x, *others) if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError("shift: has no gradient, and one is asked for: add it to x instead")
 
 
 def _validate(

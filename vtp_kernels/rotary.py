@@ -536,16 +536,12 @@ def rotate_heads_(
         RuntimeError: a gradient is asked for; take `rotate_heads`.
     """
     _validate(qkv, rope, key_widths, prefix_tokens, rotate_half)
-    if any(size > 1 and step == 0 for size, step in zip(qkv.shape, qkv.stride(), strict=True)):
-        raise ValueError(
-            f"qkv: got strides {qkv.stride()}, expected no two elements at one address: it is written"
-        )
+    _arguments.check_written("qkv", qkv)
     for name, tensor in (("qkv", qkv), ("rope", rope)):
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise RuntimeError(f"{name}: needs a gradient, and rotate_heads_ has none: use rotate_heads")
     torch.ops.vtp.rotate_heads_(qkv, rope, len(key_widths), prefix_tokens, rotate_half)
-    if not (torch.compiler.is_compiling() or qkv.is_inference()):
-        torch.autograd.graph.increment_version(qkv)  # whoever saved it for a backward pass is to notice
+    _arguments.note_written(qkv)
     return qkv
 
 

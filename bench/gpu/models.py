@@ -37,6 +37,7 @@ from bench.irregular import cut, gated_model, padded, same_macs_dense, zeros_in_
 from vtp.comparison.comparison import CEILINGS, FACTOR, TINY, OutOfTime, relative_error, time_limit
 from vtp.comparison.runtimes import own_code
 from vtp.pruning.compact import plain_operators
+from vtp_kernels import launching
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = 0.4  # share of dimensions that is removed
@@ -52,22 +53,31 @@ SIZES = (
     ("DeiT-B", 8), ("DeiT-S", 8), ("DeiT-B", 128), ("DeiT-S", 128),
 )  # fmt: skip
 PROFILED_SIZES = SIZES[:2]
-AUTOTUNED_SIZES = (("DeiT-B", 32), ("DeiT-B", 1), ("DeiT-S", 1), ("DeiT-S", 32))
+AUTOTUNED_SIZES = (("DeiT-B", 32), ("DeiT-B", 1), ("DeiT-S", 1))
 
 
 @dataclass(frozen=True)
 class Runtime:
     """A way to run a model.
 
-    model: which of `Variants`; mode: None for eager PyTorch, else torch.compile's.
+    model: which of `Variants`; mode: None for eager PyTorch, else torch.compile's; forced: None, or for our
+    ops and packing what `launching.forced_path` takes, which may be nothing.
     """
 
     name: str
     model: str
     mode: str | None = None
+    forced: tuple[tuple[str, str], ...] | None = None
 
 
-OURS = Runtime("ours", "compact")
+OURS = Runtime("ours", "compact", forced=())
+# What we would be if tables or predictions said otherwise, of which each wants to know at two batch sizes.
+OTHERWISE = (
+    Runtime("ours, ragged heads", "compact", forced=(("packed_attention", "ragged"),)),
+    Runtime("ours, padded heads", "compact", forced=(("packed_attention", "padded"),)),
+    Runtime("ours, products of the vendor", "compact", forced=(("compact_linear", "vendor"),)),
+    Runtime("ours, products of our own", "compact", forced=(("compact_linear", "kernel"),)),
+)
 DEFAULT, AUTOTUNED = "default", "max-autotune-no-cudagraphs"  # the graph is captured here, as everyone's
 RUNTIMES = (  # those that take longest to compile last
     OURS,
@@ -91,6 +101,8 @@ def cases(toy: bool) -> list[Case]:
     for name, batch in SIZES[: 2 if toy else None]:
         found.append(Case(f"{name}, batch {batch}", functools.partial(measure, name, batch, RUNTIMES), 60))
         if (name, batch) in PROFILED_SIZES:
+            run = functools.partial(measure, name, batch, (OURS, *OTHERWISE))
+            found.append(Case(f"{name}, batch {batch}, otherwise", run, 30))
             found.append(Case(f"{name}, batch {batch}, profile", functools.partial(profile, name, batch), 20))
     for name, batch in AUTOTUNED_SIZES[: 1 if toy else None]:
         run = functools.partial(measure, name, batch, AUTOTUNED_RUNTIMES)
@@ -170,9 +182,15 @@ variants = functools.cache(Variants)  # cases share models
 
 def prepare(runtime: Runtime, model: nn.Module, images: Tensor, toy: bool) -> Callable[[], Tensor]:
     """A call without arguments that runs the model on `images`; compiled, if it has to be."""
-    if runtime is OURS:
-        fast = vtp.optimize(model, torch.bfloat16)
-        return lambda: fast(images)
+    if runtime.forced is not None:
+        with _forced(runtime.forced):
+            fast = vtp.optimize(model, torch.bfloat16)
+
+        def call() -> Tensor:
+            with _forced(runtime.forced or ()):
+                return fast(images)
+
+        return call
     model = copy.deepcopy(model).bfloat16()
     if runtime.mode is None:
         return lambda: model(images)
@@ -181,6 +199,14 @@ def prepare(runtime: Runtime, model: nn.Module, images: Tensor, toy: bool) -> Ca
     compiled = torch.compile(own_code(model), dynamic=False, **options)
     compiled(images)
     return lambda: compiled(images)
+
+
+@contextlib.contextmanager
+def _forced(paths: tuple[tuple[str, str], ...]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for op, path in paths:
+            stack.enter_context(launching.forced_path(op, path))
+        yield
 
 
 @torch.inference_mode()

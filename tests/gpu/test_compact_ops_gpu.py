@@ -11,7 +11,7 @@ import vtp
 from tests.support.engine_cases import MODELS, compact_model
 from tests.support.models import image
 from tests.support.numerics import assert_close_to_float64
-from vtp_kernels.compact_linear import compact_linear, compact_linear_ref
+from vtp_kernels.compact_linear import add_linear_, compact_linear, compact_linear_ref
 from vtp_kernels.compact_mlp import compact_mlp, compact_mlp_ref
 from vtp_kernels.layer_norm_gather import layer_norm_gather, layer_norm_gather_ref
 from vtp_kernels.ragged_attention import ragged_attention, ragged_attention_ref
@@ -53,6 +53,34 @@ def test_layer_norm_gather(device, dtype, M, D, kept):
 
     given = normal(M, D), 1 + normal(kept, seed=1, scale=0.3), normal(kept, seed=2)
     check(device, dtype, op(layer_norm_gather), op(layer_norm_gather_ref), *given)
+
+
+@DTYPES
+@pytest.mark.parametrize(("M", "D", "kept"), [(197, 384, 383), (1576, 768, 461), (50, 61, 61)])
+def test_layer_norm_gather_of_shifted_rows(device, dtype, M, D, kept):
+    index = torch.randperm(D, generator=torch.Generator().manual_seed(1))[:kept].sort().values.to(device)
+    x, shift = (t.to(device, dtype) for t in (normal(M, D), normal(D, seed=1)))
+    out = layer_norm_gather(x, None, None, index, 1e-6, shift=shift)
+    exact, torchs = (
+        layer_norm_gather_ref(x.to(wanted), None, None, index, 1e-6, shift.to(wanted))
+        for wanted in (torch.float64, dtype)
+    )
+    assert_close_to_float64(out, exact, torchs, "out")
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("M", "K", "N"), [(1, 61, 40), (197, 461, 768), (1576, 1021, 768), (64, 4096, 192), (197, 61, 37)]
+)
+def test_add_linear_in_place(device, dtype, M, K, N):
+    residual, x, weight = (
+        t.to(device, dtype) for t in (normal(M, N), normal(M, K, seed=1), normal(N, K, seed=2, scale=K**-0.5))
+    )
+    exact, torchs = (
+        compact_linear_ref(x.to(d), weight.to(d), residual=residual.to(d)) for d in (torch.float64, dtype)
+    )
+    assert add_linear_(residual, x, weight) is residual
+    assert_close_to_float64(residual, exact, torchs, "residual")
 
 
 @DTYPES

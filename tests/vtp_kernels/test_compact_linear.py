@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.support.gated_linear_cases import DTYPES
 from tests.support.numerics import assert_close_to_float64
 from tests.support.op_checks import check_compilation, check_export, leaves, saved_by, with_layout
-from vtp_kernels.compact_linear import compact_linear, compact_linear_ref
+from vtp_kernels.compact_linear import add_linear_, compact_linear, compact_linear_ref
 
 NAMES = ("out", "dx", "dweight", "dbias", "dresidual")
 # Rows, inputs, outputs: the odd widths of a pruned model on every axis.
@@ -244,3 +244,80 @@ def test_bad_input_is_refused_by_name(case):
     arguments = dict(x=torch.ones(3, 5), weight=torch.ones(7, 5), bias=torch.ones(7)) | change
     with pytest.raises(error, match=message):
         compact_linear(arguments.pop("x"), arguments.pop("weight"), arguments.pop("bias"), **arguments)
+
+
+class TestInPlace:
+    """`add_linear_`."""
+
+    @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+    @pytest.mark.parametrize(("M", "K", "N"), SHAPES, ids=lambda v: str(v))
+    def test_it_is_the_sum_and_returns_what_it_was_given(self, M, K, N, dtype):
+        x, weight, _, residual, _ = inputs(M, K, N, *DTYPES[dtype])
+        exact = residual.double() + x.double() @ weight.double().T
+        same_dtype = residual + x @ weight.T
+        assert add_linear_(residual, x, weight) is residual
+        assert_close_to_float64(residual, exact, same_dtype, "residual")
+
+    @pytest.mark.parametrize("kind", ["transposed", "padded-rows", "misaligned", "every-other-column"])
+    def test_in_any_layout_and_what_lies_between_is_left(self, kind):
+        x, weight, _, residual, _ = inputs(9, 21, 34, *DTYPES["f32"])
+        expected = residual + x @ weight.T
+        given = with_layout(kind, residual)
+        between = given.untyped_storage().nbytes() // 4 - given.numel()
+        add_linear_(given, with_layout(kind, x), with_layout(kind, weight))
+        torch.testing.assert_close(given, expected)
+        assert given.new_empty(0).set_(given.untyped_storage()).isnan().sum() == between
+
+    @pytest.mark.parametrize("M, K, N", [(0, 3, 8), (3, 0, 8), (3, 8, 0)])
+    def test_without_elements(self, M, K, N):
+        residual = torch.ones(M, N)
+        assert torch.equal(add_linear_(residual, torch.ones(M, K), torch.ones(N, K)), torch.ones(M, N))
+
+    def test_a_gradient_is_refused_by_name(self):
+        x, weight, _, residual, _ = inputs(3, 5, 7, *DTYPES["f32"])
+        for name, which in (("residual", 0), ("x", 1), ("weight", 2)):
+            given = [t.clone() for t in (residual, x, weight)]
+            given[which].requires_grad_()
+            with pytest.raises(RuntimeError, match=f"{name}: needs a gradient"):
+                add_linear_(*given)
+
+    def test_who_has_saved_it_for_a_backward_pass_notices(self):
+        x, weight, _, residual, _ = inputs(3, 5, 7, *DTYPES["f32"])
+        product = (residual * torch.ones((), requires_grad=True)).sum()  # saves residual
+        add_linear_(residual, x, weight)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+    @pytest.mark.parametrize(
+        ("residual", "error", "says"),
+        [
+            ([1.0], TypeError, "residual: got list, expected a tensor"),
+            (torch.ones(3, 7).bfloat16(), TypeError, "residual: got torch.bfloat16, expected torch.float32"),
+            (torch.ones(3, 8), ValueError, r"residual: got shape \(3, 8\), expected \(3, 7\)"),
+            (torch.ones(7).expand(3, 7), ValueError, r"residual: got strides \(0, 1\)"),
+        ],
+    )
+    def test_a_bad_residual_is_refused(self, residual, error, says):
+        x, weight, *_ = inputs(3, 5, 7, *DTYPES["f32"])
+        with pytest.raises(error, match=says):
+            add_linear_(residual, x, weight)
+
+    def test_operands_in_its_memory_are_refused(self):
+        x = torch.ones(3, 3)
+        with pytest.raises(ValueError, match="residual: shares memory with x"):
+            add_linear_(x, x, torch.eye(3))
+
+    def test_opcheck(self):
+        x, weight, _, residual, _ = inputs(3, 5, 7, *DTYPES["f32"])
+        torch.library.opcheck(torch.ops.vtp.add_linear_, (residual, x, weight))
+
+    def test_compiles_without_breaks_and_is_written(self):
+        def function(residual, x, weight):
+            add_linear_(residual, x, weight)
+            return residual + 1
+
+        def results(f, batch):
+            x, weight, _, residual, _ = inputs(batch, 5, 7, *DTYPES["f32"])
+            return f(residual, x, weight), residual
+
+        check_compilation(function, results)

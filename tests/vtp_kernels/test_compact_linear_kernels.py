@@ -117,6 +117,19 @@ def check_forward(op, data, save=False):
         assert_padding_is_zero("z", found[1])
 
 
+def check_add(op, data):
+    """`add_linear_` where the residual is: only its N columns are written."""
+    x, weight, _, residual = data.placed(*data.tensors)
+    exact, same_dtype = (
+        tensors[3] + F.linear(*tensors[:2])
+        for tensors in ([t.double() for t in data.tensors if t is not None], [*data.tensors])
+    )
+    between = residual.new_empty(0).set_(residual.untyped_storage()).isnan().sum()
+    op._add_triton(residual, x, weight)
+    assert_close_to_float64(residual.reshape(exact.shape), exact, same_dtype, "residual")
+    assert residual.new_empty(0).set_(residual.untyped_storage()).isnan().sum() == between
+
+
 def check_far(op, data):
     """Every matrix has rows so far apart that 32 bits do not reach."""
     x, weight, bias, residual = data.placed(*data.tensors)
@@ -296,6 +309,15 @@ def test_every_epilogue_in_one_piece_and_split(interpreter, dtypes, epilogue, pa
     descriptors = dtypes in ("bf16", "f32")
     launched = run_in(interpreter, check_forward, case, save=save, path=path, descriptors=descriptors)
     assert kernels(launched) == ({"fwd", "parts"} if path == "split" else {"fwd"})
+
+
+@pytest.mark.parametrize("N", [168, 171], ids=["in-place", "copied"])
+@pytest.mark.parametrize("path", ["whole", "split", "vendor"])
+@pytest.mark.parametrize("dtypes", ["f32", "bf16", "f16"])
+def test_a_product_is_added_in_place(interpreter, dtypes, path, N):
+    for layout in ("tight", "wide"):
+        case = Case(21, 197, N, dtypes, "residual", layout, bias=True)
+        run_in(interpreter, check_add, case, path=path, descriptors=dtypes == "bf16")
 
 
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])

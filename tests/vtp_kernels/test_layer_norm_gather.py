@@ -1,6 +1,7 @@
 """The op `layer_norm_gather` as users call it: values, gradients, layouts, and PyTorch's transforms."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -43,12 +44,12 @@ def run(function, x, weight, bias, index, dout):
     return out.detach(), *(None if t is None else t.grad for t in tensors)
 
 
-def references(x, weight, bias, index, dout):
+def references(x, weight, bias, index, dout, shift=None):
     """The definition in float64 and in the dtype of x."""
     for dtype in (torch.float64, x.dtype):
+        function = functools.partial(layer_norm_gather_ref, shift=None if shift is None else shift.to(dtype))
         yield run(
-            layer_norm_gather_ref, *(None if t is None else t.to(dtype) for t in (x, weight, bias)), index,
-            dout.to(dtype),
+            function, *(None if t is None else t.to(dtype) for t in (x, weight, bias)), index, dout.to(dtype),
         )  # fmt: skip
 
 
@@ -84,6 +85,41 @@ def test_gradients_are_those_of_finite_differences(kept, affine):
     weight, bias = (weight, bias) if affine else (None, None)
     tensors = leaves((x, weight, bias))
     assert torch.autograd.gradcheck(lambda *t: layer_norm_gather(*t, index, EPS), tensors)
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("kept", [15, 61], ids=["gathered", "all-columns"])
+@pytest.mark.parametrize("dtypes", ["f32", "bf16", "f16"])
+def test_a_shift_is_added_to_every_row_first(dtypes, kept, affine):
+    x, weight, bias, index, dout = inputs(37, 61, kept, *DTYPES[dtypes])
+    weight, bias = (weight, bias) if affine else (None, None)
+    shift = torch.linspace(-2, 3, 61).to(x.dtype)
+    out = layer_norm_gather(x, weight, bias, index, EPS, shift=shift)
+    (exact, *_), (same_dtype, *_) = references(x, weight, bias, index, dout, shift)
+    assert_close_to_float64(out, exact, same_dtype, "out")
+
+
+def test_a_gradient_beside_a_shift_is_refused():
+    x, weight, bias, index, _ = inputs(3, 7, 5, torch.float32, torch.float32)
+    with pytest.raises(RuntimeError, match="shift: has no gradient"):
+        layer_norm_gather(x.requires_grad_(), weight, bias, index, EPS, shift=torch.zeros(7))
+    with torch.no_grad():
+        layer_norm_gather(x, weight, bias, index, EPS, shift=torch.zeros(7))
+
+
+@pytest.mark.parametrize(
+    ("shift", "error", "says"),
+    [
+        ([0.0] * 7, TypeError, "shift: got list, expected a tensor"),
+        (torch.zeros(7).double(), TypeError, "shift: got torch.float64, expected torch.float32"),
+        (torch.zeros(5), ValueError, r"shift: got shape \(5,\), expected \[7\]"),
+        (torch.zeros(7, device="meta"), ValueError, "shift: on meta, expected cpu"),
+    ],
+)
+def test_a_bad_shift_is_refused(shift, error, says):
+    x, weight, bias, index, _ = inputs(3, 7, 5, torch.float32, torch.float32)
+    with pytest.raises(error, match=says):
+        layer_norm_gather(x, weight, bias, index, EPS, shift=shift)
 
 
 def test_removed_columns_have_the_gradient_of_the_statistics():

@@ -48,11 +48,13 @@ class Case:
     layout: str = "padded"
     side: str = "end"
     affine: bool = True
+    shift: bool = False
     mean: float = 0.0
     programs: int = op_module._BWD_PROGRAMS
 
     def __str__(self):
         flags = [self.layout] * (self.layout != "padded") + ["no-affine"] * (not self.affine)
+        flags += ["shift"] * self.shift
         return "-".join([f"M{self.M}-D{self.D}-kept{self.kept}-{self.dtypes}-{self.side}", *flags])
 
 
@@ -71,8 +73,9 @@ class Data:
         dout = dout.to(self.out_dtype)
         if not case.affine:
             weight = bias = None
-        self.tensors = dict(x=x, weight=weight, bias=bias, index=index, dout=dout)
-        exact, same_dtype = references(x, weight, bias, index, dout)
+        shift = torch.linspace(-2, 3, case.D).to(x.dtype) if case.shift else None
+        self.tensors = dict(x=x, weight=weight, bias=bias, index=index, dout=dout, shift=shift)
+        exact, same_dtype = references(x, weight, bias, index, dout, shift)
         self.expected = dict(zip(NAMES, zip(exact, same_dtype, strict=True), strict=True))
 
     def placed(self, *names):
@@ -97,9 +100,9 @@ def prove(check, case, replacements=(), **kwargs):
 
 
 def check_fwd(op, data):
-    x, weight, bias, index = data.placed("x", "weight", "bias", "index")
+    x, weight, bias, index, shift = data.placed("x", "weight", "bias", "index", "shift")
     weight, bias = (None if t is None else op._float32(t) for t in (weight, bias))
-    out = op._launch_fwd(x, weight, bias, index, EPS, data.out_dtype)
+    out = op._launch_fwd(x, weight, bias, index, EPS, data.out_dtype, shift)
     assert out.dtype == data.out_dtype
     data.compare("out", out)
     assert_padding_is_zero("out", out)
@@ -190,6 +193,13 @@ def test_forward_without_weight_and_bias(interpreter, kept, dtypes):
     run(interpreter, check_fwd, Case(9, 61, kept, dtypes, affine=False))
 
 
+@pytest.mark.parametrize("side", ["begin", "end"])
+@pytest.mark.parametrize("dtypes", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("kept", [15, 61], ids=["gathered", "all-columns"])
+def test_forward_of_shifted_rows(interpreter, kept, dtypes, side):
+    run(interpreter, check_fwd, Case(9, 61, kept, dtypes, side=side, affine=False, shift=True))
+
+
 @pytest.mark.parametrize("kernel", CHECKS)
 def test_variance_does_not_cancel_where_the_mean_is_large(interpreter, kernel):
     run(interpreter, CHECKS[kernel], Case(9, 197, 61, mean=1000.0))
@@ -237,6 +247,7 @@ SMALL = Case(37, 61, 15)
 ALL = Case(37, 61, 61)  # no index
 HALF = Case(37, 61, 15, "bf16")
 BEFORE = Case(37, 61, 15, side="begin")
+SHIFTED = Case(37, 61, 15, affine=False, shift=True)
 
 
 def planted(kernel, kind, what, proof, old, new, case=SMALL, argument=""):
@@ -251,6 +262,7 @@ ANY_ROW = "(o_m[:, None] >= 0)"
 FWD_INDEX = "tl.load(index + o_j, mask=o_j < kept, other=0)"
 FWD_WEIGHT = "tl.load(weight + o_j, mask=o_j < kept, other=0.0)"
 FWD_BIAS = "tl.load(bias + o_j, mask=o_j < kept, other=0.0)"
+FWD_SHIFT = "tl.load(shift + o_d, mask=o_d < D, other=0.0)"
 FWD_KEPT = "m_kept = (o_m[:, None] < M) & (o_j[None, :] < kept)"
 FWD_STORE = "mask=(o_m[:, None] < M) & (o_j[None, :] < (kept + 7) // 8 * 8)"
 BWD_POSITION = "tl.load(position + o_d, mask=o_d < D, other=-1)"
@@ -299,6 +311,10 @@ DEFECTS = [planted(*row) for row in (
     ("fwd", VALUE, "rounded-before-the-weight", "error-rule", "b_xhat = b_xhat * b_weight[None, :]",
      "b_xhat = b_xhat.to(tl.bfloat16).to(tl.float32) * b_weight[None, :]"),
     ("fwd", VALUE, "bias-not-added", "error-rule", " + b_bias[None, :]", ""),
+    ("fwd", MASK, "no-mask-on-shift", "guard-page", FWD_SHIFT, "tl.load(shift + o_d)", SHIFTED, "shift"),
+    ("fwd", VALUE, "shift-not-gathered", "error-rule", "shift + b_index", "shift + o_j", SHIFTED),
+    ("fwd", VALUE, "shift-not-in-the-statistics", "error-rule", f"b_x += {FWD_SHIFT}",
+     f"b_x += 0.0 * {FWD_SHIFT}", SHIFTED),
     ("bwd", READ, "row-mask-of-x-removed", "guard-page", LOAD, LOAD.replace("< rows", ">= 0"), SMALL, "x"),
     ("bwd", READ, "row-mask-of-dy-removed", "guard-page", "m_dy = (o_m[:, None] < M)", f"m_dy = {ANY_ROW}",
      SMALL, "dy"),

@@ -31,7 +31,7 @@ from vtp.model.architecture import class_name, refuse_changed_behaviour, wrapped
 from vtp.model.images import described
 from vtp.pruning.compact import CompactBlock, CompactModel, ConstantBranch
 from vtp.runtime import cpu
-from vtp.runtime.packed import PackedBlock, PatchProduct, absorb_constants
+from vtp.runtime.packed import PackedBlock, PatchProduct, absorb_constants, add_in_place
 from vtp_kernels.library import autocast_is_on
 
 # Of packed models; float64 is for comparisons. Images may be of the first three whatever the model is.
@@ -58,9 +58,7 @@ def optimize(
         TypeError: the model is no compact one, a layer of it was replaced, or the dtype is not one of these.
         UnsupportedModelError: it has a replaced method or a forward hook, which the result would not have.
     """
-    blocks_alone = dataclasses.replace(CPP, pack=cpu.pack_blocks)
-    backends = [blocks_alone if features and backend is CPP else backend for backend in BACKENDS]
-    return _on_first_of(backends, model, dtype, features)
+    return _on_first_of(BACKENDS, model, dtype, features)
 
 
 def pack_for_ops(
@@ -80,22 +78,22 @@ class Backend:
     Attributes:
         unsupported_reason: called with a packed model and a dtype; why it cannot run that here, None where it
             can.
-        pack: called with the same; the module that runs. It may take the packed model apart.
+        pack: called with the same and `optimize`'s features; the module that runs. It may take the packed
+            model apart.
         engine: called with the reasons of the backends before it; its name, for `OptimizedViT.engine`.
     """
 
     unsupported_reason: Callable[[CompactModel, torch.dtype], str | None]
-    pack: Callable[[CompactModel, torch.dtype], nn.Module]
+    pack: Callable[[CompactModel, torch.dtype, bool], nn.Module]
     engine: Callable[[Sequence[str]], str]
 
 
-def _for_ops(packed: CompactModel, dtype: torch.dtype) -> CompactModel:
+def _for_ops(packed: CompactModel, dtype: torch.dtype, features: bool) -> CompactModel:
     embed = packed.patch_embed
-    on_gpu, prefix = embed.proj.weight.device.type != "cpu", packed.num_prefix_tokens
-    # PyTorch's fused attention is for 16 bits, and it is on GPUs that the ops' has to stand beside it.
-    tokens = embed.num_patches + prefix if on_gpu and dtype.itemsize == 2 else None
     for block in packed.blocks:
-        block.widen(packed.embed_dim, tokens)
+        block.widen(packed.embed_dim, embed.num_patches + packed.num_prefix_tokens)
+    if not features and len(packed.blocks):
+        add_in_place(packed.blocks)
     if PatchProduct.takes(embed.proj):
         embed.proj = PatchProduct(embed.proj)
     return packed.to(dtype)
@@ -105,7 +103,11 @@ def _not_on_gpu(packed: CompactModel, dtype: torch.dtype) -> str | None:
     return "the model is on a CPU" if packed.patch_embed.proj.weight.device.type == "cpu" else None
 
 
-CPP = Backend(cpu.unsupported_reason, cpu.pack, lambda reasons: f"C++, {torch.ops.vtp.cpu_isa()}")
+def _for_cpp(packed: CompactModel, dtype: torch.dtype, features: bool) -> nn.Module:
+    return (cpu.pack_blocks if features else cpu.pack)(packed, dtype)
+
+
+CPP = Backend(cpu.unsupported_reason, _for_cpp, lambda reasons: f"C++, {torch.ops.vtp.cpu_isa()}")
 OPS = Backend(lambda packed, dtype: None, _for_ops, lambda reasons: "ops of vtp_kernels")
 BACKENDS = (
     dataclasses.replace(OPS, unsupported_reason=_not_on_gpu),
@@ -127,7 +129,7 @@ def _on_first_of(
         if reason is None:
             break
         reasons.append(reason)
-    fast = OptimizedViT(backend.pack(packed, dtype), spec, backend.engine(reasons))
+    fast = OptimizedViT(backend.pack(packed, dtype, features), spec, backend.engine(reasons))
     fast.pretrained_cfg = described(model)
     fast.feature_info = copy.deepcopy(model.feature_info)
     fast.constants_moved = not features and _has_constants(model)

@@ -19,8 +19,8 @@ from vtp.pruning.compact import (
 )
 from vtp.pruning.dense_block import activated
 from vtp_kernels import launching
-from vtp_kernels.compact_linear import compact_linear
-from vtp_kernels.compact_mlp import compact_mlp
+from vtp_kernels.compact_linear import add_linear_, compact_linear
+from vtp_kernels.compact_mlp import WIDEST_FUSED, compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
 from vtp_kernels.rotary import rotate_heads_
 from vtp_kernels.rows import padded_width, whole_rows
@@ -81,6 +81,10 @@ class PackedLinear(nn.Module):
         """x [..., in] to [..., out]."""
         return compact_linear(x, self.weight, self.bias, residual=residual)[..., : self.out_features]
 
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + what `forward` makes of x; in its place, where the bias is left to others."""
+        return self(x, residual) if self.bias is not None else add_linear_(residual, x, self.weight)
+
 
 class PatchProduct(nn.Module):
     """The convolution of a patch embedding, whose patches do not overlap, as a product of patches: images
@@ -119,11 +123,15 @@ class PatchProduct(nn.Module):
 
 
 class PackedNorm(nn.Module):
-    """A LayerNormGather whose weight and bias are in the linear behind it: x [..., dim] to [..., kept]."""
+    """A LayerNormGather whose weight and bias are in the linear behind it: x [..., dim] to [..., kept].
+
+    shift [dim] is what is added to x first, or None.
+    """
 
     def __init__(self, norm: LayerNormGather) -> None:
         super().__init__()
         self.eps = norm.eps
+        self.register_buffer("shift", None)
         self.register_buffer("index", None if norm.index is None else norm.index.clone())
 
     def widen(self, dim: int) -> bool:
@@ -135,7 +143,7 @@ class PackedNorm(nn.Module):
         return not missing
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm_gather(x, None, None, self.index, self.eps)
+        return layer_norm_gather(x, None, None, self.index, self.eps, shift=self.shift)
 
 
 class PackedAttention(nn.Module):
@@ -165,10 +173,16 @@ class PackedAttention(nn.Module):
         self.qkv.pad_heads((*keys, *keys, *values), self.padded_head, inputs=False)
         self.proj.pad_heads(values, self.padded_head, inputs=True)
 
+    def can_add_in_place(self) -> bool:
+        """Whether a product of its own adds to the residual stream."""
+        return True
+
     def is_faster_padded(self, tokens: int) -> bool:
-        """Whether PyTorch's fused attention of padded heads takes less time than `ragged_attention`, what it
-        costs the products before and behind it included."""
-        keys, values = self.heads.key_widths, self.heads.value_widths
+        """Whether PyTorch's fused attention of padded heads takes less time than `ragged_attention` on a GPU,
+        what it costs the products before and behind it included."""
+        storage, keys, values = self.qkv.storage, self.heads.key_widths, self.heads.value_widths
+        if storage.device.type == "cpu" or storage.dtype.itemsize != 2:
+            return False  # of wider numbers it is not known
         padded_head = padded_width(max(*keys, *values))
         if self.heads.is_normed or (self.heads.is_rotary and set(keys) != {padded_head}):
             return False  # what is between the products and attention knows the widths as they are
@@ -193,13 +207,13 @@ class PackedAttention(nn.Module):
         if rope is not None and self.heads.rotates_by_op(rope):  # in place: nobody else has seen it
             qkv, rope = rotate_heads_(qkv, *self.heads.rotation(rope)), None
         if self.padded_head:
-            return self.proj(self._attend_padded(qkv, attn_mask, is_causal), residual=x)
+            return self.proj.add_to(x, self._attend_padded(qkv, attn_mask, is_causal))
         out = self.heads.attend(qkv, attn_mask, is_causal, rope, on_kernels=True)
         missing = self.proj.in_features - out.shape[-1]
         if missing:  # an op's result has them in its padding, as zeros
             is_padded = out.stride(-2) == self.proj.in_features
             out = whole_rows(out) if is_padded else F.pad(out, (0, missing))
-        return self.proj(out, residual=x)
+        return self.proj.add_to(x, out)
 
 
 class PackedMlp(nn.Module):
@@ -217,10 +231,17 @@ class PackedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normalized, fc1, fc2 = self.norm(x), self.fc1, self.fc2
-        if has_op(self):
-            weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-            return compact_mlp(normalized, *weights, x, "swiglu" if self.glu else "gelu")
-        return fc2(activated(self, fc1(normalized)), residual=x)
+        if not has_op(self):
+            return fc2.add_to(x, activated(self, fc1(normalized)))
+        if fc2.bias is None:
+            return fc2.add_to(x, compact_linear(normalized, fc1.weight, fc1.bias, activation="gelu"))
+        weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return compact_mlp(normalized, *weights, x, "swiglu" if self.glu else "gelu")
+
+    def can_add_in_place(self) -> bool:
+        """Whether a product of its own adds to the residual stream: `compact_mlp` makes the whole branch in
+        one kernel where rows are short, and with SwiGLU both products."""
+        return not (has_op(self) and (self.glu or self.fc2.out_features <= WIDEST_FUSED))
 
 
 class PackedBlock(nn.Module):
@@ -250,15 +271,14 @@ class PackedBlock(nn.Module):
             x = self.attn(x, attn_mask, is_causal, rope)
         return x if self.mlp is None else self.mlp(x)
 
-    def widen(self, dim: int, tokens: int | None) -> None:
+    def widen(self, dim: int, tokens: int) -> None:
         """Have every matrix product take and make a multiple of 8 numbers, those that are more with zeros.
 
-        A GPU's GEMM takes several times as long for other widths of 16-bit numbers (`compact_linear`).
-
-        tokens: of an image; heads are padded too where that is faster with so many. None leaves them.
+        A GPU's GEMM takes several times as long for other widths of 16-bit numbers (`compact_linear`). With
+        so many tokens an image heads are padded too, where that is faster.
         """
         if self.attn is not None:
-            if tokens is not None and self.attn.is_faster_padded(tokens):
+            if self.attn.is_faster_padded(tokens):
                 self.attn.pad_heads()
             if self.attn.norm.widen(dim):
                 self.attn.qkv.widen_inputs()
@@ -316,3 +336,22 @@ def absorb_constants(blocks: Iterable[CompactBlock], packed: Sequence[PackedBloc
                 stream = packed[0].offset = branch.bias.to(torch.float64, copy=True)
             else:
                 stream += branch.bias
+
+
+def add_in_place(packed: Sequence[PackedBlock]) -> None:
+    """Have branches add to the residual stream where it is, so that the blocks write their input.
+
+    A product can add to what it finds there, but not its bias too. So biases are left out of the stream: a
+    norm adds those before it to what it reads, until a branch that adds in another way, the last at the
+    latest, makes up for them.
+    """
+    branches = [branch for block in packed for branch in (block.attn, block.mlp) if branch is not None]
+    left = None
+    for branch in branches:
+        branch.norm.shift = left
+        linear = branch.proj if isinstance(branch, PackedAttention) else branch.fc2
+        bias = linear.bias if left is None else linear.bias + left
+        if branch is branches[-1] or not branch.can_add_in_place():
+            linear.bias, left = bias, None
+        else:
+            linear.bias, left = None, bias

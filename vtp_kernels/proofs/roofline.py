@@ -144,9 +144,10 @@ def _layer_norm_gather(a: SimpleNamespace) -> Work:
     programs = cdiv(a.M, a.ROWS)
     rows = programs * a.ROWS
     if not a.GATHER:
-        return Work(programs, {"x": (rows, a.BLOCK_D)}, "out")
+        return Work(programs, {"x": (rows, a.BLOCK_D), "shift": (programs, a.BLOCK_D)}, "out")
     # The kept columns are loaded again, from the same rows.
-    return Work(programs, {"x": (rows, a.BLOCK_D + a.kept), "index": (programs, a.kept)}, "out")
+    loads = {"x": (rows, a.BLOCK_D + a.kept), "shift": (programs, a.BLOCK_D + a.kept)}
+    return Work(programs, loads | {"index": (programs, a.kept)}, "out")
 
 
 def _compact_linear(a: SimpleNamespace) -> Work:

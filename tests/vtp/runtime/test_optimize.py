@@ -17,7 +17,8 @@ from tests.support.numerics import assert_close_to_float64
 from vtp.pruning.compact import ConstantBranch
 from vtp.runtime import cpu
 from vtp.runtime.optimize import pack_for_ops
-from vtp.runtime.packed import PackedLinear
+from vtp.runtime.packed import PackedAttention, PackedBlock, PackedLinear, PatchProduct
+from vtp_kernels import launching
 from vtp_kernels.rows import has_padded_rows
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -98,12 +99,104 @@ def test_a_bias_gets_its_constants_before_it_is_rounded():
     dead = [f"{i}.{site}" for i in range(1, 11) for site in ("attn.qkv", "mlp.fc1")]
     small = with_dead_parts(tuple(dead), depth=11)
     with torch.no_grad():
+        small.blocks[0].attn.proj.bias.zero_()  # it comes with that of fc2
         small.blocks[0].mlp.fc2.bias.fill_(1.0)
         for block in small.blocks[1:]:
             block.attn.bias.fill_(0.003)
             block.mlp.bias.fill_(0.003)
     bias = vtp.optimize(small, torch.bfloat16).vit.blocks[0].mlp.fc2.bias
     assert torch.equal(bias, torch.full((12,), 1.06).bfloat16())
+
+
+@pytest.mark.parametrize("dead", ["middle-block", "last-mlp", "last-block", "everything", "heads"])
+def test_constants_are_kept_where_branches_add_in_place(dead):
+    """As they do in models wider than what `compact_mlp` makes in one kernel."""
+    small = with_dead_parts(DEAD[dead], torch.float64, depth=3, embed_dim=264)
+    images = image(small)
+    fast = vtp.optimize(small)
+    assert relative_error(fast(images), small(images)) <= 1e-12
+
+
+def test_biases_are_left_to_the_norms_behind_them_and_to_the_last_branch():
+    blocks = pack_for_ops(compact_model("deit-small", depth=3)).vit.blocks
+    linears = [linear for block in blocks for linear in (block.attn.proj, block.mlp.fc2)]
+    norms = [norm for block in blocks for norm in (block.attn.norm, block.mlp.norm)]
+    assert [linear.bias is None for linear in linears] == [True] * 5 + [False]
+    assert [norm.shift is None for norm in norms] == [True] + [False] * 5
+
+
+@torch.no_grad()
+def test_blocks_that_give_features_leave_what_they_read():
+    small = compact_model("deit-small", torch.float64, depth=2)
+    x = torch.randn(2, 5, small.embed_dim, dtype=torch.float64)
+    for features in (True, False):
+        given = x.clone()
+        pack_for_ops(small, features=features).vit.blocks[0](given)
+        assert torch.equal(given, x) == features
+
+
+@pytest.fixture
+def padded_heads(monkeypatch):
+    """Heads are filled up for PyTorch's fused attention, where they can be."""
+
+    def always(self, tokens):
+        return not self.heads.is_normed
+
+    monkeypatch.setattr(PackedAttention, "is_faster_padded", always)
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["whole-keys", "narrow-keys"])
+@pytest.mark.parametrize("name", ["tiny", "deit-tiny", "dinov2-layer-scale", "rotary-swiglu", "qk-norm"])
+def test_padded_heads_change_nothing_in_float64(padded_heads, name, narrow):
+    small = compact_model(name, torch.float64)
+    if narrow:
+        if small.plan.architecture.whole_keys:
+            pytest.skip("its keys stay whole")
+        small = with_narrow_keys(small)
+    images = image(small)
+    fast = pack_for_ops(small)
+    attn = fast.vit.blocks[0].attn
+    assert bool(attn.padded_head) == (name != "qk-norm")
+    assert relative_error(fast(images), small(images)) <= 1e-12
+
+
+@pytest.mark.parametrize("mask", ["causal", "boolean", "additive"])
+def test_masks_act_on_padded_heads_too(padded_heads, mask):
+    test_attention_masks_act_as_in_the_compact_model("tiny", mask)
+
+
+def test_heads_are_padded_where_that_is_predicted_to_be_faster():
+    """Of 16 bits on a GPU: values of half a head yes; one wide head beside many narrow ones not."""
+    small = compact_model("deit-base", torch.bfloat16, depth=1)
+    attn = PackedBlock(small.blocks[0], torch.bfloat16).attn
+    assert not attn.is_faster_padded(197), "on a CPU"
+    attn.to("meta")
+    assert attn.is_faster_padded(197)
+    with launching.forced_path("packed_attention", "ragged"):
+        assert not attn.is_faster_padded(197)
+    attn.heads.key_widths = attn.heads.value_widths = (64, *(4,) * 11)
+    assert not attn.is_faster_padded(197)
+    assert not attn.float().is_faster_padded(197), "in float32"
+
+
+@pytest.mark.parametrize(
+    ("patch", "size"), [(16, (32, 48)), (14, (28, 42)), (7, (30, 23))], ids=["16", "14", "with-a-rest"]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_patches_times_a_matrix_are_their_convolution(patch, size, bias):
+    conv = nn.Conv2d(3, 10, patch, patch, bias=bias).double()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    for given in (images, images.contiguous(memory_format=torch.channels_last), images[:0]):
+        torch.testing.assert_close(PatchProduct(conv)(given), conv(given), rtol=0, atol=1e-12)
+
+
+def test_other_convolutions_are_left():
+    assert PatchProduct.takes(nn.Conv2d(3, 8, 4, 4))
+    for other in (
+        nn.Conv2d(3, 8, 4, 2), nn.Conv2d(3, 8, 4, 4, 1), nn.Conv2d(4, 8, 4, 4, groups=2),
+        nn.Conv2d(3, 8, 4, 4, dilation=2), nn.Identity(),
+    ):  # fmt: skip
+        assert not PatchProduct.takes(other)
 
 
 @pytest.mark.parametrize("mask", ["causal", "boolean", "additive"])

@@ -192,12 +192,13 @@ FREE = {
     "aten::to.dtype",
     "aten::view",
 }
-VENDOR = {"aten::mm.out", "aten::addmm.out", "aten::gelu_", "aten::add.out"}
-MANY_ROWS = 1024  # from which a product is the vendor's, with GELU and residual in passes of their own
+VENDOR = {"aten::mm.out", "aten::addmm.out", "aten::addmm_", "aten::gelu_", "aten::add.out"}
+MANY_ROWS = 1024  # from which a product is the vendor's, with GELU in a pass of its own
 
 
-def launches_of_a_block(rows):
-    return 10 if rows >= MANY_ROWS else 7
+def launches_of_blocks(rows, blocks=1):
+    """With many rows GELU is a launch more, and so is the residual of the last branch."""
+    return 8 * blocks + 1 if rows >= MANY_ROWS else 7 * blocks
 
 
 @pytest.mark.parametrize("batch", [1, 64])
@@ -206,20 +207,20 @@ def test_a_rotary_block_with_swiglu_is_a_launch_more(batch):
     others = [name for name in noted if name not in FREE and not name.startswith("vtp::")]
     assert launched.count("_rotate_heads_kernel") == 1
     assert set(others) <= VENDOR, others
-    assert len(launched) + len(others) <= launches_of_a_block(197 * batch) + 1 + (197 * batch < MANY_ROWS)
+    assert len(launched) + len(others) <= launches_of_blocks(197 * batch) + 1 + (197 * batch < MANY_ROWS)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("batch", [1, 2, 3, 64])
-def test_a_block_of_a_whole_deit_base_is_seven_launches_or_ten(batch, dtype, target):
+def test_a_block_of_a_whole_deit_base_is_seven_launches_or_eight(batch, dtype, target):
     """Nothing is split that need not be: its 3,072 hidden units at batch 1 are one product."""
-    model = vtp.insert_gates(timm.create_model("deit_base_patch16_224", depth=1))
+    model = vtp.insert_gates(timm.create_model("deit_base_patch16_224", depth=2))
     small = vtp.compact(model, vtp.make_plan(model, rate=0.0))
     assert small.blocks[0].mlp.fc2.in_features == 3072
     launched, _, operators = recorded(small, DTYPES[dtype], batch, target)
     everything = launched + [operator for operator in operators if operator not in FREE]
-    assert len(everything) == launches_of_a_block(197 * batch), everything
+    assert len(everything) == launches_of_blocks(197 * batch, 2), everything
     assert set(everything) - set(launched) <= VENDOR
 
 
@@ -227,10 +228,10 @@ def test_a_block_of_a_whole_deit_base_is_seven_launches_or_ten(batch, dtype, tar
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("batch", [1, 64])
 @pytest.mark.parametrize("name", ["deit-tiny", "deit-small", "deit-base"])
-def test_a_block_is_at_most_seven_launches_or_ten(name, batch, dtype, target):
+def test_a_block_is_at_most_seven_launches_or_nine(name, batch, dtype, target):
     launched, _, operators = recorded(compact_model(name, depth=1), DTYPES[dtype], batch, target)
     everything = launched + [operator for operator in operators if operator not in FREE]
-    assert 5 <= len(everything) <= launches_of_a_block(197 * batch), everything
+    assert 5 <= len(everything) <= launches_of_blocks(197 * batch), everything
     assert set(everything) - set(launched) <= VENDOR
 
 
