@@ -5,8 +5,11 @@ in float64), and rounded once: LayerNorm's weight and bias into the linear behin
 linear before it, and what a constant branch adds into the bias of the linear that wrote to the residual
 stream before. A block is then six or seven launches:
 
-    layer_norm_gather, compact_linear (qkv), ragged_attention, compact_linear (proj + residual),
-    layer_norm_gather, compact_mlp (fc1 + GELU, fc2 + residual: one launch or two)
+    layer_norm_gather, compact_linear (qkv), ragged_attention, add_linear_ (proj),
+    layer_norm_gather, compact_linear (fc1 + GELU), add_linear_ (fc2)
+
+of which the last two are one `compact_mlp` where the residual stream is narrow. With many rows GELU is one
+more. On a GPU heads are padded instead for PyTorch's fused attention where that is predicted to be faster.
 
 A product of few rows and 4,096 inputs or more, the hidden units of an uncut ViT-L, adds one: its inputs are
 split among programs.
