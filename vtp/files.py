@@ -71,9 +71,18 @@ def _sync_folder(folder: Path) -> None:
 
 
 def fingerprint(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """SHA-256 (hex) over `text` and the names, dtypes, shapes and bytes of `tensors`, in name order."""
+    """SHA-256 (hex) over `text` and the names, dtypes, shapes and bytes of `tensors`, in name order.
+
+    Raises:
+        ValueError: a tensor is on the meta device.
+    """
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
+        if tensors[name].is_meta:
+            raise ValueError(
+                f"model: {name} is on the meta device, where there are no numbers; expected weights: "
+                "model.to_empty(device='cpu'), then model.load_state_dict(...)"
+            )
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
