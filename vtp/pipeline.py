@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 
 from vtp.checkpoint import load, save
 from vtp.files import FileError, fingerprint, refuse_unwritable, write_atomic
+from vtp.group import Group, first_makes, is_first, take_from_first, world
 from vtp.hub import save_pretrained
 from vtp.machine import environment
 from vtp.model.architecture import describe
@@ -256,10 +257,9 @@ def run(
     models = {"dense": dense}
     if not config.one_shot:
         models["sparse"] = keep("sparse", stage("sparse", insert_gates(dense), teacher=dense))
-    cut = _Cut(config, data, run_dir, resume, memory_gb, console)
+    cut = _Cut(config, data, run_dir, resume, memory_gb, console, world())
     start = models.get("sparse", dense).to(process.device)
-    if process.is_main_process:
-        cut.write(start)
+    cut.write(start)
     process.wait_for_everyone()
     models["pruned"] = cut.read(start)
     models["compact"] = keep("compact", stage("finetune", models["pruned"], teacher=dense))
@@ -267,7 +267,8 @@ def run(
         _say(console, "comparing")
         results = _results(models, data, run_dir, config)
         if config.one_shot:
-            results["pareto"] = _pareto(models, cut.statistics(start))
+            alone = dataclasses.replace(cut, group=None)
+            results["pareto"] = _pareto(models, alone.statistics(start))
         write_atomic(run_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
         console.print(comparison_table(results))
         write_report(run_dir)
@@ -280,8 +281,9 @@ def run(
 class _Cut:
     """From the dense model, or from the sparse-trained one, to the compact model before fine-tuning.
 
-    All processes and a resumed run go on with what it writes to the run folder: calibrated or refitted anew,
-    on another number of threads say, a model would not be the same to the last bit.
+    The processes of a group share the images; the first chooses, says and writes. All of them and a resumed
+    run go on with what it writes to the run folder: calibrated or refitted anew, on another number of threads
+    or processes say, a model would not be the same to the last bit.
     """
 
     config: RunConfig
@@ -290,42 +292,51 @@ class _Cut:
     resume: bool
     memory_gb: float | None
     console: Console
+    group: Group
 
     def write(self, start: nn.Module) -> None:
         """Write plan.json and pruned.safetensors, unless a run that is resumed has done so."""
-        if self.resume and self._found(start):
+        if first_makes(self.group, lambda: self._is_written(start)):
             return
-        if not self.resume:  # no statistics but of this run
-            self._statistics_file.unlink(missing_ok=True)
+        # On unlike machines the processes may have trained to other last bits; one model is cut.
+        take_from_first(self.group, *start.state_dict().values())
         config = self.config
         statistics = self.statistics(start) if config.one_shot else None
-        plan = make_plan(start, statistics=statistics, **config.budget)
+        plan = first_makes(self.group, lambda: make_plan(start, statistics=statistics, **config.budget))
         _say(self.console, str(plan))
         options: dict[str, Any] = {}
         if config.one_shot or config.refit:
             options = {"images": self._images(start), "memory_gb": self.memory_gb}
         with share_bar(self.console, "refit") as bar:
-            small = compact(start, plan, progress=bar, **options)
-        plan.save(self.run_dir / "plan.json")
-        save(small, self._file, metadata={"data": Path(self.data.name).name})
+            small = compact(start, plan, progress=bar, group=self.group, **options)
+        if is_first(self.group):
+            plan.save(self.run_dir / "plan.json")
+            save(small, self._file, metadata={"data": Path(self.data.name).name})
 
     def read(self, start: nn.Module) -> CompactModel:
         """The compact model, where `start` is."""
         return load(self._file).to(next(start.parameters()).device).eval()
 
     def statistics(self, start: nn.Module) -> Statistics:
-        """Of the dense model; from the run folder if it has them."""
-        file = self._statistics_file
-        if file.is_file():
-            found = Statistics.load(file)
-            found.check_model(start)
-            return found
+        """Of the dense model; from the run folder if it has them, else written there."""
+        known = first_makes(self.group, lambda: self._known_statistics(start))
+        if known is not None:
+            return known
         images = calibration_count(self.data, self.config.images)
         size = tokens_size(describe(start), images, self.memory_gb)
         _say(self.console, f"calibrating on {size}")
+        options: dict[str, Any] = {"memory_gb": self.memory_gb, "group": self.group}
         with share_bar(self.console, "calibration") as bar:
-            found = calibrate(start, self._images(start), memory_gb=self.memory_gb, progress=bar)
-        found.save(file)
+            found = calibrate(start, self._images(start), progress=bar, **options)
+        if is_first(self.group):
+            found.save(self._statistics_file)
+        return found
+
+    def _known_statistics(self, start: nn.Module) -> Statistics | None:
+        if not self._statistics_file.is_file():
+            return None
+        found = Statistics.load(self._statistics_file)
+        found.check_model(start)
         return found
 
     @property
@@ -336,8 +347,11 @@ class _Cut:
     def _file(self) -> Path:
         return self.run_dir / "pruned.safetensors"
 
-    def _found(self, start: nn.Module) -> bool:
-        """Whether the run folder has the cut of just this model, and its plan."""
+    def _is_written(self, start: nn.Module) -> bool:
+        """Whether the run that is resumed has left the cut of just this model, and its plan."""
+        if not self.resume:
+            self._statistics_file.unlink(missing_ok=True)  # of another run
+            return False
         if not self._file.is_file() or not (self.run_dir / "plan.json").is_file():
             return False
         return load(self._file).plan.parent == fingerprint(start.state_dict())
@@ -345,8 +359,9 @@ class _Cut:
     def _images(self, start: nn.Module) -> DataLoader:
         settings = self.config.recipe.finetune
         return calibration_images(
-            start, self.data, self.config.images, seed=settings.seed, workers=settings.workers
-        )
+            start, self.data, self.config.images, seed=settings.seed, workers=settings.workers,
+            group=self.group,
+        )  # fmt: skip
 
 
 def _say(console: Console, text: str) -> None:

@@ -51,7 +51,12 @@ def _rank(rank: int, count: int, port: int, function: Callable, arguments: tuple
     import torch  # the server has
 
     torch.set_num_threads(1)
-    shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    shared = {
+        "WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     own = {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
     os.environ |= {name: str(value) for name, value in (shared | own).items()}
     function(rank, *arguments)

@@ -543,8 +543,8 @@ def _warn_of_other_weights(model: nn.Module, gated: nn.Module, plan: PruningPlan
     if all(fingerprint(form().state_dict()) != plan.parent for form in forms):
         own = fingerprint(model.state_dict())
         warnings.warn(
-            f"plan: made of weights with the fingerprint {plan.parent[:16]}, the model's have {own[:16]}: what "
-            "it keeps was chosen for others (trained further since, cast, or of another model)",
+            f"plan: made of weights with the fingerprint {plan.parent[:16]}, the model's have {own[:16]}: "
+            "what it keeps was chosen for others (trained further since, cast, or of another model)",
             UserWarning,
             stacklevel=4,
         )

@@ -269,7 +269,9 @@ class _BlockFit:
             return None
         token = torch.arange(stream.tokens)
         numbers = stream.numbers()
-        return [((n[:, None] + token).flatten() % every == 0).nonzero()[:, 0].to(self.device) for n in numbers]
+        return [
+            ((n[:, None] + token).flatten() % every == 0).nonzero()[:, 0].to(self.device) for n in numbers
+        ]
 
     def _thinned(self, x: Tensor, piece: int) -> Tensor:
         """Some of the rows [n, width] of x [images, tokens, width]; other tokens of each image."""

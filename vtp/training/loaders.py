@@ -469,6 +469,7 @@ def calibration_loader(
     batch_size: int,
     seed: int,
     workers: int = 0,
+    place: tuple[int, int] = (0, 1),
 ) -> DataLoader:
     """Batches of some training images as they are evaluated, the same ones in each iteration.
 
@@ -477,6 +478,8 @@ def calibration_loader(
         seed: which ones: they are drawn without replacement.
         image_size, in_chans, batch_size, workers: and the batches, as in `train_loader`; the last batch may
             be smaller.
+        place: the number of this process and how many share the images, which are dealt in turn: each image
+            goes to one, and there may be none for some.
     """
     size = _checked(image_size, in_chans, batch_size)
     if images < 1:
@@ -490,7 +493,7 @@ def calibration_loader(
     return DataLoader(
         EvaluationSet(data.train, pipeline),
         batch_size,
-        sampler=order[:images].tolist(),
+        sampler=order[:images][place[0] :: place[1]].tolist(),
         collate_fn=_as_is,
         **_loader_options(workers),
     )
