@@ -45,10 +45,10 @@ from vtp.pipeline import (
     STAGES,
     Recipe,
     RunConfig,
+    check_run_folder,
     classes_of,
     describe_images,
     fit_data,
-    make_run_folder,
     run,
     short_recipe_for,
 )
@@ -81,7 +81,7 @@ from vtp.training.progress import share_bar
 from vtp.training.sources import open_images
 from vtp.training.sparsity import gate_statistics
 from vtp.training.state import STATE_FORMAT
-from vtp.zoo import FASHION_DEIT, open_model, open_teacher
+from vtp.zoo import FASHION_DEIT, open_model, open_teacher, open_without_weights
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
+            warnings.showwarning = functools.partial(_show_warning, warnings.showwarning, set())
             options.command(options)
     except TrainingInterrupted as error:
         print(f"vtp: {error}", file=sys.stderr)
@@ -112,11 +112,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show_warning(
-    usual: Callable[..., None], message: Warning, category: type[Warning], filename: str, *rest: Any
+    usual: Callable[..., None],
+    said: set[str],
+    message: Warning,
+    category: type[Warning],
+    filename: str,
+    *rest: Any,
 ) -> None:
-    """Warnings of our own as notes; others as usual, with the line of code that they are about."""
+    """Warnings of our own as notes, each `said` once; others as usual, with the line of code that they are
+    about."""
     if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
-        _note(str(message))
+        if str(message) not in said:
+            said.add(str(message))
+            _note(str(message))
     else:
         usual(message, category, filename, *rest)
 
@@ -236,7 +244,7 @@ def _train_stage(
         )
     if teacher is None and settings.distill_alpha:
         settings = dataclasses.replace(settings, distill_alpha=0.0)
-    run_dir = make_run_folder(options.out)
+    run_dir = check_run_folder(options.out)
     result = train(
         model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
         augment=Augment.preset(recipe.augment_of(stage), max(model.patch_embed.img_size)),
@@ -404,13 +412,19 @@ def _predict(options: argparse.Namespace) -> None:
             "vtp.load(FILE); model.pretrained_cfg = {'mean': ..., 'std': ..., 'label_names': ...}; "
             "vtp.save(model, FILE)"
         )
-    pipeline, images = image_pipeline(image_config(model)), open_images(options.images)
+    pipeline = image_pipeline(image_config(model))
     if class_names(model) is None:
         set_imagenet_names(model)
         guess = "numbered from 0" if class_names(model) is None else "taken to be ImageNet's, as timm does"
         _note(f"{options.file} does not name its classes: {guess}")
     names, words = class_names(model), class_descriptions(model)
-    for path, image in zip(options.images, images, strict=True):
+    unread: list[str] = []
+    for path in options.images:
+        try:
+            (image,) = open_images([path])
+        except DataError as error:  # the others are predicted nevertheless
+            unread.append(str(error))
+            continue
         with torch.inference_mode():
             probabilities = model(pipeline.batch([pipeline.pixels(image)]))[0].float().softmax(dim=0)
         if not probabilities.isfinite().all():
@@ -421,6 +435,8 @@ def _predict(options: argparse.Namespace) -> None:
             name = f"class {label}" if names is None else names[label]
             more = "" if words is None or words[label] == name else f" ({words[label]})"
             _console.print(f"  {probability:7.2%}  {name}{more}")
+    if unread:
+        raise DataError("; ".join(unread))
 
 
 @_once
@@ -557,6 +573,9 @@ def _images_to_check(options: argparse.Namespace, model: nn.Module, count: int) 
 @_once
 def _inspect(options: argparse.Namespace) -> None:
     path = Path(options.file)
+    if not path.exists() and path.suffix not in (".json", ".safetensors"):
+        _inspect_named(options.file)
+        return
     if path.suffix == ".json":
         _console.print(str(PruningPlan.load(path)))
         return
@@ -581,6 +600,17 @@ def _inspect(options: argparse.Namespace) -> None:
         _console.print(_gate_table(model), soft_wrap=False)
     else:
         _console.print(json.dumps(description["architecture"]))
+
+
+def _inspect_named(name: str) -> None:
+    """What is known of a model by its name, without its weights."""
+    model = open_without_weights(name)
+    _console.print(f"{name}: {count(model)}; its weights are not read")
+    _console.print(_images_and_classes(model))
+    if isinstance(model, CompactModel):
+        _console.print(f"cut from the model with fingerprint {model.plan.parent[:16]}\n{model.plan}")
+    else:
+        _console.print(json.dumps(dataclasses.asdict(describe(model))))
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -933,7 +963,11 @@ def _add_inspect(commands: Any) -> None:
         commands, "inspect", _inspect, "show what a file of ours holds",
         "vtp inspect runs/demo/compact.safetensors",
     )  # fmt: skip
-    parser.add_argument("file", help="a model, a training checkpoint or a plan.json")
+    parser.add_argument(
+        "file",
+        help="a model, a training checkpoint or a plan.json; or the name of a model, as for `vtp eval`, of "
+        "which no weights are read",
+    )
 
 
 _WITH_CALIBRATION = (

@@ -21,6 +21,7 @@ A run is one folder:
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -104,12 +105,18 @@ def _small_recipe() -> Recipe:
     )
 
 
+def _loading_processes() -> int:
+    """As many as released models were trained with, but no more than this process has cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores)
+
+
 def _deit_recipe() -> Recipe:
     """The recipe for released DeiT, ViT and DINOv2 models on image folders: DeiT's augmentation (arXiv
     2012.12877) and the paper's 100 + 100 epochs and lambda (arXiv 2104.08500)."""
     tuning = TrainConfig(
         epochs=100, batch_size=128, lr=2e-5, min_lr=1e-6, warmup_epochs=5.0, weight_decay=0.05,
-        mixup=0.8, cutmix=1.0, drop_path=0.1, precision="bf16", workers=8,
+        mixup=0.8, cutmix=1.0, drop_path=0.1, precision="bf16", workers=_loading_processes(),
     )  # fmt: skip
     return Recipe(
         augment="deit",
@@ -132,7 +139,8 @@ def _short_deit_recipe() -> Recipe:
     its one-shot cut of models for image folders."""
     recovery = TrainConfig(
         epochs=10, batch_size=32, lr=1.5e-5, min_lr=0.0, warmup_epochs=0.0, weight_decay=0.01,
-        label_smoothing=0.0, distill_alpha=0.3, distill_temperature=2.0, precision="bf16", workers=8,
+        label_smoothing=0.0, distill_alpha=0.3, distill_temperature=2.0, precision="bf16",
+        workers=_loading_processes(),
     )  # fmt: skip
     return dataclasses.replace(_deit_recipe(), finetune=recovery)
 
@@ -292,7 +300,7 @@ class _Cut:
     resume: bool
     memory_gb: float | None
     console: Console
-    group: Group
+    group: Group = None
 
     def write(self, start: nn.Module) -> None:
         """Write plan.json and pruned.safetensors, unless a run that is resumed has done so."""
@@ -450,22 +458,37 @@ def _check_before_training(config: RunConfig, model: nn.Module, data: Data) -> N
             raise ValueError(f"{name}.batch_size: got {stage.batch_size}, expected at most {images} images")
 
 
-def make_run_folder(run_dir: str | Path) -> Path:
-    """The folder of a run, made if it is not there. Raises FileError if it is a file or cannot be written."""
+def check_run_folder(run_dir: str | Path) -> Path:
+    """The path of a run's folder, which is not made yet: what is refused later leaves none.
+
+    Raises:
+        FileError: it is a file, or it cannot be made or written.
+    """
     run_dir = Path(run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise FileError(f"run folder: {run_dir} is a file, expected a folder")
+    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        what = f"{run_dir} is a file" if there == run_dir else f"cannot make {run_dir}: {there} is a file"
+        raise FileError(f"run folder: {what}, expected a folder")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        refuse_unwritable(there / "metrics.jsonl")
+    except FileError as error:
+        if there == run_dir:
+            raise
+        raise FileError(f"run folder: cannot make {run_dir}: {error.__cause__}") from error
+    return run_dir
+
+
+def _make_run_folder(run_dir: Path) -> Path:
+    try:
+        check_run_folder(run_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"run folder: cannot make {run_dir}: {error.strerror}") from error
-    refuse_unwritable(run_dir / "metrics.jsonl")
     return run_dir
 
 
 def _begin_folder(config: RunConfig, run_dir: Path, resume: bool, model: nn.Module, data: Data) -> None:
     """Write down what is asked for, which for a run that is resumed must be what it was begun with."""
-    file = make_run_folder(run_dir) / "config.json"
+    file = _make_run_folder(run_dir) / "config.json"
     identity = {"model": fingerprint(model.state_dict()), **data_identity(data)}
     wanted = config.to_dict() | {"identity": identity}
     if file.exists() and not _nothing_trained(run_dir):
@@ -505,9 +528,19 @@ def _check_same_run(run_dir: Path, wanted: dict[str, Any], resume: bool, data: D
     before, now = (_what_counts(each, run_dir, data) for each in (found, wanted))
     odd = [name for name in now if before.get(name) != now[name]]
     if odd:
+        changes = "; ".join(_difference(name, before.get(name), now[name]) for name in odd)
         raise FileError(
-            f"run folder: {run_dir} holds a run with another {', '.join(odd)}; it cannot be resumed"
+            f"run folder: {run_dir} holds a run with another {', '.join(odd)}; it cannot be resumed "
+            f"({changes})"
         )
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """What differs in a setting, in words; of several under one name those that do."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        odd = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return "; ".join(_difference(f"{name}.{key}", before.get(key), now.get(key)) for key in odd)
+    return f"{name}: the run has {before!r}, now {now!r}"
 
 
 def _what_counts(written: dict[str, Any], run_dir: Path, data: Data) -> dict[str, Any]:

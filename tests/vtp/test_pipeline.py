@@ -255,6 +255,14 @@ def only_begin(monkeypatch):
     monkeypatch.setattr(pipeline, "train", stop)
 
 
+@pytest.mark.parametrize("name", ["deit", "short-deit"])
+def test_recipes_load_with_no_more_processes_than_there_are_cores(name, monkeypatch):
+    for cores, expected in ((2, 2), (64, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        recipe = RECIPES[name]()
+        assert {getattr(recipe, stage).workers for stage in STAGES} == {expected}
+
+
 def with_workers(config: RunConfig, workers: int) -> RunConfig:
     stages = {name: dataclasses.replace(getattr(config.recipe, name), workers=workers) for name in STAGES}
     return dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, **stages))
@@ -271,7 +279,10 @@ def test_a_run_is_resumed_with_its_data_elsewhere_and_any_number_of_workers(
             run(with_workers(small_config(data), 2), tmp_path / "run", resume=True, progress=False)
     file = tmp_path / "moved" / "train" / "class1" / "3.png"
     file.write_bytes(file.read_bytes() + b"longer")
-    with pytest.raises(vtp.FileError, match=r"another data\.train; it cannot be resumed"):
+    changes = (
+        r"another data\.train; it cannot be resumed \(data\.train: the run has '48 images, \w+', now '48 "
+    )
+    with pytest.raises(vtp.FileError, match=changes):
         run(small_config("moved"), tmp_path / "run", resume=True, progress=False)
 
 
@@ -326,7 +337,9 @@ def test_settings_of_a_stage_that_has_not_begun_may_change(folder, finished, tmp
         run(changed, tmp_path / "run", resume=True, progress=False)
     smaller = dataclasses.replace(config.recipe.sparse, batch_size=8)
     changed = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, sparse=smaller))
-    with pytest.raises(vtp.FileError, match="another sparse; it cannot be resumed"):
+    with pytest.raises(
+        vtp.FileError, match=r"another sparse; it cannot be resumed \(sparse\.\w+: the run has"
+    ):
         run(changed, tmp_path / "run", resume=True, progress=False)
 
 

@@ -18,7 +18,7 @@ import torch
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from vtp.files import FileError, fingerprint
+from vtp.files import FileError, fingerprint, refuse_meta
 from vtp.group import Group, gathered, place, refuse_different, share, together
 from vtp.model.architecture import Architecture, describe, replace_sites
 from vtp.model.eva import ropes, with_fused_sites
@@ -33,7 +33,12 @@ class ImagesError(ValueError):
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode with the gates folded into its weights, in float32, or float64 if it is that."""
+    """A copy in eval mode with the gates folded into its weights, in float32, or float64 if it is that.
+
+    Raises:
+        ValueError: the model is on the meta device.
+    """
+    refuse_meta(model.state_dict())
     plain = with_fused_sites(copy.deepcopy(model)).eval().requires_grad_(False)
     if any(isinstance(module, GatedLinear) for module in plain.modules()):
         replace_sites(plain, lambda _, layer: _folded(layer) if isinstance(layer, GatedLinear) else layer)

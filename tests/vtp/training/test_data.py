@@ -626,6 +626,14 @@ def test_what_is_skipped_is_counted_and_named(tmp_path: Path) -> None:
         assert name in note
 
 
+def test_one_file_that_is_skipped_is_one(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        fill(tmp_path, {"cat/a.png": 1, "dog/b.png": 1}, split)
+    (tmp_path / "train" / "readme.md").write_text("x")
+    (note,) = open_data(tmp_path).notes
+    assert note == f"{tmp_path}/train: 1 file is skipped (1 .md): readme.md"
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
