@@ -45,11 +45,11 @@ from vtp.pipeline import (
     STAGES,
     Recipe,
     RunConfig,
-    check_run_folder,
     classes_of,
     describe_images,
     fit_data,
     run,
+    run_folder,
     short_recipe_for,
 )
 from vtp.pruning.calibration import Statistics, calibrate
@@ -244,15 +244,15 @@ def _train_stage(
         )
     if teacher is None and settings.distill_alpha:
         settings = dataclasses.replace(settings, distill_alpha=0.0)
-    run_dir = check_run_folder(options.out)
-    result = train(
-        model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
-        augment=Augment.preset(recipe.augment_of(stage), max(model.patch_embed.img_size)),
-    )  # fmt: skip
-    if not accelerator(settings.precision).is_main_process:
-        return
-    file = run_dir / ("compact.safetensors" if stage == "finetune" else f"{stage}.safetensors")
-    checkpoint.save(result.model, file, metadata={"top1": result.top1, "data": Path(data.name).name})
+    with run_folder(options.out) as run_dir:
+        result = train(
+            model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
+            augment=Augment.preset(recipe.augment_of(stage), max(model.patch_embed.img_size)),
+        )  # fmt: skip
+        if not accelerator(settings.precision).is_main_process:
+            return
+        file = run_dir / ("compact.safetensors" if stage == "finetune" else f"{stage}.safetensors")
+        checkpoint.save(result.model, file, metadata={"top1": result.top1, "data": Path(data.name).name})
     precision = result.history[-1].get("test_map")
     several = "" if precision is None else f", mean average precision {precision:.2f}"
     _console.print(f"top-1 {result.top1:.2f}{several}; {count(result.model)}; wrote {file}")

@@ -72,7 +72,9 @@ def take_from_first(group: Group, *tensors: Tensor | None) -> None:
     if group is not None:
         for tensor in tensors:
             if tensor is not None:
-                dist.broadcast(tensor.detach(), group=group, group_src=0)
+                sent = tensor.detach().contiguous()
+                dist.broadcast(sent, group=group, group_src=0)
+                tensor.detach().copy_(sent)
 
 
 def gathered(group: Group, value: T) -> list[T]:

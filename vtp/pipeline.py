@@ -23,7 +23,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -458,37 +459,41 @@ def _check_before_training(config: RunConfig, model: nn.Module, data: Data) -> N
             raise ValueError(f"{name}.batch_size: got {stage.batch_size}, expected at most {images} images")
 
 
-def check_run_folder(run_dir: str | Path) -> Path:
-    """The path of a run's folder, which is not made yet: what is refused later leaves none.
-
-    Raises:
-        FileError: it is a file, or it cannot be made or written.
-    """
+def make_run_folder(run_dir: str | Path) -> Path:
+    """The folder of a run, made if it is not there. Raises FileError if it is a file or cannot be written."""
     run_dir = Path(run_dir)
-    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-    if not there.is_dir():
-        what = f"{run_dir} is a file" if there == run_dir else f"cannot make {run_dir}: {there} is a file"
-        raise FileError(f"run folder: {what}, expected a folder")
+    if run_dir.exists() and not run_dir.is_dir():
+        raise FileError(f"run folder: {run_dir} is a file, expected a folder")
     try:
-        refuse_unwritable(there / "metrics.jsonl")
-    except FileError as error:
-        if there == run_dir:
-            raise
-        raise FileError(f"run folder: cannot make {run_dir}: {error.__cause__}") from error
-    return run_dir
-
-
-def _make_run_folder(run_dir: Path) -> Path:
-    try:
-        check_run_folder(run_dir).mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(f"run folder: cannot make {run_dir}: {error.strerror}") from error
+    refuse_unwritable(run_dir / "metrics.jsonl")
     return run_dir
+
+
+@contextmanager
+def run_folder(run_dir: str | Path) -> Iterator[Path]:
+    """The folder of a run, made if it is not there; where an error comes before anything is in it, none is
+    left.
+
+    Raises:
+        FileError: it is a file, or cannot be made or written.
+    """
+    run_dir = Path(run_dir)
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    try:
+        yield make_run_folder(run_dir)
+    except Exception:
+        with suppress(OSError):  # there is something in it
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def _begin_folder(config: RunConfig, run_dir: Path, resume: bool, model: nn.Module, data: Data) -> None:
     """Write down what is asked for, which for a run that is resumed must be what it was begun with."""
-    file = _make_run_folder(run_dir) / "config.json"
+    file = make_run_folder(run_dir) / "config.json"
     identity = {"model": fingerprint(model.state_dict()), **data_identity(data)}
     wanted = config.to_dict() | {"identity": identity}
     if file.exists() and not _nothing_trained(run_dir):

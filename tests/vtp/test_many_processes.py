@@ -21,7 +21,7 @@ import vtp
 from tests.support.models import FAMILIES, TINY, build, image
 from tests.support.processes import on_ranks
 from vtp import cli
-from vtp.group import RankError, share, world
+from vtp.group import RankError, place, share, world
 from vtp.pruning import refit
 from vtp.training.data import Data
 from vtp.training.frozen import evaluate_features
@@ -99,9 +99,9 @@ def of_features(process: Accelerator | None) -> dict:
 
 def own(images: torch.Tensor) -> torch.Tensor:
     """The share of this rank."""
-    first, size = (0, 1) if world() is None else (torch.distributed.get_rank(), 2)
-    assert len(images[first::size]) == share(len(images), world())
-    return images[first::size]
+    rank, ranks = place(world())
+    assert len(images[rank::ranks]) == share(len(images), world())
+    return images[rank::ranks]
 
 
 def of_calibration() -> dict:
@@ -306,3 +306,21 @@ def test_an_error_of_one_rank_ends_all_and_is_named(found):
 
 def test_a_rank_that_calls_alone_waits_for_nobody(found):
     assert found[1]["alone"] == found[2]["alone"] == "done"
+
+
+def on_one_of_four(rank: int, folder: Path) -> None:
+    accelerator()
+    torch.save(of_calibration() | of_refit(), folder / f"rank{rank}.pt")
+
+
+@pytest.mark.thorough  # four processes
+def test_four_ranks_find_what_one_does(found, tmp_path):
+    assert on_ranks(4, on_one_of_four, tmp_path) == [0] * 4
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(4)]
+    assert all(same_bits(ranks[0], other) for other in ranks[1:])
+    for name, got in ranks[0].items():
+        expected = found[0][name]
+        if torch.is_tensor(got):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+        else:
+            assert got == expected

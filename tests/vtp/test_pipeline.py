@@ -19,6 +19,7 @@ from rich.console import Console
 
 import vtp
 from tests.support.models import TINY, build
+from tests.support.processes import on_ranks
 from vtp import cli, pipeline
 from vtp.model.images import class_names
 from vtp.pipeline import RECIPES, STAGES, RunConfig, run
@@ -253,6 +254,23 @@ def only_begin(monkeypatch):
         raise Begun
 
     monkeypatch.setattr(pipeline, "train", stop)
+
+
+def _one_shot_on_rank(rank: int, config: RunConfig, out) -> None:
+    pipeline.interleaved_latency = lambda m, x: interleaved_latency(m, x, seconds=0.0)
+    run(config, out, progress=False)
+
+
+@pytest.mark.thorough  # two processes
+def test_one_shot_run_of_two_processes_calibrates_and_cuts_as_one(one_shot, folder, tmp_path):
+    assert on_ranks(2, _one_shot_on_rank, one_shot_config(folder, one_shot), tmp_path / "run") == [0, 0]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in one_shot.iterdir()}
+    ours, theirs = (vtp.Statistics.load(f / "statistics.safetensors") for f in (tmp_path / "run", one_shot))
+    assert (ours.images, ours.change_images, ours.parent) == (24, theirs.change_images, theirs.parent)
+    for name in ("variance", "activation", "changes"):  # float32
+        for key in (key for key in theirs.tensors if key.endswith(name)):
+            torch.testing.assert_close(ours.tensors[key], theirs.tensors[key], rtol=1e-4, atol=1e-6)
+    assert vtp.load(tmp_path / "run" / "compact.safetensors").plan.cost.macs <= 14e3
 
 
 @pytest.mark.parametrize("name", ["deit", "short-deit"])
