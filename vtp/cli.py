@@ -298,7 +298,7 @@ def _prune_calibrated(options: argparse.Namespace) -> None:
     if isinstance(model, CompactModel):
         model = _expanded(model, options.file)
     data, budget = _calibration_data(options, model), _budget(options, calibrated=True)
-    check_budget(model, budget, calibrated=True, refitted=True)
+    first_makes(group, lambda: check_budget(model, budget, calibrated=True, refitted=True))
     loader = calibration_images(
         model, data, options.images or IMAGES, seed=options.seed or 0, workers=options.workers or 0,
         group=group,
@@ -965,8 +965,8 @@ def _add_inspect(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "file",
-        help="a model, a training checkpoint or a plan.json; or the name of a model, as for `vtp eval`, of "
-        "which no weights are read",
+        help="a model, a training checkpoint or a plan.json; or a timm model name, hf-hub:OWNER/NAME, "
+        "local-dir:FOLDER or hf:NAME, of which no weights are read",
     )
 
 

@@ -449,7 +449,8 @@ def describe_images(model: nn.Module, data: Data) -> None:
 def _check_before_training(config: RunConfig, model: nn.Module, data: Data) -> None:
     """Refuse now what would stop a later stage: the model, a budget no plan can meet, settings of a stage."""
     insert_gates(model)  # refuses a model that has some, or that is not supported
-    check_budget(model, config.budget, calibrated=config.one_shot, refitted=config.one_shot or config.refit)
+    cut = {"calibrated": config.one_shot, "refitted": config.one_shot or config.refit}
+    first_makes(world(), lambda: check_budget(model, config.budget, **cut))
     for name in config.stages:
         stage: TrainConfig = getattr(config.recipe, name)
         if stage.precision == "fp16" and not torch.cuda.is_available():

@@ -95,7 +95,7 @@ def open_model(
 
 def open_without_weights(name: str) -> nn.Module:
     """The model of a name as `open_model` takes it, but for files of ours, on the meta device: of a hub its
-    config alone is fetched.
+    config alone is fetched, so that one of transformers does not say how its images are normalised.
 
     Raises:
         FileError, UnsupportedModelError: as `open_model` does.

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
-from vtp.group import Group, refuse_different, sum_over, take_from_first
+from vtp.group import Group, refuse_different, sum_over, take_from_first, together
 from vtp.model.architecture import Architecture
 from vtp.model.widths import SITES
 from vtp.pruning.dense_block import (
@@ -84,7 +84,8 @@ def refit(
     store = Store(memory_gb, plain.patch_embed.proj.weight.device)
     try:
         stream = embedded(plain, images, store, progress, most=MOST_IMAGES, group=group)
-        cut = [store.keep(piece.clone()) for piece in stream.pieces]
+        with together(group):  # a disk may be full
+            cut = [store.keep(piece.clone()) for piece in stream.pieces]
         for i, (block, own) in enumerate(zip(plain.blocks, small.blocks, strict=True)):
             if progress is not None:
                 progress(f"block {i + 1} of {len(plain.blocks)}", i / len(plain.blocks))
