@@ -8,6 +8,7 @@ what takes time.
 import contextlib
 import dataclasses
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -157,7 +158,6 @@ def of_commands(folder: Path) -> dict:
         "eval --knn": ["eval", "--model", cut, "--data", folder / "images", "--knn", "3", "--linear-probe"],
         "predict": ["predict", cut, folder / "images/val/a/0.png"],
         "inspect": ["inspect", plan],
-        "no file": ["prune", dense, "--calibrate", folder / "images", "--out", folder / "none" / "cut"],
     }
     found = {}
     for name, command in commands.items():
@@ -284,16 +284,25 @@ def test_a_refit_of_some_rows_is_another_one(found):
 
 def test_commands_say_what_they_say_alone_and_once(found):
     one, first, second = (these(each, "vtp ") for each in found)
-    assert {name: value for name, value in second.items() if value not in ("", 0)} == {
-        "vtp no file: status": 2
-    }
+    assert set(second.values()) == {"", 0}
     for name, said in one.items():
-        if isinstance(said, str):
-            assert said.replace("one/", "two/") == first[name], name
-        else:
-            assert said == first[name] == (2 if "no file" in name else 0)
-    assert "k-NN top-1" in one["vtp eval --knn"] and "cannot write" in one["vtp no file"]
-    assert "statistics of 30 images from" in one["vtp prune again"]
+        assert (said.replace("one/", "two/") if isinstance(said, str) else said) == first[name], name
+    assert "k-NN top-1" in one["vtp eval --knn"] and "statistics of 30 images from" in one["vtp prune again"]
+    assert {value for value in one.values() if not isinstance(value, str)} == {0}
+
+
+def prune_into_no_folder(rank: int, folder: Path) -> None:
+    images = ["--calibrate", folder / "images", "--out", folder / "none" / "cut.safetensors"]
+    sys.stderr = open(folder / f"said-by-{rank}", "w")
+    sys.exit(cli.main([str(argument) for argument in ("prune", folder / "dense.safetensors", *images)]))
+
+
+@pytest.mark.thorough  # two processes
+def test_what_only_rank_0_can_refuse_ends_all_and_is_said_once(tmp_path):
+    write_files(tmp_path / "files")
+    assert on_ranks(2, prune_into_no_folder, tmp_path / "files") == [2, 2]
+    said = [(tmp_path / "files" / f"said-by-{rank}").read_text() for rank in range(2)]
+    assert said[0].count("cannot write into") == 1 and said[1] == ""
 
 
 def test_an_error_of_one_rank_ends_all_and_is_named(found):
