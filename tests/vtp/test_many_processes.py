@@ -293,8 +293,9 @@ def test_commands_say_what_they_say_alone_and_once(found):
 
 def prune_into_no_folder(rank: int, folder: Path) -> None:
     images = ["--calibrate", folder / "images", "--out", folder / "none" / "cut.safetensors"]
-    sys.stderr = open(folder / f"said-by-{rank}", "w")
-    sys.exit(cli.main([str(argument) for argument in ("prune", folder / "dense.safetensors", *images)]))
+    with open(folder / f"said-by-{rank}", "w") as sys.stderr:
+        status = cli.main([str(argument) for argument in ("prune", folder / "dense.safetensors", *images)])
+    sys.exit(status)
 
 
 @pytest.mark.thorough  # two processes
