@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from timm.layers import DropPath, PatchDropout
 from torch import Tensor, nn
 
-from vtp.files import FileError, fingerprint, write_atomic
+from vtp.files import FileError, fingerprint, refuse_meta, write_atomic
 from vtp.model.architecture import (
     Architecture,
     UnsupportedModelError,
@@ -82,6 +82,7 @@ def save(model: nn.Module, path: str | Path, *, metadata: dict[str, Any] | None 
     if fields["kind"] == "dense" and fields["architecture"]["eva"] is not None:
         model = with_fused_sites(copy.deepcopy(model))
     _refuse_changed_modules(model, _rebuild(fields))
+    refuse_meta(model.state_dict())
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     description = json.dumps(fields)
     digest = fingerprint(tensors, description)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -25,6 +26,7 @@ from vtp.comparison.comparison import Budget
 from vtp.comparison.runtimes import DTYPES
 from vtp.comparison.tables import print_table, reasons, runtimes_table
 from vtp.files import FileError, refuse_unwritable, write_atomic
+from vtp.group import RankError, first_makes, is_first, started_as_first, world
 from vtp.machine import description, in_one_line
 from vtp.model.architecture import describe
 from vtp.model.cost import count
@@ -46,8 +48,8 @@ from vtp.pipeline import (
     classes_of,
     describe_images,
     fit_data,
-    make_run_folder,
     run,
+    run_folder,
     short_recipe_for,
 )
 from vtp.pruning.calibration import Statistics, calibrate
@@ -79,7 +81,7 @@ from vtp.training.progress import share_bar
 from vtp.training.sources import open_images
 from vtp.training.sparsity import gate_statistics
 from vtp.training.state import STATE_FORMAT
-from vtp.zoo import FASHION_DEIT, open_model, open_teacher
+from vtp.zoo import FASHION_DEIT, open_model, open_teacher, open_without_weights
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
+            warnings.showwarning = functools.partial(_show_warning, warnings.showwarning, set())
             options.command(options)
     except TrainingInterrupted as error:
         print(f"vtp: {error}", file=sys.stderr)
@@ -97,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NonFiniteLossError as error:
         print(f"vtp: error: {error}", file=sys.stderr)
         return 1
+    except RankError:  # the other process says what it is
+        return 2
     except KeyboardInterrupt:  # outside of training, where there is nothing to save
         hint = "; a run continues with --resume" if hasattr(options, "resume") else ""
         print(f"vtp: interrupted{hint}", file=sys.stderr)
@@ -108,13 +112,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show_warning(
-    usual: Callable[..., None], message: Warning, category: type[Warning], filename: str, *rest: Any
+    usual: Callable[..., None],
+    said: set[str],
+    message: Warning,
+    category: type[Warning],
+    filename: str,
+    *rest: Any,
 ) -> None:
-    """Warnings of our own as notes; others as usual, with the line of code that they are about."""
+    """Warnings of our own as notes, each `said` once; others as usual, with the line of code that they are
+    about."""
     if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
-        print(f"vtp: note: {message}", file=sys.stderr)
+        if str(message) not in said:
+            said.add(str(message))
+            _note(str(message))
     else:
         usual(message, category, filename, *rest)
+
+
+def _note(text: str) -> None:
+    """Say on stderr what a user should know; of several processes the first says it."""
+    if not _console.quiet:
+        print(f"vtp: note: {text}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def _joined() -> Accelerator | None:
+    """Join the processes that torchrun has started beside this one, of which the first speaks; None where
+    there are no others."""
+    process = accelerator()
+    _console.quiet = not process.is_main_process
+    return process if process.num_processes > 1 else None
+
+
+def _device(process: Accelerator | None) -> torch.device:
+    """Where a model runs: on the GPU, of several processes each on one of its own; else on the CPU."""
+    if process is not None:
+        return process.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _once(command: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """A command that has nothing to share out: the first of several processes does it, and the others are
+    done. So no two write one file."""
+
+    @functools.wraps(command)
+    def done_once(options: argparse.Namespace) -> None:
+        if started_as_first():
+            command(options)
+
+    return done_once
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -196,15 +244,15 @@ def _train_stage(
         )
     if teacher is None and settings.distill_alpha:
         settings = dataclasses.replace(settings, distill_alpha=0.0)
-    run_dir = make_run_folder(options.out)
-    result = train(
-        model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
-        augment=Augment.preset(recipe.augment_of(stage), max(model.patch_embed.img_size)),
-    )  # fmt: skip
-    if not accelerator(settings.precision).is_main_process:
-        return
-    file = run_dir / ("compact.safetensors" if stage == "finetune" else f"{stage}.safetensors")
-    checkpoint.save(result.model, file, metadata={"top1": result.top1, "data": Path(data.name).name})
+    with run_folder(options.out) as run_dir:
+        result = train(
+            model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
+            augment=Augment.preset(recipe.augment_of(stage), max(model.patch_embed.img_size)),
+        )  # fmt: skip
+        if not accelerator(settings.precision).is_main_process:
+            return
+        file = run_dir / ("compact.safetensors" if stage == "finetune" else f"{stage}.safetensors")
+        checkpoint.save(result.model, file, metadata={"top1": result.top1, "data": Path(data.name).name})
     precision = result.history[-1].get("test_map")
     several = "" if precision is None else f", mean average precision {precision:.2f}"
     _console.print(f"top-1 {result.top1:.2f}{several}; {count(result.model)}; wrote {file}")
@@ -213,7 +261,13 @@ def _train_stage(
 def _prune(options: argparse.Namespace) -> None:
     if options.calibrate is not None:
         _prune_calibrated(options)
-        return
+    else:
+        _prune_gated(options)
+
+
+@_once
+def _prune_gated(options: argparse.Namespace) -> None:
+    """Cut by the gates alone."""
     for name in _WITH_CALIBRATION:
         if getattr(options, name) not in (None, False):
             raise ValueError(f"--{name.replace('_', '-')}: without effect without --calibrate DATA")
@@ -232,29 +286,37 @@ def _prune(options: argparse.Namespace) -> None:
 
 
 def _prune_calibrated(options: argparse.Namespace) -> None:
-    """From a dense or gated model and images to a compact one, without training."""
+    """From a dense or gated model and images to a compact one, without training.
+
+    Several processes share the images, of the evaluation too; the first chooses, says and writes.
+    """
     check_images(options.images or IMAGES)
-    for file in filter(None, (options.out, options.plan, options.statistics)):
-        refuse_unwritable(file)
+    process, group = _joined(), world()
+    files = filter(None, (options.out, options.plan, options.statistics))
+    first_makes(group, lambda: [refuse_unwritable(file) for file in files])
     model = open_model(options.file, checkpoint=options.checkpoint)
     if isinstance(model, CompactModel):
         model = _expanded(model, options.file)
     data, budget = _calibration_data(options, model), _budget(options, calibrated=True)
-    check_budget(model, budget, calibrated=True, refitted=True)
+    first_makes(group, lambda: check_budget(model, budget, calibrated=True, refitted=True))
     loader = calibration_images(
-        model, data, options.images or IMAGES, seed=options.seed or 0, workers=options.workers or 0
-    )
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        model, data, options.images or IMAGES, seed=options.seed or 0, workers=options.workers or 0,
+        group=group,
+    )  # fmt: skip
+    model = model.to(_device(process)).eval()
     statistics = _statistics(options, model, data, loader)
-    plan = make_plan(model, statistics=statistics, **budget)
+    plan = first_makes(group, lambda: make_plan(model, statistics=statistics, **budget))
     with share_bar(_console, "refit") as bar:
-        small = compact(model, plan, images=loader, memory_gb=options.memory, progress=bar)
+        small = compact(model, plan, images=loader, memory_gb=options.memory, progress=bar, group=group)
     notes: dict[str, Any] = {"data": Path(data.name).name}
     accuracy = ""
     if not options.no_eval:
         with _console.status("evaluating"):
-            before, after = (evaluate(m, data, workers=options.workers or 0)[0] for m in (model, small))
+            workers = options.workers or 0
+            before, after = (evaluate(m, data, workers=workers, process=process)[0] for m in (model, small))
         notes["top1"], accuracy = after, f"top-1 {before:.2f} before, {after:.2f} after\n"
+    if not is_first(group):
+        return
     checkpoint.save(small, options.out, metadata=notes)
     if options.plan is not None:
         plan.save(options.plan)
@@ -276,49 +338,61 @@ def _calibration_data(options: argparse.Namespace, model: nn.Module) -> Data:
 
 def _statistics(options: argparse.Namespace, model: nn.Module, data: Data, loader: DataLoader) -> Statistics:
     """From --statistics where there is such a file; else of the model and images, and saved there."""
-    file = options.statistics
-    if file is not None and Path(file).exists():
-        found = Statistics.load(file)
-        try:
-            found.check_model(model)
-        except ValueError as error:
-            raise FileError(f"--statistics: {file} is of another model than {options.file}") from error
+    file, group = options.statistics, world()
+    found = first_makes(group, lambda: _known_statistics(options, model))
+    if found is not None:
         _console.print(f"statistics of {found.images:,} images from {file}")
     images = calibration_count(data, options.images or IMAGES)
     _console.print(tokens_size(describe(model), images, options.memory))
-    if file is not None and Path(file).exists():
+    if found is not None:
         return found
     with share_bar(_console, "calibration") as bar:
-        found = calibrate(model, loader, memory_gb=options.memory, progress=bar)
-    if file is not None:
+        found = calibrate(model, loader, memory_gb=options.memory, progress=bar, group=group)
+    if file is not None and is_first(group):
         found.save(file)
     return found
 
 
+def _known_statistics(options: argparse.Namespace, model: nn.Module) -> Statistics | None:
+    """From --statistics; None where there is no such file."""
+    if options.statistics is None or not Path(options.statistics).exists():
+        return None
+    found = Statistics.load(options.statistics)
+    try:
+        found.check_model(model)
+    except ValueError as error:
+        raise FileError(
+            f"--statistics: {options.statistics} is of another model than {options.file}"
+        ) from error
+    return found
+
+
 def _eval(options: argparse.Namespace) -> None:
+    process = _joined()
     model = open_model(options.model, checkpoint=options.checkpoint)
     if options.knn is not None or options.linear_probe:
-        _eval_features(options, model)
+        _eval_features(options, model, process)
         return
     data = _fit_data(_open_data(options, train=False), model, subset=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    top1, loss = evaluate(model.to(device).eval(), data, workers=options.workers)
+    model = model.to(_device(process)).eval()
+    top1, loss = evaluate(model, data, workers=options.workers, process=process)
     _console.print(f"top-1 {top1:.2f}, cross-entropy {loss:.4f}; {count(model)}")
 
 
-def _eval_features(options: argparse.Namespace, model: nn.Module) -> None:
+def _eval_features(options: argparse.Namespace, model: nn.Module, process: Accelerator | None) -> None:
     """What frozen features tell of the classes of any data, which need not be those of the model."""
     data = _open_data(options).for_model(getattr(model, "pretrained_cfg", None))
     for note in data.notes:
-        print(f"vtp: note: {note}", file=sys.stderr)
+        _note(note)
     if data.num_classes is not None:  # as a stream may not say
         check_data(data, data.num_classes)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with _console.status("evaluating"):
         found = evaluate_features(
-            model.to(device).eval(), data,
-            k=options.knn, linear_probe=options.linear_probe, workers=options.workers,
+            model.to(_device(process)).eval(), data,
+            k=options.knn, linear_probe=options.linear_probe, workers=options.workers, process=process,
         )  # fmt: skip
+    if not found:  # the first of several processes has them
+        return
     said = []
     if options.knn is not None:
         said.append(f"k-NN top-1 {found['knn']:.2f} (k {options.knn})")
@@ -327,6 +401,7 @@ def _eval_features(options: argparse.Namespace, model: nn.Module) -> None:
     _console.print(f"{', '.join(said)}; {count(model)}")
 
 
+@_once
 def _predict(options: argparse.Namespace) -> None:
     model = open_model(options.file).float().eval()
     if model.num_classes < 1:
@@ -337,13 +412,19 @@ def _predict(options: argparse.Namespace) -> None:
             "vtp.load(FILE); model.pretrained_cfg = {'mean': ..., 'std': ..., 'label_names': ...}; "
             "vtp.save(model, FILE)"
         )
-    pipeline, images = image_pipeline(image_config(model)), open_images(options.images)
+    pipeline = image_pipeline(image_config(model))
     if class_names(model) is None:
         set_imagenet_names(model)
         guess = "numbered from 0" if class_names(model) is None else "taken to be ImageNet's, as timm does"
-        print(f"vtp: note: {options.file} does not name its classes: {guess}", file=sys.stderr)
+        _note(f"{options.file} does not name its classes: {guess}")
     names, words = class_names(model), class_descriptions(model)
-    for path, image in zip(options.images, images, strict=True):
+    unread: list[str] = []
+    for path in options.images:
+        try:
+            (image,) = open_images([path])
+        except DataError as error:  # the others are predicted nevertheless
+            unread.append(str(error))
+            continue
         with torch.inference_mode():
             probabilities = model(pipeline.batch([pipeline.pixels(image)]))[0].float().softmax(dim=0)
         if not probabilities.isfinite().all():
@@ -354,8 +435,11 @@ def _predict(options: argparse.Namespace) -> None:
             name = f"class {label}" if names is None else names[label]
             more = "" if words is None or words[label] == name else f" ({words[label]})"
             _console.print(f"  {probability:7.2%}  {name}{more}")
+    if unread:
+        raise DataError("; ".join(unread))
 
 
+@_once
 def _bench(options: argparse.Namespace) -> None:
     if options.json is not None:
         try:
@@ -428,6 +512,7 @@ def _profile_widths(options: argparse.Namespace) -> None:
     )
 
 
+@_once
 def _export(options: argparse.Namespace) -> None:
     target, export = TARGETS[options.to]
     arguments: dict[str, Any] = {"dtype": getattr(torch, options.dtype)}
@@ -485,8 +570,12 @@ def _images_to_check(options: argparse.Namespace, model: nn.Module, count: int) 
     return next(iter(loader))[0]
 
 
+@_once
 def _inspect(options: argparse.Namespace) -> None:
     path = Path(options.file)
+    if not path.exists() and path.suffix not in (".json", ".safetensors"):
+        _inspect_named(options.file)
+        return
     if path.suffix == ".json":
         _console.print(str(PruningPlan.load(path)))
         return
@@ -513,6 +602,17 @@ def _inspect(options: argparse.Namespace) -> None:
         _console.print(json.dumps(description["architecture"]))
 
 
+def _inspect_named(name: str) -> None:
+    """What is known of a model by its name, without its weights."""
+    model = open_without_weights(name)
+    _console.print(f"{name}: {count(model)}; its weights are not read")
+    _console.print(_images_and_classes(model))
+    if isinstance(model, CompactModel):
+        _console.print(f"cut from the model with fingerprint {model.plan.parent[:16]}\n{model.plan}")
+    else:
+        _console.print(json.dumps(dataclasses.asdict(describe(model))))
+
+
 # ------------------------------------------------------------------------------------------------ helpers
 
 
@@ -524,7 +624,7 @@ def _fit_data(data: Data, model: nn.Module, *, subset: bool = False) -> Data:
     """`fit_data`, with what there is to say about the data on stderr."""
     fitted = fit_data(data, model, subset=subset)
     for note in fitted.notes:
-        print(f"vtp: note: {note}", file=sys.stderr)
+        _note(note)
     return fitted
 
 
@@ -863,7 +963,11 @@ def _add_inspect(commands: Any) -> None:
         commands, "inspect", _inspect, "show what a file of ours holds",
         "vtp inspect runs/demo/compact.safetensors",
     )  # fmt: skip
-    parser.add_argument("file", help="a model, a training checkpoint or a plan.json")
+    parser.add_argument(
+        "file",
+        help="a model, a training checkpoint or a plan.json; or a timm model name, hf-hub:OWNER/NAME, "
+        "local-dir:FOLDER or hf:NAME, of which no weights are read",
+    )
 
 
 _WITH_CALIBRATION = (

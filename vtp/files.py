@@ -70,8 +70,23 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def refuse_meta(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if some of a model's tensors, by name, are on the meta device."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"model: {name} is on the meta device, where there are no numbers; expected weights: "
+                "model.to_empty(device='cpu'), then model.load_state_dict(...)"
+            )
+
+
 def fingerprint(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """SHA-256 (hex) over `text` and the names, dtypes, shapes and bytes of `tensors`, in name order."""
+    """SHA-256 (hex) over `text` and the names, dtypes, shapes and bytes of `tensors`, in name order.
+
+    Raises:
+        ValueError: a tensor is on the meta device.
+    """
+    refuse_meta(tensors)
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

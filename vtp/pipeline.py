@@ -21,8 +21,10 @@ A run is one folder:
 
 import dataclasses
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from torch.utils.data import DataLoader
 
 from vtp.checkpoint import load, save
 from vtp.files import FileError, fingerprint, refuse_unwritable, write_atomic
+from vtp.group import Group, first_makes, is_first, take_from_first, world
 from vtp.hub import save_pretrained
 from vtp.machine import environment
 from vtp.model.architecture import describe
@@ -103,12 +106,18 @@ def _small_recipe() -> Recipe:
     )
 
 
+def _loading_processes() -> int:
+    """As many as released models were trained with, but no more than this process has cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores)
+
+
 def _deit_recipe() -> Recipe:
     """The recipe for released DeiT, ViT and DINOv2 models on image folders: DeiT's augmentation (arXiv
     2012.12877) and the paper's 100 + 100 epochs and lambda (arXiv 2104.08500)."""
     tuning = TrainConfig(
         epochs=100, batch_size=128, lr=2e-5, min_lr=1e-6, warmup_epochs=5.0, weight_decay=0.05,
-        mixup=0.8, cutmix=1.0, drop_path=0.1, precision="bf16", workers=8,
+        mixup=0.8, cutmix=1.0, drop_path=0.1, precision="bf16", workers=_loading_processes(),
     )  # fmt: skip
     return Recipe(
         augment="deit",
@@ -131,7 +140,8 @@ def _short_deit_recipe() -> Recipe:
     its one-shot cut of models for image folders."""
     recovery = TrainConfig(
         epochs=10, batch_size=32, lr=1.5e-5, min_lr=0.0, warmup_epochs=0.0, weight_decay=0.01,
-        label_smoothing=0.0, distill_alpha=0.3, distill_temperature=2.0, precision="bf16", workers=8,
+        label_smoothing=0.0, distill_alpha=0.3, distill_temperature=2.0, precision="bf16",
+        workers=_loading_processes(),
     )  # fmt: skip
     return dataclasses.replace(_deit_recipe(), finetune=recovery)
 
@@ -256,10 +266,9 @@ def run(
     models = {"dense": dense}
     if not config.one_shot:
         models["sparse"] = keep("sparse", stage("sparse", insert_gates(dense), teacher=dense))
-    cut = _Cut(config, data, run_dir, resume, memory_gb, console)
+    cut = _Cut(config, data, run_dir, resume, memory_gb, console, world())
     start = models.get("sparse", dense).to(process.device)
-    if process.is_main_process:
-        cut.write(start)
+    cut.write(start)
     process.wait_for_everyone()
     models["pruned"] = cut.read(start)
     models["compact"] = keep("compact", stage("finetune", models["pruned"], teacher=dense))
@@ -267,7 +276,8 @@ def run(
         _say(console, "comparing")
         results = _results(models, data, run_dir, config)
         if config.one_shot:
-            results["pareto"] = _pareto(models, cut.statistics(start))
+            alone = dataclasses.replace(cut, group=None)
+            results["pareto"] = _pareto(models, alone.statistics(start))
         write_atomic(run_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
         console.print(comparison_table(results))
         write_report(run_dir)
@@ -280,8 +290,9 @@ def run(
 class _Cut:
     """From the dense model, or from the sparse-trained one, to the compact model before fine-tuning.
 
-    All processes and a resumed run go on with what it writes to the run folder: calibrated or refitted anew,
-    on another number of threads say, a model would not be the same to the last bit.
+    The processes of a group share the images; the first chooses, says and writes. All of them and a resumed
+    run go on with what it writes to the run folder: calibrated or refitted anew, on another number of threads
+    or processes say, a model would not be the same to the last bit.
     """
 
     config: RunConfig
@@ -290,42 +301,51 @@ class _Cut:
     resume: bool
     memory_gb: float | None
     console: Console
+    group: Group = None
 
     def write(self, start: nn.Module) -> None:
         """Write plan.json and pruned.safetensors, unless a run that is resumed has done so."""
-        if self.resume and self._found(start):
+        if first_makes(self.group, lambda: self._is_written(start)):
             return
-        if not self.resume:  # no statistics but of this run
-            self._statistics_file.unlink(missing_ok=True)
+        # On unlike machines the processes may have trained to other last bits; one model is cut.
+        take_from_first(self.group, *start.state_dict().values())
         config = self.config
         statistics = self.statistics(start) if config.one_shot else None
-        plan = make_plan(start, statistics=statistics, **config.budget)
+        plan = first_makes(self.group, lambda: make_plan(start, statistics=statistics, **config.budget))
         _say(self.console, str(plan))
         options: dict[str, Any] = {}
         if config.one_shot or config.refit:
             options = {"images": self._images(start), "memory_gb": self.memory_gb}
         with share_bar(self.console, "refit") as bar:
-            small = compact(start, plan, progress=bar, **options)
-        plan.save(self.run_dir / "plan.json")
-        save(small, self._file, metadata={"data": Path(self.data.name).name})
+            small = compact(start, plan, progress=bar, group=self.group, **options)
+        if is_first(self.group):
+            plan.save(self.run_dir / "plan.json")
+            save(small, self._file, metadata={"data": Path(self.data.name).name})
 
     def read(self, start: nn.Module) -> CompactModel:
         """The compact model, where `start` is."""
         return load(self._file).to(next(start.parameters()).device).eval()
 
     def statistics(self, start: nn.Module) -> Statistics:
-        """Of the dense model; from the run folder if it has them."""
-        file = self._statistics_file
-        if file.is_file():
-            found = Statistics.load(file)
-            found.check_model(start)
-            return found
+        """Of the dense model; from the run folder if it has them, else written there."""
+        known = first_makes(self.group, lambda: self._known_statistics(start))
+        if known is not None:
+            return known
         images = calibration_count(self.data, self.config.images)
         size = tokens_size(describe(start), images, self.memory_gb)
         _say(self.console, f"calibrating on {size}")
+        options: dict[str, Any] = {"memory_gb": self.memory_gb, "group": self.group}
         with share_bar(self.console, "calibration") as bar:
-            found = calibrate(start, self._images(start), memory_gb=self.memory_gb, progress=bar)
-        found.save(file)
+            found = calibrate(start, self._images(start), progress=bar, **options)
+        if is_first(self.group):
+            found.save(self._statistics_file)
+        return found
+
+    def _known_statistics(self, start: nn.Module) -> Statistics | None:
+        if not self._statistics_file.is_file():
+            return None
+        found = Statistics.load(self._statistics_file)
+        found.check_model(start)
         return found
 
     @property
@@ -336,8 +356,11 @@ class _Cut:
     def _file(self) -> Path:
         return self.run_dir / "pruned.safetensors"
 
-    def _found(self, start: nn.Module) -> bool:
-        """Whether the run folder has the cut of just this model, and its plan."""
+    def _is_written(self, start: nn.Module) -> bool:
+        """Whether the run that is resumed has left the cut of just this model, and its plan."""
+        if not self.resume:
+            self._statistics_file.unlink(missing_ok=True)  # of another run
+            return False
         if not self._file.is_file() or not (self.run_dir / "plan.json").is_file():
             return False
         return load(self._file).plan.parent == fingerprint(start.state_dict())
@@ -345,8 +368,9 @@ class _Cut:
     def _images(self, start: nn.Module) -> DataLoader:
         settings = self.config.recipe.finetune
         return calibration_images(
-            start, self.data, self.config.images, seed=settings.seed, workers=settings.workers
-        )
+            start, self.data, self.config.images, seed=settings.seed, workers=settings.workers,
+            group=self.group,
+        )  # fmt: skip
 
 
 def _say(console: Console, text: str) -> None:
@@ -425,7 +449,8 @@ def describe_images(model: nn.Module, data: Data) -> None:
 def _check_before_training(config: RunConfig, model: nn.Module, data: Data) -> None:
     """Refuse now what would stop a later stage: the model, a budget no plan can meet, settings of a stage."""
     insert_gates(model)  # refuses a model that has some, or that is not supported
-    check_budget(model, config.budget, calibrated=config.one_shot, refitted=config.one_shot or config.refit)
+    cut = {"calibrated": config.one_shot, "refitted": config.one_shot or config.refit}
+    first_makes(world(), lambda: check_budget(model, config.budget, **cut))
     for name in config.stages:
         stage: TrainConfig = getattr(config.recipe, name)
         if stage.precision == "fp16" and not torch.cuda.is_available():
@@ -446,6 +471,25 @@ def make_run_folder(run_dir: str | Path) -> Path:
         raise FileError(f"run folder: cannot make {run_dir}: {error.strerror}") from error
     refuse_unwritable(run_dir / "metrics.jsonl")
     return run_dir
+
+
+@contextmanager
+def run_folder(run_dir: str | Path) -> Iterator[Path]:
+    """The folder of a run, made if it is not there; where an error comes before anything is in it, none is
+    left.
+
+    Raises:
+        FileError: it is a file, or cannot be made or written.
+    """
+    run_dir = Path(run_dir)
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    try:
+        yield make_run_folder(run_dir)
+    except Exception:
+        with suppress(OSError):  # there is something in it
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def _begin_folder(config: RunConfig, run_dir: Path, resume: bool, model: nn.Module, data: Data) -> None:
@@ -490,9 +534,19 @@ def _check_same_run(run_dir: Path, wanted: dict[str, Any], resume: bool, data: D
     before, now = (_what_counts(each, run_dir, data) for each in (found, wanted))
     odd = [name for name in now if before.get(name) != now[name]]
     if odd:
+        changes = "; ".join(_difference(name, before.get(name), now[name]) for name in odd)
         raise FileError(
-            f"run folder: {run_dir} holds a run with another {', '.join(odd)}; it cannot be resumed"
+            f"run folder: {run_dir} holds a run with another {', '.join(odd)}; it cannot be resumed "
+            f"({changes})"
         )
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """What differs in a setting, in words; of several under one name those that do."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        odd = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return "; ".join(_difference(f"{name}.{key}", before.get(key), now.get(key)) for key in odd)
+    return f"{name}: the run has {before!r}, now {now!r}"
 
 
 def _what_counts(written: dict[str, Any], run_dir: Path, data: Data) -> dict[str, Any]:

@@ -93,6 +93,27 @@ def open_model(
     return model
 
 
+def open_without_weights(name: str) -> nn.Module:
+    """The model of a name as `open_model` takes it, but for files of ours, on the meta device: of a hub its
+    config alone is fetched, so that one of transformers does not say how its images are normalised.
+
+    Raises:
+        FileError, UnsupportedModelError: as `open_model` does.
+    """
+    if name == FASHION_DEIT:
+        return open_model(name).to("meta")
+    if name.startswith(hugging_face.PREFIX):
+        return hugging_face.without_weights(name.removeprefix(hugging_face.PREFIX))
+    own = timm_name(name)
+    with torch.device("meta"):
+        model = _create(own)
+    if not isinstance(model, CompactModel):
+        describe(model)
+    if ":" not in own:
+        set_imagenet_names(model)
+    return model
+
+
 def open_teacher(name: str, checkpoint: str | Path | None = None) -> nn.Module:
     """A model to distil from, of any architecture that timm has, on the CPU, in eval mode.
 

@@ -93,6 +93,14 @@ def test_the_code_for_backbones_gives_the_maps_that_it_says(known):
         assert [maps.shape for maps in known["maps"]] == [(16, 48, 2, 2)] * 2
 
 
+def test_the_code_for_several_processes_runs_in_one(known):
+    (shared,) = (block for block in code("scale") if "vtp.calibrate" in block)
+    known["model"] = timm.create_model("deit_tiny_patch16_224")
+    exec(shared, known)
+    assert known["statistics"].images == 16 and known["ranks"] == 1
+    assert vtp.count(known["small"]).macs <= 0.6 * vtp.count(known["model"]).macs
+
+
 def test_the_guides_code_runs_in_order_and_does_what_it_says(known):
     theirs, *ours = code("coming-from")
     assert "torch_pruning" in theirs and not any("torch_pruning" in block for block in ours)

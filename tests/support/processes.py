@@ -6,11 +6,14 @@ process from scratch imports PyTorch again.
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 # Nothing of the project. With timm comes Triton: the interpreter of kernels starts from scratch, as it has to
@@ -23,6 +26,40 @@ def forks() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
+
+
+def on_ranks(count: int, function: Callable, *arguments: Any, timeout: float = 120.0) -> list[int | None]:
+    """Run `function(rank, *arguments)`, of the top of a module, on so many ranks, as torchrun would start
+    them on a machine without a GPU, with a thread each: their exit statuses, None of one that hangs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        forks().Process(target=_rank, args=(rank, count, port, function, arguments)) for rank in range(count)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout)
+    statuses = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    return statuses
+
+
+def _rank(rank: int, count: int, port: int, function: Callable, arguments: tuple) -> None:
+    import torch  # the server has
+
+    torch.set_num_threads(1)
+    shared = {
+        "WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    own = {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
+    os.environ |= {name: str(value) for name, value in (shared | own).items()}
+    function(rank, *arguments)
 
 
 def python(

@@ -742,6 +742,10 @@ def test_commands_take_it_as_a_model_and_files_say_where_they_came_from(folder, 
     assert first.split() == [first.split()[0], predicted]
     assert run("eval", "--model", name, "--data", data) == 0
     assert str(vtp.count(model)) in capsys.readouterr().out
+    assert run("inspect", name) == 0
+    printed = capsys.readouterr().out
+    assert str(vtp.count(model)) in printed and "classes: 3: cat, dog, tree" in printed
+    assert "how they are normalised is not known" in printed  # preprocessor_config.json is not read
     command = ("prune", name, "--calibrate", data, "--macs", 0.5 * vtp.count(model).macs, "--out", small)
     assert run(*command) == 0
     capsys.readouterr()
@@ -781,7 +785,9 @@ def test_a_command_that_cannot_open_it_says_why_and_writes_nothing(tmp_path, cap
     assert not out.exists()
 
 
-@pytest.mark.parametrize("command", ["run", "train", "finetune", "eval", "prune", "predict", "export"])
+@pytest.mark.parametrize(
+    "command", ["run", "train", "finetune", "eval", "prune", "predict", "export", "inspect"]
+)
 def test_help_names_it(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -19,6 +19,7 @@ from rich.console import Console
 
 import vtp
 from tests.support.models import TINY, build
+from tests.support.processes import on_ranks
 from vtp import cli, pipeline
 from vtp.model.images import class_names
 from vtp.pipeline import RECIPES, STAGES, RunConfig, run
@@ -255,6 +256,31 @@ def only_begin(monkeypatch):
     monkeypatch.setattr(pipeline, "train", stop)
 
 
+def _one_shot_on_rank(rank: int, config: RunConfig, out) -> None:
+    pipeline.interleaved_latency = lambda m, x: interleaved_latency(m, x, seconds=0.0)
+    run(config, out, progress=False)
+
+
+@pytest.mark.thorough  # two processes
+def test_one_shot_run_of_two_processes_calibrates_and_cuts_as_one(one_shot, folder, tmp_path):
+    assert on_ranks(2, _one_shot_on_rank, one_shot_config(folder, one_shot), tmp_path / "run") == [0, 0]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in one_shot.iterdir()}
+    ours, theirs = (vtp.Statistics.load(f / "statistics.safetensors") for f in (tmp_path / "run", one_shot))
+    assert (ours.images, ours.change_images, ours.parent) == (24, theirs.change_images, theirs.parent)
+    for name in ("variance", "activation", "changes"):  # float32
+        for key in (key for key in theirs.tensors if key.endswith(name)):
+            torch.testing.assert_close(ours.tensors[key], theirs.tensors[key], rtol=1e-4, atol=1e-6)
+    assert vtp.load(tmp_path / "run" / "compact.safetensors").plan.cost.macs <= 14e3
+
+
+@pytest.mark.parametrize("name", ["deit", "short-deit"])
+def test_recipes_load_with_no_more_processes_than_there_are_cores(name, monkeypatch):
+    for cores, expected in ((2, 2), (64, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        recipe = RECIPES[name]()
+        assert {getattr(recipe, stage).workers for stage in STAGES} == {expected}
+
+
 def with_workers(config: RunConfig, workers: int) -> RunConfig:
     stages = {name: dataclasses.replace(getattr(config.recipe, name), workers=workers) for name in STAGES}
     return dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, **stages))
@@ -271,7 +297,10 @@ def test_a_run_is_resumed_with_its_data_elsewhere_and_any_number_of_workers(
             run(with_workers(small_config(data), 2), tmp_path / "run", resume=True, progress=False)
     file = tmp_path / "moved" / "train" / "class1" / "3.png"
     file.write_bytes(file.read_bytes() + b"longer")
-    with pytest.raises(vtp.FileError, match=r"another data\.train; it cannot be resumed"):
+    changes = (
+        r"another data\.train; it cannot be resumed \(data\.train: the run has '48 images, \w+', now '48 "
+    )
+    with pytest.raises(vtp.FileError, match=changes):
         run(small_config("moved"), tmp_path / "run", resume=True, progress=False)
 
 
@@ -326,7 +355,9 @@ def test_settings_of_a_stage_that_has_not_begun_may_change(folder, finished, tmp
         run(changed, tmp_path / "run", resume=True, progress=False)
     smaller = dataclasses.replace(config.recipe.sparse, batch_size=8)
     changed = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, sparse=smaller))
-    with pytest.raises(vtp.FileError, match="another sparse; it cannot be resumed"):
+    with pytest.raises(
+        vtp.FileError, match=r"another sparse; it cannot be resumed \(sparse\.\w+: the run has"
+    ):
         run(changed, tmp_path / "run", resume=True, progress=False)
 
 

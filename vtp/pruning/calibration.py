@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vtp.files import FileError, fingerprint, write_atomic
+from vtp.group import Group, first_makes, share, sum_over
 from vtp.model.architecture import Architecture, describe
 from vtp.model.widths import SITES
 from vtp.pruning.dense_block import (
@@ -36,7 +37,7 @@ from vtp.pruning.dense_block import (
     split_heads,
 )
 from vtp.pruning.moments import Moments, narrowed_scores, oas_damping, obs_curve, turned_values
-from vtp.pruning.streams import Progress, Store, Stream, embedded, first_images, plain_copy
+from vtp.pruning.streams import Progress, Store, Stream, embedded, plain_copy
 
 STATISTICS_VERSION = 1
 # The share of a unit's width to which it is cut alone, to measure what that does to the output; queries and
@@ -132,6 +133,7 @@ def calibrate(
     *,
     memory_gb: float | None = None,
     progress: Progress | None = None,
+    group: Group = None,
 ) -> Statistics:
     """Run a dense or gated model over images, without labels, and keep what a cut must know.
 
@@ -145,6 +147,11 @@ def calibrate(
         memory_gb: what the images' tokens may take, in units of 1e9 bytes; the rest goes to a temporary file.
             Beside them there are the second moments of one block, 0.1 GB for a DeiT-B.
         progress: called with what is going on and the share that is done.
+        group: processes that share the work, torch.distributed.group.WORLD say: all of them call this, each
+            with a share of the images of its own (dealt in turn, image i to rank i mod size, they are those
+            that one process would read) and memory of its own. Sums and changes are over all images; all
+            get the same statistics, bit for bit, which are those of one process to rounding. None: this
+            process alone, whatever others do.
 
     Returns:
         Statistics, for `make_plan` and `pareto`.
@@ -152,7 +159,9 @@ def calibrate(
     Raises:
         UnsupportedModelError: as `insert_gates` does.
         ImagesError: images of another shape or kind than the model's, or none, or not finite.
-        ValueError: the model's own activations or outputs are not finite.
+        ValueError: the model's own activations or outputs are not finite; or the processes have different
+            models.
+        RankError: another process of the group met an error.
     """
     architecture = describe(model)
     plain = plain_copy(model)
@@ -161,7 +170,8 @@ def calibrate(
     device = plain.patch_embed.proj.weight.device
     store = Store(memory_gb, device)
     try:
-        stream = embedded(plain, first_images(images, _images_needed(architecture)), store, progress)
+        needed = _images_needed(architecture)
+        stream = embedded(plain, images, store, progress, most=needed, group=group)
         probe = _Probe(plain, stream)
         tensors: dict[str, Tensor] = {}
         for i, block in enumerate(plain.blocks):
@@ -171,7 +181,9 @@ def calibrate(
             sums = _gather(dense, stream, device, narrows)
             for key, value in _block_tensors(dense, sums, before, narrows, partial(probe.change, i)):
                 tensors[f"blocks.{i}.{key}"] = value.cpu().contiguous()
-        return Statistics(architecture, parent, stream.images, probe.images, probe.unit, tensors)
+        made = Statistics(architecture, parent, stream.images, probe.everyones, probe.unit, tensors)
+        # The sums were the same everywhere; what was solved from them, on other hardware, need not be.
+        return first_makes(group, lambda: made)
     finally:
         store.close()
 
@@ -262,41 +274,59 @@ def _gather(dense: _Block, stream: Stream, device: torch.device, narrows: bool) 
         hidden = activated(mlp, mlp.fc1(normed))
         sums.sites["mlp.fc2"].add(hidden.flatten(0, 1))
         piece.copy_(x + scaled(mlp.fc2(hidden), gammas[1]))
+    for moments in (*sums.sites.values(), *sums.queries, *sums.keys):
+        moments.sum_over(stream.group)
     return sums
 
 
 class _Probe:
-    """What becomes of the output of the whole model when one block puts out something else."""
+    """What becomes of the output of the whole model when one block puts out something else.
+
+    Attributes:
+        images: so many images it is measured on here; everyones: on all processes together.
+        unit: of the change, as in `Statistics`.
+    """
 
     def __init__(self, plain: nn.Module, stream: Stream) -> None:
         depth = len(plain.blocks)
         # Each block is cut alone seven times and half of the model runs after it: as much as two passes
         # over the images that moments are taken from.
         images = min(max(LEAST_PROBED, int(2 * stream.images / (3.5 * depth))), MOST_PROBED)
-        self.images = min(images, stream.images)
-        self._model, self._ropes = plain, stream.ropes
+        self.images = min(share(images, stream.group), sum(map(len, stream.pieces)))
+        self._model, self._ropes, self._group = plain, stream.ropes, stream.group
         self.unit = "KL" if plain.num_classes > 1 else "relative error"
         device = plain.patch_embed.proj.weight.device
         self._dense = dense = self._output(0, stream.first(self.images).to(device)).double()
-        if not dense.isfinite().all():
+        self.everyones = int(self._total(torch.tensor(float(len(dense)), dtype=torch.float64, device=device)))
+        mean = self._total(dense.sum(0)) / self.everyones
+        if not mean.isfinite().all():
             raise ValueError("model: got outputs that are NaN or infinite on these images, expected finite")
         # Images that are all the same, one say, leave nothing but how large the output is.
-        spread = (dense - dense.mean(0)).square().mean().item()
-        self._scale = max(spread, 1e-12 * dense.square().mean().item()) or 1.0
+        spread, size = (self._mean_square(values) for values in (dense - mean, dense))
+        self._scale = max(spread, 1e-12 * size) or 1.0
 
     def change(self, block: int, x: Tensor) -> float:
         """How far the output is from the dense model's with x behind this block."""
         got, dense = self._output(block + 1, x).double(), self._dense
         if self.unit == "KL":
             dense, got = dense.log_softmax(-1), got.log_softmax(-1)
-            change = (dense.exp() * (dense - got)).sum(-1).mean().item()
+            change = self._total((dense.exp() * (dense - got)).sum()).item() / self.everyones
         else:
-            change = (got - dense).square().mean().item() / self._scale
+            change = self._mean_square(got - dense) / self._scale
         if not math.isfinite(change):
             raise ValueError(
                 f"model: got NaN or infinite outputs with a part of block {block} cut, expected finite ones"
             )
         return max(change, 0.0)
+
+    def _total(self, own: Tensor) -> Tensor:
+        """The sum of what all processes have."""
+        sum_over(self._group, own)
+        return own
+
+    def _mean_square(self, values: Tensor) -> float:
+        """Mean square of values [images, ...] over the images of all processes."""
+        return self._total(values.square().sum()).item() / (self.everyones * values.shape[1:].numel())
 
     def _output(self, block: int, x: Tensor) -> Tensor:
         for later, rope in zip(self._model.blocks[block:], self._ropes[block:], strict=True):

@@ -16,6 +16,7 @@ place (token merging swaps classes) fails at its first reshape, as heads are not
 import contextlib
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
@@ -29,6 +30,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
 from torch import Tensor, nn
 
+from vtp.files import fingerprint
+from vtp.group import Group
 from vtp.model.architecture import Architecture, describe
 from vtp.model.widths import SITES
 from vtp.pruning.dense_block import activated, hidden_rows, layer_scales, scaled
@@ -454,8 +457,14 @@ def compact(
     images: Tensor | Iterable | None = None,
     memory_gb: float | None = None,
     progress: Progress | None = None,
+    group: Group = None,
 ) -> CompactModel:
     """Cut a gated or dense model to a plan. The result shares no memory with it.
+
+    A plan that was made of other weights than the model's is followed, with a UserWarning that names both
+    fingerprints: it may be meant, as weights that were trained a little further, or cast to another dtype,
+    are others; a plan of another model of the same shape keeps what matters there, and is no better here than
+    a draw. Plans of a latency profile name no weights, and are followed without a word.
 
     Args:
         model: the model that the plan was made for. It is not changed.
@@ -467,6 +476,9 @@ def compact(
         memory_gb: what the tokens of the images may take, for both models, in units of 1e9 bytes; the rest
             goes to a temporary file.
         progress: called with what is going on and the share that is done.
+        group: with images, processes that share them, as `vtp.calibrate` takes it: all have the same model
+            and plan, each has images of its own, and all get the same weights, bit for bit: those of one
+            process to rounding.
 
     Returns:
         CompactViT, or CompactEva of timm's Eva, with the dtype, device and train/eval mode of `model`, all
@@ -475,7 +487,8 @@ def compact(
     Raises:
         PlanError: the plan was made for a model of other widths, or has cuts that take images.
         ImagesError: images of another shape or kind than the model's, or none, or not finite.
-        ValueError: with images: activations are not finite.
+        ValueError: with images: activations are not finite, or the processes have different models or plans.
+        RankError: another process of the group met an error.
     """
     gated = with_gates(model)
     layers = sites(gated)
@@ -492,6 +505,7 @@ def compact(
         raise PlanError(
             "plan: it narrows queries and keys, or turns values, which takes images; give some to vtp.compact"
         )
+    _warn_of_other_weights(model, gated, plan)
     plan = dataclasses.replace(plan, architecture=architecture)
     small = empty_compact(plan)
     state = {name: tensor for name, tensor in gated.state_dict().items() if not name.startswith("blocks.")}
@@ -510,7 +524,7 @@ def compact(
         plain = plain_copy(gated)
         dtype = small.patch_embed.proj.weight.dtype
         small.to(plain.patch_embed.proj.weight.dtype).eval()
-        refit(plain, small, plan, images, memory_gb=memory_gb, progress=progress)
+        refit(plain, small, plan, images, memory_gb=memory_gb, progress=progress, group=group)
         small.to(dtype)
     for name in ("pretrained_cfg", "default_cfg"):
         if hasattr(gated, name):
@@ -518,6 +532,22 @@ def compact(
     if plan.architecture.distilled:
         small.set_distilled_training(gated.distilled_training)
     return small.train(gated.training)
+
+
+def _warn_of_other_weights(model: nn.Module, gated: nn.Module, plan: PruningPlan) -> None:
+    """Warn where a plan names other weights than the model's, as it is, with gates of 1, or with its gates
+    folded into its weights: these are one model, and a plan may have been made of any of them."""
+    if not plan.parent or any(parameter.is_meta for parameter in gated.parameters()):
+        return
+    forms = (lambda: model, lambda: gated, lambda: plain_copy(gated))
+    if all(fingerprint(form().state_dict()) != plan.parent for form in forms):
+        own = fingerprint(model.state_dict())
+        warnings.warn(
+            f"plan: made of weights with the fingerprint {plan.parent[:16]}, the model's have {own[:16]}: "
+            "what it keeps was chosen for others (trained further since, cast, or of another model)",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _takes_images(gated: nn.Module, plan: PruningPlan) -> bool:

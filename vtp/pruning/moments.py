@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from vtp.group import Group, sum_over
+
 # Damping is at least this share of the mean variance: with all inputs independent of each other, or more
 # samples than anyone has, the estimate of OAS is that nothing is needed, and rounding says something else.
 LEAST_DAMPING = 1e-8
@@ -73,6 +75,27 @@ class Moments:
             e = torch.cat(targets)
             self._e += e.sum(0)
             self._xe += x.T @ e
+
+    def sum_over(self, group: Group) -> None:
+        """Be of the rows of all processes of a group, of which each took in some, or none; the last of all.
+
+        Each has centred its rows where its own first batch had its mean. They are centred anew, in float64,
+        around the mean of these: the products lose no digits by it.
+        """
+        if group is None:
+            return
+        self._take_in()
+        own = torch.zeros_like(self._x) if self._shift is None else self._shift.double()
+        known = torch.cat([self.count * own, own.new_tensor([self.count])])
+        sum_over(group, known)
+        shift = known[:-1] / known[-1]
+        moved = own - shift
+        cross = torch.outer(self._x, moved)
+        self._xx += cross + cross.T + self.count * torch.outer(moved, moved)
+        self._xe += torch.outer(moved, self._e)
+        self._x += self.count * moved
+        self.count, self._shift = int(known[-1]), shift
+        sum_over(group, self._x, self._xx, self._e, self._xe)
 
     @property
     def mean(self) -> Tensor:

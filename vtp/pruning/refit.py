@@ -16,6 +16,7 @@ Cf. Frantar and Alistarh, "Optimal Brain Compression", NeurIPS 2022, and the clo
 arXiv 2608.17657, and CORP, arXiv 2602.05243.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
+from vtp.group import Group, refuse_different, sum_over, take_from_first, together
 from vtp.model.architecture import Architecture
 from vtp.model.widths import SITES
 from vtp.pruning.dense_block import (
@@ -37,7 +39,7 @@ from vtp.pruning.dense_block import (
 )
 from vtp.pruning.moments import Moments, finite, narrowed_scores, ridge, turned_values
 from vtp.pruning.plan import PruningPlan
-from vtp.pruning.streams import Progress, Store, embedded, first_images
+from vtp.pruning.streams import Progress, Store, Stream, embedded
 
 # Rows that moments are taken from, spread over all images: so many for each input of the widest layer, and
 # this many at least. Images count, as the tokens of one are alike; more rows take time and add little.
@@ -57,6 +59,7 @@ def refit(
     progress: Progress | None = None,
     damping: float | None = None,
     feedback: bool = True,
+    group: Group = None,
 ) -> None:
     """Set the weights of a cut model's blocks, in place. A LayerScale becomes a part of them, and 1.
 
@@ -69,21 +72,25 @@ def refit(
         progress: called with what is going on and the share that is done.
         damping: as `moments.ridge` takes it.
         feedback: False takes the dense branch's own outputs as the targets of proj and fc2.
+        group: as `vtp.calibrate` takes it. Each process runs its images; sums are over all of them, and what
+            is solved from these on the first process goes to all.
 
     Raises:
-        ImagesError: as `vtp.calibrate` does.
-        ValueError: activations are not finite.
+        ImagesError, RankError: as `vtp.calibrate` does.
+        ValueError: activations are not finite; or the processes have different models or plans.
     """
+    if group is not None:
+        refuse_different(group, "plan", json.dumps(plan.to_dict()))
     store = Store(memory_gb, plain.patch_embed.proj.weight.device)
     try:
-        stream = embedded(plain, first_images(images, MOST_IMAGES), store, progress)
-        dense = stream.pieces
-        cut = [store.keep(piece.clone()) for piece in dense]
+        stream = embedded(plain, images, store, progress, most=MOST_IMAGES, group=group)
+        with together(group):  # a disk may be full
+            cut = [store.keep(piece.clone()) for piece in stream.pieces]
         for i, (block, own) in enumerate(zip(plain.blocks, small.blocks, strict=True)):
             if progress is not None:
                 progress(f"block {i + 1} of {len(plain.blocks)}", i / len(plain.blocks))
             read = _read_tokens(plan.architecture) if i == len(plain.blocks) - 1 else None
-            fit = _BlockFit(plan, i, block, own, dense, cut, stream.ropes[i], read, damping, feedback)
+            fit = _BlockFit(plan, i, block, own, stream, cut, read, damping, feedback)
             fit.attention(store)
             fit.mlp()
     finally:
@@ -106,7 +113,7 @@ class _BlockFit:
     Args:
         plan, index: what is kept, and of which block.
         block, own: it in the dense and in the cut model.
-        dense, cut: the streams; rope: what rotates queries and keys in both, None for none.
+        stream, cut: of the dense model, and the pieces of that of the cut one.
         read: tokens of an image, from the first on, that what the block puts out is fitted on; None for all.
         damping, feedback: as `refit` takes them.
     """
@@ -117,19 +124,18 @@ class _BlockFit:
         index: int,
         block: nn.Module,
         own: nn.Module,
-        dense: list[Tensor],
+        stream: Stream,
         cut: list[Tensor],
-        rope: Tensor | None,
         read: int | None,
         damping: float | None,
         feedback: bool,
     ) -> None:
-        self.block, self.own, self.dense, self.cut, self.read = block, own, dense, cut, read
-        self.rope, self.gammas = rope, layer_scales(block)
-        rows = max(ROWS_PER_INPUT * max(plan.widths.values()), LEAST_ROWS)
-        self.every = max(1, sum(piece.shape[0] * piece.shape[1] for piece in dense) // rows)
+        self.block, self.own, self.dense, self.cut, self.read = block, own, stream.pieces, cut, read
+        self.rope, self.gammas, self.group = stream.ropes[index], layer_scales(block), stream.group
         self.damping, self.feedback = damping, feedback
         self.device = block.attn.qkv.weight.device
+        rows = max(ROWS_PER_INPUT * max(plan.widths.values()), LEAST_ROWS)
+        self.taken = self._rows_taken(stream, every=max(1, stream.images * stream.tokens // rows))
         self.kept = {
             site: torch.tensor(plan.kept[f"blocks.{index}.{site}"], dtype=torch.int64, device=self.device)
             for site in SITES
@@ -171,6 +177,8 @@ class _BlockFit:
             for _, rest in self._pieces():
                 rest += own.bias
             return
+        for moments in (sums, *([out] if self.turned else ()), *((*queries, *keys) if narrow else ())):
+            moments.sum_over(self.group)
         change, shift = ridge(sums, self.damping, attn.qkv.bias is not None)
         weight, bias = weight + change, bias + shift
         rows, columns = [], []
@@ -195,6 +203,7 @@ class _BlockFit:
                     for head, turns in zip(alive_heads, rows, strict=True)
                 ]
                 target.copy_(torch.cat(turned))
+        take_from_first(self.group, own.qkv.weight, own.qkv.bias)
         prior = torch.cat(columns, dim=1)
         sums = Moments(prior.shape[1], len(prior), self.device)
         with store.for_a_while() as short:
@@ -220,7 +229,7 @@ class _BlockFit:
         sums = Moments(len(inputs), len(made), self.device)
         if self.read is not None:  # nothing else is wanted from here on
             self.dense, self.cut = ([piece[:, : self.read] for piece in s] for s in (self.dense, self.cut))
-            self.every = 1
+            self.taken = None
         self._begin_branch()
         for piece, (x, rest) in enumerate(self._pieces()):
             given = mlp.fc1(self.block.norm2(x))
@@ -254,9 +263,20 @@ class _BlockFit:
                 if new is not piece:
                     piece.copy_(new)
 
+    def _rows_taken(self, stream: Stream, every: int) -> list[Tensor] | None:
+        """Of each piece which rows are taken, one of so many: other tokens of each image, by its number among
+        the images of all processes, so that all together take the same as one would. None for all rows."""
+        if every == 1:
+            return None
+        token = torch.arange(stream.tokens)
+        numbers = stream.numbers()
+        return [
+            ((n[:, None] + token).flatten() % every == 0).nonzero()[:, 0].to(self.device) for n in numbers
+        ]
+
     def _thinned(self, x: Tensor, piece: int) -> Tensor:
-        """Some of the rows [n, width] of x [images, tokens, width]; others of each piece."""
-        return x.flatten(0, 1)[piece % self.every :: self.every]
+        """Some of the rows [n, width] of x [images, tokens, width]; other tokens of each image."""
+        return x.flatten(0, 1) if self.taken is None else x.flatten(0, 1)[self.taken[piece]]
 
     def _counted(self, x: Tensor, piece: int) -> Tensor:
         """Rows of tokens that what the block puts out is fitted on: some of all, or all of those read."""
@@ -271,11 +291,13 @@ class _BlockFit:
         return x - rest if self.feedback else x - rest - self.before[piece]
 
     def _mean_lack(self) -> Tensor:
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        width = self.dense[0].shape[-1]
+        total = torch.zeros(width + 1, dtype=torch.float64, device=self.device)  # the last counts
         for piece, (x, rest) in enumerate(self._pieces()):
             lack = self._lack(piece, x, rest)[:, : self.read].flatten(0, 1).double()
-            total, count = total + lack.sum(0), count + len(lack)
-        return finite(total / count)
+            total += F.pad(lack.sum(0), (0, 1), value=len(lack))
+        sum_over(self.group, total)
+        return finite(total[:-1] / total[-1])
 
     def _scores_kept(self, queries: Moments, keys: Moments, width: int) -> tuple[Tensor, Tensor]:
         """What queries and keys of one head meet, [d, width] each."""
@@ -300,10 +322,12 @@ class _BlockFit:
 
     def _set(self, layer: nn.Linear, scale: nn.Module, weight: Tensor, bias: Tensor, sums: Moments) -> None:
         """The layer that has been missing `sums` of its targets; its LayerScale becomes 1."""
+        sums.sum_over(self.group)
         change, shift = ridge(sums, self.damping, layer.bias is not None)
         layer.weight.copy_(weight + change)
         if layer.bias is not None:
             layer.bias.copy_(bias + shift)
+        take_from_first(self.group, layer.weight, layer.bias)
         if isinstance(scale, LayerScale):
             scale.gamma.fill_(1)
 

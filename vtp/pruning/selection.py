@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -78,6 +79,7 @@ def make_plan(
             still change where the cut refits them.
 
     A model from `vtp.expand` has dimensions that an earlier cut removed: they count as gates and go first.
+    Of a budget that the whole model meets, so that nothing is cut, a UserWarning tells.
 
     Raises:
         PlanError: an argument is out of range, a score is missing or not finite, or the budget cannot be
@@ -91,7 +93,9 @@ def make_plan(
         if key_width is not None:
             raise PlanError("key_width: got one with scope='optimal', which finds it for each head")
         limit = _limit(ranked.architecture, budget, latency_table, {})
-        return _Optimal(ranked, statistics, limit).plan(limit.most, budget)
+        best = _Optimal(ranked, statistics, limit).plan(limit.most, budget)
+        _warn_of_nothing_cut(best, ranked)
+        return best
     architecture, groups = ranked.architecture, ranked.groups
     keys = _key_widths(ranked, key_width)
     removed = _fit(architecture, groups, _limit(architecture, budget, latency_table, keys))
@@ -104,12 +108,25 @@ def make_plan(
             for name, values in ranked.scores.items()
         ]
     )
-    return ranked.plan(
+    plan = ranked.plan(
         kept=kept,
         budget=budget,
         threshold=float(f"{gone.max():.6g}") if one_number and gone.size else None,
         keys=keys,
     )
+    _warn_of_nothing_cut(plan, ranked)
+    return plan
+
+
+def _warn_of_nothing_cut(plan: PruningPlan, ranked: "_Ranked") -> None:
+    """Warn where a budget leaves all that there is; a rate says by itself what it removes."""
+    (name, most), *_ = plan.budget.items()
+    whole = all(len(kept) == (~ranked.absent[site]).sum() for site, kept in plan.kept.items())
+    whole_keys = all((np.array(widths) >= ranked.absent[head]).all() for head, widths in plan.keys.items())
+    if name != "rate" and whole and whole_keys:
+        has = f"{plan.cost.macs:.4g} MACs and {plan.cost.params:.4g} parameters"
+        text = f"{name}: got {most:.4g}, which the model, of {has}, meets as it is: nothing is cut"
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +259,7 @@ def _ranked(
             statistics.check_model(model)
         except ValueError as error:
             raise PlanError(str(error)) from error
+    parent = fingerprint(model.state_dict())
     layers = sites(gated)
     architecture = describe(gated)
     if list(layers) != list(architecture.site_widths()):
@@ -269,7 +287,7 @@ def _ranked(
         protect=parts,
         protected=protected,
         absent=absent,
-        parent=fingerprint(model.state_dict()),
+        parent=parent,
     )
 
 

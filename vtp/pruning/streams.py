@@ -18,7 +18,8 @@ import torch
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from vtp.files import FileError
+from vtp.files import FileError, fingerprint, refuse_meta
+from vtp.group import Group, gathered, place, refuse_different, share, together
 from vtp.model.architecture import Architecture, describe, replace_sites
 from vtp.model.eva import ropes, with_fused_sites
 from vtp.pruning.gates import GatedLinear
@@ -32,7 +33,12 @@ class ImagesError(ValueError):
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode with the gates folded into its weights, in float32, or float64 if it is that."""
+    """A copy in eval mode with the gates folded into its weights, in float32, or float64 if it is that.
+
+    Raises:
+        ValueError: the model is on the meta device.
+    """
+    refuse_meta(model.state_dict())
     plain = with_fused_sites(copy.deepcopy(model)).eval().requires_grad_(False)
     if any(isinstance(module, GatedLinear) for module in plain.modules()):
         replace_sites(plain, lambda _, layer: _folded(layer) if isinstance(layer, GatedLinear) else layer)
@@ -50,22 +56,31 @@ def _folded(layer: GatedLinear) -> nn.Linear:
 class Stream:
     """Tokens of all images, in pieces [images, tokens, embed_dim]; whoever runs a block writes in place.
 
-    `ropes`: by block what timm's Eva hands to it beside the tokens, the angles of its rotary embedding; None
-    where there is none.
+    Attributes:
+        pieces: at least one; those of this process, where several share the images.
+        ropes: by block what timm's Eva hands to it beside the tokens, the angles of its rotary embedding;
+            None where there is none.
+        images: how many images all processes have.
+        group: of these processes; None for this one alone.
     """
 
     pieces: list[Tensor]
     ropes: list[Tensor | None]
-
-    @property
-    def images(self) -> int:
-        """How many images it is of."""
-        return sum(len(piece) for piece in self.pieces)
+    images: int
+    group: Group = None
 
     @property
     def tokens(self) -> int:
         """Tokens of one image."""
         return self.pieces[0].shape[1]
+
+    def numbers(self) -> Iterator[Tensor]:
+        """Of each piece the numbers of its images among all, int64 [images], on the CPU: they were dealt in
+        turn, so the n-th of process r of R is number r + n R."""
+        (rank, ranks), before = place(self.group), 0
+        for piece in self.pieces:
+            yield rank + ranks * torch.arange(before, before + len(piece))
+            before += len(piece)
 
     def first(self, images: int) -> Tensor:
         """A copy of the tokens of the first images."""
@@ -142,31 +157,51 @@ def _allocate(name: str, size: int) -> None:
 
 
 def embedded(
-    model: nn.Module, images: Tensor | Iterable, store: Store, progress: Progress | None = None
+    model: nn.Module,
+    images: Tensor | Iterable,
+    store: Store,
+    progress: Progress | None = None,
+    *,
+    most: int,
+    group: Group = None,
 ) -> Stream:
-    """What goes into the first block, for all images.
+    """What goes into the first block, for the images of this process.
 
     Args:
         model: from `plain_copy`.
         images: [M, C, H, W], or an iterable of such batches, or of (batch, whatever else).
         store: where the stream lies.
         progress: told how much that is.
+        most: how many of the images of all processes are read, of which each reads its share.
+        group: of the processes whose images these are all together; some may have none.
 
     Raises:
         ImagesError: no image, another shape than the model's, another kind of numbers, NaN or infinity.
+        RankError: another process met an error.
+        ValueError: the processes have models of different weights.
     """
+    if group is not None:
+        refuse_different(group, "model", fingerprint(model.state_dict()))
     weight = model.patch_embed.proj.weight
     pieces: list[Tensor] = []
-    for batch in _pieces(batches(images), model):
-        x = model._pos_embed(model.patch_embed(batch.to(weight)))
-        pieces.append(store.keep(model.norm_pre(x[0] if isinstance(model, Eva) else x)))
-    if not pieces:
+    with together(group):
+        for batch in _pieces(first_images(images, share(most, group)), model):
+            x = model._pos_embed(model.patch_embed(batch.to(weight)))
+            pieces.append(store.keep(model.norm_pre(x[0] if isinstance(model, Eva) else x)))
+    everyones = sum(gathered(group, sum(map(len, pieces))))
+    if not everyones:
         raise ImagesError("images: got none, expected at least one")
-    stream = Stream(pieces, ropes(model))
+    stream = Stream(pieces or [_no_image(model)], ropes(model), everyones, group)
     if progress is not None:
-        size = sum(piece.nbytes for piece in pieces) / 1e9
+        size = stream.images * stream.tokens * weight.element_size() * describe(model).embed_dim / 1e9
         progress(f"{stream.images:,} images of {stream.tokens} tokens, {size:.2f} GB", 0.0)
     return stream
+
+
+def _no_image(model: nn.Module) -> Tensor:
+    """A piece of no image."""
+    architecture = describe(model)
+    return model.patch_embed.proj.weight.new_zeros(0, architecture.num_tokens, architecture.embed_dim)
 
 
 def batches(images: Tensor | Iterable) -> Iterator[Any]:

@@ -49,7 +49,8 @@ class ClassFolders(ReaderImageFolder):
             return None
         kinds = Counter(Path(name).suffix.lower() or "without ending" for name in self.skipped)
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
-        return f"{len(self.skipped)} files are skipped ({counts}): {in_short(self.skipped, 5)}"
+        files = "1 file is" if len(self.skipped) == 1 else f"{len(self.skipped)} files are"
+        return f"{files} skipped ({counts}): {in_short(self.skipped, 5)}"
 
     def _take(self, path: str) -> bool:
         name = path[len(self.root) + 1 :]

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vtp.training.data import Data, DataError, is_multi_label
@@ -47,9 +48,17 @@ def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def extract(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def extract(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    process: Accelerator | None = None,
+) -> tuple[Tensor, Tensor]:
     """The features of all images of a loader, float32 [N, D], and their labels, int64 [N], on the model's
     device.
+
+    Args:
+        process: one of several that share the loader, by `prepare_data_loader`. The first gets what all have
+            found, in the loader's order and each image once, the others nothing: [0, D] and [0].
 
     Raises:
         NonFiniteLossError: a feature is NaN or infinite.
@@ -60,8 +69,13 @@ def extract(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple
     device = next(iter(model.state_dict().values())).device
     rows, labels = [], []
     for images, own in batches:
-        rows.append(pooled_features(model, images.to(device)).float())
-        labels.append(own.to(device))
+        features, own = pooled_features(model, images.to(device)).float(), own.to(device)
+        if process is not None:
+            features, own = process.gather_for_metrics((features, own))
+            if not process.is_main_process:
+                features, own = features.new_empty(0, features.shape[1]), own.new_empty(0)
+        rows.append(features)
+        labels.append(own)
     model.train(was_training)
     if not rows:
         raise ValueError("batches: got no image, expected at least one")
@@ -227,6 +241,7 @@ def evaluate_features(
     linear_probe: bool = False,
     batch_size: int = 256,
     workers: int = 0,
+    process: Accelerator | None = None,
 ) -> dict[str, float]:
     """Top-1 accuracy (percent) of frozen features on the test images, on the model's device.
 
@@ -235,9 +250,12 @@ def evaluate_features(
         data: its training images, as they are evaluated, are the bank and what the probe is fitted to.
         k: neighbours that vote; None for no k-NN.
         linear_probe: whether to fit one.
+        process: one of several that share the images, all of which call this. They extract features together,
+            and the first goes on with them alone: the others are done then, and return nothing.
 
     Returns:
-        "knn"; "linear_probe" and "penalty", which was chosen for it; as asked for.
+        "knn"; "linear_probe" and "penalty", which was chosen for it; as asked for. Of several processes on
+        the first; {} on the others.
 
     Raises:
         DataError: images are of several classes each.
@@ -252,8 +270,12 @@ def evaluate_features(
     if k is not None and k > images:
         raise ValueError(f"k: got {k}, expected at most {images}, the training images")
     loading = {"batch_size": batch_size, "workers": workers}
-    bank, labels = extract(model, calibration_images(model, data, images, **loading))
-    queries, wanted = extract(model, test_images(model, data, **loading))
+    loaders = calibration_images(model, data, images, **loading), test_images(model, data, **loading)
+    if process is not None:
+        loaders = tuple(map(process.prepare_data_loader, loaders))
+    (bank, labels), (queries, wanted) = (extract(model, loader, process) for loader in loaders)
+    if process is not None and not process.is_main_process:
+        return {}
     found = {}
     if k is not None:
         found["knn"] = _top1(knn_predict(queries, bank, labels, k=k), wanted)

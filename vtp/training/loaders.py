@@ -373,13 +373,23 @@ class StreamSet(IterableDataset):
 
 class StreamLoader(DataLoader):
     """A DataLoader that drops its first `skip_batches` batches, as Accelerate's loaders do, and ends before
-    batch number `stop_batches` unless that is None."""
+    batch number `stop_batches` unless that is None. Of each batch it gives what `place` has (see
+    `calibration_loader`)."""
 
     skip_batches = 0
     stop_batches: int | None = None
+    place = (0, 1)
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(super().__iter__(), self.skip_batches, self.stop_batches)
+        batches = itertools.islice(super().__iter__(), self.skip_batches, self.stop_batches)
+        return batches if self.place == (0, 1) else self._dealt(batches)
+
+    def _dealt(self, batches: Iterator[Any]) -> Iterator[Any]:
+        (number, size), before = self.place, 0
+        for images, labels in batches:
+            own = slice((number - before) % size, None, size)
+            before += len(images)
+            yield images[own], labels[own]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -469,6 +479,7 @@ def calibration_loader(
     batch_size: int,
     seed: int,
     workers: int = 0,
+    place: tuple[int, int] = (0, 1),
 ) -> DataLoader:
     """Batches of some training images as they are evaluated, the same ones in each iteration.
 
@@ -477,6 +488,8 @@ def calibration_loader(
         seed: which ones: they are drawn without replacement.
         image_size, in_chans, batch_size, workers: and the batches, as in `train_loader`; the last batch may
             be smaller.
+        place: the number of this process and how many share the images, which are dealt in turn: each image
+            goes to one, and there may be none for some. Each reads all of a stream, and drops the others'.
     """
     size = _checked(image_size, in_chans, batch_size)
     if images < 1:
@@ -484,13 +497,13 @@ def calibration_loader(
     pipeline = _test_pipeline(data, size, in_chans)
     if isinstance(data.train, IterableDataset):
         loader = _stream_loader(data.train, pipeline, batch_size, seed, workers, drop_last=False)
-        loader.stop_batches = -(-images // batch_size)
+        loader.stop_batches, loader.place = -(-images // batch_size), place
         return loader
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
     return DataLoader(
         EvaluationSet(data.train, pipeline),
         batch_size,
-        sampler=order[:images].tolist(),
+        sampler=order[:images][place[0] :: place[1]].tolist(),
         collate_fn=_as_is,
         **_loader_options(workers),
     )

@@ -38,6 +38,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vtp.group import Group, place
 from vtp.runtime.optimize import OptimizedViT
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data, is_multi_label
@@ -120,12 +121,22 @@ def train(
 
 
 def evaluate(
-    model: nn.Module, data: Data, *, batch_size: int = 256, workers: int = 0, precision: str = "no"
+    model: nn.Module,
+    data: Data,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "no",
+    process: Accelerator | None = None,
 ) -> tuple[float, float]:
     """Top-1 accuracy (percent) and mean cross-entropy (nats) of `model` on the test images, on its device;
     among the classes that these have, where they have not all.
 
     Where an image may be of several classes, it counts as right if one of them has the best score.
+
+    Args:
+        process: one of several that share the images, batch by batch in turn; all of them call this, and all
+            get the figures of all images, each of which counts once. None: this process reads them all.
 
     Raises:
         NonFiniteLossError: the model's outputs are NaN or infinite for some of the images.
@@ -134,7 +145,10 @@ def evaluate(
     device = _device(model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     cast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
-    found = _evaluate(model, loader, cast, labels=data.labels_present)
+    shared = {}
+    if process is not None:
+        loader, shared = process.prepare_data_loader(loader), {"gather": process.gather_for_metrics}
+    found = _evaluate(model, loader, cast, labels=data.labels_present, **shared)
     if not math.isfinite(found["loss"]):
         raise NonFiniteLossError(
             "model: got NaN or infinite outputs on the test images, expected finite ones"
@@ -151,12 +165,20 @@ test_images.__test__ = False  # not a test case of pytest
 
 
 def calibration_images(
-    model: nn.Module, data: Data, images: int, *, seed: int = 0, batch_size: int = 128, workers: int = 0
+    model: nn.Module,
+    data: Data,
+    images: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 128,
+    workers: int = 0,
+    group: Group = None,
 ) -> DataLoader:
     """So many training images, not augmented and of the model's size and channels, for `vtp.calibrate` and
-    `vtp.compact`: a loader that draws the same ones, without replacement, each time it is read."""
+    `vtp.compact`: a loader that draws the same ones, without replacement, each time it is read; of them the
+    share of this process, where a group shares them."""
     arguments = _loader_arguments(model, data, min(batch_size, max(images, 1)), workers)
-    return calibration_loader(data, images=images, seed=seed, **arguments)
+    return calibration_loader(data, images=images, seed=seed, place=place(group), **arguments)
 
 
 # --------------------------------------------------------------------------------

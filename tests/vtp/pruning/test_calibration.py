@@ -547,3 +547,18 @@ def test_shares_that_are_measured_are_numbers_of_widths(statistics):
         assert statistics.tensors[f"blocks.{i}.mlp.fc2.changes"][:, 0].tolist() == [0, 5]
         assert statistics.tensors[f"blocks.{i}.attn.keys.changes"][:, 0].tolist() == [3]
         assert np.diff(statistics.tensors[f"blocks.{i}.attn.values.changes"][:, 0]) > 0
+
+
+def test_weights_on_the_meta_device_are_refused_before_anything(model, images, tmp_path):
+    empty = copy.deepcopy(model).to("meta")
+    plan = vtp.make_plan(vtp.insert_gates(model), rate=0.5)
+    calls = {
+        "calibrate": lambda: vtp.calibrate(empty, images),
+        "make_plan": lambda: vtp.make_plan(vtp.insert_gates(empty), rate=0.5),
+        "compact": lambda: vtp.compact(empty, plan, images=images),
+        "save": lambda: vtp.save(empty, tmp_path / "model.safetensors"),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=r"^model: \S+ is on the meta device, .*expected weights"):
+            call()
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from tests.support.guarded_memory import replaced
 from tests.support.models import TINY, build, gated, image, randomize, relative_error, with_zeros
 from vtp.model.architecture import Architecture
 from vtp.pruning.compact import CompactAttention, ConstantBranch
+from vtp.pruning.streams import plain_copy
 
 
 def random_plan(model, seed, *, removed=0.5, dead_sites=0.0):
@@ -459,3 +460,32 @@ def test_on_a_cpu_and_in_an_exported_program_there_are_no_ops(small):
     assert not calls_of_ops(noted.names)
     program = torch.export.export(small, (image(small),))
     assert not [node for node in program.graph.nodes if "vtp" in str(node.target)]
+
+
+def test_plan_of_other_weights_is_followed_and_both_are_named():
+    model, other = build(), build(seed=1)
+    plan = vtp.make_plan(vtp.insert_gates(model), rate=0.3)
+    own = vtp.make_plan(vtp.insert_gates(other), rate=0.3).parent
+    for trained_further in (vtp.insert_gates(other), other):
+        with pytest.warns(UserWarning, match=rf"fingerprint {plan.parent[:16]}, the model's have") as said:
+            vtp.compact(trained_further, plan)
+        assert said[0].filename == __file__
+    with pytest.warns(UserWarning, match=f"the model's have {own[:16]}"):
+        vtp.compact(vtp.insert_gates(other), plan)
+
+
+def test_plan_of_the_same_model_with_gates_without_or_folded_is_no_other_one(recwarn):
+    dense = build(dtype=torch.float32)
+    statistics = vtp.calibrate(dense, image(dense, batch=12))
+    learnt = gated(dense)
+    folded = plain_copy(learnt)
+    plans = {
+        "gated": (vtp.make_plan(vtp.insert_gates(dense), rate=0.3), dense),
+        "dense": (vtp.make_plan(dense, rate=0.3, statistics=statistics, score="obs"), dense),
+        "folded": (vtp.make_plan(vtp.insert_gates(folded), rate=0.0), vtp.insert_gates(folded)),
+        "learnt": (vtp.make_plan(learnt, rate=0.3), learnt),
+        "of no weights": (dataclasses.replace(vtp.make_plan(learnt, rate=0.3), parent=""), dense),
+    }
+    for plan, model in plans.values():
+        vtp.compact(model, plan)
+    assert not recwarn.list

@@ -224,6 +224,9 @@ def test_webdataset_stream_repeats_itself_and_starts_anywhere(fashion: Data, tmp
     calibration = make_calibration_loader(data, images=10)
     assert [len(labels) for _, labels in calibration] == [8, 8], "whole batches"
     assert equal(list(calibration), list(calibration))
+    assert_dealt_in_turn(
+        calibration, [make_calibration_loader(data, images=10, place=(n, 3)) for n in range(3)]
+    )
 
 
 def test_deep_image_of_a_stream_is_refused(tmp_path: Path) -> None:
@@ -275,6 +278,21 @@ def test_calibration_images_are_different_training_images_as_they_are_evaluated(
     )
     with pytest.raises(DataError, match="images: got 0"):
         make_calibration_loader(few, images=0)
+
+
+def assert_dealt_in_turn(whole, shares) -> None:
+    """Image number i of the whole loader is in share i modulo their number, and in no other."""
+    images, labels = (torch.cat(parts) for parts in zip(*whole, strict=True))
+    for number, share in enumerate(shares):
+        own_images, own_labels = (torch.cat(parts) for parts in zip(*share, strict=True))
+        assert torch.equal(own_images, images[number :: len(shares)])
+        assert torch.equal(own_labels, labels[number :: len(shares)])
+
+
+def test_calibration_images_are_dealt_to_processes_in_turn(few: Data) -> None:
+    shares = [make_calibration_loader(few, images=29, place=(number, 3)) for number in range(3)]
+    assert_dealt_in_turn(make_calibration_loader(few, images=29), shares)
+    assert list(make_calibration_loader(few, images=2, place=(2, 3))) == []
 
 
 def test_batchwise_normalisation_equals_timms_own_transform(few: Data) -> None:
@@ -624,6 +642,14 @@ def test_what_is_skipped_is_counted_and_named(tmp_path: Path) -> None:
     assert note.startswith(f"{tmp_path}/train: 6 files are skipped (2 .png, 1 ")
     for name in (*litter[:2], "cat/notes.txt", "readme.md", "6 in all"):
         assert name in note
+
+
+def test_one_file_that_is_skipped_is_one(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        fill(tmp_path, {"cat/a.png": 1, "dog/b.png": 1}, split)
+    (tmp_path / "train" / "readme.md").write_text("x")
+    (note,) = open_data(tmp_path).notes
+    assert note == f"{tmp_path}/train: 1 file is skipped (1 .md): readme.md"
 
 
 @pytest.mark.parametrize(
