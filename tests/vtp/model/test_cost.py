@@ -27,6 +27,8 @@ ARCHITECTURES = {
     "oblong-colour": dataclasses.replace(TINY, img_size=(8, 16), in_chans=3),
     "padded": dataclasses.replace(TINY, img_size=(9, 7), dynamic_img_pad=True, dynamic_img_size=True),
     "one-head": dataclasses.replace(TINY, num_heads=1),
+    "inner-norms": dataclasses.replace(TINY, scale_attn_norm=True, scale_mlp_norm=True),
+    "inner-norms-swiglu": dataclasses.replace(TINY, scale_mlp_norm=True, glu=True),
     "head-dim-one": dataclasses.replace(TINY, num_heads=12),
 }
 

@@ -44,7 +44,7 @@ def test_the_dense_model_computes_what_the_compact_one_does(family, rate):
 
 
 @pytest.mark.parametrize("dead", [("0.attn",), ("1.mlp",), ("0.attn", "0.mlp", "1.attn", "1.mlp")])
-@pytest.mark.parametrize("family", ["plain", "layer-scale", "qk-norm"])
+@pytest.mark.parametrize("family", ["plain", "layer-scale", "qk-norm", "inner-norms"])
 def test_constants_come_back_too(family, dead):
     small = without(FAMILIES[family], *dead)
     randomize(small)
@@ -53,6 +53,14 @@ def test_constants_come_back_too(family, dead):
 
 def test_a_constant_without_an_output_bias_is_put_out_by_a_value():
     small = without(dataclasses.replace(TINY, proj_bias=False), "1.attn")
+    randomize(small)
+    assert relative_error(vtp.expand(small)(image(small)), small(image(small))) < EXACT
+
+
+@pytest.mark.parametrize("site", ["attn", "mlp"])
+def test_a_constant_without_an_output_bias_is_put_out_by_a_norm(site):
+    normed = {"scale_attn_norm": True, "scale_mlp_norm": True, "qkv_bias": False, "proj_bias": False}
+    small = without(dataclasses.replace(TINY, **normed), f"1.{site}")
     randomize(small)
     assert relative_error(vtp.expand(small)(image(small)), small(image(small))) < EXACT
 
