@@ -14,7 +14,7 @@ from vtp.comparison.runtimes import COMPILERS, DTYPES, RUNTIMES, Run, Runtime
 from vtp.comparison.tables import Rows, in_rounds
 from vtp.model.cost import attention_cost, count, mlp_cost
 from vtp.model.eva import ropes
-from vtp.pruning.compact import CompactBlock, CompactModel, ConstantBranch, compact
+from vtp.pruning.compact import CompactModel, ConstantBranch, compact
 from vtp.pruning.gates import insert_gates
 from vtp.pruning.selection import make_plan
 from vtp.runtime import cpu

@@ -76,11 +76,11 @@ class Architecture:
     2 * mlp_hidden outputs, and silu of the first half is multiplied by the second), `eva` (what only an Eva
     has; None for a VisionTransformer).
 
-    `scale_attn_norm` and `scale_mlp_norm`, a LayerNorm before proj and before fc2, are over all inputs of that
-    layer. So what makes these inputs stays whole whatever a cut takes from the layer: it gathers behind the
-    norm, and a removed input saves its column of proj or of fc2 alone. That is all an exact cut can do, as
-    mean and variance depend on every input; the mean of the removed ones is linear in what makes them, but
-    their sum of squares is a quadratic form of full rank.
+    `scale_attn_norm` and `scale_mlp_norm`, a LayerNorm before proj and before fc2, are over all inputs of
+    that layer. So what makes these inputs stays whole whatever a cut takes from the layer: it gathers behind
+    the norm, and a removed input saves its column of proj or of fc2 alone. That is all an exact cut can do:
+    mean and variance depend on every input, and the sum of squares of the removed ones takes as many products
+    as they do.
     """
 
     distilled: bool

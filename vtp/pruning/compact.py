@@ -647,7 +647,9 @@ def _cut_mlp(
     if isinstance(new.mlp, ConstantBranch):
         before_act = fc2_weight.new_zeros(len(made)) if hidden_bias is None else hidden_bias
         hidden = into_fc2(mlp, before_act)
-        constant = _apply(fc2_weight, hidden[keep_fc2] if architecture.scale_mlp_norm else hidden, mlp.fc2.bias)
+        constant = _apply(
+            fc2_weight, hidden[keep_fc2] if architecture.scale_mlp_norm else hidden, mlp.fc2.bias
+        )
         return {"mlp.bias": scaled(constant, gamma)}
     return {
         **_cut_norm("norm2", block.norm2, new.norm2, keep_fc1),

@@ -29,9 +29,7 @@ def removed_before(model: nn.Module) -> dict[str, np.ndarray]:
             "attn.proj": _not_made(attn.norm, made[2]) & _zero_columns(attn.proj),
             "mlp.fc1": _zero_norm(block.norm2) & _zero_columns(mlp.fc1),
             # With SwiGLU it is made by a row of each half.
-            "mlp.fc2": _not_made(
-                mlp.norm, _zero_rows(mlp.fc1).unflatten(0, (-1, mlp.fc2.in_features)).all(0)
-            )
+            "mlp.fc2": _not_made(mlp.norm, _zero_rows(mlp.fc1).unflatten(0, (-1, mlp.fc2.in_features)).all(0))
             & _zero_columns(mlp.fc2),
         }
         found |= {f"blocks.{i}.{site}": mask.cpu().numpy() for site, mask in gone.items()}

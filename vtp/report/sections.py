@@ -207,9 +207,8 @@ def widths(plan: Any) -> str:
         maps.append(_head_map("value width", "proj", values, plan.head_dim))
         gone = sum(width == 0 for widths in values.values() for width in widths)
         if gone and stay:
-            notes.append(
-                f"{gone} of {sum(map(len, values.values()))} heads have no value dimension left that proj reads."
-            )
+            total = sum(map(len, values.values()))
+            notes.append(f"{gone} of {total} heads have no value dimension left that proj reads.")
         elif gone:
             notes.append(
                 f"{gone} of {sum(map(len, values.values()))} heads have no value dimension left and are gone."

@@ -185,7 +185,8 @@ class PackedAttention(nn.Module):
         if storage.device.type == "cpu" or storage.dtype.itemsize != 2:
             return False  # of wider numbers it is not known
         padded_head = padded_width(max(*keys, *values))
-        if self.heads.is_normed or (self.heads.is_rotary and set(keys) != {padded_head}):
+        normed = self.heads.is_normed or not isinstance(self.heads.norm, nn.Identity)
+        if normed or (self.heads.is_rotary and set(keys) != {padded_head}):
             return False  # what is between the products and attention knows the widths as they are
         columns = len(keys) * padded_head
         more_values = columns - sum(values)
@@ -296,8 +297,10 @@ class PackedBlock(nn.Module):
                 self.mlp.fc1.widen_outputs(2 if self.mlp.glu else 1)
                 self.mlp.fc1.out_features = len(self.mlp.fc1.storage)
                 self.mlp.fc2.widen_inputs()
-            elif not isinstance(self.mlp.hidden_norm, nn.Identity):
-                if self.mlp.hidden_norm.widen(self.mlp.fc1.out_features // (2 if self.mlp.glu else 1)):
+            else:
+                hidden = self.mlp.fc1.out_features // (2 if self.mlp.glu else 1)
+                self.mlp.fc1.widen_outputs()
+                if isinstance(self.mlp.hidden_norm, PackedNorm) and self.mlp.hidden_norm.widen(hidden):
                     self.mlp.fc2.widen_inputs()
 
 
@@ -306,9 +309,7 @@ def _packed_norm(norm: nn.Module) -> nn.Module:
     return PackedNorm(norm) if isinstance(norm, LayerNormGather) else nn.Identity()
 
 
-def _folded(
-    norm: nn.Module, linear: nn.Linear, scale: nn.Module | None, dtype: torch.dtype
-) -> PackedLinear:
+def _folded(norm: nn.Module, linear: nn.Linear, scale: nn.Module | None, dtype: torch.dtype) -> PackedLinear:
     """A linear layer with the norm before it and the LayerScale behind it, where there are such.
 
     With LayerNorm's output `n * w + b` it is the linear `(W diag w) n + (W b + bias)` of n alone; with gamma

@@ -560,7 +560,9 @@ def test_measured_models_gather_behind_the_norms_inside_their_branches():
     blocks = [BlockWidths(24, (8, 3), 24, 17, (8, 8)), BlockWidths(7, (1,), 5, 4, (8,))]
     fast = profile._random_model(normed, blocks, torch.float32, generator)
     assert fast(torch.zeros(1, normed.in_chans, *normed.img_size)).isfinite().all()
-    assert geometry(normed) == geometry(TOY) | dict.fromkeys(("glu", "scale_attn_norm", "scale_mlp_norm"), True)
+    assert geometry(normed) == geometry(TOY) | dict.fromkeys(
+        ("glu", "scale_attn_norm", "scale_mlp_norm"), True
+    )
 
 
 @pytest.mark.parametrize("share", [0.9, 0.6])
