@@ -74,6 +74,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit_intern300m_patch14_448": {"img_size": 28},
     "vit_small_patch16_384": {"img_size": 32, "depth": 3, "qk_norm": True, "init_values": 0.1},
     "vit_tiny_patch16_384": {"img_size": 32, "dynamic_img_size": True},
+    "beit3_base_patch16_224": {"img_size": 32, "embed_dim": 192, "num_heads": 6},
+    "beit3_large_patch16_224": {"img_size": 32, "embed_dim": 256, "num_heads": 4, "depth": 1},
     "flexivit_small": {"img_size": 32, "class_token": False, "global_pool": "avg"},
     # timm's Eva.
     "vit_small_patch16_dinov3": {"img_size": (32, 48)},
@@ -85,6 +87,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit_small_plus_patch16_dinov3_qkvb": {"img_size": 32},
     "eva02_tiny_patch14_224": {"img_size": (28, 42)},
     "eva02_small_patch14_224": {"img_size": 28},
+    "eva02_base_patch14_224": {"img_size": 28, "embed_dim": 384, "num_heads": 6},
+    "eva02_base_patch14_448": {"img_size": (28, 42), "embed_dim": 192, "num_heads": 3},
+    "eva02_large_patch14_224": {"img_size": 28, "embed_dim": 256, "num_heads": 4},
+    "eva02_large_patch14_448": {"img_size": 28, "embed_dim": 128, "num_heads": 2, "depth": 1},
+    "eva02_base_patch16_clip_224": {"img_size": 32, "embed_dim": 384, "num_heads": 6},
+    "eva02_large_patch14_clip_224": {"img_size": 28, "embed_dim": 256, "num_heads": 4},
+    "eva02_large_patch14_clip_336": {"img_size": 28, "embed_dim": 192, "num_heads": 3, "depth": 1},
     "eva_giant_patch14_224": {"img_size": 28, "embed_dim": 352},
     "vit_small_patch16_rope_224": {"img_size": (32, 48)},
     "vit_small_patch16_rope_ape_224": {"img_size": 32},
@@ -111,6 +120,8 @@ ALIKE = {
     "vit_small_patch16_rope_mixed_ape_224", "vit_medium_patch16_rope_reg1_gap_256",
     "vit_mediumd_patch16_rope_reg1_gap_256", "vit_pe_core_base_patch16_224",
     "vit_base_patch16_gap_224", "vit_pe_spatial_tiny_patch16_512", "vit_giant_patch14_reg4_dinov2",
+    "eva02_base_patch14_448", "eva02_large_patch14_224", "eva02_large_patch14_448",
+    "eva02_large_patch14_clip_224", "eva02_large_patch14_clip_336", "beit3_large_patch16_224",
 }  # fmt: skip
 # Classes of transformers, each with the arguments of a small configuration beside these.
 SMALL = {
@@ -130,12 +141,9 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 }
 # One of each kind that is refused.
 REFUSED = (
-    "eva02_base_patch14_224",
-    "eva02_base_patch16_clip_224",
     "eva02_enormous_patch14_clip_224",
     "vit_base_patch16_sapiens2",
     "aimv2_large_patch14_224",
-    "beit3_base_patch16_224",
     "vit_base_patch16_18x2_224",
     "vit_base_patch16_rpn_224",
     "vit_base_patch16_xp_224",

@@ -138,7 +138,8 @@ def _build(plan: dict[str, Any] | None = None, **fields: Any) -> CompactModel:
     cut = _unpacked(plan)
     known = {field.name for field in dataclasses.fields(Architecture)}
     # The plan is about the others.
-    free = known - {"distilled", "embed_dim", "depth", "num_heads", "mlp_hidden", "glu", "eva"}
+    of_blocks = {"embed_dim", "depth", "num_heads", "mlp_hidden", "glu", "scale_attn_norm", "scale_mlp_norm"}
+    free = known - of_blocks - {"distilled", "eva"}
     if unknown := sorted(set(fields) - free):
         raise TypeError(
             f"{ARCHITECTURE}: got {', '.join(unknown)}, expected some of {', '.join(sorted(free))}"

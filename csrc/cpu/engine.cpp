@@ -38,6 +38,7 @@ struct Stage {
     kTokensIn,
     kOffset,
     kNorm,
+    kInnerNorm,
     kLinear,
     kAttention,
     kPool,
@@ -46,7 +47,7 @@ struct Stage {
   };
   Kind kind;
   int64_t tasks;
-  // kOffset, kAttention: of the block; kNorm, kLinear, kEmbed: the layer
+  // kOffset, kAttention: of the block; kNorm, kInnerNorm, kLinear, kEmbed: the layer
   const Block* block;
   const Norm* norm;
   const Linear* layer;
@@ -124,7 +125,7 @@ class Engine {
     input_stride_ = row_stride(std::max(m_.widest_input(), m_.to_logits ? m_.head.inputs : 1), act);
     hidden_stride_ = row_stride(std::max<int64_t>(m_.widest_hidden(), 1), act);
     logits_stride_ = m_.to_logits ? m_.head.panels() * kPanel : 0;
-    int64_t scratch = scratch_stride_;
+    int64_t scratch = std::max(scratch_stride_, m_.widest_hidden());  // which rows of an inner norm are within
     for (const Block& b : m_.blocks)
       if (b.has_attention)
         for (size_t h = 0; h < b.attention.key_widths.size(); ++h)
@@ -170,13 +171,13 @@ class Engine {
         norm(b.attention.norm, rows);
         linear(b.attention.qkv, input_, input_stride_, hidden_, hidden_stride_, rows, false);
         attention(b);
-        linear(b.attention.proj, input_, input_stride_, x_, x_stride_, rows, true).add = true;
+        last_layer(b.attention.proj, b.attention.inner, input_, input_stride_, hidden_, hidden_stride_, rows);
       }
       if (b.has_mlp) {
         norm(b.mlp.norm, rows);
         linear(b.mlp.fc1, input_, input_stride_, hidden_, hidden_stride_, rows, false).nonlinearity =
             b.mlp.swiglu ? Nonlinearity::kSwiGlu : Nonlinearity::kGelu;
-        linear(b.mlp.fc2, hidden_, hidden_stride_, x_, x_stride_, rows, true).add = true;
+        last_layer(b.mlp.fc2, b.mlp.inner, hidden_, hidden_stride_, input_, input_stride_, rows);
       }
     }
     if (m_.to_logits) {
@@ -215,6 +216,23 @@ class Engine {
     Stage& s = add(Stage::kNorm, divide_up(rows, kNormRows));
     s.norm = &layer;
     s.rows = rows;
+  }
+
+  // The last layer of a branch, with the norm before it where there is one, whose results go to `room`.
+  void last_layer(const Linear& layer, const Norm& inner, char* from, int64_t from_stride, char* room,
+                  int64_t room_stride, int64_t rows) {
+    if (inner.kept) {
+      Stage& s = add(Stage::kInnerNorm, divide_up(rows, kNormRows));
+      s.norm = &inner;
+      s.from = from;
+      s.from_stride = from_stride;
+      s.to = room;
+      s.to_stride = room_stride;
+      s.rows = rows;
+      from = room;
+      from_stride = room_stride;
+    }
+    linear(layer, from, from_stride, x_, x_stride_, rows, true).add = true;
   }
 
   Stage& linear(const Linear& layer, const void* from, int64_t from_stride, void* to, int64_t to_stride,
@@ -285,6 +303,8 @@ class Engine {
         return add_offset(s, task);
       case Stage::kNorm:
         return do_norm(s, task);
+      case Stage::kInnerNorm:
+        return do_inner_norm(s, task, scratch);
       case Stage::kLinear:
         return do_linear(s, task, scratch);
       case Stage::kAttention:
@@ -366,8 +386,28 @@ class Engine {
             std::min(first + kNormRows, s.rows));
   }
 
+  void do_inner_norm(const Stage& s, int64_t task, float* scratch) {
+    const int64_t first = task * kNormRows;
+    NormRows t = norm_rows(*s.norm, nullptr, s.to, s.to_stride, round_up(s.norm->kept, 2));
+    t.x = s.from;
+    t.x_stride = s.from_stride;
+    t.of_activations = true;
+    t.scratch = scratch;
+    k_.norm(t, first, std::min(first + kNormRows, s.rows));
+  }
+
   NormRows norm_rows(const Norm& norm, const float* x, void* out, int64_t out_stride, int64_t padded) const {
-    return {x, x_stride_, m_.embed_dim, norm.index, norm.kept, m_.eps, out, out_stride, padded};
+    NormRows t{};
+    t.x = x;
+    t.x_stride = x_stride_;
+    t.width = norm.width;
+    t.index = norm.index;
+    t.kept = norm.kept;
+    t.eps = m_.eps;
+    t.out = out;
+    t.out_stride = out_stride;
+    t.padded = padded;
+    return t;
   }
 
   void do_attention(const Stage& s, int64_t task, float* scratch) {
@@ -409,7 +449,7 @@ class Engine {
   }
 
   void pool(int64_t image) {
-    const Norm all{m_.embed_dim, nullptr};
+    const Norm all{m_.embed_dim, nullptr, m_.embed_dim};
     for (int64_t token = 0; token < m_.pooled; ++token) {
       const bool last = token + 1 == m_.pooled;
       k_.norm(norm_rows(all, x_row(image * tokens_ + token),

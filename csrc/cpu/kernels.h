@@ -54,7 +54,7 @@ struct LinearTile {
 
 // Rows [first, last) of `(x - mean) / sqrt(var + eps)` at the columns `index`.
 struct NormRows {
-  const float* x;
+  const void* x;  // float32, or with `of_activations` such
   int64_t x_stride;
   int64_t width;         // over which the statistics are
   const int32_t* index;  // [kept] or null: all columns
@@ -63,6 +63,8 @@ struct NormRows {
   void* out;           // activations
   int64_t out_stride;  // columns from `kept` up to `padded` are written as zeros
   int64_t padded;
+  bool of_activations;
+  float* scratch;  // with `of_activations` [width]
 };
 
 // Rows [first_row, last_row) of one head's softmax(scale q k^T) v.

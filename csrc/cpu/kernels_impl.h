@@ -279,10 +279,20 @@ inline void statistics(const float* x, int64_t width, float eps, float& mean, fl
 
 constexpr int64_t kGathered = 64;
 
+// A row of activations in float32: itself, or a copy in `room`.
+inline const float* widened(const float* x, int64_t, float*) { return x; }
+inline const float* widened(const BFloat16* x, int64_t width, float* room) {
+  for (int64_t j = 0; j < width; ++j) room[j] = widen(x[j]);
+  return room;
+}
+
 template <class Activation>
 void norm(const NormRows& t, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
-    const float* x = t.x + row * t.x_stride;
+    const float* x =
+        t.of_activations
+            ? widened(static_cast<const Activation*>(t.x) + row * t.x_stride, t.width, t.scratch)
+            : static_cast<const float*>(t.x) + row * t.x_stride;
     Activation* out = static_cast<Activation*>(t.out) + row * t.out_stride;
     float mean, rstd;
     statistics(x, t.width, t.eps, mean, rstd);

@@ -8,7 +8,7 @@
 namespace vtp_cpu {
 namespace {
 
-constexpr int64_t kFormat = 3;      // of the list; vtp/runtime/cpu.py has the same
+constexpr int64_t kFormat = 5;      // of the list; vtp/runtime/cpu.py has the same
 constexpr int64_t kMost = 1 << 24;  // of any width or count: products of two stay far from overflow
 
 [[noreturn]] void refuse(const std::string& why) {
@@ -75,6 +75,9 @@ class Reader {
     return reinterpret_cast<const T*>(bytes_ + offset);
   }
 
+  // The norm before the last layer of a branch, where there is one, over so many columns.
+  Norm inner(int64_t width) { return next() ? norm(width) : Norm{0, nullptr, 0}; }
+
   void expect_end() const {
     if (at_ != end_) refuse("it goes on behind its end");
   }
@@ -93,7 +96,7 @@ class Reader {
   }
 
   Norm norm(int64_t width) {
-    Norm out{count("the kept columns of a norm", 1), nullptr};
+    Norm out{count("the kept columns of a norm", 1), nullptr, width};
     if (out.kept > width) refuse("a norm keeps " + std::to_string(out.kept) + " of " + std::to_string(width));
     if (next()) {
       out.index = memory<int32_t>(out.kept, "an index");
@@ -172,7 +175,8 @@ void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64
           if (d != head_dim)
             refuse("a key width is " + std::to_string(d) + " where norms are over " +
                    std::to_string(head_dim));
-      a.proj = in.linear(dtype, a.total_width, embed_dim);
+      a.inner = in.inner(a.total_width);
+      a.proj = in.linear(dtype, a.inner.kept ? a.inner.kept : a.total_width, embed_dim);
     }
     block.has_mlp = in.next() != 0;
     if (block.has_mlp) {
@@ -181,11 +185,10 @@ void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64
       const int64_t nonlinearity = in.count("the nonlinearity");
       if (nonlinearity > 1) refuse("a nonlinearity is " + std::to_string(nonlinearity));
       m.swiglu = nonlinearity == 1;
-      m.fc1 = in.linear(dtype, m.norm.kept, 0);
-      m.fc2 = in.linear(dtype, m.swiglu ? 0 : m.fc1.outputs, embed_dim);
-      if (m.swiglu && m.fc1.outputs != 2 * round_up(m.fc2.inputs, kPanel))
-        refuse("SwiGLU has " + std::to_string(m.fc1.outputs) + " outputs of fc1 for " +
-               std::to_string(m.fc2.inputs) + " inputs of fc2");
+      const int64_t hidden = in.count("the hidden units", 1);
+      m.fc1 = in.linear(dtype, m.norm.kept, m.swiglu ? 2 * round_up(hidden, kPanel) : hidden);
+      m.inner = in.inner(hidden);
+      m.fc2 = in.linear(dtype, m.inner.kept ? m.inner.kept : hidden, embed_dim);
     }
     tables_before += tables_of_a_block;
   }
@@ -203,8 +206,8 @@ void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64
 int64_t Model::widest_input() const {
   int64_t widest = from_images ? patches.inputs : 0;
   for (const Block& b : blocks) {
-    if (b.has_attention) widest = std::max({widest, b.attention.qkv.inputs, b.attention.proj.inputs});
-    if (b.has_mlp) widest = std::max(widest, b.mlp.fc1.inputs);
+    if (b.has_attention) widest = std::max({widest, b.attention.qkv.inputs, b.attention.total_width});
+    if (b.has_mlp) widest = std::max({widest, b.mlp.fc1.inputs, b.mlp.inner.kept});
   }
   return widest;
 }
@@ -213,7 +216,7 @@ int64_t Model::widest_hidden() const {
   int64_t widest = 0;
   for (const Block& b : blocks) {
     if (b.has_attention) widest = std::max(widest, b.attention.qkv.outputs);
-    if (b.has_mlp) widest = std::max(widest, b.mlp.fc2.inputs);
+    if (b.has_mlp) widest = std::max(widest, b.mlp.hidden());
   }
   return widest;
 }

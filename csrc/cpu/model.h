@@ -18,8 +18,9 @@ struct Linear {
 };
 
 struct Norm {
-  int64_t kept;
+  int64_t kept;          // 0: there is none
   const int32_t* index;  // or null
+  int64_t width;         // over which the statistics are
 };
 
 struct Attention {
@@ -30,6 +31,7 @@ struct Attention {
   int64_t total_keys, total_width;  // their sums
   std::vector<int64_t> tables;      // of each head: of the rotary embedding, -1 without
   const float* head_norms;          // [4][head_dim]: weight and bias for q, then for k; or null
+  Norm inner;                       // before proj, over the values of all heads
 };
 
 struct Mlp {
@@ -38,6 +40,10 @@ struct Mlp {
   // multiplied with, either half filled up to whole panels with zeros.
   bool swiglu;
   Linear fc1, fc2;
+  Norm inner;  // before fc2, over all hidden units
+
+  // What the nonlinearity puts out.
+  int64_t hidden() const { return inner.kept ? inner.width : fc2.inputs; }
 };
 
 struct Block {

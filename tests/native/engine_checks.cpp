@@ -107,6 +107,22 @@ std::vector<Shape> shapes() {
          1,
          1,
          17});
+    // Norms before proj and fc2: of odd widths, of all columns, of one, and one of the two alone.
+    out.push_back({"inner-norms",
+                   dtype,
+                   33,
+                   15,
+                   {{33, {15, 15}, {15, 2}, true, 30, 115, false, true, {}, 7, 61},
+                    {20, {4, 9}, {3, 16}, false, 33, 48, false, false, {}, 19, 1},
+                    {20, {4}, {21}, false, 7, 301, false, true, {}, 0, 301}},
+                   2,
+                   12,
+                   12,
+                   3,
+                   3,
+                   1,
+                   1,
+                   17});
   }
   return out;
 }
@@ -454,6 +470,13 @@ void check_wrong() {
   const int64_t fc1[] = {21, 128};  // inputs, and outputs: twice 61, in whole panels
   std::search(halves.layout.begin(), halves.layout.end(), fc1, fc1 + 2)[1] = 96;
   expect(!runs(halves.layout, halves.bytes(), halves.size), "wrong: half of a hidden unit is missing");
+  Shape inner = good;
+  inner.blocks = {{17, {5}, {9}, false, 21, 61, false, true, {}, 9, 40}};
+  Packed gathers{PlainModel(inner, 1)};
+  expect(runs(gathers.layout, gathers.bytes(), gathers.size), "wrong: a norm before fc2 is refused");
+  const int64_t all_values[] = {1, 9, 0};  // there is a norm before proj, of all nine
+  std::search(gathers.layout.begin(), gathers.layout.end(), all_values, all_values + 3)[1] = 10;
+  expect(!runs(gathers.layout, gathers.bytes(), gathers.size), "wrong: more values than there are are kept");
   for (int64_t index : {int64_t{-1}, good.embed_dim, int64_t{INT32_MAX}, int64_t{INT32_MIN}}) {
     PlainModel model(good, 1);
     model.spoil_index(static_cast<int32_t>(index));
@@ -463,8 +486,8 @@ void check_wrong() {
 
 // A short list that claims to hold a lot does not make the reader take memory for it.
 void check_claims() {
-  const std::vector<int64_t> blocks = {3, 0, 8, 4, 0, 0, 0, 0, 1 << 24};
-  const std::vector<int64_t> heads = {3, 0, 8, 4, 0, 0, 0, 0, 1, 0, 1, 8, 0, 1 << 24};
+  const std::vector<int64_t> blocks = {5, 0, 8, 4, 0, 0, 0, 0, 1 << 24};
+  const std::vector<int64_t> heads = {5, 0, 8, 4, 0, 0, 0, 0, 1, 0, 1, 8, 0, 1 << 24};
   for (const std::vector<int64_t>& layout : {heads, blocks}) {
     rusage before{}, after{};
     getrusage(RUSAGE_SELF, &before);

@@ -209,9 +209,10 @@ void expect_norm(const double* x, const vtp_cpu::NormRows& t, const Numbers& out
   }
 }
 
-void check_norm(const Kernels& k, int64_t width, int64_t kept, double offset, Random& random) {
+void check_norm(const Kernels& k, int64_t width, int64_t kept, double offset, bool of_activations,
+                Random& random) {
   const int64_t rows = 3, x_stride = width + 5, padded = round_up(kept, 2), out_stride = padded + 3;
-  Numbers x((rows - 1) * x_stride + width, 4), out((rows - 1) * out_stride + padded, k.activation_bytes);
+  Numbers x((rows - 1) * x_stride + width, of_activations ? k.activation_bytes : 4), room(width, 4), out((rows - 1) * out_stride + padded, k.activation_bytes);
   std::vector<int32_t> index(static_cast<size_t>(kept));
   for (int32_t& j : index) j = static_cast<int32_t>(random.below(width));
   std::vector<double> numbers(static_cast<size_t>(rows * width));
@@ -220,14 +221,14 @@ void check_norm(const Kernels& k, int64_t width, int64_t kept, double offset, Ra
     x.set(at, random.normal() + offset);
     numbers[static_cast<size_t>(i)] = x.get(at);
   }
-  const vtp_cpu::NormRows t = {x.floats(), x_stride, width,      kept < width ? index.data() : nullptr,
-                               kept,       1e-5f,    out.data(), out_stride,
-                               padded};
+  const vtp_cpu::NormRows t = {x.data(), x_stride, width,      kept < width ? index.data() : nullptr,
+                               kept,     1e-5f,    out.data(), out_stride,
+                               padded,   of_activations, room.floats()};
   k.norm(t, 0, 1);  // in two parts, as two tasks do it
   k.norm(t, 1, rows);
   for (int64_t i = 0; i < rows; ++i)
     expect_norm(numbers.data() + i * width, t, out, i * out_stride, half_precision(k),
-                std::string(k.name) + " norm " + text({width, kept}));
+                std::string(k.name) + " norm " + text({width, kept, of_activations}));
 }
 
 // ----------------------------------------------------------------------------------------------- attention
@@ -463,7 +464,8 @@ void check_kernels(const Kernels& k, Dtype dtype) {
   check_silu(k, dtype);
   for (int64_t width : {1, 2, 15, 16, 17, 37, 61, 64, 115, 129})
     for (int64_t kept : {int64_t{1}, (width + 1) / 2, width})
-      for (double offset : {0.0, 30.0}) check_norm(k, width, kept, offset, random);
+      for (double offset : {0.0, 30.0})
+        for (bool of_activations : {false, true}) check_norm(k, width, kept, offset, of_activations, random);
   for (int64_t tokens : {1, 2, 17, 37, 49, 115})
     for (int64_t d : {1, 2, 15, 37, 64})
       for (int64_t w : {1, 15, 16, 37})

@@ -28,6 +28,7 @@ struct BlockShape {
   bool offset;
   bool swiglu = false;
   std::vector<int64_t> tables = {};  // of each head, within its block, -1 without; empty: no head has one
+  int64_t proj_kept = 0, fc2_kept = 0;  // columns of the norms before proj and before fc2; 0: there is none
 };
 
 struct Shape {
@@ -95,7 +96,7 @@ struct PlainNorm {
 
 struct PlainBlock {
   BlockShape shape;
-  PlainNorm norm1, norm2;
+  PlainNorm norm1, norm2, proj_norm, fc2_norm;
   PlainLinear qkv, proj, fc1, fc2;
   std::vector<double> offset, head_norms;  // [4][head_dim]
   int64_t tables_before = 0;
@@ -149,6 +150,7 @@ class PlainModel {
             double& h = hidden[static_cast<size_t>(j)];
             h = b.shape.swiglu ? silu(h) * hidden[static_cast<size_t>(b.shape.hidden + j)] : gelu(h);
           }
+          if (b.shape.fc2_kept) hidden = b.fc2_norm(hidden.data(), b.shape.hidden, eps());
           add(row, b.fc2(hidden.data()));
         }
     }
@@ -164,9 +166,9 @@ class PlainModel {
             random_.numbers(outputs, Dtype::kFloat32, 0.5)};
   }
 
-  PlainNorm norm(int64_t kept) {
+  PlainNorm norm(int64_t kept, int64_t width) {
     PlainNorm out;
-    out.index.resize(static_cast<size_t>(shape_.embed_dim));
+    out.index.resize(static_cast<size_t>(width));
     std::iota(out.index.begin(), out.index.end(), 0);
     while (static_cast<int64_t>(out.index.size()) > kept)
       out.index.erase(out.index.begin() + random_.below(static_cast<int64_t>(out.index.size())));
@@ -178,15 +180,17 @@ class PlainModel {
     out.shape = s;
     if (s.offset) out.offset = random_.numbers(shape_.embed_dim, Dtype::kFloat32);
     if (s.attention_kept) {
-      out.norm1 = norm(s.attention_kept);
+      out.norm1 = norm(s.attention_kept, shape_.embed_dim);
       out.qkv = linear(s.attention_kept, 2 * sum(s.key_widths) + sum(s.value_widths));
       if (s.head_norms) out.head_norms = random_.numbers(4 * shape_.head_dim, Dtype::kFloat32);
-      out.proj = linear(sum(s.value_widths), shape_.embed_dim);
+      if (s.proj_kept) out.proj_norm = norm(s.proj_kept, sum(s.value_widths));
+      out.proj = linear(s.proj_kept ? s.proj_kept : sum(s.value_widths), shape_.embed_dim);
     }
     if (s.mlp_kept) {
-      out.norm2 = norm(s.mlp_kept);
+      out.norm2 = norm(s.mlp_kept, shape_.embed_dim);
       out.fc1 = linear(s.mlp_kept, s.swiglu ? 2 * s.hidden : s.hidden);
-      out.fc2 = linear(s.hidden, shape_.embed_dim);
+      if (s.fc2_kept) out.fc2_norm = norm(s.fc2_kept, s.hidden);
+      out.fc2 = linear(s.fc2_kept ? s.fc2_kept : s.hidden, shape_.embed_dim);
     }
     return out;
   }
@@ -236,6 +240,7 @@ class PlainModel {
         key += b.shape.key_widths[h];
         value += b.shape.value_widths[h];
       }
+      if (b.shape.proj_kept) out = b.proj_norm(out.data(), sum(b.shape.value_widths), eps());
       add(x[static_cast<size_t>(t)], b.proj(out.data()));
     }
   }
@@ -276,7 +281,7 @@ class Packed {
  public:
   explicit Packed(const PlainModel& model) : dtype_(model.shape_.dtype) {
     const Shape& s = model.shape_;
-    layout = {3,
+    layout = {5,
               static_cast<int64_t>(dtype_),
               s.embed_dim,
               s.head_dim,
@@ -364,6 +369,11 @@ class Packed {
     if (kept < width) memory(norm.index.data(), norm.index.size() * 4);
   }
 
+  void inner(const PlainNorm& before, int64_t width) {
+    layout.push_back(!before.index.empty());
+    if (!before.index.empty()) norm(before, width);
+  }
+
   void maybe(const std::vector<double>& numbers) {
     layout.push_back(!numbers.empty());
     if (!numbers.empty()) floats(numbers);
@@ -381,13 +391,16 @@ class Packed {
         layout.push_back(b.shape.tables.empty() ? -1 : b.shape.tables[h]);
       linear(b.qkv);
       maybe(b.head_norms);
+      inner(b.proj_norm, sum(b.shape.value_widths));
       linear(b.proj);
     }
     layout.push_back(b.shape.mlp_kept > 0);
     if (b.shape.mlp_kept) {
       norm(b.norm2, width);
       layout.push_back(b.shape.swiglu);
+      layout.push_back(b.shape.hidden);
       linear(b.shape.swiglu ? halves_by_panel(b.fc1) : b.fc1);
+      inner(b.fc2_norm, b.shape.hidden);
       linear(b.fc2);
     }
   }

@@ -57,6 +57,10 @@ MODELS = {
         "vit_small_patch16_rope_224",
         {"img_size": 32, "embed_dim": 96, "depth": 1, "num_classes": 10, "qk_norm": True},
     ),
+    "rotary-inner-norms": (
+        "eva02_base_patch16_clip_224",
+        {"img_size": 32, "embed_dim": 96, "num_heads": 3, "depth": 2, "num_classes": 10},
+    ),
     "any-image-size": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "dynamic_img_size": True}),
 }
 

@@ -53,6 +53,10 @@ FAMILIES = {
         TINY, pos_embed="none", reg_tokens=2, init_values=0.1, glu=True, eva=AXIAL, dynamic_img_size=True
     ),
     "rotary-mixed": dataclasses.replace(TINY, eva=MIXED),
+    "inner-norms": dataclasses.replace(TINY, scale_attn_norm=True, scale_mlp_norm=True, init_values=0.1),
+    "rotary-inner-norms": dataclasses.replace(
+        TINY, glu=True, eva=AXIAL, scale_attn_norm=True, scale_mlp_norm=True
+    ),
 }
 
 

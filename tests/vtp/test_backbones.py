@@ -32,6 +32,7 @@ HEADLESS = {
     "any-size": dataclasses.replace(DEEP, dynamic_img_size=True),
     "rotary": dataclasses.replace(FAMILIES["rotary"], num_classes=0, depth=3),
     "rotary-mixed": dataclasses.replace(FAMILIES["rotary-mixed"], num_classes=0, depth=3),
+    "inner-norms": dataclasses.replace(FAMILIES["rotary-inner-norms"], num_classes=0, depth=3),
 }
 # Arguments of timm's `forward_intermediates`.
 ASKED = {

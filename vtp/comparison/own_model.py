@@ -14,7 +14,7 @@ from vtp.comparison.runtimes import COMPILERS, DTYPES, RUNTIMES, Run, Runtime
 from vtp.comparison.tables import Rows, in_rounds
 from vtp.model.cost import attention_cost, count, mlp_cost
 from vtp.model.eva import ropes
-from vtp.pruning.compact import CompactBlock, CompactModel, ConstantBranch, compact
+from vtp.pruning.compact import CompactModel, ConstantBranch, compact
 from vtp.pruning.gates import insert_gates
 from vtp.pruning.selection import make_plan
 from vtp.runtime import cpu
@@ -118,17 +118,15 @@ def branches(model: CompactModel) -> dict[str, tuple[Blocks, int]]:
             if getattr(vit, "rope_mixed", False):  # the frequencies of this block
                 vit.rope.freqs = nn.Parameter(vit.rope.freqs[:, index : index + 1])
                 vit.rope.depth = 1
-            found[f"blocks.{index}.{branch}"] = Blocks(vit), _macs(model, block, branch)
+            found[f"blocks.{index}.{branch}"] = Blocks(vit), _macs(model, index, branch)
     return found
 
 
-def _macs(model: CompactModel, block: CompactBlock, branch: str) -> int:
-    architecture = model.plan.architecture
+def _macs(model: CompactModel, block: int, branch: str) -> int:
+    architecture, widths = model.plan.architecture, model.plan.block_widths(block)
     if branch == "attn":
-        return attention_cost(
-            architecture, block.attn.qkv.in_features, block.attn.value_widths, block.attn.key_widths
-        ).macs
-    return mlp_cost(architecture, block.mlp.fc1.in_features, block.mlp.fc2.in_features).macs
+        return attention_cost(architecture, widths.qkv, widths.values, widths.keys).macs
+    return mlp_cost(architecture, widths.fc1, widths.fc2).macs
 
 
 def compare_branches(small: CompactModel, batch: int, dtype: str, budget: Budget) -> Record:

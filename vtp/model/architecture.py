@@ -75,6 +75,12 @@ class Architecture:
     `norm_eps`, `act_layer` (a name, or None for timm's default, `nn.GELU`), `glu` (SwiGLU: fc1 has
     2 * mlp_hidden outputs, and silu of the first half is multiplied by the second), `eva` (what only an Eva
     has; None for a VisionTransformer).
+
+    `scale_attn_norm` and `scale_mlp_norm`, a LayerNorm before proj and before fc2, are over all inputs of
+    that layer. So what makes these inputs stays whole whatever a cut takes from the layer: it gathers behind
+    the norm, and a removed input saves its column of proj or of fc2 alone. That is all an exact cut can do:
+    mean and variance depend on every input, and the sum of squares of the removed ones takes as many products
+    as they do.
     """
 
     distilled: bool
@@ -111,6 +117,8 @@ class Architecture:
     act_layer: str | None
     glu: bool = False
     eva: EvaArguments | None = None
+    scale_attn_norm: bool = False
+    scale_mlp_norm: bool = False
 
     @property
     def rotary(self) -> bool:
@@ -187,7 +195,7 @@ class Architecture:
         """The dense timm model with new weights on `device` ("meta" makes one without storage)."""
         with torch.device(device):
             if self.eva is not None:
-                return Eva(**self.timm_kwargs())
+                return with_fused_sites(Eva(**self.timm_kwargs()))
             cls = VisionTransformerDistilled if self.distilled else VisionTransformer
             return cls(**self.timm_kwargs(), weight_init=weight_init)
 
@@ -198,7 +206,7 @@ class Architecture:
         Raises:
             ValueError: fields are missing, unknown or of another type, or describe no model.
         """
-        fields = {"glu": False, "eva": None} | fields  # files from before have neither
+        fields = _MISSING_BEFORE | fields
         if isinstance(fields["eva"], dict):
             _check_fields(EvaArguments, fields["eva"], "architecture.eva")
             shape = fields["eva"]["ref_feat_shape"]
@@ -221,12 +229,16 @@ class Architecture:
         return architecture
 
 
+# Fields that older files do not have.
+_MISSING_BEFORE = {"glu": False, "eva": None, "scale_attn_norm": False, "scale_mlp_norm": False}
 # The arguments that Eva calls otherwise.
 _NAMES_OF_EVA = {
     "reg_tokens": "num_reg_tokens",
     "pre_norm": "use_pre_transformer_norm",
     "final_norm": "use_post_transformer_norm",
     "fc_norm": "use_fc_norm",
+    "scale_attn_norm": "scale_attn_inner",
+    "scale_mlp_norm": "scale_mlp",
 }
 
 
@@ -340,6 +352,8 @@ def _describe_blocks(model: VisionTransformer | Eva) -> dict:
         "drop_path_rate": last_drop_path.drop_prob if isinstance(last_drop_path, DropPath) else 0.0,
         "norm_eps": block.norm1.eps,
         "act_layer": _activation_name(mlp.act) if isinstance(mlp, Mlp) else None,
+        "scale_attn_norm": not isinstance(attn.norm, nn.Identity),
+        "scale_mlp_norm": not isinstance(mlp.norm, nn.Identity),
     }
 
 
@@ -515,8 +529,9 @@ def _refuse_other_parts(model: nn.Module) -> None:
                         f"blocks.{i}.{branch}.{name}: {class_name(linear)} is not supported, expected "
                         "nn.Linear; gates, statistics and cuts come before quantization and adapters"
                     )
-        for name in ("norm1", "norm2"):
-            norm = getattr(block, name)
+        inside = {f"{b}.norm": getattr(block, b).norm for b in ("attn", "mlp")}
+        inside = {name: norm for name, norm in inside.items() if not isinstance(norm, nn.Identity)}
+        for name, norm in {"norm1": block.norm1, "norm2": block.norm2, **inside}.items():
             if not isinstance(norm, nn.LayerNorm) or not norm.elementwise_affine or norm.bias is None:
                 raise UnsupportedModelError(
                     f"blocks.{i}.{name}: {norm} is not supported, expected LayerNorm with weight and bias"
@@ -547,8 +562,6 @@ def _refuse_other_attention(where: str, attn: nn.Module, is_eva: bool) -> None:
             f"{where}: grouped-query attention, where {attn.num_kv_groups} heads share keys and values, is "
             "not supported: no head could go alone"
         )
-    if not isinstance(attn.norm, nn.Identity):
-        raise UnsupportedModelError(f"{where}.norm: {_NORM_IN_BRANCH.format('attention and proj')}")
     for name in ("q_norm", "k_norm"):
         norm = getattr(attn, name)
         if not isinstance(norm, (nn.Identity, nn.LayerNorm)):
@@ -562,19 +575,12 @@ def _refuse_other_mlp(where: str, mlp: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{where}: {type(mlp).__name__} is not supported, expected timm's Mlp, GluMlp or SwiGLU"
         )
-    if not isinstance(mlp.norm, nn.Identity):
-        raise UnsupportedModelError(f"{where}.norm: {_NORM_IN_BRANCH.format('fc1 and fc2')}")
     if isinstance(mlp, Mlp):
         return
     if type(mlp.act) is not nn.SiLU:
         raise UnsupportedModelError(f"{where}.act: {mlp.act} is not supported in a gated one, expected SiLU")
     if getattr(mlp, "gate_last", False):
         raise UnsupportedModelError(f"{where}: its last half is the gate, expected the first, as in SwiGLU")
-
-
-_NORM_IN_BRANCH = (
-    "a norm between {} is not supported: its statistics would change with every removed dimension"
-)
 
 
 def _check_rebuilds(model: VisionTransformer | Eva, architecture: Architecture) -> None:

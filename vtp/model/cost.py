@@ -100,7 +100,8 @@ def attention_cost(
     Args:
         architecture: the dense model.
         qkv_inputs: kept inputs of qkv.
-        value_widths: kept value dimensions per head; a head with 0 is gone with its query and key.
+        value_widths: kept value dimensions per head; a head with 0 is gone with its query and key, unless a
+            norm before proj reads them all: then they are inputs of proj alone.
         key_widths: width of the query and key of each of those heads; () for that of the dense model.
     """
     width, tokens, head_dim = architecture.embed_dim, architecture.num_tokens, architecture.head_dim
@@ -108,13 +109,15 @@ def attention_cost(
     if qkv_inputs == 0 or values == 0:
         return Cost(width, 0)  # what is left is a constant vector
     key_widths = key_widths or [head_dim] * len(value_widths)
-    keys = sum(width for width, alive in zip(key_widths, value_widths, strict=True) if alive)
-    outputs = 2 * keys + values
-    params = 2 * qkv_inputs + qkv_inputs * outputs + values * width
+    normed = architecture.scale_attn_norm
+    keys = sum(width for width, alive in zip(key_widths, value_widths, strict=True) if alive or normed)
+    made = width if normed else values
+    outputs = 2 * keys + made
+    params = 2 * qkv_inputs + qkv_inputs * outputs + values * width + 2 * values * normed
     params += outputs * architecture.qkv_bias + width * architecture.proj_bias
     params += 4 * head_dim * architecture.qk_norm + width * (architecture.init_values is not None)
     macs = tokens * (qkv_inputs * outputs + values * width)
-    macs += tokens * tokens * (keys + values)
+    macs += tokens * tokens * (keys + made)
     return Cost(params, macs)
 
 
@@ -123,7 +126,8 @@ def mlp_cost(architecture: Architecture, fc1_inputs: int, hidden: int) -> Cost:
     width = architecture.embed_dim
     if fc1_inputs == 0 or hidden == 0:
         return Cost(width, 0)
-    outputs = hidden * (2 if architecture.glu else 1)
-    params = 2 * fc1_inputs + outputs * fc1_inputs + hidden * width
+    normed = architecture.scale_mlp_norm
+    outputs = (architecture.mlp_hidden if normed else hidden) * (2 if architecture.glu else 1)
+    params = 2 * fc1_inputs + outputs * fc1_inputs + hidden * width + 2 * hidden * normed
     params += (outputs + width) * architecture.proj_bias + width * (architecture.init_values is not None)
     return Cost(params, architecture.num_tokens * (outputs * fc1_inputs + hidden * width))

@@ -10,13 +10,14 @@ Frantar and Alistarh, "ZipLM", NeurIPS 2023, arXiv 2302.04089, find layer widths
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from vtp.model.widths import BlockWidths
+from vtp.model.widths import SITES, BlockWidths
 from vtp.pruning.calibration import Statistics
 
+_Width = TypeVar("_Width")
 _STEPS = 10_000  # of the budget
 _MOST_WIDTHS = 24  # of one kind that are tried in a branch, spread over all that are possible
 _LEAST = 1e-300
@@ -39,6 +40,8 @@ class Bounds:
     Attributes:
         least_values: kept of a head that is not removed, where it has as many.
         most_values, most_keys: of each head, what an earlier cut has left of it.
+        value_levels: of all heads, fewest first, which alone are tried, where a norm before proj is over the
+            values as they are; None elsewhere.
         cut_values, cut_keys: whether fewer may stay.
         may_lose_attention, may_lose_mlp: whether the branch may be removed whole.
     """
@@ -50,6 +53,7 @@ class Bounds:
     cut_keys: bool = True
     may_lose_attention: bool = True
     may_lose_mlp: bool = True
+    value_levels: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +159,10 @@ def branch_ways(
     tried = {site: _spread(sorted(numbers)) for site, numbers in widths.items()}
     # Heads first, at all inputs: what is beaten there is beaten, or nearly, at fewer.
     heads = []
+    stay = architecture.scale_attn_norm  # heads, whatever is left of them behind the norm
     for values in curves.value_levels(round_to, bounds):
         for level in curves.key_levels(round_to, bounds):
-            keys = tuple(key if value else 0 for key, value in zip(level, values, strict=True))
+            keys = tuple(key if value or stay else 0 for key, value in zip(level, values, strict=True))
             own = BlockWidths(architecture.embed_dim, values, keys=keys)
             heads.append(Way(own, cost(own), curves.values(values) + curves.keys(keys)))
     attention, mlp = [], []
@@ -189,16 +194,20 @@ class _Curves:
 
         self.inputs = {
             site: rescaled(of(f"{site}.errors")[::-1], of(f"{site}.changes"))
-            for site in ("attn.qkv", "mlp.fc1", "mlp.fc2")
+            for site in SITES
+            if f"blocks.{block}.{site}.changes" in statistics.tensors
         }
-        self.value_energies = of("attn.values")
-        self._value_points = of("attn.values.changes")
+        if "attn.proj" not in self.inputs:
+            self.value_energies = of("attn.values")
+            self._value_points = of("attn.values.changes")
         narrow = f"blocks.{block}.attn.keys" in statistics.tensors
         self.key_energies = of("attn.keys") if narrow else None
         self._key_points = of("attn.keys.changes") if narrow else None
 
     def value_levels(self, round_to: int, bounds: Bounds) -> list[tuple[int, ...]]:
         """Value widths that are tried."""
+        if bounds.value_levels is not None:
+            return _spread(bounds.value_levels)
         if not bounds.cut_values:
             return [bounds.most_values]
         return _levels(
@@ -213,6 +222,8 @@ class _Curves:
 
     def values(self, widths: Sequence[int]) -> float:
         """Change with so many values left of each head."""
+        if "attn.proj" in self.inputs:
+            return float(self.inputs["attn.proj"][sum(widths)])
         return self._change(self.value_energies, self._value_points, widths, range(self.heads))
 
     def keys(self, widths: Sequence[int]) -> float:
@@ -254,7 +265,7 @@ def _times(error: Any, width: Any, at: np.ndarray, factors: np.ndarray) -> np.nd
     return np.where(some, np.exp(np.minimum(logarithm, _MOST)), 0.0)
 
 
-def _spread(widths: Sequence[int]) -> list[int]:
+def _spread(widths: Sequence[_Width]) -> list[_Width]:
     """At most `_MOST_WIDTHS` of ascending widths, the first and the last among them."""
     at = np.unique(np.linspace(0, len(widths) - 1, _MOST_WIDTHS).round().astype(int))
     return [widths[i] for i in at]

@@ -28,9 +28,9 @@ from vtp.group import Group, first_makes, share, sum_over
 from vtp.model.architecture import Architecture, describe
 from vtp.model.widths import SITES
 from vtp.pruning.dense_block import (
-    activated,
     attend,
     centred,
+    into_fc2,
     layer_scales,
     scaled,
     scaled_weight,
@@ -67,9 +67,11 @@ class Statistics:
             blocks.<i>.<site>.errors      [p+1]   mean square error of the output after so many removals
             blocks.<i>.attn.keys          [H, d]  what each rank of a head carries of the scores' mean square;
                                                   not where keys keep their width
-            blocks.<i>.attn.values        [H, d]  what each direction of a head carries of proj's variance
+            blocks.<i>.attn.values        [H, d]  what each direction of a head carries of proj's variance;
+                                                  not where a norm is before proj
             blocks.<i>.<unit>.changes     [k, 2]  width, and the change with this unit alone cut to it; units
-                                                  are attn.qkv, attn.keys, attn.values, mlp.fc1, mlp.fc2
+                                                  are attn.qkv, attn.keys, mlp.fc1, mlp.fc2, and attn.values
+                                                  or, where a norm is before proj, attn.proj
 
             LayerScale counts as a part of the weights of proj and fc2.
     """
@@ -230,7 +232,7 @@ class _Block:
         if self.mixes is not None:
             query = query @ self.mixes.to(query)
         x = x + self._linear(attend(attn, query, key, value), self.proj)
-        return x + self._linear(activated(mlp, self._linear(self.block.norm2(x), self.fc1)), self.fc2)
+        return x + self._linear(into_fc2(mlp, self._linear(self.block.norm2(x), self.fc1)), self.fc2)
 
     @staticmethod
     def _linear(x: Tensor, layer: tuple[Tensor, Tensor]) -> Tensor:
@@ -271,7 +273,7 @@ def _gather(dense: _Block, stream: Stream, device: torch.device, narrows: bool) 
         x = x + scaled(attn.proj(out), gammas[0])
         normed = block.norm2(x)
         sums.sites["mlp.fc1"].add(normed.flatten(0, 1))
-        hidden = activated(mlp, mlp.fc1(normed))
+        hidden = into_fc2(mlp, mlp.fc1(normed))
         sums.sites["mlp.fc2"].add(hidden.flatten(0, 1))
         piece.copy_(x + scaled(mlp.fc2(hidden), gammas[1]))
     for moments in (*sums.sites.values(), *sums.queries, *sums.keys):
@@ -349,6 +351,8 @@ def _block_tensors(
     def measured(**cut: Any) -> float:
         return change(dataclasses.replace(dense, **cut)(before))
 
+    attn = dense.block.attn
+    turns = isinstance(attn.norm, nn.Identity)  # else the norm before proj is over values as they are
     constants = {}
     for branch, last in (("attn", "proj"), ("mlp", "fc2")):
         weight, bias = getattr(dense, last)
@@ -365,25 +369,25 @@ def _block_tensors(
         yield f"{site}.activation", weight.square().sum(0) * variance
         yield f"{site}.order", order.double()
         yield f"{site}.errors", errors
-        if layer != "proj":
+        if layer != "proj" or not turns:
             kept = max(1, round(PROBED_SHARE * len(order)))
             mended = _without(moments, weight, bias, order[len(order) - kept :].to(weight.device))
             yield f"{site}.changes", _points((0, constants[branch]), (kept, measured(**{layer: mended})))
 
-    attn = dense.block.attn
     H, d = attn.num_heads, attn.head_dim
-    proj, bias = dense.proj
-    out = sums.sites["attn.proj"]
-    kept = max(1, round(PROBED_SHARE * d))
-    energies, projection = [], torch.zeros(H * d, H * d, dtype=torch.float64, device=proj.device)
-    for own in (slice(head * d, (head + 1) * d) for head in range(H)):
-        turn, back, energy = turned_values(out.covariance[own, own], proj[:, own])
-        energies.append(energy)
-        projection[own, own] = back[:, :kept] @ turn[:, :kept].T
-    yield "attn.values", torch.stack(energies)
-    cut = proj @ projection
-    change_of_values = measured(proj=(cut, bias + (proj - cut) @ out.mean))
-    yield "attn.values.changes", _points((0, constants["attn"]), (H * kept, change_of_values))
+    if turns:
+        proj, bias = dense.proj
+        out = sums.sites["attn.proj"]
+        kept = max(1, round(PROBED_SHARE * d))
+        energies, projection = [], torch.zeros(H * d, H * d, dtype=torch.float64, device=proj.device)
+        for own in (slice(head * d, (head + 1) * d) for head in range(H)):
+            turn, back, energy = turned_values(out.covariance[own, own], proj[:, own])
+            energies.append(energy)
+            projection[own, own] = back[:, :kept] @ turn[:, :kept].T
+        yield "attn.values", torch.stack(energies)
+        cut = proj @ projection
+        change_of_values = measured(proj=(cut, bias + (proj - cut) @ out.mean))
+        yield "attn.values.changes", _points((0, constants["attn"]), (H * kept, change_of_values))
 
     if narrows:
         kept = max(1, round(PROBED_KEY_SHARE * d))

@@ -34,7 +34,7 @@ from vtp.files import fingerprint
 from vtp.group import Group
 from vtp.model.architecture import Architecture, describe
 from vtp.model.widths import SITES
-from vtp.pruning.dense_block import activated, hidden_rows, layer_scales, scaled
+from vtp.pruning.dense_block import activated, hidden_rows, into_fc2, layer_scales, scaled
 from vtp.pruning.gates import sites, with_gates
 from vtp.pruning.plan import PlanError, PruningPlan
 from vtp.pruning.refit import refit
@@ -85,7 +85,7 @@ def is_erf_gelu(activation: nn.Module) -> bool:
 
 def has_op(mlp: nn.Module) -> bool:
     """Whether `compact_mlp` does what is between the linear layers of a CompactMlp or of a packed one."""
-    return mlp.glu or is_erf_gelu(mlp.act)
+    return isinstance(mlp.norm, nn.Identity) and (mlp.glu or is_erf_gelu(mlp.act))
 
 
 class LayerNormGather(nn.Module):
@@ -122,7 +122,8 @@ class CompactAttention(Attention):
     qkv puts out the queries of all heads, their keys, then their values: [..., 2 * sum(key_widths) +
     sum(value_widths)]. The softmax scale is that of the dense model, `head_dim ** -0.5`, whatever is left of
     a key. Norms of queries and keys are over all `head_dim`, and rotations of their pairs: with either no key
-    is narrower.
+    is narrower. A norm before proj (`scale_attn_norm`) is over the values of all heads of the dense model,
+    which are there then, and gathers those that proj keeps.
 
     Attributes:
         key_widths, value_widths: one entry for each head that is left.
@@ -140,7 +141,9 @@ class CompactAttention(Attention):
         key_widths: tuple[int, ...],
         value_widths: tuple[int, ...],
         kept_heads: tuple[int, ...] | None = None,
+        proj_inputs: int | None = None,
     ) -> None:
+        """proj_inputs: that a norm before proj keeps; None for all values, which is so without one."""
         nn.Module.__init__(self)  # what timm's makes has other widths
         self.num_heads = len(value_widths)
         self.kept_heads = tuple(range(self.num_heads)) if kept_heads is None else kept_heads
@@ -166,8 +169,11 @@ class CompactAttention(Attention):
         self.q_norm = LayerNorm(self.head_dim, eps=architecture.norm_eps) if norm else nn.Identity()
         self.k_norm = LayerNorm(self.head_dim, eps=architecture.norm_eps) if norm else nn.Identity()
         self.attn_drop = nn.Dropout(architecture.attn_drop_rate)
-        self.norm, self.gate = nn.Identity(), None
-        self.proj = nn.Linear(sum(value_widths), architecture.embed_dim, bias=architecture.proj_bias)
+        inputs = self.attn_dim if proj_inputs is None else proj_inputs
+        normed = architecture.scale_attn_norm
+        self.norm = LayerNormGather(self.attn_dim, inputs, architecture.norm_eps) if normed else nn.Identity()
+        self.gate = None
+        self.proj = nn.Linear(inputs, architecture.embed_dim, bias=architecture.proj_bias)
         self.proj_drop = nn.Dropout(architecture.proj_drop_rate)
 
     def forward(
@@ -179,7 +185,7 @@ class CompactAttention(Attention):
     ) -> Tensor:
         """x [B, N, qkv_inputs] to [B, N, embed_dim]; masks and angles are those of timm's attention."""
         out = self.attend(_linear(self.qkv, x), attn_mask, is_causal, rope, on_kernels=_on_kernels(x))
-        return self.proj_drop(_linear(self.proj, out))
+        return self.proj_drop(_linear(self.proj, self.norm(out)))
 
     def attend(
         self,
@@ -190,7 +196,7 @@ class CompactAttention(Attention):
         *,
         on_kernels: bool,
     ) -> Tensor:
-        """What is between the two linear layers: qkv as they put it out to [B, N, sum(value_widths)].
+        """The attention alone, without a norm before proj: qkv as it is put out to [B, N, sum(value_widths)].
 
         With `on_kernels` it is one op, and another before it that rotates; but masks, active dropout and
         norms of queries and keys stay on PyTorch's operators.
@@ -304,16 +310,21 @@ class CompactMlp(Mlp):
     """fc1, activation, fc2 with `hidden` kept hidden dimensions: x [..., fc1_inputs] to [..., embed_dim].
 
     glu: SwiGLU: fc1 has 2 * hidden outputs, and silu of the first half is multiplied by the second.
+
+    A norm before fc2 (`scale_mlp_norm`) is over all hidden dimensions of the dense model, which are there
+    then, and gathers the `hidden` that fc2 keeps.
     """
 
     def __init__(self, architecture: Architecture, fc1_inputs: int, hidden: int) -> None:
         nn.Module.__init__(self)  # what timm's makes has other widths
         self.glu = architecture.glu
-        outputs = 2 * hidden if self.glu else hidden
+        made = architecture.mlp_hidden if architecture.scale_mlp_norm else hidden
+        outputs = 2 * made if self.glu else made
         self.fc1 = nn.Linear(fc1_inputs, outputs, bias=architecture.proj_bias)
         self.act = nn.SiLU() if self.glu else _activation(architecture)
         self.drop1 = nn.Dropout(architecture.proj_drop_rate)
-        self.norm = nn.Identity()
+        normed = architecture.scale_mlp_norm
+        self.norm = LayerNormGather(made, hidden, architecture.norm_eps) if normed else nn.Identity()
         self.fc2 = nn.Linear(hidden, architecture.embed_dim, bias=architecture.proj_bias)
         self.drop2 = nn.Dropout(architecture.proj_drop_rate)
 
@@ -323,7 +334,8 @@ class CompactMlp(Mlp):
         if _on_kernels(x) and linears and has_op(self) and not dropout:
             weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
             return self.drop2(compact_mlp(x, *weights, None, "swiglu" if self.glu else "gelu"))
-        return self.drop2(_linear(self.fc2, self.drop1(activated(self, _linear(self.fc1, x)))))
+        hidden = self.norm(self.drop1(activated(self, _linear(self.fc1, x))))
+        return self.drop2(_linear(self.fc2, hidden))
 
 
 class ConstantBranch(nn.Module):
@@ -345,15 +357,17 @@ class CompactBlock(Block):
         nn.Module.__init__(self)  # what timm's makes has other widths
         architecture = plan.architecture
         width, eps = architecture.embed_dim, architecture.norm_eps
-        qkv, _, fc1, fc2 = (len(plan.kept[name]) for name in _site_names(block))
-        key_widths = tuple(filter(None, plan.key_widths(block)))
-        value_widths = tuple(filter(None, plan.value_widths(block)))
-        heads = tuple(head for head, width in enumerate(plan.value_widths(block)) if width)
+        qkv, proj, fc1, fc2 = (len(plan.kept[name]) for name in _site_names(block))
+        heads = tuple(head for head, key in enumerate(plan.key_widths(block)) if key)
+        key_widths = tuple(plan.key_widths(block)[head] for head in heads)
+        value_widths = tuple(plan.value_widths(block)[head] for head in heads)
+        if architecture.scale_attn_norm:
+            value_widths = (plan.head_dim,) * len(heads)
 
-        alive = bool(qkv and value_widths)
+        alive = bool(qkv and proj)
         self.norm1 = LayerNormGather(width, qkv, eps) if alive else nn.Identity()
         self.attn = (
-            CompactAttention(architecture, qkv, key_widths, value_widths, heads)
+            CompactAttention(architecture, qkv, key_widths, value_widths, heads, proj)
             if alive
             else ConstantBranch(width)
         )
@@ -498,7 +512,7 @@ def compact(
             f"plan: made for {plan.architecture.depth} blocks of width {plan.architecture.embed_dim}, got a "
             f"model with {architecture.depth} blocks of width {architecture.embed_dim}"
         )
-    for name in ("glu", "rotary"):
+    for name in ("glu", "rotary", "scale_attn_norm", "scale_mlp_norm"):
         if (own := getattr(architecture, name)) != (theirs := getattr(plan.architecture, name)):
             raise PlanError(f"plan: made for a model with {name} {theirs}, got one with {name} {own}")
     if images is None and _takes_images(gated, plan):
@@ -515,7 +529,8 @@ def compact(
             torch.tensor(plan.kept[name], dtype=torch.int64, device=device) for name in _site_names(i)
         )
         new = small.blocks[i]
-        state |= _prefixed(f"blocks.{i}.", _cut_attention(block, new, qkv, proj, plan.key_widths(i)))
+        attention = _cut_attention(block, new, qkv, proj, plan.key_widths(i), architecture)
+        state |= _prefixed(f"blocks.{i}.", attention)
         state |= _prefixed(f"blocks.{i}.", _cut_mlp(block, new, fc1, fc2, architecture))
     if architecture.rotary:
         small.rope = copy.deepcopy(gated.rope)
@@ -566,43 +581,58 @@ def _prefixed(prefix: str, tensors: dict[str, Tensor | None]) -> dict[str, Tenso
     return {prefix + name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def _cut_norm(name: str, norm: nn.LayerNorm, new: LayerNormGather, keep: Tensor) -> dict[str, Tensor | None]:
+def _cut_norm(name: str, norm: nn.Module, new: nn.Module, keep: Tensor) -> dict[str, Tensor | None]:
+    if not isinstance(new, LayerNormGather):
+        return {}
     index = None if new.index is None else keep
     return {f"{name}.weight": norm.weight[keep], f"{name}.bias": norm.bias[keep], f"{name}.index": index}
 
 
 def _cut_attention(
-    block: nn.Module, new: CompactBlock, keep_qkv: Tensor, keep_proj: Tensor, key_widths: tuple[int, ...]
+    block: nn.Module,
+    new: CompactBlock,
+    keep_qkv: Tensor,
+    keep_proj: Tensor,
+    key_widths: tuple[int, ...],
+    architecture: Architecture,
 ) -> dict[str, Tensor | None]:
     """Tensors of the compact attention branch, by name within the block."""
     attn = block.attn
     proj_weight, proj_bias = attn.proj.folded_weight()[:, keep_proj], attn.proj.bias
     qkv_bias = attn.qkv.bias
     width = attn.num_heads * attn.head_dim
-    value_rows = 2 * width + keep_proj
     if isinstance(new.attn, ConstantBranch):
         # Without inputs every token has the value `bias`, which any attention weights average to itself.
-        constant = _apply(proj_weight, None if qkv_bias is None else qkv_bias[value_rows], proj_bias)
+        values = proj_weight.new_zeros(width) if qkv_bias is None else qkv_bias[2 * width :]
+        constant = _apply(proj_weight, attn.norm(values)[keep_proj], proj_bias)
         return {"attn.bias": scaled(constant, layer_scales(block)[0])}
-    rows = block_rows(key_widths, keep_proj, width, attn.head_dim)
+    rows = block_rows(key_widths, made_values(keep_proj, architecture), width, attn.head_dim)
     return {
         **_cut_norm("norm1", block.norm1, new.norm1, keep_qkv),
         "attn.qkv.weight": attn.qkv.folded_weight()[rows][:, keep_qkv],
         "attn.qkv.bias": None if qkv_bias is None else qkv_bias[rows],
         **_prefixed("attn.q_norm.", dict(attn.q_norm.state_dict())),
         **_prefixed("attn.k_norm.", dict(attn.k_norm.state_dict())),
+        **_cut_norm("attn.norm", attn.norm, new.attn.norm, keep_proj),
         "attn.proj.weight": proj_weight,
         "attn.proj.bias": proj_bias,
         "ls1.gamma": layer_scales(block)[0],
     }
 
 
-def block_rows(key_widths: tuple[int, ...], keep_proj: Tensor, width: int, head_dim: int) -> Tensor:
+def made_values(keep_proj: Tensor, architecture: Architecture) -> Tensor:
+    """Values that a cut to these inputs of proj needs: the same, or all of them for a norm before proj."""
+    if architecture.scale_attn_norm:
+        return torch.arange(architecture.embed_dim, device=keep_proj.device)
+    return keep_proj
+
+
+def block_rows(key_widths: tuple[int, ...], values: Tensor, width: int, head_dim: int) -> Tensor:
     """Rows of a dense qkv [3 * width, ...] that a compact one has, in its order: queries, keys, values."""
     starts = range(0, width, head_dim)
     queries = torch.cat([start + torch.arange(w) for start, w in zip(starts, key_widths, strict=True)])
-    queries = queries.to(keep_proj.device)
-    return torch.cat([queries, width + queries, 2 * width + keep_proj])
+    queries = queries.to(values.device)
+    return torch.cat([queries, width + queries, 2 * width + values])
 
 
 def _cut_mlp(
@@ -616,23 +646,25 @@ def _cut_mlp(
     gamma = layer_scales(block)[1]
     if isinstance(new.mlp, ConstantBranch):
         before_act = fc2_weight.new_zeros(len(made)) if hidden_bias is None else hidden_bias
-        constant = _apply(fc2_weight, activated(mlp, before_act), mlp.fc2.bias)
+        hidden = into_fc2(mlp, before_act)
+        constant = _apply(
+            fc2_weight, hidden[keep_fc2] if architecture.scale_mlp_norm else hidden, mlp.fc2.bias
+        )
         return {"mlp.bias": scaled(constant, gamma)}
     return {
         **_cut_norm("norm2", block.norm2, new.norm2, keep_fc1),
         "mlp.fc1.weight": mlp.fc1.folded_weight()[made][:, keep_fc1],
         "mlp.fc1.bias": hidden_bias,
+        **_cut_norm("mlp.norm", mlp.norm, new.mlp.norm, keep_fc2),
         "mlp.fc2.weight": fc2_weight,
         "mlp.fc2.bias": mlp.fc2.bias,
         "ls2.gamma": gamma,
     }
 
 
-def _apply(weight: Tensor, vector: Tensor | None, bias: Tensor | None) -> Tensor:
-    """`weight @ vector + bias` in float64, where a missing vector or bias is 0; in the weight's dtype."""
-    out = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-    if vector is not None:
-        out += weight.double() @ vector.double()
+def _apply(weight: Tensor, vector: Tensor, bias: Tensor | None) -> Tensor:
+    """`weight @ vector + bias` in float64, where a missing bias is 0; in the weight's dtype."""
+    out = weight.double() @ vector.double()
     if bias is not None:
         out += bias.double()
     return out.to(weight.dtype)

@@ -47,16 +47,23 @@ def _rotated(attn: nn.Module, x: Tensor, rope: Tensor) -> Tensor:
 
 
 def activated(mlp: nn.Module, given: Tensor) -> Tensor:
-    """The hidden dimensions of a dense or compact feed-forward, from what its fc1 puts out."""
+    """The hidden dimensions of a dense or compact feed-forward, from what its fc1 puts out; a norm before fc2
+    is still to come."""
     if isinstance(mlp, GluMlp) or getattr(mlp, "glu", False):
         gate, value = given.chunk(2, dim=-1)
         return mlp.act(gate) * value
     return mlp.act(given)
 
 
+def into_fc2(mlp: nn.Module, given: Tensor) -> Tensor:
+    """What goes into fc2 of a dense or compact feed-forward, from what its fc1 puts out."""
+    return mlp.norm(activated(mlp, given))
+
+
 def attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """What goes into proj, [images, tokens, embed_dim]."""
-    return F.scaled_dot_product_attention(query, key, value, scale=attn.scale).transpose(1, 2).flatten(2)
+    out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
+    return attn.norm(out.transpose(1, 2).flatten(2))
 
 
 def centred(key: Tensor) -> Tensor:
@@ -65,5 +72,8 @@ def centred(key: Tensor) -> Tensor:
 
 
 def hidden_rows(hidden: Tensor, architecture: Architecture) -> Tensor:
-    """Rows of a dense fc1 that make these hidden dimensions: with SwiGLU one of each half."""
+    """Rows of a dense fc1 that a cut to these inputs of fc2 needs: those that make them, with SwiGLU one of
+    each half, or all of them for a norm before fc2."""
+    if architecture.scale_mlp_norm:
+        hidden = torch.arange(architecture.mlp_hidden, device=hidden.device)
     return torch.cat([hidden, architecture.mlp_hidden + hidden]) if architecture.glu else hidden

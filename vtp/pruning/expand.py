@@ -22,7 +22,7 @@ from vtp.model.architecture import (
     wrapped_hint,
 )
 from vtp.model.widths import SITES
-from vtp.pruning.compact import CompactBlock, CompactModel, ConstantBranch, block_rows
+from vtp.pruning.compact import CompactBlock, CompactModel, ConstantBranch, block_rows, made_values
 from vtp.pruning.dense_block import hidden_rows
 
 
@@ -76,6 +76,9 @@ def _fill_attention(small: CompactModel, i: int, block: CompactBlock, into: dict
                 into[name].fill_(1)
         if "attn.proj.bias" in into:
             into["attn.proj.bias"].copy_(block.attn.bias)
+        elif "attn.norm.bias" in into:
+            into["attn.norm.bias"][0] = 1
+            into["attn.proj.weight"][:, 0] = block.attn.bias
         elif "attn.qkv.bias" in into:  # a value that is 1 at every token, and so is every average of it
             into["attn.qkv.bias"][2 * small.embed_dim] = 1
             into["attn.proj.weight"][:, 0] = block.attn.bias
@@ -85,8 +88,10 @@ def _fill_attention(small: CompactModel, i: int, block: CompactBlock, into: dict
     _refuse_replaced(f"blocks.{i}.attn", block.attn, ("qkv", "proj"))
     device = block.attn.qkv.weight.device
     inputs, values = (_indices(plan.kept[f"blocks.{i}.{site}"], device) for site in SITES[:2])
-    rows = block_rows(plan.key_widths(i), values, small.embed_dim, plan.head_dim)
+    made = made_values(values, plan.architecture)
+    rows = block_rows(plan.key_widths(i), made, small.embed_dim, plan.head_dim)
     _fill_norm("norm1", block.norm1, inputs, into)
+    _fill_norm("attn.norm", block.attn.norm, values, into)
     into["attn.qkv.weight"][rows[:, None], inputs] = block.attn.qkv.weight
     into["attn.proj.weight"][:, values] = block.attn.proj.weight
     if "attn.qkv.bias" in into:
@@ -105,6 +110,9 @@ def _fill_mlp(small: CompactModel, i: int, block: CompactBlock, into: dict[str, 
                 into[name].fill_(1)
         if "mlp.fc2.bias" in into:
             into["mlp.fc2.bias"].copy_(block.mlp.bias)
+        elif "mlp.norm.bias" in into:
+            into["mlp.norm.bias"][0] = 1
+            into["mlp.fc2.weight"][:, 0] = block.mlp.bias
         else:
             _refuse_constant(f"blocks.{i}.mlp", block.mlp)
         return
@@ -112,6 +120,7 @@ def _fill_mlp(small: CompactModel, i: int, block: CompactBlock, into: dict[str, 
     device = block.mlp.fc1.weight.device
     inputs, hidden = (_indices(small.plan.kept[f"blocks.{i}.{site}"], device) for site in SITES[2:])
     _fill_norm("norm2", block.norm2, inputs, into)
+    _fill_norm("mlp.norm", block.mlp.norm, hidden, into)
     made = hidden_rows(hidden, small.plan.architecture)
     into["mlp.fc1.weight"][made[:, None], inputs] = block.mlp.fc1.weight
     into["mlp.fc2.weight"][:, hidden] = block.mlp.fc2.weight
@@ -124,8 +133,9 @@ def _fill_mlp(small: CompactModel, i: int, block: CompactBlock, into: dict[str, 
 
 
 def _fill_norm(name: str, norm: nn.Module, kept: Tensor, into: dict[str, Tensor]) -> None:
-    into[f"{name}.weight"][kept] = norm.weight
-    into[f"{name}.bias"][kept] = norm.bias
+    if not isinstance(norm, nn.Identity):
+        into[f"{name}.weight"][kept] = norm.weight
+        into[f"{name}.bias"][kept] = norm.bias
 
 
 def _indices(kept: tuple[int, ...], device: torch.device) -> Tensor:

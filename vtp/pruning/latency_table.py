@@ -40,7 +40,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Of an Architecture; blocks are alike, the packed weights contain biases and scales, and nothing is dropped.
 _WITHOUT_EFFECT = {
     "depth", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate",
-    "drop_path_rate", "norm_eps", "init_values", "qkv_bias", "proj_bias", "glu", "eva",
+    "drop_path_rate", "norm_eps", "init_values", "qkv_bias", "proj_bias", "glu", "eva", "scale_attn_norm",
+    "scale_mlp_norm",
 }  # fmt: skip
 
 
@@ -260,8 +261,9 @@ def geometry(architecture: Architecture) -> dict[str, Any]:
     fields = dataclasses.asdict(architecture)
     found = {name: value for name, value in fields.items() if name not in _WITHOUT_EFFECT}
     # Said only of a model that has them, as tables from before do not say so of others.
-    if architecture.glu:
-        found["glu"] = True
+    for name in ("glu", "scale_attn_norm", "scale_mlp_norm"):
+        if getattr(architecture, name):
+            found[name] = True
     if architecture.eva is not None:
         of_eva = {"rotary": architecture.eva.rope_type, "pool_heads": architecture.eva.attn_pool_num_heads}
         found |= {name: value for name, value in of_eva.items() if value is not None}

@@ -102,6 +102,11 @@ class PruningPlan:
                 raise PlanError(f"scores[{name!r}]: got {len(self.scores[name])} scores, expected {width}")
         if self.value_basis not in VALUE_BASES:
             raise PlanError(f"value_basis: got {self.value_basis!r}, expected one of {VALUE_BASES}")
+        if self.value_basis != "dimensions" and self.architecture.scale_attn_norm:
+            raise PlanError(
+                f"value_basis: got {self.value_basis!r}, expected 'dimensions': the norm before proj is over "
+                "the values as they are"
+            )
         object.__setattr__(self, "keys", FrozenDict(self._checked_keys()))
 
     def _checked_keys(self) -> dict[str, tuple[int, ...]]:
@@ -151,13 +156,19 @@ class PruningPlan:
         return self.architecture.head_dim
 
     def value_widths(self, block: int) -> tuple[int, ...]:
-        """Kept value dimensions of each original head of a block; 0 where the head is removed."""
+        """Kept value dimensions of each original head of a block; 0 where the head is removed.
+
+        With a norm before proj they are those that proj reads of what the heads put out: none is removed.
+        """
         heads = np.asarray(self.kept[f"blocks.{block}.attn.proj"], dtype=np.int64) // self.head_dim
         return tuple(np.bincount(heads, minlength=self.architecture.num_heads).tolist())
 
     def key_widths(self, block: int) -> tuple[int, ...]:
         """Width of the queries and keys of each original head of a block; 0 where the head is removed."""
-        pairs = zip(self.keys[f"blocks.{block}.attn"], self.value_widths(block), strict=True)
+        values = self.value_widths(block)
+        if self.architecture.scale_attn_norm:
+            values = (sum(values),) * len(values)
+        pairs = zip(self.keys[f"blocks.{block}.attn"], values, strict=True)
         return tuple(key if value else 0 for key, value in pairs)
 
     @property

@@ -28,10 +28,10 @@ from vtp.group import Group, refuse_different, sum_over, take_from_first, togeth
 from vtp.model.architecture import Architecture
 from vtp.model.widths import SITES
 from vtp.pruning.dense_block import (
-    activated,
     attend,
     centred,
     hidden_rows,
+    into_fc2,
     layer_scales,
     scaled,
     scaled_weight,
@@ -188,13 +188,13 @@ class _BlockFit:
             if self.keys[head] < d:
                 own_keys = slice((attn.num_heads + head) * d, (attn.num_heads + head + 1) * d)
                 bias[own_keys] = -weight[own_keys] @ sums.mean
-            if self.values[head]:
+            if self.keys[head]:
                 to_query, to_key = self._scores_kept(queries[head], keys[head], self.keys[head])
                 turn, back = self._values_kept(out, proj[:, part], head)
                 rows.append((to_query, to_key, turn))
                 columns.append(proj[:, part] @ back)
         parts = [t.unflatten(0, (3, attn.num_heads, d)) for t in (weight, bias)]
-        alive_heads = [head for head in heads if self.values[head]]
+        alive_heads = [head for head in heads if self.keys[head]]
         for target, of in zip((own.qkv.weight, own.qkv.bias), parts, strict=True):
             if target is not None:
                 turned = [
@@ -209,7 +209,8 @@ class _BlockFit:
         with store.for_a_while() as short:
             entered = []
             for piece, (x, rest) in enumerate(self._pieces()):
-                given = own.attend(own.qkv(self.own.norm1(rest)), None, False, self.rope, on_kernels=False)
+                out = own.attend(own.qkv(self.own.norm1(rest)), None, False, self.rope, on_kernels=False)
+                given = own.norm(out)
                 entered.append(short.keep(given))
                 lack = self._counted(self._lack(piece, x, rest), piece)
                 counted = self._counted(given, piece)
@@ -236,7 +237,7 @@ class _BlockFit:
             if alive:
                 normed = self.own.norm2(self._counted(rest, piece))
                 sums.add(normed, self._counted(given, piece)[:, made] - _linear(normed, weight, bias))
-            x += scaled(mlp.fc2(activated(mlp, given)), self.gammas[1])
+            x += scaled(mlp.fc2(into_fc2(mlp, given)), self.gammas[1])
         if not alive:
             own.bias.copy_(self._mean_lack())
             for _, rest in self._pieces():
@@ -248,11 +249,11 @@ class _BlockFit:
         sums = Moments(len(hidden), len(weight), self.device)
         for piece, (x, rest) in enumerate(self._pieces()):
             lack = self._counted(self._lack(piece, x, rest), piece)
-            given = activated(own, own.fc1(self.own.norm2(self._counted(rest, piece))))
+            given = into_fc2(own, own.fc1(self.own.norm2(self._counted(rest, piece))))
             sums.add(given, lack - _linear(given, weight, bias))
         self._set(own.fc2, self.own.ls2, weight, bias, sums)
         for _, rest in self._pieces():
-            rest += self.own.ls2(own.fc2(activated(own, own.fc1(self.own.norm2(rest)))))
+            rest += self.own.ls2(own.fc2(into_fc2(own, own.fc1(self.own.norm2(rest)))))
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pieces of both streams on the model's device; what is written to them is kept."""
@@ -318,6 +319,8 @@ class _BlockFit:
             return turn[:, :width], back[:, :width]
         kept = self.kept["attn.proj"]
         chosen = kept[(kept >= own.start) & (kept < own.stop)] - own.start
+        if self.architecture.scale_attn_norm:
+            return eye, eye[:, chosen]
         return eye[:, chosen], eye[:, chosen]
 
     def _set(self, layer: nn.Linear, scale: nn.Module, weight: Tensor, bias: Tensor, sums: Moments) -> None:

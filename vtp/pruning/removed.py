@@ -26,14 +26,19 @@ def removed_before(model: nn.Module) -> dict[str, np.ndarray]:
         found[f"blocks.{i}.attn"] = (alive * places).amax(1).clamp_min(1).cpu().numpy()
         gone = {
             "attn.qkv": _zero_norm(block.norm1) & _zero_columns(attn.qkv),
-            "attn.proj": made[2] & _zero_columns(attn.proj),
+            "attn.proj": _not_made(attn.norm, made[2]) & _zero_columns(attn.proj),
             "mlp.fc1": _zero_norm(block.norm2) & _zero_columns(mlp.fc1),
             # With SwiGLU it is made by a row of each half.
-            "mlp.fc2": _zero_rows(mlp.fc1).unflatten(0, (-1, mlp.fc2.in_features)).all(0)
+            "mlp.fc2": _not_made(mlp.norm, _zero_rows(mlp.fc1).unflatten(0, (-1, mlp.fc2.in_features)).all(0))
             & _zero_columns(mlp.fc2),
         }
         found |= {f"blocks.{i}.{site}": mask.cpu().numpy() for site, mask in gone.items()}
     return found
+
+
+def _not_made(norm: nn.Module, zero: Tensor) -> Tensor:
+    """Which inputs of a layer are 0 whatever comes: by the norm before it, or by what makes them."""
+    return zero if isinstance(norm, nn.Identity) else _zero_norm(norm)
 
 
 def _zero_rows(linear: nn.Module) -> Tensor:

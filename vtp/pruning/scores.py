@@ -69,7 +69,7 @@ def _of_statistics(statistics: Statistics, name: str, score: str) -> Tensor:
         return statistics.tensors[f"{name}.{score}"]
     order = statistics.tensors[f"{name}.order"].long()
     errors = statistics.tensors[f"{name}.errors"]
-    if name.endswith("attn.proj"):  # which is cut to other directions to measure a change
+    if f"{name}.changes" not in statistics.tensors:  # proj, cut to other directions to measure a change
         values = statistics.tensors[name.replace("attn.proj", "attn.values")].sum().item()
         points = statistics.tensors[name.replace("attn.proj", "attn.values.changes")]
         changes = errors * (points[0, 1] / max(values, 1e-300))

@@ -360,7 +360,18 @@ class _Optimal:
             cut_keys=not qkv,
             may_lose_attention=no_attention or not (qkv or proj),
             may_lose_mlp=no_mlp or not (fc1 or fc2),
+            value_levels=self._value_levels(names[1]) if ranked.architecture.scale_attn_norm else None,
         )
+
+    def _value_levels(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """How many inputs of a proj are of each head, for each number that it may keep of them but none."""
+        architecture = self._ranked.architecture
+        heads = [
+            np.asarray(self._kept(name, width)) // architecture.head_dim
+            for width in sorted(self._widths(name))
+            if width
+        ]
+        return tuple(tuple(np.bincount(own, minlength=architecture.num_heads).tolist()) for own in heads)
 
     def plan(self, most: float, budget: Mapping[str, float]) -> PruningPlan:
         """The plan of the least change for at most this cost. Raises PlanError where there is none."""
@@ -373,16 +384,19 @@ class _Optimal:
         for i, (attention, mlp) in enumerate(zip(ways[::2], ways[1::2], strict=True)):
             values = attention.widths.values or (0,) * architecture.num_heads
             kept[f"blocks.{i}.attn.qkv"] = self._kept(f"blocks.{i}.attn.qkv", attention.widths.qkv)
-            kept[f"blocks.{i}.attn.proj"] = tuple(
-                h * d + j for h, width in enumerate(values) for j in range(width)
-            )
+            if architecture.scale_attn_norm:
+                kept[f"blocks.{i}.attn.proj"] = self._kept(f"blocks.{i}.attn.proj", sum(values))
+            else:
+                kept[f"blocks.{i}.attn.proj"] = tuple(
+                    h * d + j for h, width in enumerate(values) for j in range(width)
+                )
+                scores[f"blocks.{i}.attn.proj"] = (
+                    self._statistics.tensors[f"blocks.{i}.attn.values"].flatten().numpy()
+                )
             kept[f"blocks.{i}.mlp.fc1"] = self._kept(f"blocks.{i}.mlp.fc1", mlp.widths.fc1)
             kept[f"blocks.{i}.mlp.fc2"] = self._kept(f"blocks.{i}.mlp.fc2", mlp.widths.fc2)
             keys[f"blocks.{i}.attn"] = tuple(
                 width or d for width in attention.widths.keys or (d,) * len(values)
-            )
-            scores[f"blocks.{i}.attn.proj"] = (
-                self._statistics.tensors[f"blocks.{i}.attn.values"].flatten().numpy()
             )
         return self._ranked.plan(
             kept=kept,
@@ -390,7 +404,7 @@ class _Optimal:
             scores=scores,
             budget=budget,
             threshold=None,
-            value_basis="principal",
+            value_basis="dimensions" if architecture.scale_attn_norm else "principal",
             predicted_change=sum(way.change for way in ways),
         )
 

@@ -198,6 +198,7 @@ def widths(plan: Any) -> str:
     if not blocks:
         return markup.section("widths", title, "", "", ["The plan names no site of a transformer block."])
     notes, maps = [], [_site_map(plan, blocks)]
+    stay = getattr(getattr(plan, "architecture", None), "scale_attn_norm", False)
     values = {block: tuple(plan.value_widths(block)) for block in blocks}
     if any(values.values()):
         if getattr(plan, "narrows_keys", False):
@@ -205,7 +206,10 @@ def widths(plan: Any) -> str:
             maps.append(_head_map("key width", "qkv", keys, plan.head_dim))
         maps.append(_head_map("value width", "proj", values, plan.head_dim))
         gone = sum(width == 0 for widths in values.values() for width in widths)
-        if gone:
+        if gone and stay:
+            total = sum(map(len, values.values()))
+            notes.append(f"{gone} of {total} heads have no value dimension left that proj reads.")
+        elif gone:
             notes.append(
                 f"{gone} of {sum(map(len, values.values()))} heads have no value dimension left and are gone."
             )
@@ -213,8 +217,12 @@ def widths(plan: Any) -> str:
         notes.append("The plan records no value widths of heads: there is no map of heads.")
     how = (
         "Percent kept, and below it the number of dimensions; the stronger the colour, the more is kept. "
-        f"A head's value, query and key have {plan.head_dim} dimensions each before the cut; a head with no "
-        "value left goes, with its query and key."
+        f"A head's value, query and key have {plan.head_dim} dimensions each before the cut; "
+    )
+    how += (
+        "the norm before proj is over the values of all heads, which stay: what is left is what proj reads."
+        if stay
+        else "a head with no value left goes, with its query and key."
     )
     return markup.section(
         "widths", title, how, f'<div class="card"><div class="maps">{"".join(maps)}</div></div>', notes

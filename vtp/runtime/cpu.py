@@ -19,7 +19,7 @@ from vtp.pruning.compact import CompactAttention, CompactDistilledViT, is_erf_ge
 from vtp.runtime.packed import PackedAttention, PackedBlock, PackedLinear, PackedMlp, PackedNorm
 from vtp_kernels.library import cpp_unsupported_reason
 
-_FORMAT = 3  # of the list of integers; csrc/cpu/model.cpp has the same
+_FORMAT = 5  # of the list of integers; csrc/cpu/model.cpp has the same
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PANEL = 16  # outputs whose weights lie side by side
 _ALIGNMENT = 64  # bytes: a cache line
@@ -226,7 +226,7 @@ class _Writer:
             norms = [p[_pairs_apart(len(p))] for p in norms]
         self.linear(weight, bias)
         self.maybe(torch.stack(norms).float() if norms else None)
-        self.packed(branch.proj)
+        self._last_layer(heads.norm, branch.proj)
 
     def _tables(self, heads: CompactAttention) -> list[int]:
         """Of each head which of the rotary embeddings of its block it has, -1 without."""
@@ -236,12 +236,19 @@ class _Writer:
 
     def _mlp(self, branch: PackedMlp) -> None:
         self.norm(branch.norm, branch.fc1.in_features)
-        self.list.append(int(branch.glu))
+        self.list += [int(branch.glu), branch.fc1.out_features // (2 if branch.glu else 1)]
         if branch.glu:
             self.linear(*(_halves_by_panel(t) for t in (branch.fc1.weight, branch.fc1.bias)))
         else:
             self.packed(branch.fc1)
-        self.packed(branch.fc2)
+        self._last_layer(branch.hidden_norm, branch.fc2)
+
+    def _last_layer(self, norm: nn.Module, layer: PackedLinear) -> None:
+        """That of a branch, with the norm before it where there is one."""
+        self.list.append(int(isinstance(norm, PackedNorm)))
+        if isinstance(norm, PackedNorm):
+            self.norm(norm, layer.in_features)
+        self.packed(layer)
 
     def head(self, vit: VisionTransformer) -> None:
         """The last norm folded into the head. DeiT averages two heads: they read two tokens side by side."""

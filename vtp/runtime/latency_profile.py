@@ -317,7 +317,13 @@ def _random_model(
     for parameter in model.parameters():
         parameter.normal_(0, 0.02, generator=generator)
     for i, block in enumerate(model.blocks):
-        for norm, site in ((block.norm1, "attn.qkv"), (block.norm2, "mlp.fc1")):
+        norms = (
+            block.norm1,
+            getattr(block.attn, "norm", None),
+            block.norm2,
+            getattr(block.mlp, "norm", None),
+        )
+        for norm, site in zip(norms, SITES, strict=True):
             if getattr(norm, "index", None) is not None:
                 norm.index.copy_(torch.tensor(plan.kept[f"blocks.{i}.{site}"]))
     return optimize(model, dtype)

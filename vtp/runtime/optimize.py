@@ -16,7 +16,8 @@ split among programs.
 
 Plain PyTorch operators remain where no op applies: the norms of queries and keys (qk_norm) with the
 concatenation behind them, attention under a mask or with heads wider than 256, activations other than the
-exact GELU, and everything outside the blocks, which is timm's own.
+exact GELU, and everything outside the blocks, which is timm's own. A norm before proj or fc2 is one more
+layer_norm_gather; in the place of compact_mlp there are then two compact_linear, and PyTorch's activation.
 """
 
 import copy

@@ -136,8 +136,8 @@ class PackedNorm(nn.Module):
 
     def widen(self, dim: int) -> bool:
         """Gather 8 n of the `dim` dimensions, the first again for each that is missing; whether there are."""
-        missing = 0 if self.index is None else -len(self.index) % 8
-        if missing and len(self.index) + missing <= dim:
+        missing = -(dim if self.index is None else len(self.index)) % 8
+        if missing and self.index is not None and len(self.index) + missing <= dim:
             self.index = torch.cat([self.index, self.index[:1].expand(missing)])
             missing = 0
         return not missing
@@ -160,11 +160,12 @@ class PackedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = PackedNorm(norm)
-        self.qkv = _behind_norm(norm, attn.qkv, dtype)
+        self.qkv = _folded(norm, attn.qkv, None, dtype)
         # Of the attention itself only what is between its linear layers is wanted.
         self.heads = copy.deepcopy(attn, {id(attn.qkv): nn.Identity(), id(attn.proj): nn.Identity()})
         self.heads.fused_attn = True
-        self.proj = _before_scale(attn.proj, scale, dtype)
+        self.heads.norm = _packed_norm(attn.norm)
+        self.proj = _folded(attn.norm, attn.proj, scale, dtype)
 
     def pad_heads(self) -> None:
         """Fill up all heads to the width of the widest, rounded up to 8."""
@@ -184,7 +185,8 @@ class PackedAttention(nn.Module):
         if storage.device.type == "cpu" or storage.dtype.itemsize != 2:
             return False  # of wider numbers it is not known
         padded_head = padded_width(max(*keys, *values))
-        if self.heads.is_normed or (self.heads.is_rotary and set(keys) != {padded_head}):
+        normed = self.heads.is_normed or not isinstance(self.heads.norm, nn.Identity)
+        if normed or (self.heads.is_rotary and set(keys) != {padded_head}):
             return False  # what is between the products and attention knows the widths as they are
         columns = len(keys) * padded_head
         more_values = columns - sum(values)
@@ -209,6 +211,7 @@ class PackedAttention(nn.Module):
         if self.padded_head:
             return self.proj.add_to(x, self._attend_padded(qkv, attn_mask, is_causal))
         out = self.heads.attend(qkv, attn_mask, is_causal, rope, on_kernels=True)
+        out = self.heads.norm(out)
         missing = self.proj.in_features - out.shape[-1]
         if missing:  # an op's result has them in its padding, as zeros
             is_padded = out.stride(-2) == self.proj.in_features
@@ -219,20 +222,21 @@ class PackedAttention(nn.Module):
 class PackedMlp(nn.Module):
     """A feed-forward branch with its norm and the residual: x [..., embed_dim] to the same shape.
 
-    glu: SwiGLU, as in a CompactMlp.
+    glu: SwiGLU, as in a CompactMlp; fused: whether `compact_mlp` does what is behind the norm.
     """
 
     def __init__(self, norm: LayerNormGather, mlp: CompactMlp, scale: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.norm = PackedNorm(norm)
-        self.fc1 = _behind_norm(norm, mlp.fc1, dtype)
-        self.glu, self.act = mlp.glu, copy.deepcopy(mlp.act)
-        self.fc2 = _before_scale(mlp.fc2, scale, dtype)
+        self.fc1 = _folded(norm, mlp.fc1, None, dtype)
+        self.glu, self.act, self.fused = mlp.glu, copy.deepcopy(mlp.act), has_op(mlp)
+        self.hidden_norm = _packed_norm(mlp.norm)
+        self.fc2 = _folded(mlp.norm, mlp.fc2, scale, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         normalized, fc1, fc2 = self.norm(x), self.fc1, self.fc2
-        if not has_op(self):
-            return fc2.add_to(x, activated(self, fc1(normalized)))
+        if not self.fused:
+            return fc2.add_to(x, self.hidden_norm(activated(self, fc1(normalized))))
         if fc2.bias is None:
             return fc2.add_to(x, compact_linear(normalized, fc1.weight, fc1.bias, activation="gelu"))
         weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
@@ -241,7 +245,7 @@ class PackedMlp(nn.Module):
     def can_add_in_place(self) -> bool:
         """Whether a product of its own adds to the residual stream: `compact_mlp` makes the whole branch in
         one kernel where rows are short, and with SwiGLU both products."""
-        return not (has_op(self) and (self.glu or self.fc2.out_features <= WIDEST_FUSED))
+        return not (self.fused and (self.glu or self.fc2.out_features <= WIDEST_FUSED))
 
 
 class PackedBlock(nn.Module):
@@ -283,27 +287,37 @@ class PackedBlock(nn.Module):
             if self.attn.norm.widen(dim):
                 self.attn.qkv.widen_inputs()
             self.attn.qkv.widen_outputs()
-            self.attn.proj.widen_inputs()
+            inner = self.attn.heads.norm
+            if isinstance(inner, nn.Identity) or inner.widen(self.attn.heads.attn_dim):
+                self.attn.proj.widen_inputs()
         if self.mlp is not None:
             if self.mlp.norm.widen(dim):
                 self.mlp.fc1.widen_inputs()
-            if has_op(self.mlp):  # another activation may make something else of 0
+            if self.mlp.fused:  # another activation may make something else of 0, and a norm would see it
                 self.mlp.fc1.widen_outputs(2 if self.mlp.glu else 1)
                 self.mlp.fc1.out_features = len(self.mlp.fc1.storage)
                 self.mlp.fc2.widen_inputs()
+            else:
+                hidden = self.mlp.fc1.out_features // (2 if self.mlp.glu else 1)
+                self.mlp.fc1.widen_outputs()
+                if isinstance(self.mlp.hidden_norm, PackedNorm) and self.mlp.hidden_norm.widen(hidden):
+                    self.mlp.fc2.widen_inputs()
 
 
-def _behind_norm(norm: LayerNormGather, linear: nn.Linear, dtype: torch.dtype) -> PackedLinear:
-    """With LayerNorm's output `n * w + b`: the linear `(W diag w) n + (W b + bias)` of n alone."""
-    return PackedLinear(
-        (_at_least_float32(linear.weight) * norm.weight).to(dtype),
-        linear.weight.double() @ norm.bias.double() + _bias64(linear),
-    )
+def _packed_norm(norm: nn.Module) -> nn.Module:
+    """A norm before proj or fc2; nn.Identity where there is none."""
+    return PackedNorm(norm) if isinstance(norm, LayerNormGather) else nn.Identity()
 
 
-def _before_scale(linear: nn.Linear, scale: nn.Module, dtype: torch.dtype) -> PackedLinear:
-    """The linear with the LayerScale behind it: `(diag(gamma) W) x + gamma * bias`."""
+def _folded(norm: nn.Module, linear: nn.Linear, scale: nn.Module | None, dtype: torch.dtype) -> PackedLinear:
+    """A linear layer with the norm before it and the LayerScale behind it, where there are such.
+
+    With LayerNorm's output `n * w + b` it is the linear `(W diag w) n + (W b + bias)` of n alone; with gamma
+    behind it `(diag(gamma) W) x + gamma * bias`.
+    """
     weight, bias = _at_least_float32(linear.weight), _bias64(linear)
+    if isinstance(norm, LayerNormGather):
+        weight, bias = weight * norm.weight, linear.weight.double() @ norm.bias.double() + bias
     if isinstance(scale, LayerScale):
         weight, bias = weight * scale.gamma[:, None], bias * scale.gamma.double()
     return PackedLinear(weight.to(dtype), bias)

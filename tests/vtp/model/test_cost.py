@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vtp
 from tests.support.models import TINY, build, gated, image
+from vtp.model.cost import block_cost
 
 ARCHITECTURES = {
     "class-token": TINY,
@@ -27,6 +28,8 @@ ARCHITECTURES = {
     "oblong-colour": dataclasses.replace(TINY, img_size=(8, 16), in_chans=3),
     "padded": dataclasses.replace(TINY, img_size=(9, 7), dynamic_img_pad=True, dynamic_img_size=True),
     "one-head": dataclasses.replace(TINY, num_heads=1),
+    "inner-norms": dataclasses.replace(TINY, scale_attn_norm=True, scale_mlp_norm=True),
+    "inner-norms-swiglu": dataclasses.replace(TINY, scale_mlp_norm=True, glu=True),
     "head-dim-one": dataclasses.replace(TINY, num_heads=12),
 }
 
@@ -56,6 +59,18 @@ def test_count_is_what_a_real_forward_pass_does(name):
     for plan, small in zip(plans, cuts, strict=True):
         assert plan.cost == vtp.count(small)
         assert plan.dense_cost == vtp.count(dense)
+
+
+@pytest.mark.parametrize("glu", [False, True], ids=["gelu", "swiglu"])
+def test_a_column_behind_a_norm_is_all_that_a_removed_input_of_proj_or_fc2_saves(glu):
+    normed = dataclasses.replace(TINY, scale_attn_norm=True, scale_mlp_norm=True, glu=glu)
+    full, width = normed.dense_widths, normed.embed_dim
+    column = vtp.Cost(width + 2, normed.num_tokens * width)  # of the weight, and two of the norm
+    for less in ({"fc2": full.fc2 - 1}, {"values": (*full.values[:-1], full.values[-1] - 1)}):
+        assert block_cost(normed, dataclasses.replace(full, **less)) + column == block_cost(normed, full)
+    gone = dataclasses.replace(full, values=(*full.values[:-1], 0))  # a head that proj does not read
+    saved = vtp.Cost(normed.head_dim * column.params, normed.head_dim * column.macs)
+    assert block_cost(normed, gone) + saved == block_cost(normed, full)
 
 
 def test_gates_add_their_own_number_of_parameters_and_no_macs():

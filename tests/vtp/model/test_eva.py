@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import timm
 import torch
-from timm.layers import AttentionRope, GluMlp
+from timm.layers import AttentionRope, GluMlp, RmsNorm
 from timm.models.eva import Eva
 
 import vtp
@@ -43,6 +43,8 @@ FORMS = {
     "no rotation": {"use_rot_pos_emb": False, "use_abs_pos_emb": True},
     "learned angles": {"rope_type": "mixed", "attn_type": "rope"},
     "LayerScale, registers, average": {"init_values": 0.1, "num_reg_tokens": 2, "use_fc_norm": False},
+    "norms before proj and fc2": {"scale_attn_inner": True, "scale_mlp": True},
+    "SwiGLU in two, with a norm": {"swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True},
     "pooled by attention": {"global_pool": "map", "attn_pool_num_heads": 2, "attn_pool_mlp_ratio": 1.5},
 }
 
@@ -126,7 +128,7 @@ def test_a_removed_head_takes_its_learned_angles_with_it():
     assert relative_error(small(x), with_zeros(model, plan)(x)) <= 1e-12
 
 
-@pytest.mark.parametrize("family", ["rotary", "rotary-mixed", "swiglu"])
+@pytest.mark.parametrize("family", ["rotary", "rotary-mixed", "swiglu", "rotary-inner-norms"])
 def test_gradients_are_those_of_the_gated_model(family):
     model = gated(build(FAMILIES[family]))
     plan = vtp.make_plan(model, rate=0.4)
@@ -167,8 +169,10 @@ def test_a_file_keeps_the_dtype_of_the_angles(family, dtype, tmp_path):
     ("arguments", "message"),
     [
         ({"use_post_norm": True}, r"blocks\.0: EvaBlockPostNorm"),
-        ({"scale_mlp": True}, r"blocks\.0\.mlp\.norm: a norm between fc1 and fc2"),
-        ({"scale_attn_inner": True}, r"blocks\.0\.attn\.norm: a norm between attention and proj"),
+        (
+            {"scale_mlp": True, "scale_attn_inner": True, "norm_layer": RmsNorm},
+            r"blocks\.0\.norm1: RmsNorm.* expected LayerNorm with weight and bias",
+        ),
         (
             {"init_values": 0.1, "attn_only_layer_scale": True},
             r"blocks\.0\.gamma_2: a LayerScale of attention",

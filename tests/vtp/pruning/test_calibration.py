@@ -84,7 +84,8 @@ def test_every_family_has_finite_statistics_of_every_unit(family):
     narrow = "blocks.0.attn.keys" in statistics.tensors
     assert narrow == (not architecture.whole_keys)
     # Each unit matters: what is measured would be 0 if a change did not reach the output.
-    for i, unit in itertools.product(range(architecture.depth), ("attn.qkv", "attn.values", "mlp.fc2")):
+    values = "attn.proj" if architecture.scale_attn_norm else "attn.values"
+    for i, unit in itertools.product(range(architecture.depth), ("attn.qkv", values, "mlp.fc2")):
         assert (statistics.tensors[f"blocks.{i}.{unit}.changes"][:, 1] > 0).all()
 
 

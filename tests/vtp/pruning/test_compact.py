@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import vtp
 from tests.support.engine_cases import NotedOperators, assert_gradients_close_to_float64
 from tests.support.guarded_memory import replaced
-from tests.support.models import TINY, build, gated, image, randomize, relative_error, with_zeros
+from tests.support.models import FAMILIES, TINY, build, gated, image, randomize, relative_error, with_zeros
 from vtp.model.architecture import Architecture
 from vtp.pruning.compact import CompactAttention, ConstantBranch
 from vtp.pruning.streams import plain_copy
@@ -66,6 +66,8 @@ def architectures(draw) -> Architecture:
         pre_norm=draw(st.booleans()),
         dynamic_img_size=False,
         act_layer=draw(st.sampled_from([None, "gelu", "quick_gelu", "relu", "silu", "gelu_tanh"])),
+        scale_attn_norm=draw(st.sampled_from([False, False, True])),
+        scale_mlp_norm=draw(st.sampled_from([False, False, True])),
     )
 
 
@@ -107,6 +109,26 @@ def test_dead_head_goes_with_its_query_and_key():
     assert plan.value_widths(0) == (4, 0, 4)
     assert small.blocks[0].attn.qkv.out_features == 2 * 4 + 2 * 4 + 8
     assert relative_error(small(x), with_zeros(model, plan)(x)) <= 1e-12
+
+
+def test_norms_before_proj_and_fc2_are_over_what_the_dense_model_has():
+    """So heads, and hidden dimensions, stay where the layer behind the norm reads none of them."""
+    model = gated(build(FAMILIES["rotary-inner-norms"]))
+    kept = {name: tuple(range(layer.in_features)) for name, layer in vtp.sites(model).items()}
+    plan = vtp.make_plan(model, rate=0.0)
+    kept |= {"blocks.0.attn.proj": (1, 2, 9), "blocks.0.mlp.fc2": (0, 19), "blocks.1.attn.proj": ()}
+    plan = dataclasses.replace(plan, kept=kept)
+    assert plan.value_widths(0) == (2, 0, 1) and plan.key_widths(0) == (4, 4, 4)
+    assert plan.key_widths(1) == (0, 0, 0)
+    small, x = vtp.compact(model, plan), image(model)
+    attn, mlp = small.blocks[0].attn, small.blocks[0].mlp
+    assert attn.value_widths == (4, 4, 4) and attn.norm.index.tolist() == [1, 2, 9]
+    assert (attn.qkv.out_features, attn.proj.in_features) == (36, 3)
+    assert mlp.norm.index.tolist() == [0, 19]
+    assert (mlp.fc1.out_features, mlp.fc2.in_features) == (40, 2)
+    assert isinstance(small.blocks[1].attn, ConstantBranch)
+    assert relative_error(small(x), with_zeros(model, plan)(x)) <= 1e-12
+    assert vtp.count(small) == plan.cost
 
 
 def test_keeping_everything_is_the_gated_model_bit_for_bit_in_float32():
@@ -312,6 +334,10 @@ ON_OPS = {
     "layer-scale-and-drop-path": (
         {"init_values": 0.1, "drop_path_rate": 0.2, "qkv_bias": False, "proj_bias": False},
         {"layer_norm_gather": 4, "compact_linear": 4, "ragged_attention": 2, "compact_mlp": 2},
+    ),
+    "norms-before-proj-and-fc2": (
+        {"scale_attn_norm": True, "scale_mlp_norm": True, "glu": True},
+        {"layer_norm_gather": 8, "compact_linear": 8, "ragged_attention": 2},
     ),
 }
 

@@ -44,7 +44,7 @@ def test_the_dense_model_computes_what_the_compact_one_does(family, rate):
 
 
 @pytest.mark.parametrize("dead", [("0.attn",), ("1.mlp",), ("0.attn", "0.mlp", "1.attn", "1.mlp")])
-@pytest.mark.parametrize("family", ["plain", "layer-scale", "qk-norm"])
+@pytest.mark.parametrize("family", ["plain", "layer-scale", "qk-norm", "inner-norms"])
 def test_constants_come_back_too(family, dead):
     small = without(FAMILIES[family], *dead)
     randomize(small)
@@ -53,6 +53,14 @@ def test_constants_come_back_too(family, dead):
 
 def test_a_constant_without_an_output_bias_is_put_out_by_a_value():
     small = without(dataclasses.replace(TINY, proj_bias=False), "1.attn")
+    randomize(small)
+    assert relative_error(vtp.expand(small)(image(small)), small(image(small))) < EXACT
+
+
+@pytest.mark.parametrize("site", ["attn", "mlp"])
+def test_a_constant_without_an_output_bias_is_put_out_by_a_norm(site):
+    normed = {"scale_attn_norm": True, "scale_mlp_norm": True, "qkv_bias": False, "proj_bias": False}
+    small = without(dataclasses.replace(TINY, **normed), f"1.{site}")
     randomize(small)
     assert relative_error(vtp.expand(small)(image(small)), small(image(small))) < EXACT
 
@@ -79,20 +87,23 @@ def test_memory_mode_dtype_and_configuration_are_its_own():
     cut.cache_clear()
 
 
-def test_what_an_earlier_cut_removed_is_found_and_no_more():
-    small = cut()
+@pytest.mark.parametrize("family", ["plain", "rotary-inner-norms"])
+def test_what_an_earlier_cut_removed_is_found_and_no_more(family):
+    small = cut(family)
     found = removed_before(vtp.expand(small))
     for name, width in small.plan.widths.items():
         gone = torch.tensor(sorted(set(range(width)) - set(small.plan.kept[name])), dtype=torch.int64)
         alive_branch = len(small.plan.kept[name]) > 0
         assert not alive_branch or found[name].nonzero()[0].tolist() == gone.tolist(), name
-    assert not any(mask.any() for name, mask in removed_before(build()).items() if name in small.plan.widths)
+    whole = removed_before(build(FAMILIES[family]))
+    assert not any(mask.any() for name, mask in whole.items() if name in small.plan.widths)
 
 
 @pytest.mark.parametrize("settings", [{}, {"min_keep": 0}, {"per_mac": True}, {"round_to": 2}])
 @pytest.mark.parametrize("scope", ["global", "per_site", "per_layer"])
-def test_a_second_cut_is_exact_never_wider_and_within_its_budget(scope, settings):
-    small = cut()
+@pytest.mark.parametrize("family", ["plain", "rotary-inner-norms"])
+def test_a_second_cut_is_exact_never_wider_and_within_its_budget(family, scope, settings):
+    small = cut(family)
     again = gated(vtp.expand(small), seed=3)
     budget = 0.8 * vtp.count(small).macs
     plan = vtp.make_plan(again, macs=budget, scope=scope, **settings)
@@ -104,8 +115,9 @@ def test_a_second_cut_is_exact_never_wider_and_within_its_budget(scope, settings
         assert all(set(plan.kept[name]) <= set(small.plan.kept[name]) for name in plan.kept)
 
 
-def test_a_budget_that_is_met_already_brings_back_the_compact_model():
-    small = cut()
+@pytest.mark.parametrize("family", ["plain", "rotary-inner-norms"])
+def test_a_budget_that_is_met_already_brings_back_the_compact_model(family):
+    small = cut(family)
     again = vtp.insert_gates(vtp.expand(small))
     for plan in (vtp.make_plan(again, rate=0.0), vtp.make_plan(again, macs=vtp.count(small).macs)):
         same = vtp.compact(again, plan)
@@ -120,8 +132,9 @@ def test_min_keep_brings_nothing_back():
     assert vtp.count(vtp.compact(again, plan)) == vtp.count(small)
 
 
-def test_training_with_gates_revives_nothing():
-    small = cut().float()
+@pytest.mark.parametrize("family", ["plain", "rotary-inner-norms"])
+def test_training_with_gates_revives_nothing(family):
+    small = cut(family).float()
     cut.cache_clear()
     again = vtp.insert_gates(vtp.expand(small)).train()
     before = removed_before(again)
@@ -138,7 +151,7 @@ def test_training_with_gates_revives_nothing():
     assert all(set(plan.kept[name]) <= set(small.plan.kept[name]) for name in plan.kept)
 
 
-@pytest.mark.parametrize("family", ["plain", "qk-norm", "layer-scale"])
+@pytest.mark.parametrize("family", ["plain", "qk-norm", "layer-scale", "inner-norms"])
 def test_calibrated_again_the_best_widths_are_within_those_that_are_left(family):
     small = cut(family, 0.3)
     dense, images = vtp.expand(small), image(small, batch=24)

@@ -19,7 +19,14 @@ from tests.support.models import AXIAL, build, gated, image
 from vtp.files import FileError
 from vtp.model.widths import BlockWidths
 from vtp.pruning import latency_table
-from vtp.pruning.latency_table import Grid, LatencyTable, LatencyTableError, cached_table, store_table
+from vtp.pruning.latency_table import (
+    Grid,
+    LatencyTable,
+    LatencyTableError,
+    cached_table,
+    geometry,
+    store_table,
+)
 from vtp.runtime import latency_profile as profile
 from vtp.runtime.latency_profile import monotone, profile_widths, steady_medians
 from vtp.zoo import fashion_deit_architecture
@@ -545,6 +552,31 @@ def test_measured_models_have_the_keys_of_their_point():
     assert sum(sum(block.keys) for block in blocks) == 5 * 2 * len(blocks)
     plan = profile._plan(dataclasses.replace(TOY, depth=len(blocks)), blocks, generator)
     assert [plan.key_widths(i) for i in range(len(blocks))] == [(*block.keys, 0) for block in blocks]
+
+
+def test_measured_models_gather_behind_the_norms_inside_their_branches():
+    normed = dataclasses.replace(TOY, scale_attn_norm=True, scale_mlp_norm=True, glu=True, depth=2)
+    generator = torch.Generator().manual_seed(0)
+    blocks = [BlockWidths(24, (8, 3), 24, 17, (8, 8)), BlockWidths(7, (1,), 5, 4, (8,))]
+    fast = profile._random_model(normed, blocks, torch.float32, generator)
+    assert fast(torch.zeros(1, normed.in_chans, *normed.img_size)).isfinite().all()
+    assert geometry(normed) == geometry(TOY) | dict.fromkeys(
+        ("glu", "scale_attn_norm", "scale_mlp_norm"), True
+    )
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6])
+def test_prediction_of_an_optimal_plan_is_met_where_proj_and_fc2_gather(share):
+    normed = dataclasses.replace(TOY, scale_attn_norm=True, scale_mlp_norm=True)
+    model = build(normed, torch.float32)
+    statistics = vtp.calibrate(model, image(model, batch=20))
+    table = made_up(normed)
+    most = share * table.predict(vtp.make_plan(vtp.insert_gates(model), rate=0.0))
+    for scope in ("optimal", "global"):
+        plan = vtp.make_plan(
+            model, latency_ms=most, latency_table=table, statistics=statistics, scope=scope, min_keep=0
+        )
+        assert table.predict(plan) <= most
 
 
 @pytest.mark.parametrize(

@@ -717,6 +717,12 @@ def test_norms_of_queries_and_keys_take_all_of_a_head():
     assert not vtp.make_plan(model, rate=0.4, key_width=4).narrows_keys
 
 
+def test_a_norm_before_proj_takes_values_as_they_are():
+    plan = vtp.make_plan(prepared(dataclasses.replace(TINY, scale_attn_norm=True)), rate=0.0)
+    with pytest.raises(vtp.PlanError, match="value_basis: got 'principal', expected 'dimensions': the norm"):
+        dataclasses.replace(plan, value_basis="principal")
+
+
 def test_head_that_is_gone_has_no_keys_whatever_they_were(plan):
     kept = dict(plan.kept) | {"blocks.0.attn.proj": (4, 5, 9)}
     narrow = dataclasses.replace(plan, kept=kept, keys={"blocks.0.attn": (1, 4, 4)})

@@ -124,6 +124,30 @@ def test_so_does_a_dense_model(export, target):
     check(target, export(target, dense_model()), dense_model())
 
 
+OF_ANY_SIZE = {
+    "class-token": {},
+    "registers": {"no_embed_class": True, "reg_tokens": 2},
+    "padded": {"dynamic_img_pad": True},
+}
+
+
+@pytest.mark.parametrize("target", EACH)
+@pytest.mark.parametrize("kind", OF_ANY_SIZE)
+def test_a_model_of_any_image_size_is_written_for_one_without_resampling(tmp_path, kind, target):
+    available(target)
+    model = gated(build(dataclasses.replace(TINY, dynamic_img_size=True, **OF_ANY_SIZE[kind]), torch.float32))
+    small = vtp.compact(model, vtp.make_plan(model, rate=0.4)).eval()
+    before = copy.deepcopy(small.state_dict())
+    for size in ((8, 8), (12, 7 if kind == "padded" else 4)):
+        file = tmp_path / f"model{TARGETS[target][0].suffix}"
+        assert TARGETS[target][1](small, file, (1, *size)) <= CEILINGS["float32"]
+        if target == "pt2":
+            assert not any("upsample" in str(node.target) for node in torch.export.load(file).graph.nodes)
+    assert small.dynamic_img_size and all(
+        torch.equal(before[name], t) for name, t in small.state_dict().items()
+    )
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "plain"])

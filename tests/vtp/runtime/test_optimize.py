@@ -1,6 +1,7 @@
 """A model packed for the ops against the compact model that it was made from, on plain PyTorch."""
 
 import copy
+import dataclasses
 import os
 import shutil
 import sys
@@ -12,7 +13,7 @@ from torch import nn
 
 import vtp
 from tests.support.engine_cases import MODELS, compact_model, references, with_dead_parts, with_narrow_keys
-from tests.support.models import build, gated, image, relative_error
+from tests.support.models import TINY, build, gated, image, relative_error
 from tests.support.numerics import assert_close_to_float64
 from vtp.pruning.compact import ConstantBranch
 from vtp.runtime import cpu
@@ -273,8 +274,18 @@ def test_rows_of_weights_start_at_16_bytes_and_are_padded_with_zeros(tiny, dtype
     assert not any(layer.storage[:, layer.in_features :].any() for layer in layers)
 
 
-def test_for_the_ops_of_a_gpu_every_product_takes_and_makes_a_multiple_of_8():
-    small = compact_model("deit-tiny", depth=2).double()
+@pytest.mark.parametrize("changes", [{}, {"embed_dim": 20, "mlp_hidden": 37, "num_heads": 2}], ids=str)
+def test_packing_a_model_that_keeps_everything_changes_nothing_at_odd_widths(changes):
+    for inner in ({}, {"scale_attn_norm": True, "scale_mlp_norm": True}):
+        model = vtp.insert_gates(build(dataclasses.replace(TINY, **changes, **inner)))
+        small = vtp.compact(model, vtp.make_plan(model, rate=0.0))
+        fast = pack_for_ops(small)
+        assert relative_error(fast(image(small)), small(image(small))) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["deit-tiny", "rotary-inner-norms"])
+def test_for_the_ops_of_a_gpu_every_product_takes_and_makes_a_multiple_of_8(name):
+    small = compact_model(name, depth=2).double()
     blocks, fast = small.blocks, pack_for_ops(small)
     assert any(block.attn.qkv.in_features % 8 and block.mlp.fc2.in_features % 8 for block in blocks)
     layers = packed_linears(fast)

@@ -90,6 +90,7 @@ INFERENCE = {
     "rotary-swiglu": ("rotary-swiglu", {}, 2),
     "rotary-mixed": ("rotary-mixed", {"depth": 1}, 2),
     "rotary-qk-norm": ("rotary-qk-norm", {}, 2),
+    "rotary-inner-norms": ("rotary-inner-norms", {"depth": 1}, 2),
     "dead-heads-and-branches": ("dead-parts", {"depth": 3}, 3),
     "deit-tiny-block-197-tokens": ("deit-tiny", {"img_size": 224, "depth": 1}, 1),
 }
@@ -143,8 +144,9 @@ def check_fine_tuning(name, changes, batch, side, autocast):
         ("deit-tiny", {"depth": 1}),
         ("rotary-swiglu", {"depth": 1}),
         ("rotary-mixed", {"depth": 1}),
+        ("rotary-inner-norms", {"depth": 1}),
     ],
-    ids=["dead-parts", "deit-tiny", "rotary-swiglu", "rotary-mixed"],
+    ids=["dead-parts", "deit-tiny", "rotary-swiglu", "rotary-mixed", "rotary-inner-norms"],
 )
 def test_fine_tuning_on_the_kernels_has_the_gradients_of_pytorch(interpreter, name, changes, autocast, side):
     interpreter.run(check_fine_tuning, name, changes, 2, side, autocast)

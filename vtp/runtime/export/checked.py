@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import Format, resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vtp.files import FileError, refuse_unwritable, write_atomic
@@ -105,7 +107,8 @@ def write_checked(
             file = Path(folder) / path.name
             with torch.autocast("cpu", enabled=False):
                 traced = images[:TRACED].to(dtype)
-                _in_words(target, "convert", lambda: write(converted, traced, file))
+                one_size = of_one_size(converted, shape)
+                _in_words(target, "convert", lambda: write(one_size, traced, file))
                 error = _check(target, file, model, converted, images)
             # The file by whose name it is opened comes last: it then finds those that it refers to.
             for written in sorted(Path(folder).iterdir(), key=lambda each: each == file):
@@ -138,6 +141,24 @@ def check_shape(model: nn.Module, image_shape: tuple[int, ...] | None) -> tuple[
     if not (isinstance(image_shape, tuple) and len(image_shape) == 3 and all(n > 0 for n in image_shape)):
         raise ValueError(f"image_shape: got {image_shape}, expected (channels, height, width)")
     return image_shape
+
+
+def of_one_size(model: nn.Module, image_shape: tuple[int, ...]) -> nn.Module:
+    """The model, or where it would resample its position embeddings at every call, a copy that has those of
+    images of this shape: a file is for one, and OpenVINO and ExecuTorch have no such resampling."""
+    if not (isinstance(model, VisionTransformer) and model.dynamic_img_size and model.pos_embed is not None):
+        return model
+    model = copy.deepcopy(model)
+    patch = model.patch_embed
+    positions = resample_abs_pos_embed(
+        model.pos_embed,
+        new_size=patch.dynamic_feat_size(image_shape[1:]),
+        old_size=patch.grid_size,
+        num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
+    )
+    model.pos_embed = nn.Parameter(positions.detach(), requires_grad=False)
+    model.dynamic_img_size, patch.flatten, patch.output_fmt = False, True, Format.NCHW
+    return model
 
 
 def _check_images(images: Tensor | None, shape: tuple[int, ...]) -> Tensor:

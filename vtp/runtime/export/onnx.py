@@ -16,6 +16,7 @@ from vtp.runtime.export.checked import (
     Target,
     check_model,
     check_shape,
+    of_one_size,
     write_checked,
 )
 
@@ -109,6 +110,7 @@ def onnx_bytes(model: nn.Module, image_shape: tuple[int, ...]) -> bytes:
     shape = check_shape(model, image_shape)
     TARGET.check_packages(CONVERTER)
     with torch.autocast("cpu", enabled=False):
+        model = of_one_size(model, shape)
         return _convert(model, torch.zeros(TRACED, *shape, dtype=next(model.parameters()).dtype), OPSET)
 
 
