@@ -5,11 +5,13 @@ import contextlib
 import dataclasses
 import functools
 import json
+import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from rich.console import Console
@@ -46,8 +48,8 @@ from vtp.pipeline import (
     classes_of,
     describe_images,
     fit_data,
-    make_run_folder,
     run,
+    run_folder,
     short_recipe_for,
 )
 from vtp.pruning.calibration import Statistics, calibrate
@@ -76,6 +78,8 @@ from vtp.training.loop import (
     train,
 )
 from vtp.training.progress import share_bar
+from vtp.training.ranks import blame, exit_now, rank
+from vtp.training.signals import Terminated, ignore_signals, raised_signals
 from vtp.training.sources import open_images
 from vtp.training.sparsity import gate_statistics
 from vtp.training.state import STATE_FORMAT
@@ -85,26 +89,66 @@ _console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 training failed, 2 bad input, 128 + signal."""
+    """Run one command. Returns the exit status: 0, 1 training failed, 2 bad input, 128 + signal.
+
+    Of several processes that end by one error one says so, and names its rank.
+    """
     options = _parser().parse_args(arguments)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), raised_signals():
             warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
             options.command(options)
-    except TrainingInterrupted as error:
-        print(f"vtp: {error}", file=sys.stderr)
+    except TrainingInterrupted as error:  # which all ranks have agreed on
+        if rank() is not None:
+            ignore_signals()
+        if not rank():
+            print(f"vtp: {error}", file=sys.stderr)
         return 128 + error.signum
-    except NonFiniteLossError as error:
-        print(f"vtp: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # outside of training, where there is nothing to save
-        hint = "; a run continues with --resume" if hasattr(options, "resume") else ""
-        print(f"vtp: interrupted{hint}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"vtp: error: {error}", file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        said = _said_of(error, hasattr(options, "resume"))
+        if rank() is not None:
+            _end_rank(error, said)
+        if said is None:
+            raise
+        print(f"vtp: {said.text}", file=sys.stderr)
+        return said.status
     return 0
+
+
+class _Said(NamedTuple):
+    """What a command that fails says, and its exit status."""
+
+    text: str
+    status: int
+
+
+def _said_of(error: BaseException, resumable: bool) -> _Said | None:
+    """Of an error that a user can do something about; None of others, which want a traceback."""
+    if isinstance(error, NonFiniteLossError):
+        return _Said(f"error: {error}", 1)
+    if isinstance(error, (KeyboardInterrupt, Terminated)):  # outside of training: there is nothing to save
+        number = signal.Signals(getattr(error, "signum", signal.SIGINT))
+        hint = "; a run continues with --resume" if resumable else ""
+        by = f" by {number.name}" if isinstance(error, Terminated) else ""
+        return _Said(f"interrupted{by}{hint}", 128 + number)
+    return _Said(f"error: {error}", 2) if isinstance(error, (ValueError, OSError)) else None
+
+
+def _end_rank(error: BaseException, said: _Said | None) -> NoReturn:
+    """End this process, one of several, with what is to be said of an error, unless another one says it."""
+    ignore_signals()
+    signalled = isinstance(error, (KeyboardInterrupt, Terminated))
+    text, status = said or _Said(f"{type(error).__name__}: {error}", 1)
+    loss = blame(text, status, certain=said is not None)
+    if loss is not None and (said is None or signalled):  # a consequence
+        if not rank() or loss.why is None:
+            print(f"vtp: error: {loss}; rank {rank()} ends too", file=sys.stderr)
+        exit_now(loss.status)
+    if loss is None or loss.why != text:
+        print(f"vtp: rank {rank()}: {text}", file=sys.stderr)
+        if said is None:
+            traceback.print_exception(error)
+    exit_now(status)
 
 
 def _show_warning(
@@ -140,6 +184,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    accelerator()  # first, so that an error is said by one process of several
     recipe = _recipe(options)
     data = _open_data(options)
     seed = recipe.dense.seed
@@ -161,6 +206,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
+    accelerator()
     recipe = _recipe(options)
     model = checkpoint.load(options.file)
     if not isinstance(model, CompactModel):
@@ -196,15 +242,15 @@ def _train_stage(
         )
     if teacher is None and settings.distill_alpha:
         settings = dataclasses.replace(settings, distill_alpha=0.0)
-    run_dir = make_run_folder(options.out)
-    result = train(
-        model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
-        augment=Augment.preset(recipe.augment_of(stage), max(model.patch_embed.img_size)),
-    )  # fmt: skip
-    if not accelerator(settings.precision).is_main_process:
-        return
-    file = run_dir / ("compact.safetensors" if stage == "finetune" else f"{stage}.safetensors")
-    checkpoint.save(result.model, file, metadata={"top1": result.top1, "data": Path(data.name).name})
+    with run_folder(options.out) as run_dir:
+        result = train(
+            model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
+            augment=Augment.preset(recipe.augment_of(stage), max(model.patch_embed.img_size)),
+        )  # fmt: skip
+        if not accelerator(settings.precision).is_main_process:
+            return
+        file = run_dir / ("compact.safetensors" if stage == "finetune" else f"{stage}.safetensors")
+        checkpoint.save(result.model, file, metadata={"top1": result.top1, "data": Path(data.name).name})
     precision = result.history[-1].get("test_map")
     several = "" if precision is None else f", mean average precision {precision:.2f}"
     _console.print(f"top-1 {result.top1:.2f}{several}; {count(result.model)}; wrote {file}")
