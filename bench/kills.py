@@ -4,9 +4,9 @@
     python -m bench.kills --kills 50 --data DATA    # as `vtp run` takes it, instead of images that it makes
 
 `vtp run` in all three stages, on two processes (gloo, one thread each), of a tiny DeiT with a new head. One
-that is killed by SIGKILL takes the other one with it, within LIMIT seconds and with a message that names its rank;
-the folder then has no damaged file. The same command with --resume goes on, is killed again, up to three
-times, and ends with the models, metrics and accuracies of a run that nobody has disturbed, bit for bit.
+that is killed by SIGKILL takes the other one with it, within LIMIT seconds and with a message that names its
+rank; the folder then has no damaged file. The same command with --resume goes on, is killed again, up to
+three times, and ends with the models, metrics and accuracies of a run that nobody has disturbed, bit for bit.
 """
 
 import argparse
