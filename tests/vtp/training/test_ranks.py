@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 import vtp
 from tests.support.processes import ROOT, forks
-from vtp import cli
+from vtp import cli, pipeline
 from vtp.files import FileError
 from vtp.training import loop, ranks
 from vtp.training.ranks import accelerator, by_rank_0
@@ -381,7 +381,7 @@ def test_a_loss_that_is_nan_on_one_rank_names_it(folder, tmp_path):
 # `vtp` with its arguments, in which the given rank is killed in its second epoch unless it was restarted.
 SCRIPT = """
 import os, signal, sys
-from vtp import cli
+from vtp import cli, pipeline
 from vtp.training import loop
 
 step, steps = loop._Stage._step, 0
@@ -491,3 +491,37 @@ def test_a_job_continues_what_it_has_begun_itself_and_nothing_that_it_found(
     done.clear()
     stop = None
     assert cli.main(command) == 0 and done == list(range(5, 12))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Between the stages
+
+
+def _cuts(rank: int, command: list[str]) -> None:
+    def write(*_) -> None:
+        if rank == 0:
+            print("cutting")
+            time.sleep(600)
+
+    pipeline._Cut.write = write
+    sys.exit(cli.main(command))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_while_rank_0_cuts_ends_all_and_names_the_rank_that_got_it(folder, tmp_path, victim):
+    command = train_command(folder, tmp_path / "run", "--new-head", "--latency-batch=1")[2:]
+    command += [f"--set={stage}.epochs=1" for stage in pipeline.STAGES]
+    command += [f"--set={stage}.warmup_epochs=0" for stage in pipeline.STAGES]
+    group = Group(tmp_path / "log", _cuts, ["run", *command])
+    group.wait_for("cutting")
+    time.sleep(1)
+    os.kill(group.processes[victim].pid, signal.SIGTERM)
+    assert group.codes(SOON) == [128 + signal.SIGTERM] * 2
+    said = [group.text(rank) for rank in (0, 1)]
+    text = "interrupted by SIGTERM; a run continues with --resume"
+    assert said[victim].splitlines()[-1] == f"vtp: rank {victim}: {text}"
+    assert "Traceback" not in "".join(said)
+    if victim == 1:
+        assert f"rank 1 (process {group.processes[1].pid} on " in said[0] and f"failed: {text}" in said[0]
+    assert (tmp_path / "run" / "sparse.safetensors").exists()
