@@ -371,6 +371,34 @@ DEFECTS = [
         "a second Ctrl-C is swallowed",
         "tests/vtp/training/test_signals.py",
     ),
+    Defect(
+        "vtp/training/ranks.py",
+        "        if loss.rank != self.rank:\n",
+        "        if False:\n",
+        "rank 0 works on when another rank is gone",
+        "tests/vtp/training/test_ranks.py -k works_for_long",
+    ),
+    Defect(
+        "vtp/training/ranks.py",
+        "            if not certain:\n",
+        "            if False:\n",
+        "an error in a collective is taken for this rank's own, though another one is gone",
+        "tests/vtp/training/test_ranks.py -k killed_in_training",
+    ),
+    Defect(
+        "vtp/training/loop.py",
+        "by_rank_0(lambda: write_state(self.checkpoint, tensors, header))",
+        "self.accelerator.is_main_process and write_state(self.checkpoint, tensors, header)",
+        "a rank ends by a signal before rank 0 has saved",
+        "tests/vtp/training/test_ranks.py -k while_rank_0_saves",
+    ),
+    Defect(
+        "vtp/training/run_lock.py",
+        "    os.register_at_fork(after_in_child=file.close)\n",
+        "",
+        "data workers keep the lock of a run that was killed",
+        "tests/vtp/training/test_run_lock.py -k killed_one",
+    ),
     # -- vtp/runtime
     Defect(
         "vtp/runtime/packed.py",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -244,7 +246,7 @@ def _train(rank: int, command: list[str], victim: int | None, what: str, when: s
 
     def counting_step(stage, images, targets):
         seen["steps"] += 1
-        if when == "step" and seen["steps"] == STEPS + 2:
+        if when in ("step", "saving") and seen["steps"] == STEPS + 2:
             happen()
             if what == "nan" and victim == rank:
                 images = images * torch.nan
@@ -262,6 +264,9 @@ def _train(rank: int, command: list[str], victim: int | None, what: str, when: s
     def failing_write(path: Path, *arguments) -> None:
         if when == "checkpoint" and path.exists():
             happen()
+        if when == "saving" and seen["steps"] > STEPS:
+            print("saving")
+            time.sleep(3)
         write(path, *arguments)
 
     loop.write_state = failing_write
@@ -331,6 +336,16 @@ def test_a_signal_to_any_ranks_stops_all_at_one_step_and_the_run_resumes_to_the_
     assert said.count(f"vtp: {name}: stage dense stopped after step {step} of {STEPS} of epoch 2 of 3") == 1
     assert "Traceback" not in said and "vtp: error" not in said
     assert_resumes_to(undisturbed, folder, tmp_path / "again", out)
+
+
+@pytest.mark.thorough
+def test_no_rank_ends_by_a_signal_while_rank_0_saves(folder, tmp_path):
+    group = Group(tmp_path / "log", _train, train_command(folder, tmp_path / "run"), 1, "SIGTERM", "saving")
+    group.wait_for("saving")
+    time.sleep(1)  # the other one would have ended: torchrun would then end rank 0
+    assert all(process.is_alive() for process in group.processes)
+    assert group.codes(SOON) == [128 + signal.SIGTERM] * 2
+    assert place(tmp_path / "run")[0] == 1
 
 
 @pytest.mark.thorough
@@ -525,3 +540,89 @@ def test_a_signal_while_rank_0_cuts_ends_all_and_names_the_rank_that_got_it(fold
     if victim == 1:
         assert f"rank 1 (process {group.processes[1].pid} on " in said[0] and f"failed: {text}" in said[0]
     assert (tmp_path / "run" / "sparse.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A machine that is gone
+
+REDUCE = """
+import time, torch
+from vtp import cli
+from vtp.training.ranks import accelerator
+
+def run(*_, **__):
+    accelerator()
+    print("formed", flush=True)
+    while True:
+        torch.distributed.all_reduce(torch.ones(3))
+        time.sleep(0.1)
+
+cli.run = run
+raise SystemExit(cli.main(["run", "--out", "unused"]))
+"""
+
+
+@pytest.fixture
+def machines():
+    """Two network namespaces with a cable between them, by name, with the address and interface of each."""
+
+    def ip(*arguments: str) -> None:
+        if shutil.which("ip") is None or subprocess.run(["ip", *arguments], capture_output=True).returncode:
+            pytest.skip("making network namespaces is not allowed here")
+
+    names = [f"vtp{os.getpid()}{letter}" for letter in "ab"]
+    with contextlib.ExitStack() as undo:
+        for name in names:
+            ip("netns", "add", name)
+            undo.callback(subprocess.run, ["ip", "netns", "del", name])
+        ip(
+            "link",
+            "add",
+            "cable",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "cable",
+            "netns",
+            names[1],
+        )
+        for number, name in enumerate(names, start=1):
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable")
+            for link in ("cable", "lo"):
+                ip("-n", name, "link", "set", link, "up")
+        yield names, lambda: ip("-n", names[1], "link", "set", "cable", "down")
+
+
+@pytest.mark.thorough
+def test_ranks_on_a_machine_that_the_network_has_lost_end_within_the_stated_time(tmp_path, machines):
+    names, cut_cable = machines
+    (tmp_path / "command.py").write_text(REDUCE)
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "10.77.0.1",
+        "MASTER_PORT": "29500",
+        "GLOO_SOCKET_IFNAME": "cable",
+    }
+    processes, logs = [], [tmp_path / f"{rank}.txt" for rank in (0, 1)]
+    for rank, (name, log) in enumerate(zip(names, logs, strict=True)):
+        command = ["ip", "netns", "exec", name, sys.executable, str(tmp_path / "command.py")]
+        own = {"RANK": str(rank), "LOCAL_RANK": "0"}
+        with open(log, "w") as file:
+            environment = os.environ | ENVIRONMENT | shared | own
+            processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
+    deadline = time.monotonic() + 90
+    try:
+        while not all("formed" in log.read_text() for log in logs):
+            assert time.monotonic() < deadline, [log.read_text() for log in logs]
+            time.sleep(0.1)
+        cut_cable()
+        limit = ranks.IDLE + ranks.INTERVAL * ranks.PROBES + ranks.GRACE
+        assert [process.wait(limit + 5) for process in processes] == [1, 1]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, log in enumerate(logs):
+        assert f"vtp: error: rank {1 - rank} (process {processes[1 - rank].pid} on " in log.read_text()
