@@ -379,20 +379,6 @@ DEFECTS = [
         "tests/vtp/training/test_ranks.py -k works_for_long",
     ),
     Defect(
-        "vtp/training/ranks.py",
-        "            if not certain:\n",
-        "            if False:\n",
-        "an error in a collective is taken for this rank's own, though another one is gone",
-        "tests/vtp/training/test_ranks.py -k killed_in_training",
-    ),
-    Defect(
-        "vtp/training/loop.py",
-        "by_rank_0(lambda: write_state(self.checkpoint, tensors, header))",
-        "self.accelerator.is_main_process and write_state(self.checkpoint, tensors, header)",
-        "a rank ends by a signal before rank 0 has saved",
-        "tests/vtp/training/test_ranks.py -k while_rank_0_saves",
-    ),
-    Defect(
         "vtp/training/run_lock.py",
         "    os.register_at_fork(after_in_child=file.close)\n",
         "",
