@@ -90,9 +90,8 @@ def accelerator(precision: str = "no") -> Accelerator:
     # Accelerate looks for several processes on a CPU only if told that there is nothing else.
     cpu = started > 1 and not torch.accelerator.is_available()
     limit = InitProcessGroupKwargs(timeout=TIMEOUT)
-    with (
-        immediate_signals()
-    ):  # while it waits for the others there is nothing to save, and no way to be woken
+    # While it waits for the others there is nothing to save, and it cannot be woken.
+    with immediate_signals():
         made = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[limit])
     if made.num_processes != started:
         raise ValueError(
@@ -184,6 +183,7 @@ class _Peers:
         self.rank, self.world = process.process_index, process.num_processes
         self.who = f"process {os.getpid()} on {socket.gethostname()}"
         self.loss: Loss | None = None
+        self._sending = threading.Lock()
         self._news = threading.Condition()  # of all that follows
         self._connections: dict[int, socket.socket] = {}
         self._finished: set[int] = set()
@@ -211,7 +211,10 @@ class _Peers:
             hello = {"rank": self.rank, "who": self.who, "token": token}
             connection.sendall(json.dumps(hello).encode() + b"\n")
             messages = _messages(connection)
-            self._add(0, next(messages)["who"], connection, messages)
+            answer = next(messages, None)
+            if answer is None:
+                raise ConnectionError("rank 0 ended before all ranks had connected to it")
+            self._add(0, answer["who"], connection, messages)
         else:
             with listener:
                 self._accept(listener, token)
@@ -245,6 +248,8 @@ class _Peers:
         connection.settimeout(None)
         _probe_when_silent(connection)
         self._connections[other] = connection
+        if self.loss is not None:  # of one that had connected before
+            self._send(other, {"loss": asdict(self.loss)})
         threading.Thread(target=self._listen, args=(other, who, messages), daemon=True).start()
 
     def _listen(self, other: int, who: str, messages: Iterator[Any]) -> None:
@@ -266,7 +271,7 @@ class _Peers:
             self._news.notify_all()
 
     def _send(self, other: int, message: dict[str, Any]) -> None:
-        with suppress(OSError):  # who is gone is heard of by reading
+        with suppress(OSError), self._sending:  # who is gone is heard of by reading
             self._connections[other].sendall(json.dumps(message).encode() + b"\n")
 
     def _forget(self) -> None:
@@ -288,7 +293,7 @@ class _Peers:
             self.loss = loss
             self._news.notify_all()
         if self.rank == 0:
-            for other in self._connections:
+            for other in list(self._connections):  # some may be joining
                 self._send(other, {"loss": asdict(loss)})
         if loss.rank != self.rank:
             threading.Thread(target=self._end, args=(loss,), daemon=True).start()
