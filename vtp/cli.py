@@ -5,11 +5,13 @@ import contextlib
 import dataclasses
 import functools
 import json
+import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +28,7 @@ from vtp.comparison.comparison import Budget
 from vtp.comparison.runtimes import DTYPES
 from vtp.comparison.tables import print_table, reasons, runtimes_table
 from vtp.files import FileError, refuse_unwritable, write_atomic
-from vtp.group import RankError, first_makes, is_first, started_as_first, world
+from vtp.group import first_makes, is_first, started_as_first, world
 from vtp.machine import description, in_one_line
 from vtp.model.architecture import describe
 from vtp.model.cost import count
@@ -78,6 +80,8 @@ from vtp.training.loop import (
     train,
 )
 from vtp.training.progress import share_bar
+from vtp.training.ranks import blame, exit_now, rank
+from vtp.training.signals import Terminated, ignore_signals, raised_signals
 from vtp.training.sources import open_images
 from vtp.training.sparsity import gate_statistics
 from vtp.training.state import STATE_FORMAT
@@ -87,28 +91,66 @@ _console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 training failed, 2 bad input, 128 + signal."""
+    """Run one command. Returns the exit status: 0, 1 training failed, 2 bad input, 128 + signal.
+
+    Of several processes that end by one error one says so, and names its rank.
+    """
     options = _parser().parse_args(arguments)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), raised_signals():
             warnings.showwarning = functools.partial(_show_warning, warnings.showwarning, set())
             options.command(options)
-    except TrainingInterrupted as error:
-        print(f"vtp: {error}", file=sys.stderr)
+    except TrainingInterrupted as error:  # which all ranks have agreed on
+        if rank() is not None:
+            ignore_signals()
+        if not rank():
+            print(f"vtp: {error}", file=sys.stderr)
         return 128 + error.signum
-    except NonFiniteLossError as error:
-        print(f"vtp: error: {error}", file=sys.stderr)
-        return 1
-    except RankError:  # the other process says what it is
-        return 2
-    except KeyboardInterrupt:  # outside of training, where there is nothing to save
-        hint = "; a run continues with --resume" if hasattr(options, "resume") else ""
-        print(f"vtp: interrupted{hint}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"vtp: error: {error}", file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        said = _said_of(error, hasattr(options, "resume"))
+        if rank() is not None:
+            _end_rank(error, said)
+        if said is None:
+            raise
+        print(f"vtp: {said.text}", file=sys.stderr)
+        return said.status
     return 0
+
+
+class _Said(NamedTuple):
+    """What a command that fails says, and its exit status."""
+
+    text: str
+    status: int
+
+
+def _said_of(error: BaseException, resumable: bool) -> _Said | None:
+    """Of an error that a user can do something about; None of others, which want a traceback."""
+    if isinstance(error, NonFiniteLossError):
+        return _Said(f"error: {error}", 1)
+    if isinstance(error, (KeyboardInterrupt, Terminated)):  # outside of training: there is nothing to save
+        number = signal.Signals(getattr(error, "signum", signal.SIGINT))
+        hint = "; a run continues with --resume" if resumable else ""
+        by = f" by {number.name}" if isinstance(error, Terminated) else ""
+        return _Said(f"interrupted{by}{hint}", 128 + number)
+    return _Said(f"error: {error}", 2) if isinstance(error, (ValueError, OSError)) else None
+
+
+def _end_rank(error: BaseException, said: _Said | None) -> NoReturn:
+    """End this process, one of several, with what is to be said of an error, unless another one says it."""
+    ignore_signals()
+    signalled = isinstance(error, (KeyboardInterrupt, Terminated))
+    text, status = said or _Said(f"{type(error).__name__}: {error}", 1)
+    loss = blame(text, status, certain=said is not None)
+    if loss is not None and (said is None or signalled):  # a consequence
+        if not rank() or loss.why is None:
+            print(f"vtp: error: {loss}; rank {rank()} ends too", file=sys.stderr)
+        exit_now(loss.status)
+    if loss is None or loss.why != text:
+        print(f"vtp: rank {rank()}: {text}", file=sys.stderr)
+        if said is None:
+            traceback.print_exception(error)
+    exit_now(status)
 
 
 def _show_warning(
@@ -188,6 +230,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    accelerator()  # first, so that an error is said by one process of several
     recipe = _recipe(options)
     data = _open_data(options)
     seed = recipe.dense.seed
@@ -209,6 +252,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
+    accelerator()
     recipe = _recipe(options)
     model = checkpoint.load(options.file)
     if not isinstance(model, CompactModel):

@@ -2,12 +2,15 @@
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")  # as `_temporary` names them
 
 
 class FileError(ValueError):
@@ -39,6 +42,15 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what a process that was killed within `write_atomic` has left in these folders, where nobody may
+    be writing."""
+    for folder in folders:
+        for path in folder.glob(".*.tmp"):
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 def refuse_unwritable(path: str | Path) -> None:

@@ -24,11 +24,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
@@ -72,6 +73,8 @@ from vtp.training.identity import data_identity, settings_that_count
 from vtp.training.loaders import Augment, calibration_count
 from vtp.training.loop import accelerator, calibration_images, evaluate, train
 from vtp.training.progress import share_bar
+from vtp.training.ranks import begun_by_this_job, by_rank_0, note_begun
+from vtp.training.run_lock import LOCK, run_lock
 from vtp.zoo import FASHION_DEIT, open_model
 
 RESLICE_RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -225,23 +228,39 @@ def run(
     """Run all stages and write the run folder. Returns the path of the report.
 
     Args:
-        resume: continue what an interrupted run with the same configuration left in `run_dir`.
+        resume: continue what an interrupted run with the same configuration left in `run_dir`. What the same
+            job of torchrun has begun there is continued without it.
         memory_gb: as `vtp.calibrate` and `vtp.compact` take it.
 
     Raises:
-        FileError: `run_dir` holds another run, or cannot be written.
+        FileError: `run_dir` holds another run, is in use by one, or cannot be written.
         DataError, PlanError, UnsupportedModelError: before the first step, wherever that can be known.
         TrainingInterrupted, NonFiniteLossError: see `vtp.training.loop`.
+        RankLostError: another process of the run has ended.
     """
-    run_dir, process = Path(run_dir), accelerator()
+    process = accelerator()
     # A log file has no width of its own; 80 columns would break the final table.
     width = None if sys.stdout.isatty() else 120
     console = Console(quiet=not (progress and process.is_main_process), width=width)
     model, data = _open(config)
     _check_before_training(config, model, data)
-    if process.is_main_process:
-        _begin_folder(config, run_dir, resume, model, data)
-    process.wait_for_everyone()
+    with run_folder(run_dir) as folder:
+        resume = by_rank_0(lambda: _begin_folder(config, folder, resume, model, data))
+        _run_stages(config, folder, model, data, process, console, resume, progress, memory_gb)
+    return folder / "report.html"
+
+
+def _run_stages(
+    config: RunConfig,
+    run_dir: Path,
+    model: nn.Module,
+    data: Data,
+    process: Accelerator,
+    console: Console,
+    resume: bool,
+    progress: bool,
+    memory_gb: float | None,
+) -> None:
     _say(console, f"model {config.model}: {count(model)}; data {data.name}: {_size(data)}")
     for note in data.notes:
         _say(console, f"note: {note}")
@@ -269,7 +288,7 @@ def run(
     cut = _Cut(config, data, run_dir, resume, memory_gb, console, world())
     start = models.get("sparse", dense).to(process.device)
     cut.write(start)
-    process.wait_for_everyone()
+    by_rank_0(lambda: None)  # the others read what it writes
     models["pruned"] = cut.read(start)
     models["compact"] = keep("compact", stage("finetune", models["pruned"], teacher=dense))
     if process.is_main_process:
@@ -283,7 +302,6 @@ def run(
         write_report(run_dir)
         save_pretrained(models["compact"], run_dir / "timm", metadata=_for_the_card(results, data))
         _say(console, f"report: {run_dir / 'report.html'}")
-    return run_dir / "report.html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -475,37 +493,43 @@ def make_run_folder(run_dir: str | Path) -> Path:
 
 @contextmanager
 def run_folder(run_dir: str | Path) -> Iterator[Path]:
-    """The folder of a run, made if it is not there; where an error comes before anything is in it, none is
-    left.
+    """The folder of a run, made if it is not there and kept from other runs: rank 0 has its lock. Where an
+    error comes before anything is in it, none is left.
 
     Raises:
-        FileError: it is a file, or cannot be made or written.
+        FileError: it is a file, cannot be written, or another run is in it; on the other ranks RankLostError.
     """
     run_dir = Path(run_dir)
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
-        yield make_run_folder(run_dir)
+        with ExitStack() as held:
+            by_rank_0(lambda: held.enter_context(run_lock(make_run_folder(run_dir))))
+            yield run_dir
     except Exception:
-        with suppress(OSError):  # there is something in it
+        with suppress(OSError):  # there is something in it, or it was never made
             for folder in made:
                 folder.rmdir()
         raise
 
 
-def _begin_folder(config: RunConfig, run_dir: Path, resume: bool, model: nn.Module, data: Data) -> None:
-    """Write down what is asked for, which for a run that is resumed must be what it was begun with."""
-    file = make_run_folder(run_dir) / "config.json"
+def _begin_folder(config: RunConfig, run_dir: Path, resume: bool, model: nn.Module, data: Data) -> bool:
+    """Write down what is asked for, which for a run that is resumed must be what it was begun with. Returns
+    whether it is one."""
+    file, job_has_begun = run_dir / "config.json", f"run {run_dir.resolve()}"
+    resume = resume or begun_by_this_job(job_has_begun)
     identity = {"model": fingerprint(model.state_dict()), **data_identity(data)}
     wanted = config.to_dict() | {"identity": identity}
     if file.exists() and not _nothing_trained(run_dir):
         _check_same_run(run_dir, wanted, resume, data)
     write_atomic(file, lambda path: path.write_text(json.dumps(wanted, indent=1)))
+    note_begun(job_has_begun)
+    return resume
 
 
 def _nothing_trained(run_dir: Path) -> bool:
     """Whether a run folder has no more in it than a run that failed at once has left: nothing to lose."""
     names, metrics = {path.name for path in run_dir.iterdir()}, run_dir / "metrics.jsonl"
-    if not names <= {"config.json", "dense.safetensors", metrics.name, "checkpoints", "tensorboard"}:
+    if not names <= {LOCK, "config.json", "dense.safetensors", metrics.name, "checkpoints", "tensorboard"}:
         return False
     if (metrics.exists() and metrics.stat().st_size) or any((run_dir / "checkpoints").glob("*")):
         return False

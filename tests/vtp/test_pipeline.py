@@ -361,6 +361,24 @@ def test_settings_of_a_stage_that_has_not_begun_may_change(folder, finished, tmp
         run(changed, tmp_path / "run", resume=True, progress=False)
 
 
+def test_what_a_job_of_torchrun_has_begun_it_continues_and_no_run_that_it_finds(
+    folder, finished, tmp_path, only_begin, monkeypatch
+):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    shutil.copytree(finished, tmp_path / "run")
+    for _ in range(2):  # and after a restart
+        with pytest.raises(vtp.FileError, match="holds a run already"):
+            run(small_config(folder), tmp_path / "run", progress=False)
+    with pytest.raises(Begun):
+        run(small_config(folder), tmp_path / "new", progress=False)
+    shutil.copytree(finished, tmp_path / "new", dirs_exist_ok=True)
+    with pytest.raises(Begun):  # restarted after some stages
+        run(small_config(folder), tmp_path / "new", progress=False)
+
+
 def test_run_folders_of_an_older_version_and_of_others_are_refused_with_what_to_do(
     folder, finished, tmp_path
 ):

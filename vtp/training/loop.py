@@ -27,8 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import get_int_from_env
 from timm.data import Mixup
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -46,6 +44,7 @@ from vtp.training.identity import stage_identity
 from vtp.training.loaders import Augment, calibration_loader, set_epoch, test_loader, train_loader
 from vtp.training.multi_label import mean_average_precision
 from vtp.training.progress import StageProgress, append_metrics, rewrite_metrics, tensorboard
+from vtp.training.ranks import accelerator, begun_by_this_job, by_rank_0, note_begun
 from vtp.training.signals import deferred_signals, shielded
 from vtp.training.sources import labels_of
 from vtp.training.sparsity import (
@@ -60,8 +59,6 @@ from vtp.training.teacher import Teacher, distillation_loss
 
 CHECK_EVERY = {"cpu": 1}  # steps between looks at the losses; elsewhere a look waits for the device, hence:
 CHECK_EVERY_ELSEWHERE = 16
-# Where torchrun, accelerate launch and MPI say how many processes they have started, as Accelerate reads it.
-WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class TrainingInterrupted(RuntimeError):
@@ -107,10 +104,11 @@ def train(
     teacher: model to distil from, needed where config.distill_alpha > 0; of any architecture, normalisation
         and image size (see `teacher.Teacher`), with the model's classes in the model's order.
     resume: continue from the stage's checkpoint if there is one; a finished stage returns at once. Without
-        it, the stage starts anew and its checkpoint and metrics of an earlier run are removed.
+        it, the stage starts anew and its checkpoint and metrics of an earlier run are removed; but where
+        torchrun has restarted the processes of one job, what that job has begun is continued.
     after_step: called as after_step(model, updates so far) after every update.
 
-    Raises TrainingInterrupted (SIGINT, SIGTERM), NonFiniteLossError, ResumeError, and ValueError for
+    Raises TrainingInterrupted (SIGINT, SIGTERM, SIGUSR1), NonFiniteLossError, ResumeError, and ValueError for
     arguments that do not fit together.
     """
     run = _Stage(model, data, config, stage=stage, run_dir=Path(run_dir), augment=augment, teacher=teacher)
@@ -309,14 +307,18 @@ class _Stage:
 
     def begin(self, resume: bool) -> None:
         """Load the checkpoint, or remove what an earlier run left of this stage."""
-        if resume and self.checkpoint.exists():
+        if by_rank_0(lambda: self._clear_unless(resume)):
             self._load_state()
-        if self.accelerator.is_main_process:
-            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            if not resume:
-                self.checkpoint.unlink(missing_ok=True)
-            rewrite_metrics(self.run_dir / "metrics.jsonl", self.stage, self.position.history)
-        self.accelerator.wait_for_everyone()
+        by_rank_0(lambda: rewrite_metrics(self.run_dir / "metrics.jsonl", self.stage, self.position.history))
+
+    def _clear_unless(self, resume: bool) -> bool:
+        """Whether there is a checkpoint to continue from; one that is not to be continued is removed."""
+        job_has_begun = f"stage {self.checkpoint.resolve()}"
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        if not (resume or begun_by_this_job(job_has_begun)):
+            self.checkpoint.unlink(missing_ok=True)
+        note_begun(job_has_begun)
+        return self.checkpoint.exists()
 
     def run(self, *, progress: bool, after_step: Callable[[nn.Module, int], None] | None) -> None:
         """Train from the present position to the end, saving after each epoch and on a signal."""
@@ -419,24 +421,33 @@ class _Stage:
 
     def _settle(self, losses: list[Tensor]) -> None:
         """Add the losses of the last steps to the epoch's sum; refuse to go on if one is not finite."""
-        values = self.accelerator.reduce(torch.stack(losses), "mean").tolist()
+        own = torch.stack(losses)
+        values = self.accelerator.reduce(own, "mean").tolist()
         first = self.position.step - len(values)
         losses.clear()
-        for step, value in enumerate(values, start=first):
+        for index, value in enumerate(values):
             if not math.isfinite(value):
-                raise self._non_finite(f"the loss is {value}", self.position.epoch * self.steps + step)
+                what = f"the loss is {value}{self._on_ranks(own[index])}"
+                raise self._non_finite(what, self.position.epoch * self.steps + first + index)
             self.position.loss_sum += value
         self.progress.settled(values[-1], self._images_per_second())
         self.board.step(values[-1], self.updates)
+
+    def _on_ranks(self, loss: Tensor) -> str:
+        """On which of several ranks a loss is not finite, which all of them ask."""
+        if self.accelerator.num_processes == 1:
+            return ""
+        odd = (~self.accelerator.gather(loss[None]).isfinite()).nonzero().flatten().tolist()
+        return f" on rank {', '.join(map(str, odd))}" if len(odd) < self.accelerator.num_processes else ""
 
     def _finish_epoch(self) -> dict[str, Any]:
         """Evaluate, and write the epoch's record to metrics.jsonl and TensorBoard."""
         position, config = self.position, self.config
         model = self._average() or self.raw
         accelerator = self.accelerator
-        # With several processes nobody may leave alone: the signal waits for the end of the evaluation.
-        poll = self._stop_if_asked if accelerator.num_processes == 1 else lambda: None
-        found = _evaluate(model, self.test_loader, accelerator.autocast, accelerator.gather_for_metrics, poll)
+        found = _evaluate(
+            model, self.test_loader, accelerator.autocast, accelerator.gather_for_metrics, self._stop_if_asked
+        )
         record = {
             "stage": self.stage,
             "epoch": position.epoch + 1,
@@ -510,15 +521,15 @@ class _Stage:
         bad = first_not_finite(tensors)
         if bad is not None:
             raise self._non_finite(f"{bad} is not finite", self.updates - 1)
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            header = {
-                "identity": self.identity,
-                "position": asdict(self.position),
-                "param_groups": self.optimizer.state_dict()["param_groups"],
-                "scaler": None if scaler is None else scaler.state_dict(),
-            }
-            write_state(self.checkpoint, tensors, header)
+        scaler = self.accelerator.scaler
+        header = {
+            "identity": self.identity,
+            "position": asdict(self.position),
+            "param_groups": self.optimizer.state_dict()["param_groups"],
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        # All wait for it: if one ended by a signal before, torchrun would end rank 0 in the middle of it.
+        by_rank_0(lambda: write_state(self.checkpoint, tensors, header))
 
     def _load_state(self) -> None:
         """Continue from the checkpoint. Raises ResumeError."""
@@ -685,28 +696,3 @@ def _evaluate(
     if scores.shape[1] > 2:
         found["map"] = mean_average_precision(*scores[:, 2:].chunk(2, dim=1))
     return found
-
-
-def accelerator(precision: str = "no") -> Accelerator:
-    """An Accelerator of this precision, for as many processes as were started.
-
-    Raises:
-        ValueError: the machine cannot do that precision, or Accelerate does not see all of the processes,
-            each of which would then train alone and write the same files.
-    """
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("config.precision: got 'fp16', expected 'no' or 'bf16' as there is no GPU")
-    # Accelerate keeps one state per process and refuses a second precision. Stages may differ in it, and
-    # nothing of a former stage still uses that state.
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()
-    started = get_int_from_env(WORLD_SIZES, 1)
-    # Accelerate looks for several processes on a CPU only if told that there is nothing else.
-    cpu = started > 1 and not torch.accelerator.is_available()
-    made = Accelerator(mixed_precision=precision, cpu=cpu)
-    if made.num_processes != started:
-        raise ValueError(
-            f"WORLD_SIZE: {started} processes were started, but Accelerate sees {made.num_processes} on "
-            f"{made.device}; expected the same number (unset WORLD_SIZE to train in one)"
-        )
-    return made

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from vtp.files import write_atomic
+from vtp.files import FileError, write_atomic
 
 BAR_SECONDS = 0.25  # between two updates of the bar: more often cannot be read and costs time
 BAR_COLUMNS = 110  # a terminal with fewer has room for the figures only
@@ -108,11 +108,14 @@ class StageProgress:
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
-    """Append record to metrics.jsonl and have it on the disk on return."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append record to metrics.jsonl and have it on the disk on return. Raises FileError if it cannot."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise FileError(f"path: cannot write {path}: {error.strerror}") from error
 
 
 def rewrite_metrics(path: Path, stage: str, history: list[dict[str, Any]]) -> None:
@@ -130,7 +133,7 @@ def rewrite_metrics(path: Path, stage: str, history: list[dict[str, Any]]) -> No
 
 
 class Board:
-    """TensorBoard's scalars of one stage, or nothing where `writer` is None."""
+    """TensorBoard's scalars of one stage, or nothing where `writer` is None; FileError on a full disk."""
 
     def __init__(self, writer: Any | None) -> None:
         self.writer = writer
@@ -138,16 +141,26 @@ class Board:
     def step(self, loss: float, updates: int) -> None:
         """The loss of one step."""
         if self.writer is not None:
-            self.writer.add_scalar("loss/step", loss, updates)
+            with self._writing():
+                self.writer.add_scalar("loss/step", loss, updates)
 
     def epoch(self, record: dict[str, Any], updates: int) -> None:
         """An epoch's record of metrics; on disk on return, as a checkpoint follows."""
         if self.writer is None:
             return
-        for name, value in record.items():
-            if isinstance(value, float):
-                self.writer.add_scalar(f"epoch/{name}", value, updates)
-        self.writer.flush()
+        with self._writing():
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self.writer.add_scalar(f"epoch/{name}", value, updates)
+            self.writer.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            folder = self.writer.get_logdir()
+            raise FileError(f"path: cannot write into {folder}: {error.strerror}") from error
 
 
 @contextmanager
@@ -158,5 +171,9 @@ def tensorboard(folder: Path, updates: int, *, enabled: bool) -> Iterator[Board]
         return
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
 
-    with SummaryWriter(str(folder), purge_step=updates + 1) as writer:
+    writer = SummaryWriter(str(folder), purge_step=updates + 1)
+    try:
         yield Board(writer)
+    finally:
+        with suppress(OSError):  # a full disk, which has been said; epochs were flushed
+            writer.close()

@@ -13,6 +13,17 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+# What schedulers send some time before they kill: Slurm's --signal often is USR1. Windows has no such signal.
+FROM_SCHEDULERS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+
+
+class Terminated(BaseException):
+    """A signal of FROM_SCHEDULERS, as KeyboardInterrupt is SIGINT. `signum` is its number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
 
 @dataclass
 class Signals:
@@ -23,28 +34,61 @@ class Signals:
 
 @contextmanager
 def deferred_signals() -> Iterator[Signals]:
-    """Note the first SIGINT or SIGTERM instead of dying by it; a second one acts as it did before.
+    """Note the first SIGINT, SIGTERM or SIGUSR1 instead of dying by it; a second one acts as it did before.
 
     Python handles signals in the main thread alone: elsewhere nothing is changed.
     """
     signals = Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    previous: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
     def note(number: int, frame: object) -> None:
         signals.received = number
         restore()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, note)
-    try:
+    with _handled((signal.SIGINT, *FROM_SCHEDULERS), note) as restore:
         yield signals
+
+
+@contextmanager
+def raised_signals() -> Iterator[None]:
+    """Raise Terminated on the first SIGTERM or SIGUSR1, in the main thread; a second one acts as before."""
+
+    def interrupt(number: int, frame: object) -> None:
+        restore()
+        raise Terminated(number)
+
+    with _handled(FROM_SCHEDULERS, interrupt) as restore:
+        yield
+
+
+@contextmanager
+def immediate_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 end the process at once: for a call from which they cannot wake Python."""
+    with _handled(FROM_SCHEDULERS, signal.SIG_DFL):
+        yield
+
+
+def ignore_signals() -> None:
+    """Ignore SIGTERM and SIGUSR1 from now on, in a process that ends by one: the same signal may reach the
+    processes of a run seconds apart, and has reached all of them through the first."""
+    if threading.current_thread() is threading.main_thread():
+        for number in FROM_SCHEDULERS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _handled(numbers: tuple[int, ...], handler: Any) -> Iterator[Callable[[], None]]:
+    """Within it the signals go to the handler, in the main thread; what it gives takes them back."""
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            previous[number] = signal.signal(number, handler)
+    try:
+        yield restore
     finally:
         restore()
 

@@ -6,20 +6,21 @@ import threading
 
 import pytest
 
-from vtp.training.signals import deferred_signals
+from vtp.training.signals import FROM_SCHEDULERS, Terminated, deferred_signals, raised_signals
 
 
 @pytest.fixture
 def seen():
     """What the handlers that were there before have got."""
     numbers = []
-    before = {n: signal.signal(n, lambda n, _: numbers.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    every = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {n: signal.signal(n, lambda n, _: numbers.append(n)) for n in every}
     yield numbers
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_the_first_signal_is_noted_and_the_second_acts_as_before(seen, number):
     with deferred_signals() as signals:
         assert signals.received is None
@@ -43,3 +44,15 @@ def test_outside_of_the_main_thread_signals_act_as_before(seen):
     thread.start()
     thread.join()
     assert (received, seen) == ([None], [signal.SIGTERM])
+
+
+@pytest.mark.parametrize("number", FROM_SCHEDULERS)
+def test_where_nothing_is_deferred_the_first_signal_is_raised_and_the_second_acts_as_before(seen, number):
+    with raised_signals():
+        with pytest.raises(Terminated) as terminated:
+            os.kill(os.getpid(), number)
+        assert (terminated.value.signum, seen) == (number, [])
+        os.kill(os.getpid(), number)
+        assert seen == [number]
+    os.kill(os.getpid(), number)
+    assert seen == [number, number]
