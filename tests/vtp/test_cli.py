@@ -709,7 +709,7 @@ def test_inspect_shows_a_training_checkpoint(trained, capsys):
     assert "training state of stage sparse: 1 of 1 epochs done, finished" in out
     identity = json.loads(out[out.index("{") :])
     assert identity["config.seed"] == 3
-    assert identity["config.batch_size"] == 4
+    assert identity["effective_batch"] == 4
 
 
 def test_damaged_training_checkpoint_is_refused(trained, tmp_path, refused):
