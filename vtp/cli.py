@@ -78,6 +78,7 @@ from vtp.training.loop import (
     train,
 )
 from vtp.training.progress import share_bar
+from vtp.training.sharding import wants_sharding
 from vtp.training.sources import open_images
 from vtp.training.sparsity import gate_statistics
 from vtp.training.state import STATE_FORMAT
@@ -244,6 +245,9 @@ def _train_stage(
         )
     if teacher is None and settings.distill_alpha:
         settings = dataclasses.replace(settings, distill_alpha=0.0)
+    processes = accelerator(settings.precision).num_processes
+    wants_sharding(settings, processes)  # refuses, as the next line does, before anything is written
+    settings.split(processes)
     with run_folder(options.out) as run_dir:
         result = train(
             model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
