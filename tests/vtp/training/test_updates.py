@@ -382,7 +382,7 @@ def test_a_compiled_model_takes_the_updates_of_one_that_is_not_and_writes_its_ch
 
 
 def traced(*arguments, **options) -> dict:
-    """`trained` with graphs that are traced as usual but run by PyTorch: making code of them takes minutes."""
+    """`trained` with graphs that are traced as usual but run by PyTorch: to make code of them takes long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
         return trained(*arguments, **options)
