@@ -22,7 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import vtp.training.progress
+from tests.support.models import FAMILIES
 from tests.vtp.training.test_loop import images, make_data, make_model, one_thread, start  # noqa: F401
+from vtp.model.images import set_image_config
 from vtp.pruning.compact import compact
 from vtp.pruning.gates import insert_gates, sites
 from vtp.pruning.selection import make_plan
@@ -74,7 +76,19 @@ def compact_model() -> torch.nn.Module:
     return compact(gated, make_plan(gated, rate=0.43, min_keep=0.0))
 
 
+def family(name: str) -> torch.nn.Module:
+    """A gated model of one of the families, for the images of this file."""
+    changes = {"img_size": (16, 16), "num_classes": 4, "in_chans": 1, "embed_dim": 12, "num_heads": 3}
+    torch.manual_seed(0)
+    model = replace(FAMILIES[name], **changes).build()
+    set_image_config(model, mean=(0.3,), std=(0.3,))  # as the teacher expects
+    return insert_gates(model)
+
+
+# Two heads of which one learns from the teacher; learned angles, and buffers that are in no file.
+OTHERS = ("distilled", "rotary-mixed", "rotary")
 MODELS = {"gated": gated_model, "compact": compact_model}
+MODELS |= {name: partial(family, name) for name in OTHERS}
 
 
 def trained(
@@ -354,6 +368,16 @@ def test_a_cut_model_of_odd_widths_is_sharded_and_continued_elsewhere(folder, tm
     assert_same(on_processes(2, tmp_path, jobs)[0]["fsdp"], expected)
     found = trained(folder, tmp_path / "stopped", config, model="compact", resume=True)
     assert_same(found, expected, since=4)
+
+
+@pytest.mark.thorough
+def test_models_of_other_families_are_sharded(folder, tmp_path):
+    base = replace(CONFIG, epochs=1, warmup_epochs=0)
+    fsdp = replace(base, fsdp=True, batch_size=4, grad_checkpointing=True)
+    jobs = {name: partial(trained, folder, tmp_path / name, fsdp, model=name) for name in OTHERS}
+    found = on_processes(2, tmp_path, jobs)[0]
+    for name in OTHERS:
+        assert_same(found[name], trained(folder, tmp_path / "alone" / name, base, model=name))
 
 
 @pytest.mark.thorough
