@@ -81,6 +81,7 @@ from vtp.training.loop import (
 )
 from vtp.training.progress import share_bar
 from vtp.training.ranks import blame, exit_now, rank
+from vtp.training.sharding import wants_sharding
 from vtp.training.signals import Terminated, ignore_signals, raised_signals
 from vtp.training.sources import open_images
 from vtp.training.sparsity import gate_statistics
@@ -288,6 +289,9 @@ def _train_stage(
         )
     if teacher is None and settings.distill_alpha:
         settings = dataclasses.replace(settings, distill_alpha=0.0)
+    processes = accelerator(settings.precision).num_processes
+    wants_sharding(settings, processes)  # refuses, as the next line does, before anything is written
+    settings.split(processes)
     with run_folder(options.out) as run_dir:
         result = train(
             model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
@@ -760,11 +764,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     recipe = RECIPES[options.recipe or usual]()
     if options.augment is not None:
         recipe = dataclasses.replace(recipe, augment=options.augment, finetune_augment=None)
-    common = {
-        name: getattr(options, name)
-        for name in ("seed", "batch_size", "precision", "workers")
-        if getattr(options, name) is not None
-    }
+    common = {name: getattr(options, name) for name in _COMMON_SETTINGS if getattr(options, name) is not None}
     changes: dict[str, dict[str, Any]] = {stage: dict(common) for stage in STAGES}
     for setting in options.set:
         stage, field, value = _parse_setting(setting)
@@ -1014,6 +1014,10 @@ def _add_inspect(commands: Any) -> None:
     )
 
 
+# Of TrainConfig, with options of their own that are for all stages.
+_COMMON_SETTINGS = (
+    "seed", "batch_size", "effective_batch", "precision", "workers", "fsdp", "grad_checkpointing", "compile",
+)  # fmt: skip
 _WITH_CALIBRATION = (
     "checkpoint", "data_root", "class_map", "images", "seed", "workers", "memory", "statistics", "no_eval",
     "key_width",
@@ -1066,9 +1070,24 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--augment", choices=("none", "light", "deit"), help="instead of the recipe's")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--batch-size", type=int, help="images per step and process")
+    parser.add_argument("--batch-size", type=int, help="images of a pass of a process")
+    parser.add_argument(
+        "--effective-batch", type=int, metavar="IMAGES",
+        help="images of an update on any number of processes, in as many passes of at most --batch-size as "
+        "that takes (default: one pass of every process)",
+    )  # fmt: skip
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"))
     parser.add_argument("--workers", type=int, help="processes that load images")
+    group = parser.add_argument_group("large models, and speed")
+    group.add_argument(
+        "--fsdp", action="store_true", default=None,
+        help="shard weights, gradients and optimizer state over the processes (FSDP2)",
+    )  # fmt: skip
+    group.add_argument(
+        "--grad-checkpointing", action="store_true", default=None,
+        help="compute blocks again in the backward pass instead of keeping what they computed",
+    )  # fmt: skip
+    group.add_argument("--compile", action="store_true", default=None, help="train through torch.compile")
     parser.add_argument(
         "--set",
         action="append",

@@ -75,6 +75,7 @@ from vtp.training.loop import accelerator, calibration_images, evaluate, train
 from vtp.training.progress import share_bar
 from vtp.training.ranks import begun_by_this_job, by_rank_0, note_begun
 from vtp.training.run_lock import LOCK, run_lock
+from vtp.training.sharding import wants_sharding
 from vtp.zoo import FASHION_DEIT, open_model
 
 RESLICE_RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -243,7 +244,7 @@ def run(
     width = None if sys.stdout.isatty() else 120
     console = Console(quiet=not (progress and process.is_main_process), width=width)
     model, data = _open(config)
-    _check_before_training(config, model, data)
+    _check_before_training(config, model, data, process.num_processes)
     with run_folder(run_dir) as folder:
         resume = by_rank_0(lambda: _begin_folder(config, folder, resume, model, data))
         _run_stages(config, folder, model, data, process, console, resume, progress, memory_gb)
@@ -464,7 +465,7 @@ def describe_images(model: nn.Module, data: Data) -> None:
         set_image_config(model, label_names=data.class_names)
 
 
-def _check_before_training(config: RunConfig, model: nn.Module, data: Data) -> None:
+def _check_before_training(config: RunConfig, model: nn.Module, data: Data, processes: int) -> None:
     """Refuse now what would stop a later stage: the model, a budget no plan can meet, settings of a stage."""
     insert_gates(model)  # refuses a model that has some, or that is not supported
     cut = {"calibrated": config.one_shot, "refitted": config.one_shot or config.refit}
@@ -473,9 +474,13 @@ def _check_before_training(config: RunConfig, model: nn.Module, data: Data) -> N
         stage: TrainConfig = getattr(config.recipe, name)
         if stage.precision == "fp16" and not torch.cuda.is_available():
             raise ValueError(f"{name}.precision: got 'fp16', expected 'no' or 'bf16' as there is no GPU")
-        images = len(data.train) if hasattr(data.train, "__len__") else stage.batch_size
-        if stage.batch_size > images:
-            raise ValueError(f"{name}.batch_size: got {stage.batch_size}, expected at most {images} images")
+        wants_sharding(stage, processes)
+        stage.split(processes)
+        field = "batch_size" if stage.effective_batch is None else "effective_batch"
+        wanted = getattr(stage, field)
+        images = len(data.train) if hasattr(data.train, "__len__") else wanted
+        if wanted > images:
+            raise ValueError(f"{name}.{field}: got {wanted}, expected at most {images} images")
 
 
 def make_run_folder(run_dir: str | Path) -> Path:
@@ -575,7 +580,8 @@ def _difference(name: str, before: Any, now: Any) -> str:
 
 def _what_counts(written: dict[str, Any], run_dir: Path, data: Data) -> dict[str, Any]:
     """What must stay the same for a run to be resumed: what is in its model and data, not what they are
-    called; of a stage that has not begun no more than the seed, by which images are drawn too."""
+    called; of a stage that has not begun no more than the seed, by which images are drawn too. How many
+    images an update has, a stage's checkpoint says."""
     names = {"model", "checkpoint", "data", "data_root", "class_map"}  # of files and folders
     counts = {name: written[name] for name in written.keys() - names - {"identity"}}
     for stage in STAGES:

@@ -683,7 +683,8 @@ def test_eval_refuses_what_it_cannot_open(files, tmp_path, refused):
 def trained(files, tmp_path_factory):
     """Sparse training and fine-tuning of one epoch each, from the command line."""
     folder, data = tmp_path_factory.mktemp("trained"), ["--data", files / "images", "--augment", "none"]
-    quick = ["--batch-size", "4", "--workers", "0", "--seed", "3"]
+    quick = ["--batch-size", "2", "--effective-batch", "4", "--workers", "0", "--seed", "3"]
+    quick += ["--fsdp", "--grad-checkpointing"]  # without effect, and without effect on what is learned
     for stage in ("sparse", "finetune"):
         for field, value in (("epochs", 1), ("warmup_epochs", 0), ("lr", 1e-3)):
             quick += ["--set", f"{stage}.{field}={value}"]
@@ -709,7 +710,7 @@ def test_inspect_shows_a_training_checkpoint(trained, capsys):
     assert "training state of stage sparse: 1 of 1 epochs done, finished" in out
     identity = json.loads(out[out.index("{") :])
     assert identity["config.seed"] == 3
-    assert identity["config.batch_size"] == 4
+    assert identity["effective_batch"] == 4  # in two passes
 
 
 def test_damaged_training_checkpoint_is_refused(trained, tmp_path, refused):
@@ -717,6 +718,14 @@ def test_damaged_training_checkpoint_is_refused(trained, tmp_path, refused):
     for length in (0, 5, 100, len(content) - 1):
         (tmp_path / "state.safetensors").write_bytes(content[:length])
         refused("cut off", "inspect", tmp_path / "state.safetensors")
+
+
+def test_images_that_make_no_even_passes_are_refused_before_anything_is_written(files, tmp_path, refused):
+    given = ["--data", files / "images", "--batch-size", "4", "--effective-batch", "7"]
+    for command in (["train", "sparse"], ["run"]):
+        expected = r"effective_batch: got 7, expected 6 or 8 for 1 process and 4 images"
+        refused(expected, *command, "--model", files / "dense.safetensors", *given, "--out", tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -353,8 +353,8 @@ def test_settings_of_a_stage_that_has_not_begun_may_change(folder, finished, tmp
     changed = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, finetune=smaller))
     with pytest.raises(Begun):
         run(changed, tmp_path / "run", resume=True, progress=False)
-    smaller = dataclasses.replace(config.recipe.sparse, batch_size=8)
-    changed = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, sparse=smaller))
+    other = dataclasses.replace(config.recipe.sparse, weight_decay=0.3)
+    changed = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, sparse=other))
     with pytest.raises(
         vtp.FileError, match=r"another sparse; it cannot be resumed \(sparse\.\w+: the run has"
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,11 @@ class TrainConfig:
     """What determines a training stage, apart from the model and the data.
 
     epochs: passes over the training data, >= 1.
-    batch_size: images per step and process; even where mixup or cutmix is on.
+    batch_size: images of a pass of a process; even where mixup or cutmix is on. Without `effective_batch`
+        an update is one pass of every process.
+    effective_batch: images of an update, over all processes; None for batch_size times the processes. Where
+        it is more than that, each process takes several passes, of at most batch_size images each, and their
+        gradients are added up: see `split`.
     lr: peak learning rate; the schedule goes from lr/100 up to it in warmup_epochs and down to min_lr.
     weight_decay: on weights of two and more dimensions, less those that the model exempts.
     label_smoothing, mixup, cutmix: as in DeiT; 0 is off.
@@ -41,11 +46,15 @@ class TrainConfig:
     precision: "no" (float32), "bf16" or "fp16" (GPU only).
     seed: of the order of the data and of all that is random in a step.
     workers: processes that load data; 0 loads in the training process.
+    fsdp: weights, gradients and optimizer state sharded over the processes (`sharding.py`), not replicated.
+    grad_checkpointing: blocks are computed again in the backward pass instead of keeping what they computed.
+    compile: the training steps run through torch.compile.
     opt, sched: names that timm knows; opt one of OPTIMIZERS, sched "cosine" or "constant".
     """
 
     epochs: int = 10
     batch_size: int = 128
+    effective_batch: int | None = None
     lr: float = 1e-3
     weight_decay: float = 0.05
     warmup_epochs: float = 1.0
@@ -68,6 +77,9 @@ class TrainConfig:
     workers: int = 0
     opt: str = "adamw"
     sched: str = "cosine"
+    fsdp: bool = False
+    grad_checkpointing: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -88,6 +100,12 @@ class TrainConfig:
             f"between 0 and {self.epochs} epochs",
         )
         self._require("distill_alpha", (int, float), lambda v: 0 <= v <= 1, "a number in [0, 1]")
+        if self.effective_batch is not None:
+            expected = "an integer of at least 1, or None"
+            self._require("effective_batch", int, lambda v: v >= 1, expected)
+        for name in ("fsdp", "grad_checkpointing", "compile"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"TrainConfig.{name}: got {value!r}, expected true or false")
         if self.clip_grad is not None:
             self._require("clip_grad", (int, float), lambda v: 0 < v < math.inf, "a positive number or None")
         if self.ema_decay is not None:
@@ -105,6 +123,36 @@ class TrainConfig:
         self._require("opt", str, lambda v: v in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         if self.mixup or self.cutmix:
             self._require("batch_size", int, lambda v: v % 2 == 0, "an even number, as mixup pairs images")
+
+    def split(self, processes: int) -> tuple[int, int]:
+        """How so many processes share an update: (images of a pass, passes of each process).
+
+        They take as few passes as batch_size allows, all of one size, which is even where images are mixed.
+
+        Raises:
+            ValueError: effective_batch cannot be shared out like that; what could be is said.
+        """
+        wanted = self.effective_batch
+        if wanted is None:
+            return self.batch_size, 1
+        pairs = 2 if self.mixup or self.cutmix else 1
+
+        def passes(images: int) -> int:
+            return -(-images // (processes * self.batch_size))
+
+        def fits(images: int) -> bool:
+            return images % (processes * passes(images) * pairs) == 0
+
+        if fits(wanted):
+            return wanted // (processes * passes(wanted)), passes(wanted)
+        near = [next(filter(fits, range(wanted, 0, -1)), None), next(filter(fits, itertools.count(wanted)))]
+        several = f"{processes} process{'es' if processes > 1 else ''}"
+        fitting = " or ".join(str(number) for number in near if number)
+        raise ValueError(
+            f"TrainConfig.effective_batch: got {wanted}, expected {fitting} for {several} and"
+            f" {self.batch_size} images a pass at most (batch_size)"
+            + (", in pairs, as mixup makes them" if pairs > 1 else "")
+        )
 
     def _require(self, name: str, kind: type | tuple, ok: Callable[[Any], bool], expected: str) -> None:
         value = getattr(self, name)

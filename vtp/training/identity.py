@@ -1,7 +1,8 @@
 """What must be the same for training to be continued: what is in the data, not where it lies.
 
 A run may be resumed from another place, with its data moved or mounted elsewhere, on another machine: images
-are known by their names within the data set, their sizes and their labels, models by their weights.
+are known by their names within the data set, their sizes and their labels, models by their weights. How the
+images of an update are shared out among processes and passes does not count, but how many they are.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from vtp.training.config import TrainConfig
 from vtp.training.data import Data
 from vtp.training.loaders import Augment
 from vtp.training.sources import FileImages, IdxImages, labels_of
+
+# Settings that decide how a machine does its work, not what is trained.
+OF_THE_MACHINE = ("batch_size", "effective_batch", "fsdp", "grad_checkpointing", "compile")
 
 
 def data_identity(data: Data) -> dict[str, Any]:
@@ -43,12 +47,14 @@ def stage_identity(
     stage: str,
     augment: Augment,
     steps: int,
+    images: int,
     processes: int,
     models: Mapping[str, nn.Module | None],
 ) -> dict[str, Any]:
     """All that must be the same for the checkpoint of a stage to be continued, as JSON gives it back.
 
-    steps: of an epoch; processes: that train together; models: those whose weights count, by name.
+    steps: of an epoch; images: of an update; processes: that train together, which counts for a stream alone;
+    models: those whose weights count, by name.
     """
     flat = {
         "stage": stage,
@@ -57,18 +63,30 @@ def stage_identity(
         },
         **data_identity(data),
         "steps": steps,
-        "processes": processes,
+        "effective_batch": images,
+        **({"processes": processes} if isinstance(data.train, IterableDataset) else {}),
         **{f"config.{name}": value for name, value in settings_that_count(asdict(config), data).items()},
         **{f"augment.{name}": value for name, value in asdict(augment).items()},
     }
     return json.loads(json.dumps(flat))
 
 
+def translated(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """The identity in a checkpoint in the words of the current one: older ones gave the number of processes
+    and the images of each."""
+    if "effective_batch" in saved or "config.batch_size" not in saved:
+        return saved
+    images = saved["processes"] * saved["config.batch_size"]
+    names = saved.keys() - {"config.batch_size"} - ({"processes"} - current.keys())
+    return {name: value for name, value in saved.items() if name in names} | {"effective_batch": images}
+
+
 def settings_that_count(settings: Mapping[str, Any], data: Data) -> dict[str, Any]:
     """Of the settings of a stage those that decide what is trained: not how many processes load the images,
-    unless these are a stream, which gives others to another number."""
-    streamed = isinstance(data.train, IterableDataset)
-    return {name: value for name, value in settings.items() if streamed or name != "workers"}
+    unless these are a stream, which gives others to another number; nor those of the machine. The images of
+    an update do count, but only the processes together know them."""
+    left_out = OF_THE_MACHINE + (() if isinstance(data.train, IterableDataset) else ("workers",))
+    return {name: value for name, value in settings.items() if name not in left_out}
 
 
 def _contents(images: Dataset, name: str) -> str:

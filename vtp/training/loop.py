@@ -2,9 +2,11 @@
 
 What sparse training does to gates is in `sparsity.py`, what a teacher is asked and teaches in `teacher.py`.
 
-Runs are reproducible: all that is random in a step is seeded from (seed, stage, epoch, step, process) when
-the step begins, and the data from (seed, stage, epoch, sample). Hence a checkpoint needs no state of any
-random generator, and training can go on from any step.
+An update is shared out in passes: every process takes as many, all of as many images, and what they find is
+averaged. Runs are reproducible: all that is random in a pass is seeded from (seed, stage, epoch, step, number
+of the pass in the update) when it begins, whichever process takes it, and the data from (seed, stage, epoch,
+sample). Hence a checkpoint needs no state of any random generator, training can go on from any step and on
+another number of processes, and with passes of as many images it takes the same updates there.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,6 +47,7 @@ from vtp.training.loaders import Augment, calibration_loader, set_epoch, test_lo
 from vtp.training.multi_label import mean_average_precision
 from vtp.training.progress import StageProgress, append_metrics, rewrite_metrics, tensorboard
 from vtp.training.ranks import accelerator, begun_by_this_job, by_rank_0, note_begun
+from vtp.training.sharding import average_gradients, clip_gradients, copy_whole, shard, wants_sharding
 from vtp.training.signals import deferred_signals, shielded
 from vtp.training.sources import labels_of
 from vtp.training.sparsity import (
@@ -54,7 +57,7 @@ from vtp.training.sparsity import (
     settle_gates,
     soft_threshold,
 )
-from vtp.training.state import all_finite, first_not_finite, read_state, restore, state_tensors, write_state
+from vtp.training.state import all_finite, gathered, read_state, restore, state_tensors, write_state
 from vtp.training.teacher import Teacher, distillation_loss
 
 CHECK_EVERY = {"cpu": 1}  # steps between looks at the losses; elsewhere a look waits for the device, hence:
@@ -106,7 +109,8 @@ def train(
     resume: continue from the stage's checkpoint if there is one; a finished stage returns at once. Without
         it, the stage starts anew and its checkpoint and metrics of an earlier run are removed; but where
         torchrun has restarted the processes of one job, what that job has begun is continued.
-    after_step: called as after_step(model, updates so far) after every update.
+    after_step: called as after_step(model, updates so far) after every update; under config.fsdp with the
+        sharded model.
 
     Raises TrainingInterrupted (SIGINT, SIGTERM, SIGUSR1), NonFiniteLossError, ResumeError, and ValueError for
     arguments that do not fit together.
@@ -195,7 +199,8 @@ class _Position:
 
 
 class _Stage:
-    """State and steps of one stage. `raw` is the bare model, `model` the same under Accelerate's wrappers."""
+    """State and steps of one stage. `raw` is the bare model, `model` the same compiled and under Accelerate's
+    wrappers, `start` the one that was given."""
 
     def __init__(
         self,
@@ -218,26 +223,39 @@ class _Stage:
             )
         self.config, self.stage, self.run_dir = config, stage, run_dir
         self.accelerator = accelerator(config.precision)
-        self._build_models(model, teacher, data)
+        processes = self.accelerator.num_processes
+        self.sharded = wants_sharding(config, processes)
+        self.pass_images, self.passes = config.split(processes)
+        self.images = self.pass_images * self.passes * processes  # of an update
+        self.start = model
+        self._build_models(teacher, data)
         self._build_loaders(data, augment)
+        models = {"model": self.raw, "teacher": self.teacher}
+        self.identity = stage_identity(
+            data, config, stage, augment, self.steps, self.images, processes, models
+        )
+        if self.sharded:
+            self._shard()
         self._build_optimizer()
         self.multi_label = is_multi_label(data)
         weight = _class_weight(config, data, self.raw.num_classes, self.accelerator.device)
         self.mixup, self.criterion = _criterion(config, self.raw.num_classes, self.multi_label, weight)
         self.position = _Position()
-        models = {"model": self.raw, "teacher": self.teacher}
-        processes = self.accelerator.num_processes
-        self.identity = stage_identity(data, config, stage, augment, self.steps, processes, models)
         # The score is wanted for the trained model: in the last third of the steps the learning rate is low
         # and gates and weights are near their final values.
         self.taylor_from = config.epochs * self.steps * 2 // 3
 
-    def _build_models(self, model: nn.Module, teacher: nn.Module | None, data: Data) -> None:
+    def _copy(self) -> nn.Module:
+        """The model that was given, on the device, as it is to be trained."""
+        model = copy.deepcopy(self.start).to(self.accelerator.device)
+        model.zero_grad()
+        _set_drop_path(model, self.config.drop_path)
+        return model
+
+    def _build_models(self, teacher: nn.Module | None, data: Data) -> None:
         """Copies of the model, for its moving average and of the teacher, on the device."""
         config, device = self.config, self.accelerator.device
-        self.raw = copy.deepcopy(model).to(device)
-        self.raw.zero_grad()
-        _set_drop_path(self.raw, config.drop_path)
+        self.raw = self._copy()
         gated = gated_linears(self.raw)
         self.gated = [linear for linear in gated if linear.gate.requires_grad]
         if config.l1 > 0 and not self.gated:
@@ -250,13 +268,32 @@ class _Stage:
         self.ema = self.teacher = None
         if config.ema_decay is not None:
             # Buffers are counts and statistics here (those of the gates' Taylor score): copied, not averaged.
-            self.ema = ModelEmaV3(self.raw, decay=config.ema_decay, use_warmup=True, exclude_buffers=True)
+            # Tensor by tensor where some are sharded: PyTorch takes no lists of both kinds.
+            self.ema = ModelEmaV3(
+                self.raw,
+                decay=config.ema_decay,
+                use_warmup=True,
+                exclude_buffers=True,
+                foreach=not self.sharded,
+            )
         if teacher is not None and config.distill_alpha > 0:
             takes = _loader_arguments(self.raw, data, config.batch_size, config.workers)
             shape = (takes["in_chans"], *takes["image_size"])
             self.teacher = Teacher(teacher, data, shape=shape, num_classes=self.raw.num_classes).to(device)
         if hasattr(self.raw, "set_distilled_training"):  # a head for the labels and one for the teacher
             self.raw.set_distilled_training(self.teacher is not None)
+        if config.grad_checkpointing:
+            self.raw.set_grad_checkpointing(True)
+
+    def _shard(self) -> None:
+        """Shard the model, its moving average and the teacher over the processes."""
+        if self.config.compile:  # block by block, between the gathering of weights and their giving back
+            for block in self.raw.blocks:
+                block.compile()
+        average, teacher = self._average(), None if self.teacher is None else self.teacher.model
+        for model in (self.raw, average, teacher):
+            if model is not None:
+                shard(model, self.accelerator.device)
 
     def _build_optimizer(self) -> None:
         """Optimizer and schedule; Accelerate wraps optimizer and model."""
@@ -282,19 +319,25 @@ class _Stage:
             step_on_epochs=False,
             updates_per_epoch=self.steps,
         )
-        self.model, self.optimizer = self.accelerator.prepare(self.raw, optimizer)
+        if self.sharded:
+            self.model, self.optimizer = self.raw, self.accelerator.prepare(optimizer)
+        else:
+            model = torch.compile(self.raw) if config.compile else self.raw
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def _build_loaders(self, data: Data, augment: Augment) -> None:
         config, prepare = self.config, self.accelerator.prepare_data_loader
         arguments = _loader_arguments(self.raw, data, config.batch_size, config.workers)
         seed = _seed_of(config.seed, self.stage)
-        self.loader = prepare(shielded(train_loader(data, augment=augment, seed=seed, **arguments)))
+        of_a_pass = arguments | {"batch_size": self.pass_images}
+        self.loader = prepare(shielded(train_loader(data, augment=augment, seed=seed, **of_a_pass)))
         self.test_loader = prepare(shielded(test_loader(data, **arguments)))
-        self.steps = len(self.loader)
+        self.steps = len(self.loader) // self.passes
         if self.steps == 0:
-            raise ValueError(
-                f"config.batch_size: got {config.batch_size}, expected no more than there are training images"
-            )
+            name, given = "batch_size", config.batch_size
+            if config.effective_batch is not None:
+                name, given = "effective_batch", config.effective_batch
+            raise ValueError(f"config.{name}: got {given}, expected no more than there are training images")
 
     @property
     def checkpoint(self) -> Path:
@@ -325,6 +368,8 @@ class _Stage:
         main = self.accelerator.is_main_process
         last = self.position.history[-1] if self.position.history else {}
         self.after_step = after_step
+        if progress and main:
+            print(self._update_in_words(), flush=True)
         with (
             deferred_signals() as self.signals,
             StageProgress(
@@ -340,11 +385,29 @@ class _Stage:
                 self._save_state()
                 self._stop_if_asked(saved=True)
 
+    def _update_in_words(self) -> str:
+        """Images of an update and its learning rate, which is as given however many they are."""
+        processes = self.accelerator.num_processes
+        shares = [f"{processes} processes"] * (processes > 1) + [f"{self.passes} passes"] * (self.passes > 1)
+        shared_out = f" ({' x '.join([*shares, str(self.pass_images)])})" if shares else ""
+        return (
+            f"stage {self.stage}: lr {self.config.lr:g} for updates of {self.images} images{shared_out}, "
+            f"{self.steps} an epoch; the rate is not scaled by their number"
+        )
+
     def result(self) -> TrainResult:
         """The trained model with its accuracy and history."""
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.raw.__dict__.pop("forward", None)  # Accelerate leaves the method of the class as an attribute
         model = self._average() or self.raw
+        if self.sharded:
+            model, shards = self._copy(), model
+            copy_whole(shards, model)
+        else:
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.raw.__dict__.pop(
+                "forward", None
+            )  # Accelerate leaves the method of the class as an attribute
+            if self.config.grad_checkpointing:
+                self.raw.set_grad_checkpointing(False)
         if hasattr(model, "set_distilled_training"):
             model.set_distilled_training(False)
         history = self.position.history
@@ -357,13 +420,19 @@ class _Stage:
         position = self.position
         if position.step == self.steps:  # interrupted between the last step and the end of the evaluation
             return
-        set_epoch(self.loader, position.epoch, position.step)
+        set_epoch(self.loader, position.epoch, position.step * self.passes)
         self.model.train()
         check_every = CHECK_EVERY.get(self.accelerator.device.type, CHECK_EVERY_ELSEWHERE)
         losses: list[Tensor] = []
+        of_passes: list[Tensor] = []  # of the update in progress
         started = time.perf_counter()
-        for images, targets in self.loader:
-            losses.append(self._step(images, targets))
+        for images, targets in itertools.islice(self.loader, (self.steps - position.step) * self.passes):
+            of_passes.append(self._pass(images, targets, len(of_passes)))
+            if len(of_passes) < self.passes:
+                continue
+            self._update()
+            losses.append(torch.stack(of_passes).mean())
+            of_passes.clear()
             position.step += 1
             if self.after_step is not None:
                 self.after_step(self.raw, self.updates)
@@ -375,33 +444,45 @@ class _Stage:
                 self._stop_if_asked()
             self.progress.step(self.updates)
 
-    def _step(self, images: Tensor, targets: Tensor) -> Tensor:
-        """One update from images [B, C, H, W] and targets [B]. Returns the loss less penalty, 0-dim."""
+    def _pass(self, images: Tensor, targets: Tensor, number: int) -> Tensor:
+        """Add the gradients of images [B, C, H, W] and targets [B] to those of the update in progress.
+
+        number: of the pass among those of this process. Returns the loss less penalty, 0-dim.
+        """
         config, accelerator = self.config, self.accelerator
+        in_update = number * accelerator.num_processes + accelerator.process_index
         _seed_everything(
-            _seed_of(
-                config.seed, self.stage, self.position.epoch, self.position.step, accelerator.process_index
-            )
+            _seed_of(config.seed, self.stage, self.position.epoch, self.position.step, in_update)
         )
-        self.scheduler.step_update(self.updates)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
-        loss = self._loss(images, targets)
-        accelerator.backward(loss)
+        # Sharded gradients are shared out in every pass, as each process has no room for them all.
+        wait = number < self.passes - 1 and not self.sharded
+        with accelerator.no_sync(self.model) if wait else nullcontext():
+            loss = self._loss(images, targets)
+            accelerator.backward(loss / self.passes)
+        return loss.detach()
+
+    def _update(self) -> None:
+        """Update the weights from the gradients of all passes."""
+        config, accelerator = self.config, self.accelerator
+        self.scheduler.step_update(self.updates)
         accelerator.unscale_gradients()
+        if self.sharded:
+            average_gradients(self.gates)
         if self.gates:
             # Gradients that the loss scaler will drop are no statistics.
             overflow = accelerator.scaler is not None and not all_finite(g.grad for g in self.gates)
             settle_gates(self.gated, config, self.updates >= self.taylor_from and not overflow)
         if config.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.raw.parameters(), config.clip_grad)
+            clip = clip_gradients if self.sharded else nn.utils.clip_grad_norm_
+            clip(self.raw.parameters(), config.clip_grad)
         self.optimizer.step()
         if config.l1 > 0 and config.l1_mode == "proximal" and not accelerator.optimizer_step_was_skipped:
             soft_threshold(self.gates, config.l1 * self._lr() * config.gate_lr)
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.raw, step=self.updates + 1)
-        return loss.detach()
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """Task loss, with the teacher's share where there is one; 0-dim float32."""
@@ -468,8 +549,7 @@ class _Stage:
 
     def _images_per_second(self) -> float:
         """Images per second in the steps of this epoch, over all processes."""
-        images = self.position.step * self.config.batch_size * self.accelerator.num_processes
-        return images / max(self.position.seconds, 1e-9)
+        return self.position.step * self.images / max(self.position.seconds, 1e-9)
 
     def _lr(self) -> float:
         """Learning rate of the last update, that of the gates being gate_lr times this."""
@@ -517,8 +597,8 @@ class _Stage:
 
     def _save_state(self) -> None:
         """Write the checkpoint. Raises NonFiniteLossError where it would hold a NaN or an infinity."""
-        tensors = state_tensors(self.raw, self._average(), self.optimizer)
-        bad = first_not_finite(tensors)
+        main = self.accelerator.is_main_process
+        tensors, bad = gathered(state_tensors(self.raw, self._average(), self.optimizer), keep=main)
         if bad is not None:
             raise self._non_finite(f"{bad} is not finite", self.updates - 1)
         scaler = self.accelerator.scaler

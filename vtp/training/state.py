@@ -1,6 +1,7 @@
 """The checkpoint that a stage of training continues from: one safetensors file, no pickle.
 
-Tensors "model/<name>", "ema/<name>" and "optimizer/<key>/<parameter name>". The metadata entry
+Tensors, whole also where training has them sharded: "model/<name>", "ema/<name>" and
+"optimizer/<key>/<parameter name>". The metadata entry
 "vtp-training-state" is JSON: format version, identity (the settings that must be the same to continue),
 position in the stage, the optimizer's parameter groups without their tensors, and the state of the loss
 scaler, if any. "vtp-training-state-sha256" is the fingerprint of all that.
@@ -19,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vtp.files import FileError, fingerprint, write_atomic
+from vtp.training.identity import translated
+from vtp.training.sharding import sharded_like, whole
 
 STATE_FORMAT = "vtp-training-state"
 STATE_VERSION = 2  # 1 knew its data by where they were
@@ -31,7 +34,7 @@ class ResumeError(FileError):
 def state_tensors(
     model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """All tensors that training continues from, under their names in the file."""
+    """All tensors that training continues from, under their names in the file; maybe sharded."""
     names = _parameter_names(model, optimizer)
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
     if ema is not None:
@@ -41,11 +44,23 @@ def state_tensors(
     return tensors
 
 
-def first_not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """Name of the first tensor that has a NaN or an infinity; asks the device once if there is none."""
-    if all_finite(tensors.values()):
-        return None
-    return next(name for name, value in tensors.items() if not all_finite([value]))
+def gathered(tensors: dict[str, Tensor], *, keep: bool) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors, whole and on the CPU where `keep`, else none; and the name of the first that has a NaN or
+    an infinity, if there is one.
+
+    Where they are sharded all processes have to call this. Each has no more than one whole tensor on its
+    device at a time, and all come to the same answer.
+    """
+    kept, finite = {}, []
+    for name, value in tensors.items():
+        value = whole(value.detach())
+        finite.append(value.isfinite().all())
+        if keep:
+            kept[name] = value.cpu().contiguous()
+    device = finite[0].device  # one question to it; counts of steps may lie on the CPU
+    if torch.stack([flag.to(device) for flag in finite]).all():
+        return kept, None
+    return kept, next(name for name, flag in zip(tensors, finite, strict=True) if not flag)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -96,10 +111,13 @@ def read_state(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor],
 
 
 def _refuse_other_run(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    saved = translated(saved, current)
     differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
     if differing:
         changes = "; ".join(f"{n}: checkpoint {saved.get(n)!r}, now {current.get(n)!r}" for n in differing)
-        raise ResumeError(f"{path}: cannot be resumed with other settings: {changes}")
+        images = saved.get("effective_batch")
+        hint = f"; continue it with --effective-batch {images}" if "effective_batch" in differing else ""
+        raise ResumeError(f"{path}: cannot be resumed with other settings: {changes}{hint}")
 
 
 def restore(
@@ -109,23 +127,32 @@ def restore(
     ema: nn.Module | None,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Put the tensors back where `state_tensors` took them. Raises ResumeError if they do not fit."""
+    """Put the tensors, which every process has whole, back where `state_tensors` took them, in shards where
+    those were. Raises ResumeError if they do not fit."""
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
     for name, value in tensors.items():
         part, _, rest = name.partition("/")
         parts[part][rest] = value
     index_of = {name: index for index, name in enumerate(_parameter_names(model, optimizer))}
+    parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
     try:
-        model.load_state_dict(parts["model"])
+        _load(model, parts["model"])
         if ema is not None:
-            ema.load_state_dict(parts["ema"])
+            _load(ema, parts["ema"])
         for name, value in parts["optimizer"].items():
             key, _, parameter = name.partition("/")
-            state.setdefault(index_of[parameter], {})[key] = value
+            state.setdefault(index_of[parameter], {})[key] = sharded_like(value, parameters[parameter])
         optimizer.load_state_dict({"state": state, "param_groups": param_groups})
     except (RuntimeError, KeyError, ValueError) as error:
         raise ResumeError(f"the checkpoint holds another model than that to train: {error}") from error
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    model.load_state_dict(
+        {name: sharded_like(value, own[name]) if name in own else value for name, value in tensors.items()}
+    )
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
