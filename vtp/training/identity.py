@@ -79,6 +79,8 @@ def _contents(images: Dataset, name: str) -> str:
     if isinstance(images, IdxImages):
         arrays = (images.images, images.labels)
         return f"{length}, {_digest(part for a in arrays for part in (a.shape, a.tobytes()))}"
+    if isinstance(images, FileImages) and hasattr(images.reader, "digests"):  # of shards
+        return f"{length}, {_digest([images.reader.digests, images.labels.tobytes()])}"
     if isinstance(images, FileImages) and hasattr(images.reader, "samples"):
         return f"{length}, {_digest(_files(images))}"
     labels = labels_of(images)

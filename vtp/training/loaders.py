@@ -25,7 +25,7 @@ import hashlib
 import itertools
 import random
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +44,10 @@ from torchvision import transforms
 from vtp.model.images import default_crop_pct, for_channels
 from vtp.training.data import Data, DataError
 from vtp.training.pixels import CHANNELS, MODES, is_deep, with_channels
+from vtp.training.sources import shard_lengths_of
 
+# Images among which those of shards are shuffled, and of which indices are made at a time.
+WINDOW = 65_536
 # Up to this edge DeiT replaces the random resized crop by a shifted one.
 DEIT_SMALL_IMAGE = 32
 
@@ -139,19 +142,42 @@ class EpochSampler(Sampler):
 
     `position` takes effect with the next iteration, and stays until it is called again. The length is always
     that of a whole epoch.
+
+    Args:
+        shards: where the samples lie in shards one after the other, the number of samples of each. Then the
+            shards are shuffled, and samples among those of as many neighbours in that order as hold WINDOW:
+            what is read at a time lies in a few files, which a disk or a file server can hold in its cache.
     """
 
-    def __init__(self, samples: int, seed: int) -> None:
+    def __init__(self, samples: int, seed: int, shards: Sequence[int] | None = None) -> None:
         self.samples, self.seed = samples, seed
+        self.shards = [samples] if shards is None else list(shards)
         self.epoch = self.skip = 0
 
     def __len__(self) -> int:
         return self.samples
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(_seeds(self.seed, self.epoch)[2])
-        order = torch.randperm(self.samples, generator=generator)[self.skip :].tolist()
-        return zip(itertools.repeat(self.epoch), order)
+        epoch, skip = self.epoch, self.skip
+        for window in self._windows(torch.Generator().manual_seed(_seeds(self.seed, epoch)[2])):
+            # A list of all indices would take 40 bytes for each.
+            for piece in window[min(skip, len(window)) :].split(WINDOW):
+                yield from zip(itertools.repeat(epoch), piece.tolist())
+            skip = max(0, skip - len(window))
+
+    def _windows(self, generator: torch.Generator) -> Iterator[torch.Tensor]:
+        """The order of the epoch in parts, int64."""
+        if len(self.shards) == 1:
+            yield torch.randperm(self.samples, generator=generator)
+            return
+        ends = torch.tensor(self.shards).cumsum(0).tolist()
+        window: list[torch.Tensor] = []
+        for place, shard in enumerate(torch.randperm(len(self.shards), generator=generator).tolist(), 1):
+            window.append(torch.arange(ends[shard] - self.shards[shard], ends[shard]))
+            if place == len(self.shards) or sum(map(len, window)) >= WINDOW:
+                indices = torch.cat(window)
+                yield indices[torch.randperm(len(indices), generator=generator)]
+                window = []
 
     def position(self, epoch: int, skip: int) -> None:
         """Begin the next iterations with sample number `skip` of `epoch`'s order."""
@@ -441,7 +467,7 @@ def train_loader(
     return DataLoader(
         TrainingSet(data.train, pipeline, seed),
         batch_size,
-        sampler=EpochSampler(len(data.train), seed),
+        sampler=EpochSampler(len(data.train), seed, shard_lengths_of(data.train)),
         drop_last=True,
         collate_fn=_as_is,
         **_loader_options(workers),
