@@ -43,9 +43,24 @@ from vtp.runtime.optimize import OptimizedViT
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data, is_multi_label
 from vtp.training.identity import stage_identity
-from vtp.training.loaders import Augment, calibration_loader, set_epoch, test_loader, train_loader
+from vtp.training.loaders import (
+    Augment,
+    calibration_loader,
+    epoch_in_words,
+    prepared,
+    set_epoch,
+    test_loader,
+    train_loader,
+)
 from vtp.training.multi_label import mean_average_precision
-from vtp.training.progress import StageProgress, append_metrics, rewrite_metrics, tensorboard
+from vtp.training.progress import (
+    LoaderWait,
+    StageProgress,
+    append_metrics,
+    loader_warning,
+    rewrite_metrics,
+    tensorboard,
+)
 from vtp.training.signals import deferred_signals, shielded
 from vtp.training.sources import labels_of
 from vtp.training.sparsity import (
@@ -62,6 +77,8 @@ CHECK_EVERY = {"cpu": 1}  # steps between looks at the losses; elsewhere a look 
 CHECK_EVERY_ELSEWHERE = 16
 # Where torchrun, accelerate launch and MPI say how many processes they have started, as Accelerate reads it.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# And how many of them on this machine.
+LOCAL_WORLD_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 class TrainingInterrupted(RuntimeError):
@@ -193,6 +210,7 @@ class _Position:
     step: int = 0  # next step of that epoch
     loss_sum: float = 0.0  # over the steps of that epoch
     seconds: float = 0.0  # spent on these steps
+    waiting: float = 0.0  # of these seconds, for images
     history: list[dict[str, Any]] = field(default_factory=list)  # one record per finished epoch
 
 
@@ -287,11 +305,12 @@ class _Stage:
         self.model, self.optimizer = self.accelerator.prepare(self.raw, optimizer)
 
     def _build_loaders(self, data: Data, augment: Augment) -> None:
-        config, prepare = self.config, self.accelerator.prepare_data_loader
+        config = self.config
         arguments = _loader_arguments(self.raw, data, config.batch_size, config.workers)
         seed = _seed_of(config.seed, self.stage)
-        self.loader = prepare(shielded(train_loader(data, augment=augment, seed=seed, **arguments)))
-        self.test_loader = prepare(shielded(test_loader(data, **arguments)))
+        train_images = shielded(train_loader(data, augment=augment, seed=seed, **arguments))
+        self.loader = prepared(train_images, self.accelerator)
+        self.test_loader = prepared(shielded(test_loader(data, **arguments)), self.accelerator)
         self.steps = len(self.loader)
         if self.steps == 0:
             raise ValueError(
@@ -330,6 +349,7 @@ class _Stage:
             ) as self.progress,
             tensorboard(self.run_dir / "tensorboard" / self.stage, self.updates, enabled=main) as self.board,
         ):
+            self.progress.note(epoch_in_words(self.loader, self.accelerator.num_processes))
             while self.position.epoch < self.config.epochs:
                 self._train_epoch()
                 record = self._finish_epoch()
@@ -359,8 +379,9 @@ class _Stage:
         self.model.train()
         check_every = CHECK_EVERY.get(self.accelerator.device.type, CHECK_EVERY_ELSEWHERE)
         losses: list[Tensor] = []
+        waited, before = LoaderWait(self.accelerator.device), position.waiting
         started = time.perf_counter()
-        for images, targets in self.loader:
+        for images, targets in waited.batches(self.loader):
             losses.append(self._step(images, targets))
             position.step += 1
             if self.after_step is not None:
@@ -368,6 +389,7 @@ class _Stage:
             if position.step % check_every == 0 or position.step == self.steps or self._signalled():
                 now = time.perf_counter()
                 position.seconds += now - started
+                position.waiting = before + waited.seconds
                 started = now
                 self._settle(losses)
                 self._stop_if_asked()
@@ -426,7 +448,7 @@ class _Stage:
             if not math.isfinite(value):
                 raise self._non_finite(f"the loss is {value}", self.position.epoch * self.steps + step)
             self.position.loss_sum += value
-        self.progress.settled(values[-1], self._images_per_second())
+        self.progress.settled(values[-1], self._images_per_second(), self._share_waiting())
         self.board.step(values[-1], self.updates)
 
     def _finish_epoch(self) -> dict[str, Any]:
@@ -437,6 +459,8 @@ class _Stage:
         # With several processes nobody may leave alone: the signal waits for the end of the evaluation.
         poll = self._stop_if_asked if accelerator.num_processes == 1 else lambda: None
         found = _evaluate(model, self.test_loader, accelerator.autocast, accelerator.gather_for_metrics, poll)
+        share = torch.tensor([self._share_waiting()], device=accelerator.device)
+        waiting = accelerator.gather(share).max().item()  # the others wait for the slowest
         record = {
             "stage": self.stage,
             "epoch": position.epoch + 1,
@@ -448,17 +472,25 @@ class _Stage:
             "lr": self._lr(),
             "images_per_second": round(self._images_per_second(), 1),
             "seconds": round(position.seconds, 3),
+            "loader_wait": round(waiting, 4),
         }
         if accelerator.is_main_process:
             append_metrics(self.run_dir / "metrics.jsonl", record)
         self.board.epoch(record, self.updates)
         self.progress.epoch(record)
+        local = get_int_from_env(LOCAL_WORLD_SIZES, accelerator.num_processes)
+        if warning := loader_warning(waiting, position.epoch + 1, config.workers, local):
+            self.progress.note(warning)
         return record
 
     def _images_per_second(self) -> float:
         """Images per second in the steps of this epoch, over all processes."""
         images = self.position.step * self.config.batch_size * self.accelerator.num_processes
         return images / max(self.position.seconds, 1e-9)
+
+    def _share_waiting(self) -> float:
+        """Share of the time of this epoch's steps that this process spent waiting for images."""
+        return self.position.waiting / max(self.position.seconds, 1e-9)
 
     def _lr(self) -> float:
         """Learning rate of the last update, that of the gates being gate_lr times this."""
