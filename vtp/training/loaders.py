@@ -629,7 +629,7 @@ def epoch_in_words(loader: DataLoader, processes: int = 1) -> str:
     )
     taken = steps * batch * processes
     each = f"{batch} images" if processes == 1 else f"{processes} x {batch} images"
-    text = f"an epoch is {steps:,} steps of {each}"
+    text = f"an epoch is {steps:,} step{'s' * (steps != 1)} of {each}"
     if isinstance(loader.dataset, StreamSet):
         return f"{text}, {loader.dataset.in_words()}"
     left_out = len(loader.dataset) - taken
