@@ -30,6 +30,8 @@ from vtp.training.classes import (
     same_descriptions,
 )
 from vtp.training.folders import ENDINGS, ClassFolders
+from vtp.training.mds import PREFIX as MDS_PREFIX
+from vtp.training.mds import MdsImages
 from vtp.training.multi_label import METADATA, MultiLabelReader
 from vtp.training.pixels import DataError
 from vtp.training.shards import ShardReader, ShardSplit, expand_shards, find_shards
@@ -70,7 +72,7 @@ KNOWN = (
     f"'{EMBEDDED}' (ships with the package); a folder with the four idx files of Fashion-MNIST, MNIST and "
     "alike (train-images-idx3-ubyte[.gz] and so on); an image folder (train/ and val/, validation/ or test/, "
     "each with one folder per class); a folder of webdataset shards (train/*.tar and val/*.tar, or "
-    "*-train-*.tar and *-val-*.tar) or a pattern for them; 'torchvision:NAME'; or a name of "
+    "*-train-*.tar and *-val-*.tar) or a pattern for them; 'mds://FOLDER'; 'torchvision:NAME'; or a name of "
     "timm.data.create_dataset "
     f"({', '.join(f'{prefix}/...' for prefix in TIMM_PREFIXES)})"
 )
@@ -158,12 +160,14 @@ def open_data(
             class, in which images may lie at any depth, or each with a metadata.csv where an image may be of
             several (see `multi_label`); a folder of webdataset shards on this machine, uncompressed tar files
             with train, and val, validation, valid or test, in the name of each or of its folder (or with
-            timm's _info.json), or a pattern with braces and stars that stands for such; "torchvision:NAME"
-            (as the class in torchvision.datasets); or a name that timm.data.create_dataset knows: "hfds/...",
+            timm's _info.json), or a pattern with braces and stars that stands for such; "mds://FOLDER", a
+            MosaicML Streaming data set with such splits, FOLDER of this machine or an address such as
+            s3://bucket/folder; "torchvision:NAME" (as the class in torchvision.datasets); or a name that
+            timm.data.create_dataset knows: "hfds/...",
             "torch/...", or, streams that are read in sequence, "wds/...", "hfids/...", "tfds/...".
         root: where torchvision and timm find, or download to, the set; of "wds/..." a folder, which is read
-            as one of shards, or an address: "https://host/folder", or "pipe:COMMAND folder". Without part
-            otherwise.
+            as one of shards, or an address: "https://host/folder", or "pipe:COMMAND folder"; of "mds://..."
+            the folder that its shards are fetched and unpacked into. Without part otherwise.
         class_map: a text file with one class name a line, in the order that the labels are to have: as
             `--class-map` of timm's scripts. Class folders that are not in it are left out.
         train: whether the training images are wanted; without them an image folder needs no train/, and may
@@ -186,6 +190,8 @@ def open_data(
         data = _open_idx(EMBEDDED_FOLDER, spec)
     elif folder.is_dir():
         data = _open_idx(folder, spec)
+    elif spec.startswith(MDS_PREFIX):
+        data = _open_mds(spec, root, train)
     elif spec.startswith("torchvision:"):
         data = _open_torchvision(spec, root, train)
     elif spec.partition("/")[0].lower() in TIMM_PREFIXES and "/" in spec:
@@ -354,6 +360,17 @@ def _open_shards(shards: Mapping[str, ShardSplit], name: str, train: bool) -> Da
     data = _described(name, images.get("train"), images["test"], ())
     classes = 1 + max(int(reader.labels.max()) for reader in readers.values())
     return replace(data, num_classes=classes, notes=tuple(notes))
+
+
+def _open_mds(spec: str, root: str | Path | None, train: bool) -> Data:
+    place = spec.removeprefix(MDS_PREFIX)
+    if "://" not in place:
+        place = str(Path(place).expanduser())
+    train_set = MdsImages(place, root, "train") if train else None
+    here = [split for split in TEST_FOLDERS if (Path(place) / split).is_dir()]
+    test = MdsImages(place, root, here[0]) if here else _first_split(lambda s: MdsImages(place, root, s))
+    grey = test[0][0].mode in GREY_MODES
+    return _imagenet_like(spec, train_set, test, (), num_classes=None, in_chans=1 if grey else 3)
 
 
 def _open_torchvision(spec: str, root: str | Path | None, train: bool) -> Data:

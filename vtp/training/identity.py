@@ -20,7 +20,7 @@ from vtp.files import fingerprint
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data
 from vtp.training.loaders import Augment
-from vtp.training.sources import FileImages, IdxImages, labels_of
+from vtp.training.sources import FileImages, IdxImages, labels_of, shards_of
 
 
 def data_identity(data: Data) -> dict[str, Any]:
@@ -79,11 +79,13 @@ def _contents(images: Dataset, name: str) -> str:
     if isinstance(images, IdxImages):
         arrays = (images.images, images.labels)
         return f"{length}, {_digest(part for a in arrays for part in (a.shape, a.tobytes()))}"
-    if isinstance(images, FileImages) and hasattr(images.reader, "digests"):  # of shards
-        return f"{length}, {_digest([images.reader.digests, images.labels.tobytes()])}"
+    labels = labels_of(images)
+    shards = shards_of(images)
+    if shards is not None:
+        known = getattr(images, "label_map", None) if labels is None else labels.tobytes()
+        return f"{length}, {_digest([*shards.digests, known])}"
     if isinstance(images, FileImages) and hasattr(images.reader, "samples"):
         return f"{length}, {_digest(_files(images))}"
-    labels = labels_of(images)
     return f"{length}, {_digest([name, None if labels is None else labels.tolist()])}"
 
 

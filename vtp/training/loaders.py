@@ -49,7 +49,7 @@ from torchvision import transforms
 from vtp.model.images import default_crop_pct, for_channels
 from vtp.training.data import Data, DataError
 from vtp.training.pixels import CHANNELS, MODES, is_deep, with_channels
-from vtp.training.sources import shard_lengths_of
+from vtp.training.sources import shards_of
 
 # Images among which those of shards are shuffled, and of which indices are made at a time.
 WINDOW = 65_536
@@ -482,10 +482,11 @@ def train_loader(
         raise DataError(
             f"batch_size: got {batch_size}, expected at most {len(data.train)}, the number of training images"
         )
+    shards = shards_of(data.train)
     return DataLoader(
         TrainingSet(data.train, pipeline, seed),
         batch_size,
-        sampler=EpochSampler(len(data.train), seed, shard_lengths_of(data.train)),
+        sampler=EpochSampler(len(data.train), seed, shards and shards.lengths),
         drop_last=True,
         collate_fn=_as_is,
         **_loader_options(workers),

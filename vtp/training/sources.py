@@ -273,8 +273,10 @@ def labels_of(images: Dataset) -> np.ndarray | None:
     return None if labels is None else np.asarray(labels, dtype=np.int64)
 
 
-def shard_lengths_of(images: Dataset) -> list[int] | None:
-    """How many images each shard has, where the images lie in shards one after the other; else None."""
+def shards_of(images: Dataset) -> Any:
+    """What knows the shards that images lie in, one after the other: their `lengths`, the number of images of
+    each, and `digests` of what is in them. None for images that lie in none."""
     if isinstance(images, Relabelled):
-        return shard_lengths_of(images.images)
-    return getattr(images.reader if isinstance(images, FileImages) else images, "lengths", None)
+        return shards_of(images.images)
+    reader = images.reader if isinstance(images, FileImages) else images
+    return reader if hasattr(reader, "lengths") and hasattr(reader, "digests") else None
