@@ -622,20 +622,18 @@ def _reads_a_share(loader: DataLoader) -> bool:
     return isinstance(loader.dataset, StreamSet) and loader.dataset.reader.dist_num_replicas > 1
 
 
-def epoch_in_words(loader: DataLoader, processes: int = 1) -> str:
-    """How many images an epoch of a `prepared` training loader has, and which it does not have."""
-    steps, batch = (
-        len(loader),
-        loader.batch_sampler.batch_size if loader.batch_size is None else loader.batch_size,
-    )
-    taken = steps * batch * processes
-    each = f"{batch} images" if processes == 1 else f"{processes} x {batch} images"
-    text = f"an epoch is {steps:,} step{'s' * (steps != 1)} of {each}"
+def epoch_in_words(loader: DataLoader, steps: int, images: int) -> str:
+    """Which images an epoch of a training loader has, and how many it leaves out.
+
+    Args:
+        loader: bare or `prepared`. steps: of an epoch; images: of a step, of all processes together.
+    """
+    text = f"an epoch is {steps:,} step{'s' * (steps != 1)} of {images:,} images"
     if isinstance(loader.dataset, StreamSet):
         return f"{text}, {loader.dataset.in_words()}"
-    left_out = len(loader.dataset) - taken
+    left_out = len(loader.dataset) - steps * images
     if not left_out:
-        return f"{text}, all {taken:,} of them"
+        return f"{text}, all {len(loader.dataset):,} of them"
     return f"{text}: of {len(loader.dataset):,} images {left_out:,} are left out, in each epoch others"
 
 

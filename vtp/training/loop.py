@@ -349,7 +349,8 @@ class _Stage:
             ) as self.progress,
             tensorboard(self.run_dir / "tensorboard" / self.stage, self.updates, enabled=main) as self.board,
         ):
-            self.progress.note(epoch_in_words(self.loader, self.accelerator.num_processes))
+            images = self.config.batch_size * self.accelerator.num_processes
+            self.progress.note(epoch_in_words(self.loader, self.steps, images))
             while self.position.epoch < self.config.epochs:
                 self._train_epoch()
                 record = self._finish_epoch()

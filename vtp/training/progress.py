@@ -114,7 +114,7 @@ class StageProgress:
         minutes, seconds = divmod(round(left), 60)
         parts.append(f"{minutes}:{seconds:02d} left")
         parts.append(f"{self.images_per_second:.0f} img/s")
-        parts.append(f"{self.waiting:.0%} waiting for images")
+        parts.append(f"{self.waiting:.0%} waiting")
         return " ".join(parts)
 
 

@@ -115,7 +115,7 @@ def numbers_of_stream(folder: Path) -> dict:
         set_epoch(loader, 0, start=1)
         assert [labels.tolist() for _, labels in loader] == labels[1:]
         found["epochs"].append([len(loader), labels])
-    found["words"] = epoch_in_words(loader, process.num_processes)
+    found["words"] = epoch_in_words(loader, len(loader), 2 * process.num_processes)
     with pytest.raises(DataError) as error:
         train_loader(data, workers=3, **options)
     return found | {"error": str(error.value)}
@@ -142,7 +142,7 @@ def test_processes_read_shards_of_their_own_of_a_stream_and_evaluate_each_image_
         assert all(len(rank["epochs"][number][1]) == steps for rank in ranks)
         assert not of_ranks[0] & of_ranks[1]
     assert ranks[0]["words"] == (
-        "an epoch is 10 steps of 2 x 2 images, of a stream of 35 images, of which 4 readers have shards of "
+        "an epoch is 10 steps of 4 images, of a stream of 35 images, of which 4 readers have shards of "
         "their own: some images come twice, or not at all; the order depends on the numbers of processes and "
         "workers"
     )
