@@ -182,7 +182,7 @@ def open_data(
     names = None if class_map is None else read_class_map(class_map)
     folder = Path(spec).expanduser()
     shards = _find_shards(spec, root)
-    if not shards and spec != EMBEDDED and folder.is_dir() and not any(folder.glob("*-idx?-ubyte*")):
+    if not shards and spec != EMBEDDED and folder.is_dir() and not _holds_idx(folder):
         return _open_image_folder(folder, spec, names, train)
     if shards:
         data = _open_shards(shards, spec, train)
@@ -237,7 +237,10 @@ def is_small_grey(spec: str | Path) -> bool:
     spec = str(spec)
     if spec == EMBEDDED or (spec.startswith("torchvision:") and spec.endswith("MNIST")):
         return True
-    folder = Path(spec).expanduser()
+    return _holds_idx(Path(spec).expanduser())
+
+
+def _holds_idx(folder: Path) -> bool:
     return folder.is_dir() and any(folder.glob("*-idx?-ubyte*"))
 
 
@@ -331,8 +334,10 @@ def _skipped_notes(split: Path, names: Sequence[str], reader: ClassFolders) -> l
 def _find_shards(spec: str, root: str | Path | None) -> dict[str, ShardSplit]:
     """The shards on this machine that a specification means, by split; {} where it means something else."""
     folder = Path(spec).expanduser()
-    if spec == EMBEDDED or folder.is_dir():
-        return {} if spec == EMBEDDED else find_shards(folder)
+    if spec == EMBEDDED or _holds_idx(folder):
+        return {}
+    if folder.is_dir():
+        return find_shards(folder)
     if spec.endswith(".tar"):
         return expand_shards(spec)
     if spec.lower().startswith("wds/") and root is not None and Path(root).is_dir():
