@@ -6,7 +6,7 @@
 Small JPEGs are written into shards, which both loaders read for one epoch with the same transforms: ours by
 place, timm's (`timm.data.create_loader` over its reader of webdataset) in sequence. Each has a process of its
 own with its workers; they take turns of some batches in random order, and ratios are of times in the same
-turn. Memory is that of the process and its workers, pages that they share counted once (Linux's Pss).
+turn. Memory is that of the process and its workers without the libraries, which other programs may share.
 """
 
 import argparse
@@ -155,17 +155,17 @@ def _read(connection: Connection, name: str, folder: Path, workers: int) -> None
             if batch is None:
                 break
             images += len(batch[1])
-        connection.send((images, time.perf_counter() - began, shared_memory_bytes(os.getpid())))
+        connection.send((images, time.perf_counter() - began, memory_bytes(os.getpid())))
 
 
-def shared_memory_bytes(process: int) -> int | None:
-    """Memory of a process and those that it started, where shared pages count once (Pss); None where the
-    system does not say."""
+def memory_bytes(process: int) -> int | None:
+    """Memory of a process and those that it started, without files, whose pages other programs may share;
+    pages that they share count once (Linux's Pss). None where the system does not say."""
     try:
-        found = sum(shared_memory_bytes(child) or 0 for child in _children(process))
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        return found + next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    except (OSError, StopIteration):
+        found = sum(memory_bytes(child) or 0 for child in _children(process))
+        lines = [line.split() for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()]
+        return found + sum(1024 * int(line[1]) for line in lines if line[0] in ("Pss_Anon:", "Pss_Shmem:"))
+    except OSError:
         return None
 
 
