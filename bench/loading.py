@@ -1,6 +1,6 @@
 """How many images of shards our loader reads in a second, beside timm's, and how much memory they take.
 
-    python -m bench.loading                # table and JSON; some minutes, 0.4 GB of a temporary folder
+    python -m bench.loading                # table and JSON; some minutes, 0.8 GB of a temporary folder
     python -m bench.loading --markdown     # that of docs/scale.md, from a run's file
 
 Small JPEGs are written into shards, which both loaders read for one epoch with the same transforms: ours by
