@@ -275,7 +275,9 @@ def _samples(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     f"{path}: damaged or cut short after {key or 'its beginning'}: expected the mark of the "
                     f"end of a tar file at byte {tar.offset:,}"
                 )
-    except (OSError, tarfile.TarError) as error:
+    except DataError:
+        raise
+    except (OSError, ValueError, tarfile.TarError) as error:  # ValueError: of what an extended header holds
         where = f" after {key}" if key else ""
         raise DataError(f"{path}: no uncompressed tar file, damaged or cut short{where} ({error})") from error
     if key is not None:
@@ -286,12 +288,14 @@ def _label(path: str, key: str, files: Mapping[str, bytes], label_field: str | N
     """The class of a sample."""
     try:
         if label_field is None and "cls" in files:
-            return int(files["cls"])
-        found = json.loads(files["json"])[label_field or LABEL_FIELD]
-        if isinstance(found, bool) or float(found) != int(found):
+            found = files["cls"].decode()
+        else:
+            found = json.loads(files["json"])[label_field or LABEL_FIELD]
+        label = int(found)
+        if isinstance(found, bool) or float(found) != label or abs(label) >= 2**31:
             raise ValueError(f"got {found!r}")
-        return int(found)
-    except (KeyError, ValueError, TypeError) as error:
+        return label
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         field = f"the number of a class in field {label_field or LABEL_FIELD!r} of a .json"
         expected = field if label_field else f"a number in a .cls, or {field}"
         raise DataError(f"{path}: {key}: has no class, expected {expected} ({error!r})") from error
