@@ -896,7 +896,8 @@ def _add_prune(commands: Any) -> None:
     group.add_argument(
         "--calibrate",
         metavar="DATA",
-        help="measure on these data what a cut may take, and refit what is left",
+        help="measure on these data (as --data of `vtp run` takes them) what a cut may take, and refit what "
+        "is left",
     )
     group.add_argument("--checkpoint", metavar="FILE", help=_CHECKPOINT_HELP)
     group.add_argument("--data-root", help=_DATA_ROOT_HELP)
@@ -1022,7 +1023,10 @@ _WITH_CALIBRATION = (
     "checkpoint", "data_root", "class_map", "images", "seed", "workers", "memory", "statistics", "no_eval",
     "key_width",
 )  # fmt: skip
-_DATA_ROOT_HELP = "folder of data sets that timm or torchvision open by name"
+_DATA_ROOT_HELP = (
+    "folder of data sets that timm or torchvision open by name, or address of one of webdataset shards; "
+    "folder to fetch the shards of mds:// into"
+)
 _CLASS_MAP_HELP = (
     "text file with one class name a line, in the order of the labels (default: that of the model's classes, "
     "or of the folders' names as text)"
@@ -1053,7 +1057,9 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         default=EMBEDDED,
         help=f"{EMBEDDED!r} (default, in the package), a folder of idx files, an image folder with train/ "
-        "and val/ (eval: val/ is enough), or a name that timm.data.create_dataset knows",
+        "and val/ (eval: val/ is enough), a folder or pattern of webdataset shards "
+        "('set-{train,val}-*.tar'), mds://FOLDER (MosaicML Streaming), or a name that "
+        "timm.data.create_dataset knows",
     )
     parser.add_argument("--data-root", help=_DATA_ROOT_HELP)
     parser.add_argument("--class-map", metavar="FILE", help=_CLASS_MAP_HELP)

@@ -105,3 +105,12 @@ def fingerprint(tensors: Mapping[str, Tensor], text: str = "") -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """The folder of what can be made again, such as tables of latencies and indexes of shards:
+    `$VTP_CACHE`, else `$XDG_CACHE_HOME/vtp`, else `~/.cache/vtp`."""
+    if own := os.environ.get("VTP_CACHE"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "vtp"

@@ -422,7 +422,7 @@ def _open(config: RunConfig) -> tuple[nn.Module, Data]:
 def classes_of(data: Data) -> int:
     """Number of classes for a new head. Raises DataError for a stream, which does not say it."""
     if data.num_classes is None:
-        raise DataError(f"new_head: {data.name} is a stream that does not say how many classes it has")
+        raise DataError(f"new_head: {data.name} does not say how many classes it has; --class-map names them")
     return data.num_classes
 
 

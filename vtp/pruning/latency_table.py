@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vtp.files import FileError, refuse_unwritable, write_atomic
+from vtp.files import FileError, cache_folder, refuse_unwritable, write_atomic
 from vtp.machine import environment, vector_flags
 from vtp.model.architecture import Architecture
 from vtp.model.widths import BlockWidths
@@ -304,14 +304,6 @@ def machine() -> dict[str, Any]:
 def _instruction_set() -> str:
     reason = cpp_unsupported_reason()
     return torch.ops.vtp.cpu_isa() if reason is None else f"none: {reason}"
-
-
-def cache_folder() -> Path:
-    """The folder that tables are kept in: `$VTP_CACHE`, else `$XDG_CACHE_HOME/vtp`, else `~/.cache/vtp`."""
-    if own := os.environ.get("VTP_CACHE"):
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "vtp"
 
 
 def _cache_file(key: Mapping[str, Any]) -> Path:

@@ -30,8 +30,11 @@ from vtp.training.classes import (
     same_descriptions,
 )
 from vtp.training.folders import ENDINGS, ClassFolders
+from vtp.training.mds import PREFIX as MDS_PREFIX
+from vtp.training.mds import MdsImages
 from vtp.training.multi_label import METADATA, MultiLabelReader
 from vtp.training.pixels import DataError
+from vtp.training.shards import ShardReader, ShardSplit, expand_shards, find_shards
 from vtp.training.sources import (
     FileImages,
     IdxImages,
@@ -68,7 +71,9 @@ TIMM_PREFIXES = ("hfds", "hfids", "tfds", "wds", "torch")
 KNOWN = (
     f"'{EMBEDDED}' (ships with the package); a folder with the four idx files of Fashion-MNIST, MNIST and "
     "alike (train-images-idx3-ubyte[.gz] and so on); an image folder (train/ and val/, validation/ or test/, "
-    "each with one folder per class); 'torchvision:NAME'; or a name of timm.data.create_dataset "
+    "each with one folder per class); a folder of webdataset shards (train/*.tar and val/*.tar, or "
+    "*-train-*.tar and *-val-*.tar) or a pattern for them; 'mds://FOLDER'; 'torchvision:NAME'; or a name of "
+    "timm.data.create_dataset "
     f"({', '.join(f'{prefix}/...' for prefix in TIMM_PREFIXES)})"
 )
 
@@ -153,9 +158,16 @@ def open_data(
             class); a folder with four idx files, plain or gzipped, of Fashion-MNIST, MNIST and alike; an
             image folder with train/ and one of val/, validation/, valid/, test/, each with one folder per
             class, in which images may lie at any depth, or each with a metadata.csv where an image may be of
-            several (see `multi_label`); "torchvision:NAME" (as the class in torchvision.datasets); or a name
-            that timm.data.create_dataset knows: "hfds/...", "wds/...", "torch/...", ... .
-        root: where torchvision and timm find, or download to, the set; without part otherwise.
+            several (see `multi_label`); a folder of webdataset shards on this machine, uncompressed tar files
+            with train, and val, validation, valid or test, in the name of each or of its folder (or with
+            timm's _info.json), or a pattern with braces and stars that stands for such; "mds://FOLDER", a
+            MosaicML Streaming data set with such splits, FOLDER of this machine or an address such as
+            s3://bucket/folder; "torchvision:NAME" (as the class in torchvision.datasets); or a name that
+            timm.data.create_dataset knows: "hfds/...",
+            "torch/...", or, streams that are read in sequence, "wds/...", "hfids/...", "tfds/...".
+        root: where torchvision and timm find, or download to, the set; of "wds/..." a folder, which is read
+            as one of shards, or an address: "https://host/folder", or "pipe:COMMAND folder"; of "mds://..."
+            the folder that its shards are fetched and unpacked into. Without part otherwise.
         class_map: a text file with one class name a line, in the order that the labels are to have: as
             `--class-map` of timm's scripts. Class folders that are not in it are left out.
         train: whether the training images are wanted; without them an image folder needs no train/, and may
@@ -169,12 +181,17 @@ def open_data(
     spec = str(spec)
     names = None if class_map is None else read_class_map(class_map)
     folder = Path(spec).expanduser()
-    if spec != EMBEDDED and folder.is_dir() and not any(folder.glob("*-idx?-ubyte*")):
+    shards = _find_shards(spec, root)
+    if not shards and spec != EMBEDDED and folder.is_dir() and not _holds_idx(folder):
         return _open_image_folder(folder, spec, names, train)
-    if spec == EMBEDDED:
+    if shards:
+        data = _open_shards(shards, spec, train)
+    elif spec == EMBEDDED:
         data = _open_idx(EMBEDDED_FOLDER, spec)
     elif folder.is_dir():
         data = _open_idx(folder, spec)
+    elif spec.startswith(MDS_PREFIX):
+        data = _open_mds(spec, root, train)
     elif spec.startswith("torchvision:"):
         data = _open_torchvision(spec, root, train)
     elif spec.partition("/")[0].lower() in TIMM_PREFIXES and "/" in spec:
@@ -220,7 +237,10 @@ def is_small_grey(spec: str | Path) -> bool:
     spec = str(spec)
     if spec == EMBEDDED or (spec.startswith("torchvision:") and spec.endswith("MNIST")):
         return True
-    folder = Path(spec).expanduser()
+    return _holds_idx(Path(spec).expanduser())
+
+
+def _holds_idx(folder: Path) -> bool:
     return folder.is_dir() and any(folder.glob("*-idx?-ubyte*"))
 
 
@@ -309,6 +329,53 @@ def _skipped_notes(split: Path, names: Sequence[str], reader: ClassFolders) -> l
             f"{in_short(others)}"
         )
     return notes
+
+
+def _find_shards(spec: str, root: str | Path | None) -> dict[str, ShardSplit]:
+    """The shards on this machine that a specification means, by split; {} where it means something else."""
+    folder = Path(spec).expanduser()
+    if spec == EMBEDDED or _holds_idx(folder):
+        return {}
+    if folder.is_dir():
+        return find_shards(folder)
+    if spec.endswith(".tar"):
+        return expand_shards(spec)
+    if spec.lower().startswith("wds/") and root is not None and Path(root).is_dir():
+        return find_shards(Path(root))
+    return {}
+
+
+def _open_shards(shards: Mapping[str, ShardSplit], name: str, train: bool) -> Data:
+    wanted = ("train", "test") if train else ("test",)
+    missing = [split for split in wanted if split not in shards]
+    if missing:
+        raise DataError(
+            f"data: {name!r} has shards to {' and '.join(shards)}, but none to {missing[0]}; expected {KNOWN}"
+        )
+    readers = {split: ShardReader.open(shards[split]) for split in wanted}
+    notes = []
+    for split, reader in readers.items():
+        no_image, no_class = reader.left_out
+        if no_image or no_class:
+            notes.append(
+                f"{split}: {no_image:,} samples without an image and {no_class:,} with a negative "
+                "class are left out of the shards"
+            )
+    images = {split: FileImages(reader) for split, reader in readers.items()}
+    data = _described(name, images.get("train"), images["test"], ())
+    classes = 1 + max(int(reader.labels.max()) for reader in readers.values())
+    return replace(data, num_classes=classes, notes=tuple(notes))
+
+
+def _open_mds(spec: str, root: str | Path | None, train: bool) -> Data:
+    place = spec.removeprefix(MDS_PREFIX)
+    if "://" not in place:
+        place = str(Path(place).expanduser())
+    train_set = MdsImages(place, root, "train") if train else None
+    here = [split for split in TEST_FOLDERS if (Path(place) / split).is_dir()]
+    test = MdsImages(place, root, here[0]) if here else _first_split(lambda s: MdsImages(place, root, s))
+    grey = test[0][0].mode in GREY_MODES
+    return _imagenet_like(spec, train_set, test, (), num_classes=None, in_chans=1 if grey else 3)
 
 
 def _open_torchvision(spec: str, root: str | Path | None, train: bool) -> Data:
@@ -505,7 +572,8 @@ def match_classes(
 def check_data(data: Data, num_classes: int) -> None:
     """Find what would stop or spoil a run: to be called before its first step.
 
-    Reads the header and the last bytes of every image file: about 0.1 ms for a file in the disk cache.
+    Reads the header and the last bytes of every image file: about 0.1 ms for a file in the disk cache. Of
+    shards this was done when they were indexed.
 
     Args:
         num_classes: width of the model's head.
@@ -530,7 +598,7 @@ def check_data(data: Data, num_classes: int) -> None:
         labels = None if images is None else labels_of(images)
         if labels is not None:
             _check_labels(labels, data, split)
-        if isinstance(images, FileImages) and hasattr(images.reader, "samples"):
+        if isinstance(images, FileImages) and not hasattr(images.reader, "dataset"):  # Hugging Face's
             images.check()
 
 

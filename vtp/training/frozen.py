@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vtp.training.data import Data, DataError, is_multi_label
-from vtp.training.loaders import calibration_count
+from vtp.training.loaders import calibration_count, prepared
 from vtp.training.loop import NonFiniteLossError, calibration_images, test_images
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -57,7 +57,7 @@ def extract(
     device.
 
     Args:
-        process: one of several that share the loader, by `prepare_data_loader`. The first gets what all have
+        process: one of several that share the loader, by `prepared`. The first gets what all have
             found, in the loader's order and each image once, the others nothing: [0, D] and [0].
 
     Raises:
@@ -272,7 +272,7 @@ def evaluate_features(
     loading = {"batch_size": batch_size, "workers": workers}
     loaders = calibration_images(model, data, images, **loading), test_images(model, data, **loading)
     if process is not None:
-        loaders = tuple(map(process.prepare_data_loader, loaders))
+        loaders = tuple(prepared(loader, process) for loader in loaders)
     (bank, labels), (queries, wanted) = (extract(model, loader, process) for loader in loaders)
     if process is not None and not process.is_main_process:
         return {}

@@ -21,7 +21,7 @@ from vtp.files import fingerprint
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data
 from vtp.training.loaders import Augment
-from vtp.training.sources import FileImages, IdxImages, labels_of
+from vtp.training.sources import FileImages, IdxImages, labels_of, shards_of
 
 # Settings that decide how a machine does its work, not what is trained.
 OF_THE_MACHINE = ("batch_size", "effective_batch", "fsdp", "grad_checkpointing", "compile")
@@ -97,9 +97,13 @@ def _contents(images: Dataset, name: str) -> str:
     if isinstance(images, IdxImages):
         arrays = (images.images, images.labels)
         return f"{length}, {_digest(part for a in arrays for part in (a.shape, a.tobytes()))}"
+    labels = labels_of(images)
+    shards = shards_of(images)
+    if shards is not None:
+        known = getattr(images, "label_map", None) if labels is None else labels.tobytes()
+        return f"{length}, {_digest([*shards.digests, known])}"
     if isinstance(images, FileImages) and hasattr(images.reader, "samples"):
         return f"{length}, {_digest(_files(images))}"
-    labels = labels_of(images)
     return f"{length}, {_digest([name, None if labels is None else labels.tolist()])}"
 
 

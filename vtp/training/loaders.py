@@ -10,12 +10,15 @@ that outlives an epoch needs no message from the training loop, and every sample
 three global generators that transforms draw from (Python's, NumPy's and torch's) were seeded from (seed,
 epoch, index). They are restored afterwards: loading data does not disturb the dropout of the model.
 
-**Several processes.** The loaders are meant for `accelerate.Accelerator.prepare`, which gives each process
-every n-th batch of the one order; `set_epoch` works on a prepared loader as on a bare one.
+**Several processes.** `prepared` gives each process every n-th batch of the one order, by Accelerate: with
+batches of b images on n processes a step has the images of a batch of n x b on one. `set_epoch` works on a
+prepared loader as on a bare one.
 
-**Streams** (timm's "wds/", "hfids/" and "tfds/" sets, read in sequence) promise less: the same seed, epoch
-and number of workers give the same batches; starting in the middle of an epoch reads and drops what comes
-before; several processes are refused.
+**Streams** (timm's "wds/" sets at an address, "hfids/" and "tfds/", read in sequence) promise less: the same
+seed, epoch and numbers of processes and workers give the same batches, and starting in the middle of an epoch
+reads and drops what comes before. On several processes each trains on shards of its own of a "wds/" set, of
+which some images then come twice in an epoch, or not at all; of other streams, and of test images, the first
+process reads all and hands them out.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import hashlib
 import itertools
 import random
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,10 +36,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import BatchSamplerShard
+from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from PIL import Image
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.readers.reader_wds import ReaderWds
 from timm.data.transforms import ResizeKeepRatio
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision import transforms
@@ -44,7 +49,10 @@ from torchvision import transforms
 from vtp.model.images import default_crop_pct, for_channels
 from vtp.training.data import Data, DataError
 from vtp.training.pixels import CHANNELS, MODES, is_deep, with_channels
+from vtp.training.sources import shards_of
 
+# Images among which those of shards are shuffled, and of which indices are made at a time.
+WINDOW = 65_536
 # Up to this edge DeiT replaces the random resized crop by a shifted one.
 DEIT_SMALL_IMAGE = 32
 
@@ -139,19 +147,42 @@ class EpochSampler(Sampler):
 
     `position` takes effect with the next iteration, and stays until it is called again. The length is always
     that of a whole epoch.
+
+    Args:
+        shards: where the samples lie in shards one after the other, the number of samples of each. Then the
+            shards are shuffled, and samples among those of as many neighbours in that order as hold WINDOW:
+            what is read at a time lies in a few files, which a disk or a file server can hold in its cache.
     """
 
-    def __init__(self, samples: int, seed: int) -> None:
+    def __init__(self, samples: int, seed: int, shards: Sequence[int] | None = None) -> None:
         self.samples, self.seed = samples, seed
+        self.shards = [samples] if shards is None else list(shards)
         self.epoch = self.skip = 0
 
     def __len__(self) -> int:
         return self.samples
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(_seeds(self.seed, self.epoch)[2])
-        order = torch.randperm(self.samples, generator=generator)[self.skip :].tolist()
-        return zip(itertools.repeat(self.epoch), order)
+        epoch, skip = self.epoch, self.skip
+        for window in self._windows(torch.Generator().manual_seed(_seeds(self.seed, epoch)[2])):
+            # A list of all indices would take 40 bytes for each.
+            for piece in window[min(skip, len(window)) :].split(WINDOW):
+                yield from zip(itertools.repeat(epoch), piece.tolist())
+            skip = max(0, skip - len(window))
+
+    def _windows(self, generator: torch.Generator) -> Iterator[torch.Tensor]:
+        """The order of the epoch in parts, int64."""
+        if len(self.shards) == 1:
+            yield torch.randperm(self.samples, generator=generator)
+            return
+        ends = torch.tensor(self.shards).cumsum(0).tolist()
+        window: list[torch.Tensor] = []
+        for place, shard in enumerate(torch.randperm(len(self.shards), generator=generator).tolist(), 1):
+            window.append(torch.arange(ends[shard] - self.shards[shard], ends[shard]))
+            if place == len(self.shards) or sum(map(len, window)) >= WINDOW:
+                indices = torch.cat(window)
+                yield indices[torch.randperm(len(indices), generator=generator)]
+                window = []
 
     def position(self, epoch: int, skip: int) -> None:
         """Begin the next iterations with sample number `skip` of `epoch`'s order."""
@@ -352,6 +383,18 @@ class StreamSet(IterableDataset):
     def __len__(self) -> int:
         return len(self.reader)
 
+    def in_words(self) -> str:
+        """Which images an epoch has, and what their order depends on."""
+        reader = self.reader
+        known = getattr(reader, "num_samples", None)
+        text = f"of a stream of {known:,} images" if known else "of a stream"
+        if reader.global_num_workers > 1:
+            text += (
+                f", of which {reader.global_num_workers} readers have shards of their own: some images come "
+                "twice, or not at all"
+            )
+        return f"{text}; the order depends on the numbers of processes and workers"
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
         # A copy, because a reader that has been read keeps the state of its shuffling for its next epoch.
         reader = copy.copy(self.reader)
@@ -428,7 +471,8 @@ def train_loader(
         of several classes).
 
     Raises:
-        DataError: an argument out of range, fewer images than one batch, or a stream on several processes.
+        DataError: an argument out of range, fewer images than one batch, or fewer shards of a
+            stream than processes that read it.
             In iteration: an image that cannot be decoded, by name.
     """
     pipeline = _training_pipeline(data, _checked(image_size, in_chans, batch_size), in_chans, augment)
@@ -438,10 +482,11 @@ def train_loader(
         raise DataError(
             f"batch_size: got {batch_size}, expected at most {len(data.train)}, the number of training images"
         )
+    shards = shards_of(data.train)
     return DataLoader(
         TrainingSet(data.train, pipeline, seed),
         batch_size,
-        sampler=EpochSampler(len(data.train), seed),
+        sampler=EpochSampler(len(data.train), seed, shards and shards.lengths),
         drop_last=True,
         collate_fn=_as_is,
         **_loader_options(workers),
@@ -538,16 +583,58 @@ def _loader_options(workers: int) -> dict[str, Any]:
 def _stream_loader(
     images: IterableDataset, pipeline: Pipeline, batch_size: int, seed: int, workers: int, drop_last: bool
 ) -> StreamLoader:
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise DataError("data: a stream is read by one process only; use an image folder or 'hfds/...'")
+    """A loader of a stream; with `drop_last`, for training, of what this process has to read of it."""
     reader = copy.copy(images.reader)
     reader.common_seed = reader.worker_seed = seed
     reader.batch_size = batch_size
+    reader.dist_rank, reader.dist_num_replicas = 0, 1
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    shards = len(reader.split_info.filenames) if isinstance(reader, ReaderWds) else None
+    if drop_last and shards is not None:
+        if processes * max(workers, 1) > shards:
+            raise DataError(
+                f"workers: got {workers} on each of {processes} processes, expected as many in all as there "
+                f"are shards, {shards}, or fewer: each reads shards of its own"
+            )
+        reader.dist_num_replicas = processes
+        reader.dist_rank = torch.distributed.get_rank() if processes > 1 else 0
+    elif processes > 1 and not drop_last:
+        workers = min(workers, 1)  # of several each has a last batch that Accelerate cannot hand out evenly
     reader.set_loader_cfg(num_workers=workers)
     # Workers that end with the epoch: their seeds are drawn, and the epoch reaches them, when they start.
     options = _loader_options(workers) | {"persistent_workers": False}
     stream = StreamSet(reader, pipeline, seed, images.target_transform)
     return StreamLoader(stream, batch_size, drop_last=drop_last, **options)
+
+
+def prepared(loader: DataLoader, accelerator: Accelerator) -> DataLoader:
+    """The loader of this process's share of the batches, which lie on its device."""
+    if _reads_a_share(loader):
+        return prepare_data_loader(
+            loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True,
+            dispatch_batches=False,
+        )  # fmt: skip
+    return accelerator.prepare_data_loader(loader)
+
+
+def _reads_a_share(loader: DataLoader) -> bool:
+    """Whether the loader reads what is for one of several processes, and there is nothing to share out."""
+    return isinstance(loader.dataset, StreamSet) and loader.dataset.reader.dist_num_replicas > 1
+
+
+def epoch_in_words(loader: DataLoader, steps: int, images: int) -> str:
+    """Which images an epoch of a training loader has, and how many it leaves out.
+
+    Args:
+        loader: bare or `prepared`. steps: of an epoch; images: of a step, of all processes together.
+    """
+    text = f"an epoch is {steps:,} step{'s' * (steps != 1)} of {images:,} images"
+    if isinstance(loader.dataset, StreamSet):
+        return f"{text}, {loader.dataset.in_words()}"
+    left_out = len(loader.dataset) - steps * images
+    if not left_out:
+        return f"{text}, all {len(loader.dataset):,} of them"
+    return f"{text}: of {len(loader.dataset):,} images {left_out:,} are left out, in each epoch others"
 
 
 def set_epoch(loader: DataLoader, epoch: int, start: int = 0) -> None:

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import get_int_from_env
 from timm.data import Mixup
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -43,9 +44,24 @@ from vtp.runtime.optimize import OptimizedViT
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data, is_multi_label
 from vtp.training.identity import stage_identity
-from vtp.training.loaders import Augment, calibration_loader, set_epoch, test_loader, train_loader
+from vtp.training.loaders import (
+    Augment,
+    calibration_loader,
+    epoch_in_words,
+    prepared,
+    set_epoch,
+    test_loader,
+    train_loader,
+)
 from vtp.training.multi_label import mean_average_precision
-from vtp.training.progress import StageProgress, append_metrics, rewrite_metrics, tensorboard
+from vtp.training.progress import (
+    LoaderWait,
+    StageProgress,
+    append_metrics,
+    loader_warning,
+    rewrite_metrics,
+    tensorboard,
+)
 from vtp.training.ranks import accelerator, begun_by_this_job, by_rank_0, note_begun
 from vtp.training.sharding import average_gradients, clip_gradients, copy_whole, shard, wants_sharding
 from vtp.training.signals import deferred_signals, shielded
@@ -62,6 +78,8 @@ from vtp.training.teacher import Teacher, distillation_loss
 
 CHECK_EVERY = {"cpu": 1}  # steps between looks at the losses; elsewhere a look waits for the device, hence:
 CHECK_EVERY_ELSEWHERE = 16
+# Where torchrun, accelerate launch and MPI say how many processes they have started on this machine.
+LOCAL_WORLD_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 class TrainingInterrupted(RuntimeError):
@@ -149,7 +167,7 @@ def evaluate(
     cast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
     shared = {}
     if process is not None:
-        loader, shared = process.prepare_data_loader(loader), {"gather": process.gather_for_metrics}
+        loader, shared = prepared(loader, process), {"gather": process.gather_for_metrics}
     found = _evaluate(model, loader, cast, labels=data.labels_present, **shared)
     if not math.isfinite(found["loss"]):
         raise NonFiniteLossError(
@@ -195,6 +213,7 @@ class _Position:
     step: int = 0  # next step of that epoch
     loss_sum: float = 0.0  # over the steps of that epoch
     seconds: float = 0.0  # spent on these steps
+    waiting: float = 0.0  # of these seconds, for images
     history: list[dict[str, Any]] = field(default_factory=list)  # one record per finished epoch
 
 
@@ -326,12 +345,13 @@ class _Stage:
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def _build_loaders(self, data: Data, augment: Augment) -> None:
-        config, prepare = self.config, self.accelerator.prepare_data_loader
+        config = self.config
         arguments = _loader_arguments(self.raw, data, config.batch_size, config.workers)
         seed = _seed_of(config.seed, self.stage)
         of_a_pass = arguments | {"batch_size": self.pass_images}
-        self.loader = prepare(shielded(train_loader(data, augment=augment, seed=seed, **of_a_pass)))
-        self.test_loader = prepare(shielded(test_loader(data, **arguments)))
+        train_images = shielded(train_loader(data, augment=augment, seed=seed, **of_a_pass))
+        self.loader = prepared(train_images, self.accelerator)
+        self.test_loader = prepared(shielded(test_loader(data, **arguments)), self.accelerator)
         self.steps = len(self.loader) // self.passes
         if self.steps == 0:
             name, given = "batch_size", config.batch_size
@@ -377,6 +397,7 @@ class _Stage:
             ) as self.progress,
             tensorboard(self.run_dir / "tensorboard" / self.stage, self.updates, enabled=main) as self.board,
         ):
+            self.progress.note(epoch_in_words(self.loader, self.steps, self.images))
             while self.position.epoch < self.config.epochs:
                 self._train_epoch()
                 record = self._finish_epoch()
@@ -425,8 +446,10 @@ class _Stage:
         check_every = CHECK_EVERY.get(self.accelerator.device.type, CHECK_EVERY_ELSEWHERE)
         losses: list[Tensor] = []
         of_passes: list[Tensor] = []  # of the update in progress
+        waited, before = LoaderWait(self.accelerator.device), position.waiting
         started = time.perf_counter()
-        for images, targets in itertools.islice(self.loader, (self.steps - position.step) * self.passes):
+        passes = (self.steps - position.step) * self.passes
+        for images, targets in itertools.islice(waited.batches(self.loader), passes):
             of_passes.append(self._pass(images, targets, len(of_passes)))
             if len(of_passes) < self.passes:
                 continue
@@ -439,6 +462,7 @@ class _Stage:
             if position.step % check_every == 0 or position.step == self.steps or self._signalled():
                 now = time.perf_counter()
                 position.seconds += now - started
+                position.waiting = before + waited.seconds
                 started = now
                 self._settle(losses)
                 self._stop_if_asked()
@@ -511,7 +535,7 @@ class _Stage:
                 what = f"the loss is {value}{self._on_ranks(own[index])}"
                 raise self._non_finite(what, self.position.epoch * self.steps + first + index)
             self.position.loss_sum += value
-        self.progress.settled(values[-1], self._images_per_second())
+        self.progress.settled(values[-1], self._images_per_second(), self._share_waiting())
         self.board.step(values[-1], self.updates)
 
     def _on_ranks(self, loss: Tensor) -> str:
@@ -529,6 +553,8 @@ class _Stage:
         found = _evaluate(
             model, self.test_loader, accelerator.autocast, accelerator.gather_for_metrics, self._stop_if_asked
         )
+        share = torch.tensor([self._share_waiting()], device=accelerator.device)
+        waiting = accelerator.gather(share).max().item()  # the others wait for the slowest
         record = {
             "stage": self.stage,
             "epoch": position.epoch + 1,
@@ -540,16 +566,24 @@ class _Stage:
             "lr": self._lr(),
             "images_per_second": round(self._images_per_second(), 1),
             "seconds": round(position.seconds, 3),
+            "loader_wait": round(waiting, 4),
         }
         if accelerator.is_main_process:
             append_metrics(self.run_dir / "metrics.jsonl", record)
         self.board.epoch(record, self.updates)
         self.progress.epoch(record)
+        local = get_int_from_env(LOCAL_WORLD_SIZES, accelerator.num_processes)
+        if warning := loader_warning(waiting, position.epoch + 1, config.workers, local):
+            self.progress.note(warning)
         return record
 
     def _images_per_second(self) -> float:
         """Images per second in the steps of this epoch, over all processes."""
         return self.position.step * self.images / max(self.position.seconds, 1e-9)
+
+    def _share_waiting(self) -> float:
+        """Share of the time of this epoch's steps that this process spent waiting for images."""
+        return self.position.waiting / max(self.position.seconds, 1e-9)
 
     def _lr(self) -> float:
         """Learning rate of the last update, that of the gates being gate_lr times this."""

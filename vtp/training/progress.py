@@ -6,11 +6,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -20,6 +21,7 @@ from vtp.files import FileError, write_atomic
 
 BAR_SECONDS = 0.25  # between two updates of the bar: more often cannot be read and costs time
 BAR_COLUMNS = 110  # a terminal with fewer has room for the figures only
+WAITING_BOUND = 0.2  # share of an epoch's time spent waiting for images, above which that is told
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
 
 
@@ -43,7 +45,7 @@ class StageProgress:
     ) -> None:
         self.stage, self.epochs, self.steps, self.last = stage, epochs, steps, last
         self.first = self.updates = updates
-        self.loss, self.images_per_second = math.nan, math.nan
+        self.loss, self.images_per_second, self.waiting = math.nan, math.nan, 0.0
         self.started = self.shown = time.perf_counter()
         self.enabled = enabled
         self.bar: Progress | None = None
@@ -65,9 +67,17 @@ class StageProgress:
         if self.bar is not None:
             self.bar.stop()
 
-    def settled(self, loss: float, images_per_second: float) -> None:
-        """New figures to show: loss of the last step, and speed in this epoch."""
-        self.loss, self.images_per_second = loss, images_per_second
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if self.enabled:
+            text = f"{self.stage}: {text}"
+            # Not by the console where there is no terminal: it would break the line.
+            print(text, flush=True) if self.bar is None else self.bar.console.print(text, highlight=False)
+
+    def settled(self, loss: float, images_per_second: float, waiting: float) -> None:
+        """New figures to show: loss of the last step, and speed and share of time that was spent waiting for
+        images in this epoch."""
+        self.loss, self.images_per_second, self.waiting = loss, images_per_second, waiting
 
     def step(self, updates: int) -> None:
         """After a step; `updates` counts all of the stage."""
@@ -104,7 +114,58 @@ class StageProgress:
         minutes, seconds = divmod(round(left), 60)
         parts.append(f"{minutes}:{seconds:02d} left")
         parts.append(f"{self.images_per_second:.0f} img/s")
+        parts.append(f"{self.waiting:.0%} waiting")
         return " ".join(parts)
+
+
+class LoaderWait:
+    """Hands on the batches of a loader, and measures for how long nothing is computed for want of one.
+
+    On a GPU a wait counts only where all that was asked of it is done when the batch comes: otherwise it went
+    on with earlier steps meanwhile.
+
+    Attributes:
+        seconds: so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        self.asked = torch.cuda.Event() if device.type == "cuda" else None
+
+    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The batches of one iteration over the loader."""
+        batches = iter(loader)
+        while True:
+            began = time.perf_counter()
+            if self.asked is not None:
+                self.asked.record()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if self.asked is None or self.asked.query():
+                self.seconds += time.perf_counter() - began
+            yield batch
+
+
+def loader_warning(waiting: float, epoch: int, workers: int, processes: int) -> str | None:
+    """What to say of an epoch in which that share of the time was spent waiting for images; None where that
+    is no more than WAITING_BOUND.
+
+    workers: of each process; processes: on this machine.
+    """
+    if waiting <= WAITING_BOUND:
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    possible = cores // processes
+    text = (
+        f"the loader is the bottleneck: {waiting:.0%} of the time of epoch {epoch} went by waiting for images"
+        f" at {workers} workers"
+    )
+    if workers < possible:
+        return f"{text}; this machine has {cores} cores: try --workers {min(possible, max(2, 2 * workers))}"
+    return (
+        f"{text}, and all {cores} cores are in use; smaller image files, or lighter augmentation, take less"
+    )
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:

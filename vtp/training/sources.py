@@ -112,7 +112,9 @@ class FileImages(Dataset):
     @property
     def labels(self) -> np.ndarray:
         """The class of every image, int64 [S]"""
-        if hasattr(self.reader, "samples"):
+        if hasattr(self.reader, "labels"):
+            labels = self.reader.labels
+        elif hasattr(self.reader, "samples"):
             labels = np.array([label for _, label in self.reader.samples], dtype=np.int64)
         else:
             labels = np.asarray(self.reader.dataset[self.reader.label_key], dtype=np.int64)
@@ -152,9 +154,9 @@ class FileImages(Dataset):
             return f"{self.filename(index)} ({error})"
         return None
 
-    def check(self) -> None:
-        """DataError that names the unreadable and truncated images, if there are any, or that says that the
-        values of deep images have no known meaning."""
+    def examine(self) -> tuple[list[str], list[int]]:
+        """The images that are unreadable or truncated, a text each, and the numbers of those with more than 8
+        bits a channel."""
         threads = min(16, 2 * (os.cpu_count() or 1))
         deep: list[int] = []
 
@@ -164,10 +166,16 @@ class FileImages(Dataset):
 
         with ThreadPoolExecutor(threads) as pool:
             problems = sorted(itertools.chain.from_iterable(pool.map(share, range(threads))))
+        return problems, sorted(deep)
+
+    def check(self) -> None:
+        """DataError that names the unreadable and truncated images, if there are any, or that says that the
+        values of deep images have no known meaning. Shards were examined when they were indexed."""
+        problems, deep = getattr(self.reader, "examined", None) or self.examine()
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise DataError(f"unreadable or truncated images: {'; '.join(problems[:5])}{more}")
-        self.check_depth(sorted(deep))
+        self.check_depth(deep)
 
 
 class Relabelled(Dataset):
@@ -263,3 +271,12 @@ def labels_of(images: Dataset) -> np.ndarray | None:
     """The class of every image, int64 [S], or None where the labels are known only by reading the images."""
     labels = getattr(images, "labels", getattr(images, "targets", None))
     return None if labels is None else np.asarray(labels, dtype=np.int64)
+
+
+def shards_of(images: Dataset) -> Any:
+    """What knows the shards that images lie in, one after the other: their `lengths`, the number of images of
+    each, and `digests` of what is in them. None for images that lie in none."""
+    if isinstance(images, Relabelled):
+        return shards_of(images.images)
+    reader = images.reader if isinstance(images, FileImages) else images
+    return reader if hasattr(reader, "lengths") and hasattr(reader, "digests") else None

@@ -206,7 +206,7 @@ def test_webdataset_stream_repeats_itself_and_starts_anywhere(fashion: Data, tmp
             "shard_lengths": lengths,
         }
     (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
-    data = open_data("wds/any", root=tmp_path)
+    data = open_data("wds/any", root=f"pipe:cat {tmp_path}")
     check_data(data, num_classes=10)
     for workers in (0, 2):
         loader = make_train_loader(data, workers=workers)
@@ -240,7 +240,7 @@ def test_deep_image_of_a_stream_is_refused(tmp_path: Path) -> None:
         }  # fmt: skip
     (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
     with pytest.raises(DataError, match="image 0 of a stream has more than 8 bits a channel"):
-        list(loaders.test_loader(open_data("wds/any", root=tmp_path), **TESTED))
+        list(loaders.test_loader(open_data("wds/any", root=f"pipe:cat {tmp_path}"), **TESTED))
 
 
 def add_to_shard(tar: tarfile.TarFile, key: str, image: Image.Image, label: int) -> None:
