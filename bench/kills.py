@@ -45,7 +45,7 @@ LIMIT = IDLE + INTERVAL * PROBES + GRACE  # seconds in which the other ranks end
 WHOLE = 300  # seconds in which a run that is not killed has to end
 KILLS_IN_A_RUN = 3
 MODELS = ("dense", "sparse", "pruned", "compact")
-TIMES = ("seconds", "images_per_second")  # of metrics.jsonl: what no two runs share
+TIMES = ("seconds", "images_per_second", "loader_wait")  # of metrics.jsonl: what no two runs share
 
 
 class Damage(AssertionError):

@@ -241,16 +241,16 @@ def _train(rank: int, command: list[str], victim: int | None, what: str, when: s
             time.sleep(0.3 * rank)
             os.kill(os.getpid(), getattr(signal, what))
 
-    step, evaluate = loop._Stage._step, loop._evaluate
+    step, evaluate = loop._Stage._pass, loop._evaluate
     seen = {"steps": 0, "evaluations": 0}
 
-    def counting_step(stage, images, targets):
+    def counting_step(stage, images, targets, number):
         seen["steps"] += 1
         if when in ("step", "saving") and seen["steps"] == STEPS + 2:
             happen()
             if what == "nan" and victim == rank:
                 images = images * torch.nan
-        return step(stage, images, targets)
+        return step(stage, images, targets, number)
 
     def counting_evaluate(*arguments):
         seen["evaluations"] += 1
@@ -258,7 +258,7 @@ def _train(rank: int, command: list[str], victim: int | None, what: str, when: s
             happen()
         return evaluate(*arguments)
 
-    loop._Stage._step, loop._evaluate = counting_step, counting_evaluate
+    loop._Stage._pass, loop._evaluate = counting_step, counting_evaluate
     write = loop.write_state
 
     def failing_write(path: Path, *arguments) -> None:
@@ -277,7 +277,7 @@ def end_of(out: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """Weights and metrics, without times, of a run that has ended."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     history = [
-        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second")}
+        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second", "loader_wait")}
         for line in lines
     ]
     return vtp.load(out / "dense.safetensors").state_dict(), history
@@ -399,16 +399,16 @@ import os, signal, sys
 from vtp import cli, pipeline
 from vtp.training import loop
 
-step, steps = loop._Stage._step, 0
+step, steps = loop._Stage._pass, 0
 
-def killing(stage, images, targets):
+def killing(stage, images, targets, number):
     global steps
     steps += 1
     if steps == {at} and os.environ["RANK"] == "{victim}" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(stage, images, targets)
+    return step(stage, images, targets, number)
 
-loop._Stage._step = killing
+loop._Stage._pass = killing
 sys.exit(cli.main())
 """
 
@@ -488,14 +488,14 @@ def test_a_job_continues_what_it_has_begun_itself_and_nothing_that_it_found(
 ):
     done = []
 
-    def count(stage, images, targets):
+    def count(stage, images, targets, number):
         done.append(stage.updates)
         if len(done) == stop:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(stage, images, targets)
+        return step(stage, images, targets, number)
 
-    step = loop._Stage._step
-    monkeypatch.setattr(loop._Stage, "_step", count)
+    step = loop._Stage._pass
+    monkeypatch.setattr(loop._Stage, "_pass", count)
     command, stop = train_command(folder, tmp_path, "--set=dense.epochs=1"), None
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
     assert cli.main(command) == 0 and done == list(range(12))

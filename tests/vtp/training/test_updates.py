@@ -172,7 +172,7 @@ def assert_same(found: dict, expected: dict, since: int = 1, tolerance: float = 
         assert loss == pytest.approx(expected["losses"][update], rel=tolerance), update
     for record, other in zip(found["history"], expected["history"], strict=True):
         assert record.keys() == other.keys()
-        for name in record.keys() - {"stage", "seconds", "images_per_second"}:
+        for name in record.keys() - {"stage", "seconds", "images_per_second", "loader_wait"}:
             assert record[name] == pytest.approx(other[name], rel=1e-5), name
     assert found["is"] == expected["is"]
     assert found["weights"].keys() == expected["weights"].keys()
