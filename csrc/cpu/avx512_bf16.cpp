@@ -19,7 +19,7 @@ namespace {
 
 struct BFloat16Dot {
   using Activation = BFloat16;
-  static constexpr int64_t kStep = 2;
+  static constexpr int64_t kStep = 2, kInputs = 2, kQueries = kQueryRows;
 
   template <int Vectors>
   static void rows(const BFloat16* a, int64_t a_stride, int64_t rows, const char* b, int64_t b_stride,
