@@ -78,8 +78,7 @@ def compiles(compiler: str, flags: list[str]) -> bool:
 
 
 def sources_and_macros(compiler: str) -> tuple[list[Path], list[str]]:
-    """The files of the engine that are for this processor and that this compiler takes, and what those have to
-    know that are left out."""
+    """The files of the engine for this processor that the compiler takes, and a macro for each left out."""
     x86 = platform.machine() in ("x86_64", "AMD64")
     sources = [path for path in sorted(CPU.glob("*.cpp")) if x86 or path.name not in X86_FLAGS]
     macros = []

@@ -139,8 +139,12 @@ struct Kernels {
 extern const Kernels kPortableFloat32, kPortableBFloat16, kAvx2Float32, kAvx2BFloat16, kAvx512Float32,
     kAvx512BFloat16, kAvx512Bf16BFloat16, kAmxBf16BFloat16;
 
-// The kernels for weights of `dtype` on this machine: the best instruction set that it has, or the one that
+// The kernels for weights of `dtype` on this machine: in float32 of the best instruction set that it has, in
+// bfloat16 the fastest of those that are as good in float32, by a trial the first time; or those of the set that
 // the environment variable VTP_CPU_ISA names. Throws std::runtime_error if it names none that runs here.
 const Kernels& kernels(Dtype dtype);
+
+// Why those, in words; empty where there was nothing to choose.
+const char* kernels_reason(Dtype dtype);
 
 }  // namespace vtp_cpu

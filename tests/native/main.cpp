@@ -1,7 +1,7 @@
 // The kernels and the engine against plain loops in double precision, without PyTorch: made to be built with
 // sanitizers. All memory has exactly the size that the interface asks for.
 //
-//   engine_test kernels | tiles | models | batches | threads | callers | steady | garbled | wrong | claims
+//   engine_test kernels | tiles | choice | models | batches | threads | callers | steady | garbled | wrong | claims
 
 #include "checks.h"
 
@@ -42,6 +42,7 @@ struct Group {
 };
 const Group kGroups[] = {
     {"kernels", check_all_kernels, Group::kAll},
+    {"choice", check_choice, Group::kTwo},
     {"models", check_models, Group::kAll},
     {"batches", check_batches, Group::kAll},
     {"threads", check_threads, Group::kTwo},

@@ -24,6 +24,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PANEL = 16  # outputs whose weights lie side by side
 _TILE_INPUTS = 32  # of a panel in bfloat16 there is a whole multiple
 _ALIGNMENT = 64  # bytes: a cache line
+# Of the sets whose kernels for bfloat16 have activations in it too; those of others are float32.
+_INPUT_STEPS = {"avx512_bf16": 2, "amx_bf16": _TILE_INPUTS}
 
 
 def unsupported_reason(vit: VisionTransformer | Eva, dtype: torch.dtype) -> str | None:
@@ -101,6 +103,16 @@ def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
     padded = F.pad(weight.to(dtype), (0, -inputs % _TILE_INPUTS if pairs else 0, 0, -outputs % _PANEL))
     by_panel = padded.unflatten(0, (-1, _PANEL))
     return (by_panel.unflatten(-1, (-1, 2)) if pairs else by_panel).transpose(1, 2).contiguous()
+
+
+def activations(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows [M, K] as the operator `cpu_linear` takes them beside `panels` in `dtype`.
+
+    They get the dtype that the engine's activations have then, bfloat16 or float32, and zeros up to a multiple
+    of the inputs that it reads at once.
+    """
+    step = _INPUT_STEPS.get(torch.ops.vtp.cpu_isa()) if dtype == torch.bfloat16 else None
+    return x.float() if step is None else F.pad(x, (0, -x.shape[1] % step)).bfloat16()
 
 
 def rotary_table(rope: Tensor, prefix_tokens: int, rotate_half: bool) -> Tensor:

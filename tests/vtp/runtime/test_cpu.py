@@ -34,14 +34,14 @@ from tests.support.engine_cases import (
 from tests.support.models import TINY, build, gated, image
 from tests.support.numerics import assert_close_to_float64
 from tests.support.processes import python
-from vtp.runtime.cpu import CpuBlocks, CpuViT, panels
+from vtp.runtime.cpu import CpuBlocks, CpuViT, activations, panels
 from vtp.training.data import open_data
 from vtp.training.loaders import test_loader
 from vtp.zoo import FASHION_DEIT, open_model
 from vtp_kernels.library import cpp_unsupported_reason
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 ROOT = Path(__file__).parents[3]
 
 missing = cpp_unsupported_reason()
@@ -186,8 +186,8 @@ def test_one_layer_alone_is_computed(shape, dtype):
     rows, inputs, outputs = shape
     torch.manual_seed(0)
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs).to(DTYPES[dtype])
-    bias, half = torch.randn(outputs), torch.ops.vtp.cpu_isa() == "avx512_bf16" and dtype == "bf16"
-    x = x.bfloat16() if half else x
+    bias, x = torch.randn(outputs), activations(x, DTYPES[dtype])
+    weight = F.pad(weight, (0, x.shape[1] - inputs))
     packed = panels(weight, DTYPES[dtype]).flatten().view(torch.uint8)
     padded = F.pad(bias, (0, -outputs % 16))
     got = torch.ops.vtp.cpu_linear(x, packed, padded, outputs, dtype == "bf16")[:, :outputs]
