@@ -108,8 +108,8 @@ def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def activations(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows [M, K] as the operator `cpu_linear` takes them beside `panels` in `dtype`.
 
-    They get the dtype that the engine's activations have then, bfloat16 or float32, and zeros up to a multiple
-    of the inputs that it reads at once.
+    They get the dtype that the engine's activations have then, bfloat16 or float32, and zeros up to a
+    multiple of the inputs that it reads at once.
     """
     step = _INPUT_STEPS.get(torch.ops.vtp.cpu_isa()) if dtype == torch.bfloat16 else None
     return x.float() if step is None else F.pad(x, (0, -x.shape[1] % step)).bfloat16()
