@@ -5,17 +5,7 @@
 // cycles, of which another can start every sixteen: four sums at once, of two tiles of A and two panels, keep
 // it busy. They and what they are made of are the eight tiles that there are.
 
-#include "avx512_vector.h"
-
-namespace vtp_cpu {
-namespace {
-inline void store_as(BFloat16* out, Vector x) {
-  const __m256bh halves = _mm512_cvtneps_pbh(x.v);
-  __builtin_memcpy(out, &halves, 32);
-}
-}  // namespace
-}  // namespace vtp_cpu
-
+#include "bfloat16_activations.h"
 #include "kernels_impl.h"
 
 namespace vtp_cpu {
