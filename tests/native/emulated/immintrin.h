@@ -206,21 +206,27 @@ inline void _tile_dpbf16ps(int sum, int left, int right) {
   fault_unless(c.rows == a.rows && c.row_bytes == b.row_bytes && a.row_bytes / 4 == b.rows, name,
                "the tiles do not fit");
   fault_unless(b.rows <= emulated::kMostPairs, name, "there are too many inputs");
-  for (int m = 0; m < c.rows; ++m) {
-    float parts[2][16] = {};
-    for (int k = 0; k < a.row_bytes / 4; ++k) {
-      uint16_t x[2], y[32] = {};
-      memcpy(x, a.data[m] + 4 * k, 4);
-      memcpy(y, b.data[k], b.row_bytes);
-      for (int n = 0; n < c.row_bytes / 4; ++n)
-        for (int odd : {0, 1})
-          parts[odd][n] =
-              flushed(__builtin_fmaf(widened(x[odd]), widened(y[2 * n + odd]), parts[odd][n]));
+  using Wide = float[2][16];  // of a row of pairs the even elements, then the odd ones
+  Wide right_rows[16];
+  for (int k = 0; k < b.rows; ++k)
+    for (int n = 0; n < 32; ++n) {
+      uint16_t x;
+      memcpy(&x, b.data[k] + 2 * n, 2);
+      right_rows[k][n % 2][n / 2] = widened(x);
     }
+  for (int m = 0; m < c.rows; ++m) {
+    Wide parts = {};
+    for (int k = 0; k < b.rows; ++k)
+      for (int odd : {0, 1}) {
+        uint16_t x;
+        memcpy(&x, a.data[m] + 4 * k + 2 * odd, 2);
+        const float left_one = widened(x);
+        for (int n = 0; n < 16; ++n)
+          parts[odd][n] = flushed(__builtin_fmaf(left_one, right_rows[k][odd][n], parts[odd][n]));
+      }
     float row[16];
     memcpy(row, c.data[m], 64);
-    for (int n = 0; n < c.row_bytes / 4; ++n)
-      row[n] = flushed(flushed(row[n]) + flushed(parts[0][n] + parts[1][n]));
+    for (int n = 0; n < 16; ++n) row[n] = flushed(flushed(row[n]) + flushed(parts[0][n] + parts[1][n]));
     memset(c.data[m], 0, 64);
     memcpy(c.data[m], row, c.row_bytes);
   }
