@@ -253,6 +253,21 @@ def test_a_wrong_instruction_set_is_refused_with_those_that_run_here():
     assert sets_here() == SETS[: len(sets_here())]
 
 
+@built
+@pytest.mark.skipif("VTP_CPU_ISA" in os.environ, reason="a set is forced")
+def test_the_engine_says_which_set_was_taken_for_a_dtype_and_why():
+    """Those that a machine with dot products of bfloat16 has to choose from are the last of its sets."""
+    small = compact_model("tiny")
+    single, half = (vtp.optimize(small, dtype).engine for dtype in DTYPES.values())
+    chosen, best = torch.ops.vtp.cpu_isa(), sets_here()[-1]
+    if best in SETS[:3]:
+        assert single == half == f"C++, {best}" == f"C++, {chosen}"
+    else:
+        assert single == "C++, avx512"
+        assert re.fullmatch(rf"C\+\+, {chosen}: .*\d\.\dx as fast as avx512.* in a trial.*", half)
+        assert half == vtp.optimize(small, torch.bfloat16).engine
+
+
 def check_models(names: Sequence[str], shapes: Sequence[str], random_models: int) -> None:
     """What one instruction set has to pass, in a process of its own; prints its name."""
     torch.set_num_threads(1)
@@ -261,6 +276,7 @@ def check_models(names: Sequence[str], shapes: Sequence[str], random_models: int
             check(compact_model(name), dtype)
         for shape in shapes:
             check(compact_model("tiny", **SHAPES[shape]), dtype)
+        assert vtp.optimize(compact_model("tiny"), dtype).engine.endswith(": as VTP_CPU_ISA has it")
     check_random_models(random_models)
     print(torch.ops.vtp.cpu_isa())
 
