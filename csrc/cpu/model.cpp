@@ -125,12 +125,11 @@ float float_of(int64_t bits) {  // floats travel as their bits
 
 void Model::read(const int64_t* layout, int64_t length, const char* bytes, int64_t size) {
   Reader in(layout, length, bytes, size);
-  const int64_t format = in.next(), kind = in.next();
+  const int64_t format = in.next();
+  if (format != kFormat) refuse("its format is " + std::to_string(format));
+  const int64_t kind = in.next();
   if (kind != 0 && kind != 1) refuse("its dtype is " + std::to_string(kind));
   dtype = static_cast<Dtype>(kind);
-  // Format 3 had no zeros behind the inputs of bfloat16, and was the same in float32.
-  if (format != kFormat && !(format == 3 && dtype == Dtype::kFloat32))
-    refuse("its format is " + std::to_string(format));
   embed_dim = in.count("the embedding width", 1);
   head_dim = in.count("the head width");
   eps = float_of(in.next());

@@ -441,16 +441,6 @@ void check_wrong() {
   pooled.pooled = good.prefix + good.patches() + 1;
   patches.height += 1;
   expect(runs(PlainModel(good, 1)), "wrong: the good model is refused");
-  for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
-    for (int64_t format : {2, 3}) {
-      Shape other = good;
-      other.dtype = dtype;
-      Packed packed{PlainModel(other, 1)};
-      packed.layout[0] = format;
-      const bool same = format == 3 && dtype == Dtype::kFloat32;
-      expect(runs(packed.layout, packed.bytes(), packed.size) == same,
-             "wrong: format " + std::to_string(format) + (same ? " is refused" : " is read"));
-    }
   expect(!runs(PlainModel(pooled, 1)), "wrong: pools more tokens than there are");
   expect(!runs(PlainModel(patches, 1)), "wrong: patches do not fill the image");
   Shape norms = good;
