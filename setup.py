@@ -11,7 +11,10 @@ use what is slower for it; with VTP_BUILD_CPP=1 a failure of the compiler is an 
 
 import os
 import platform
+import shlex
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,7 +30,10 @@ X86_FLAGS = {
     "avx2.cpp": ["-mavx2", "-mfma"],
     "avx512.cpp": AVX512,
     "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "amx_bf16.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+# What older compilers do not know, GCC before 11 and Clang before 12: the engine does without such a file.
+OPTIONAL = {"amx_bf16.cpp": "-DVTP_WITHOUT_AMX"}
 # GCC 12 warns of its own AVX-512 headers.
 FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wno-uninitialized"]
 # The oldest PyTorch whose stable interface is used, 2.10: one binary runs with it and all that follow.
@@ -62,6 +68,28 @@ def _say_not_built(reason: str) -> None:
     )
 
 
+def compiles(compiler: str, flags: list[str]) -> bool:
+    """Whether the compiler takes these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <immintrin.h>\n")
+        command = [*shlex.split(compiler), *flags, "-c", str(source), "-o", str(Path(folder, "probe.o"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def sources_and_macros(compiler: str) -> tuple[list[Path], list[str]]:
+    """The files of the engine for this processor that the compiler takes, and a macro for each left out."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    sources = [path for path in sorted(CPU.glob("*.cpp")) if x86 or path.name not in X86_FLAGS]
+    macros = []
+    for name, macro in OPTIONAL.items() if x86 else ():
+        if not compiles(compiler, X86_FLAGS[name]):
+            print(f"vtp: {name} left out: {compiler} takes no {' '.join(X86_FLAGS[name])}", file=sys.stderr)
+            sources.remove(CPU / name)
+            macros.append(macro)
+    return sources, macros
+
+
 def extensions() -> list[Extension]:
     torch, reason = find_torch(), why_pure_python()
     if reason is not None or torch is None:
@@ -70,8 +98,7 @@ def extensions() -> list[Extension]:
         return []
     compiler = find_compiler()
     os.environ.setdefault("CXX", compiler)
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    sources = [path for path in sorted(CPU.glob("*.cpp")) if x86 or path.name not in X86_FLAGS]
+    sources, macros = sources_and_macros(os.environ["CXX"])
     return [
         Extension(
             "vtp_kernels._cpu",
@@ -80,7 +107,7 @@ def extensions() -> list[Extension]:
             library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu"],
             depends=[str(path) for path in CPU.glob("*.h")],
-            extra_compile_args=[*FLAGS, TORCH_TARGET],
+            extra_compile_args=[*FLAGS, *macros, TORCH_TARGET],
             extra_link_args=["-Wl,-z,defs"] if sys.platform == "linux" else [],
             py_limited_api=True,
         )

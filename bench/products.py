@@ -5,7 +5,6 @@ import functools
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -58,8 +57,7 @@ def prepare_our_linear(linear: nn.Module, x: Tensor, *, dtype: str) -> Run:
     outputs = len(linear.weight)
     weight = cpu.panels(linear.weight.detach(), DTYPES[dtype]).view(-1).view(torch.uint8)
     bias = torch.zeros(-(-outputs // 16) * 16)
-    if dtype == "bfloat16" and torch.ops.vtp.cpu_isa() == "avx512_bf16":
-        x = F.pad(x, (0, x.shape[1] % 2)).bfloat16()  # which that set reads in pairs
+    x = cpu.activations(x, DTYPES[dtype])
     return lambda: torch.ops.vtp.cpu_linear(x, weight, bias, outputs, dtype == "bfloat16")[:, :outputs]
 
 

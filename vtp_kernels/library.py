@@ -63,7 +63,7 @@ def cpp_unsupported_reason() -> str | None:
         RuntimeError: the environment variable VTP_CPU_ISA names no instruction set of this machine.
     """
     if _NO_CPP_REASON is None:
-        torch.ops.vtp.cpu_isa()
+        torch.ops.vtp.cpu_choice(False)  # of float32: no trial
     else:
         warnings.warn(
             f"vtp_kernels: {_NO_CPP_REASON}; vtp.optimize runs on plain PyTorch operators on a CPU. Results "

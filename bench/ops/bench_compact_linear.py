@@ -14,13 +14,13 @@ from bench.ops.shapes import (
     DEVICE,
     Case,
     Implementation,
-    engine_dtype,
     engine_linear,
     linear_operands,
     padded,
     plain,
 )
 from vtp.comparison.runtimes import Run
+from vtp.runtime.cpu import activations
 from vtp_kernels import compact_linear
 from vtp_kernels.compact_linear import compact_linear_ref
 from vtp_kernels.library import cpp_unsupported_reason
@@ -60,8 +60,7 @@ def rounded_up(
 def engine(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, residual: Tensor | None) -> Run:
     """The product of the engine; PyTorch adds the epilogue, which the engine has inside."""
     shape = *x.shape[:-1], -1
-    rows = padded(x, 2).flatten(0, -2).to(engine_dtype(x.dtype))
-    linear = engine_linear(padded(padded(weight, 2), 16, (0,)), padded(bias, 16))
+    rows, linear = activations(x.flatten(0, -2), x.dtype), engine_linear(weight, bias)
     outputs = len(bias)
 
     def run() -> Tensor:

@@ -9,13 +9,13 @@ from bench.ops.shapes import (
     DEVICE,
     Case,
     Implementation,
-    engine_dtype,
     engine_linear,
     linear_operands,
     padded,
     plain,
 )
 from vtp.comparison.runtimes import Run
+from vtp.runtime.cpu import activations
 from vtp_kernels import compact_mlp
 from vtp_kernels.compact_mlp import compact_mlp_ref
 from vtp_kernels.library import cpp_unsupported_reason
@@ -53,10 +53,10 @@ def rounded_up(**operands: Tensor) -> Run:
 def engine(**operands: Tensor) -> Run:
     """Two products of the engine; PyTorch does what is between and after, which the engine has inside."""
     x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual = to_16(**operands).values()
-    dtype = engine_dtype(x.dtype)
-    rows = x.flatten(0, -2).to(dtype)
+    dtype = x.dtype
+    rows = activations(x.flatten(0, -2), dtype)
     fc1, fc2 = engine_linear(fc1_weight, fc1_bias), engine_linear(fc2_weight, fc2_bias)
-    return lambda: fc2(F.gelu(fc1(rows)).to(dtype)).view(residual.shape) + residual
+    return lambda: fc2(activations(F.gelu(fc1(rows)), dtype)).view(residual.shape) + residual
 
 
 def implementations(case: Case) -> dict[str, Implementation]:

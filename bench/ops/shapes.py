@@ -122,17 +122,9 @@ def padded(t: Tensor, multiple: int, axes: tuple[int, ...] = (-1,)) -> Tensor:
     return t
 
 
-def engine_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the activations that the CPU engine multiplies with weights in `dtype`."""
-    has_bf16 = dtype == torch.bfloat16 and torch.ops.vtp.cpu_isa() == "avx512_bf16"
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
 def engine_linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-    """x [M, K] in `engine_dtype` to x W^T + b [M, N] in float32, by the micro-kernels of the CPU engine.
-
-    The weight is packed here, once. N is a multiple of 16, and K, for bfloat16, even.
-    """
-    packed, bias = panels(weight, weight.dtype).view(-1).view(torch.uint8), bias.float()
+    """`activations` [M, K] to x W^T + b in float32, N columns rounded up to 16 of it, by the micro-kernels of
+    the CPU engine. The weight is packed here, once."""
+    packed, bias = panels(weight, weight.dtype).view(-1).view(torch.uint8), padded(bias.float(), 16)
     is_bf16 = weight.dtype == torch.bfloat16
     return lambda x: torch.ops.vtp.cpu_linear(x, packed, bias, len(bias), is_bf16)

@@ -1,17 +1,7 @@
 // The kernels for AVX-512 with dot products of bfloat16 (Intel Cooper Lake and Sapphire Rapids, AMD Zen 4 and
 // later): activations are bfloat16 too, sums float32.
 
-#include "avx512_vector.h"
-
-namespace vtp_cpu {
-namespace {
-inline void store_as(BFloat16* out, Vector x) {
-  const __m256bh halves = _mm512_cvtneps_pbh(x.v);
-  __builtin_memcpy(out, &halves, 32);
-}
-}  // namespace
-}  // namespace vtp_cpu
-
+#include "bfloat16_activations.h"
 #include "kernels_impl.h"
 
 namespace vtp_cpu {
@@ -19,7 +9,7 @@ namespace {
 
 struct BFloat16Dot {
   using Activation = BFloat16;
-  static constexpr int64_t kStep = 2;
+  static constexpr int64_t kStep = 2, kInputs = 2, kQueries = kQueryRows;
 
   template <int Vectors>
   static void rows(const BFloat16* a, int64_t a_stride, int64_t rows, const char* b, int64_t b_stride,

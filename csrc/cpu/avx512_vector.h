@@ -1,4 +1,6 @@
-// Sixteen floats in an AVX-512 register; for avx512.cpp and avx512_bf16.cpp, each with a copy of its own.
+// Sixteen floats in an AVX-512 register; for each file of an instruction set that has it, with a copy of its own.
+
+#pragma once
 
 #include <immintrin.h>
 #include <stdint.h>

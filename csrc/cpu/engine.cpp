@@ -269,6 +269,7 @@ class Engine {
     const int64_t worker = workers_.fetch_add(1);
     if (worker >= threads_) return;
     float* scratch = scratch_ + worker * scratch_stride_;
+    k_.begin();
     for (size_t i = 0; i < w_.stages_.size(); ++i) {
       const Stage& stage = w_.stages_[i];
       Workspace::Counters& counters = w_.counters_[i];
@@ -283,6 +284,7 @@ class Engine {
         else
           std::this_thread::yield();
     }
+    k_.end();
   }
 
   static void pause() {
@@ -333,7 +335,7 @@ class Engine {
     t.patch_width = m_.patch_width;
     t.out = activation(input_, (image * rows + row) * columns * input_stride_);
     t.out_stride = input_stride_;
-    t.padded = round_up(m_.patches.inputs, 2);
+    t.padded = round_up(m_.patches.inputs, k_.input_step);
     k_.patches(t);
     if (row == 0)
       for (int64_t token = 0; token < m_.prefix; ++token)
@@ -358,6 +360,11 @@ class Engine {
             (row * s.to_stride + to_panel * kPanel) * (s.to_float ? 4 : k_.activation_bytes);
     t.out_float = s.to_float;
     t.out_stride = s.to_stride;
+    // What the next layer reads behind the last column.
+    if (!s.to_float && panel + s.panel_block >= s.layer->panels()) {
+      const int64_t panels = s.layer->panels() / (s.nonlinearity == Nonlinearity::kSwiGlu ? 2 : 1);
+      t.padding = round_up(panels * kPanel, k_.input_step) - panels * kPanel;
+    }
     t.scratch = scratch;
     if (s.add) {
       t.residual = static_cast<const float*>(t.out);
@@ -382,13 +389,13 @@ class Engine {
 
   void do_norm(const Stage& s, int64_t task) {
     const int64_t first = task * kNormRows;
-    k_.norm(norm_rows(*s.norm, x_, input_, input_stride_, round_up(s.norm->kept, 2)), first,
+    k_.norm(norm_rows(*s.norm, x_, input_, input_stride_, round_up(s.norm->kept, k_.input_step)), first,
             std::min(first + kNormRows, s.rows));
   }
 
   void do_inner_norm(const Stage& s, int64_t task, float* scratch) {
     const int64_t first = task * kNormRows;
-    NormRows t = norm_rows(*s.norm, nullptr, s.to, s.to_stride, round_up(s.norm->kept, 2));
+    NormRows t = norm_rows(*s.norm, nullptr, s.to, s.to_stride, round_up(s.norm->kept, k_.input_step));
     t.x = s.from;
     t.x_stride = s.from_stride;
     t.of_activations = true;
@@ -434,7 +441,7 @@ class Engine {
     t.last_row = std::min(t.first_row + block, tokens_);
     t.out = activation(input_, image * tokens_ * input_stride_ + before);
     t.out_stride = input_stride_;
-    t.padding = head + 1 == heads ? a.total_width % 2 : 0;
+    t.padding = head + 1 == heads ? round_up(a.total_width, k_.input_step) - a.total_width : 0;
     t.scratch = scratch;
     if (a.head_norms) {
       t.q_weight = a.head_norms;
@@ -451,10 +458,10 @@ class Engine {
   void pool(int64_t image) {
     const Norm all{m_.embed_dim, nullptr, m_.embed_dim};
     for (int64_t token = 0; token < m_.pooled; ++token) {
-      const bool last = token + 1 == m_.pooled;
+      const int64_t padding = token + 1 == m_.pooled ? round_up(m_.head.inputs, k_.input_step) - m_.head.inputs : 0;
       k_.norm(norm_rows(all, x_row(image * tokens_ + token),
                         activation(input_, image * input_stride_ + token * m_.embed_dim), 0,
-                        m_.embed_dim + (last ? m_.head.inputs % 2 : 0)),
+                        m_.embed_dim + padding),
               0, 1);
     }
   }

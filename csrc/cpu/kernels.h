@@ -1,8 +1,9 @@
 // What the CPU engine asks of an instruction set, and how it finds the best one of this machine.
 //
 // The engine (engine.cpp) decides who computes what; the kernels compute one piece each, on one thread.
-// kernels_impl.h has their one source; portable.cpp, avx2.cpp, avx512.cpp and avx512_bf16.cpp compile it for
-// an instruction set each. A new one (AMX, NEON) is one more such file and a row in instruction_sets.cpp.
+// kernels_impl.h has their one source; portable.cpp, avx2.cpp, avx512.cpp, avx512_bf16.cpp and amx_bf16.cpp
+// compile it for an instruction set each. A new one (NEON) is one more such file and a row in
+// instruction_sets.cpp.
 
 #pragma once
 
@@ -13,10 +14,11 @@ namespace vtp_cpu {
 // Columns of a panel of packed weights, the same for every instruction set, so that a packed model can be
 // copied to another machine.
 //   float32:  [ceil(N / 16)] panels of [K][16]
-//   bfloat16: [ceil(N / 16)] panels of [ceil(K / 2)][16][2]: two inputs side by side, as bf16 dot products
-//             read them
-// Columns beyond N and the input beyond an odd K are zeros.
+//   bfloat16: [ceil(N / 16)] panels of [ceil(K / 32) * 16][16][2]: two inputs side by side, as bf16 dot
+//             products read them; sixteen such rows are one tile of AMX
+// Columns beyond N and inputs beyond K are zeros.
 constexpr int64_t kPanel = 16;
+constexpr int64_t kTileInputs = 32;  // of a panel in bfloat16 there is a whole multiple
 
 enum class Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 
@@ -26,16 +28,16 @@ static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * 
 
 // Bytes of one panel of weights with `inputs` inputs.
 static inline int64_t panel_bytes(Dtype dtype, int64_t inputs) {
-  return dtype == Dtype::kFloat32 ? inputs * kPanel * 4 : divide_up(inputs, 2) * kPanel * 4;
+  return dtype == Dtype::kFloat32 ? inputs * kPanel * 4 : round_up(inputs, kTileInputs) * kPanel * 2;
 }
 
 // What is made of A W^T + bias. kSwiGlu makes one column of two: panels of what SiLU is applied to and panels
 // of what that is multiplied with take turns, so a whole panel comes of each pair.
 enum class Nonlinearity : int64_t { kNone, kGelu, kSwiGlu };
 
-// A tile of C = act(A W^T + bias) + residual. Rows of A and C have room for whole panels; what of C lies
-// beyond `columns` is undefined, but where activations are bfloat16: there it is computed from the weight's
-// zeros, so that an odd width ends in a finite number.
+// A tile of C = act(A W^T + bias) + residual. Rows of C have room for whole panels; what lies there beyond
+// `columns` is undefined, but where activations are bfloat16: there it is computed from the weight's zeros, and
+// so finite. Rows of A have, up to a multiple of `Kernels::input_step`, any finite numbers behind the inputs.
 struct LinearTile {
   const void* a;          // activations of the first row
   int64_t a_stride;       // elements between rows
@@ -49,7 +51,8 @@ struct LinearTile {
   void* out;  // first element: float32 with `out_float`, else activations
   bool out_float;
   int64_t out_stride;
-  float* scratch;  // rows * columns rounded up to panels
+  int64_t padding;  // columns behind the panels that are written as zeros, where activations are written
+  float* scratch;   // rows rounded up to `Kernels::row_step`, times columns rounded up to panels
 };
 
 // Rows [first, last) of `(x - mean) / sqrt(var + eps)` at the columns `index`.
@@ -120,6 +123,9 @@ struct Kernels {
   const char* name;
   int64_t activation_bytes;  // 4: float32; 2: bfloat16
   int64_t row_step;          // rows of a tile are best multiples of it
+  int64_t input_step;        // activations that `linear` reads are finite up to a multiple of it
+  void (*begin)();           // by each thread, before the first kernel that it runs
+  void (*end)();             // and after the last
   void (*linear)(const LinearTile&);
   void (*norm)(const NormRows&, int64_t first, int64_t last);
   void (*attention)(const AttentionRows&);
@@ -131,10 +137,14 @@ struct Kernels {
 
 // One of each file; those of x86 exist on x86 alone.
 extern const Kernels kPortableFloat32, kPortableBFloat16, kAvx2Float32, kAvx2BFloat16, kAvx512Float32,
-    kAvx512BFloat16, kAvx512Bf16BFloat16;
+    kAvx512BFloat16, kAvx512Bf16BFloat16, kAmxBf16BFloat16;
 
-// The kernels for weights of `dtype` on this machine: the best instruction set that it has, or the one that
+// The kernels for weights of `dtype` on this machine: in float32 of the best instruction set that it has, in
+// bfloat16 the fastest of those that are as good in float32, by a trial the first time; or those of the set that
 // the environment variable VTP_CPU_ISA names. Throws std::runtime_error if it names none that runs here.
 const Kernels& kernels(Dtype dtype);
+
+// Why those, in words; empty where there was nothing to choose.
+const char* kernels_reason(Dtype dtype);
 
 }  // namespace vtp_cpu

@@ -212,6 +212,7 @@ void finish_tile(const LinearTile& t) {
       if (t.residual) x = x + Vector::load(t.residual + i * t.residual_stride + j);
       store_as(to + j, x);
     }
+    for (int64_t j = 0; j < t.padding; ++j) to[round_up(t.columns, kPanel) + j] = from_float<Out>(0.0f);
   }
 }
 
@@ -230,20 +231,27 @@ void finish_swiglu_tile(const LinearTile& t) {
         }
         store_as(to, silu(gate) * x);
       }
+    for (int64_t j = 0; j < t.padding; ++j) to[j] = from_float<Out>(0.0f);
   }
 }
 
-template <class Dot>
-void linear(const LinearTile& t) {
-  using Activation = typename Dot::Activation;
-  const int64_t stride = divide_up(t.inputs, Dot::kStep) * kPanel * 4;
-  multiply<Dot>(static_cast<const Activation*>(t.a), t.a_stride, t.rows, static_cast<const char*>(t.weight),
-                stride, t.columns, t.inputs, t.scratch, round_up(t.columns, kPanel));
+// What comes behind the product, which is in the scratch memory.
+template <class Activation>
+void finish(const LinearTile& t) {
   const bool swiglu = t.nonlinearity == Nonlinearity::kSwiGlu;
   if (t.out_float)
     (swiglu ? finish_swiglu_tile<float> : finish_tile<float>)(t);
   else
     (swiglu ? finish_swiglu_tile<Activation> : finish_tile<Activation>)(t);
+}
+
+template <class Dot>
+void linear(const LinearTile& t) {
+  using Activation = typename Dot::Activation;
+  constexpr Dtype kWeights = Dot::kStep == 1 ? Dtype::kFloat32 : Dtype::kBFloat16;
+  multiply<Dot>(static_cast<const Activation*>(t.a), t.a_stride, t.rows, static_cast<const char*>(t.weight),
+                panel_bytes(kWeights, t.inputs), t.columns, t.inputs, t.scratch, round_up(t.columns, kPanel));
+  finish<Activation>(t);
 }
 
 // ----------------------------------------------------------------------------------------------- LayerNorm
@@ -313,23 +321,29 @@ void norm(const NormRows& t, int64_t first, int64_t last) {
 
 // ----------------------------------------------------------------------------------------------- attention
 
-// Rows of queries whose scores are in memory at once.
+// Rows of queries whose scores are in memory at once, where a product does not want another number of them.
 constexpr int64_t kQueryRows = 24;  // 20 KB of scores at 197 tokens
 
 struct AttentionLayout {  // of the scratch memory, in bytes
   int64_t keys, values, scores, results, queries, row, end;
 };
 
+// Activations between two queries, or keys, that were copied.
+template <class Dot>
+inline int64_t query_stride(int64_t key_width) {
+  return round_up(key_width, Dot::kInputs > kPanel ? Dot::kInputs : kPanel);
+}
+
 template <class Dot>
 inline AttentionLayout attention_layout(int64_t tokens, int64_t key_width, int64_t value_width) {
   const int64_t columns = round_up(tokens, kPanel), value_columns = round_up(value_width, kPanel);
   AttentionLayout at;
   at.keys = 0;
-  at.values = at.keys + columns * round_up(key_width, 2) * 4;
-  at.scores = at.values + value_columns * round_up(tokens, 2) * 4;
-  at.results = at.scores + kQueryRows * columns * 4;
-  at.queries = at.results + kQueryRows * value_columns * 4;
-  at.row = at.queries + kQueryRows * round_up(key_width, kPanel) * 4;
+  at.values = at.keys + columns * round_up(key_width, Dot::kInputs) / Dot::kStep * 4;
+  at.scores = at.values + value_columns * round_up(tokens, Dot::kInputs) / Dot::kStep * 4;
+  at.results = at.scores + Dot::kQueries * columns * 4;
+  at.queries = at.results + Dot::kQueries * value_columns * 4;
+  at.row = at.queries + Dot::kQueries * query_stride<Dot>(key_width) * sizeof(typename Dot::Activation);
   at.end = at.row + round_up(key_width, kPanel) * 4;
   return at;
 }
@@ -408,7 +422,7 @@ inline void pack_keys(const AttentionRows& t, const HeadRows& rows, typename Dot
                       typename Dot::Activation* room) {
   using Activation = typename Dot::Activation;
   constexpr int64_t kStep = Dot::kStep;
-  const int64_t N = t.tokens, d = t.key_width, units = divide_up(d, kStep);
+  const int64_t N = t.tokens, d = t.key_width, units = round_up(d, Dot::kInputs) / kStep;
   const auto* k = static_cast<const Activation*>(t.k);
   const Activation zero = from_float<Activation>(0.0f);
   int64_t token = 0;
@@ -417,7 +431,7 @@ inline void pack_keys(const AttentionRows& t, const HeadRows& rows, typename Dot
     const Activation* from = k + token * t.stride;
     int64_t stride = t.stride;
     if (rows.change()) {
-      stride = round_up(d, kPanel);
+      stride = query_stride<Dot>(d);
       for (int64_t i = 0; i < 4; ++i) rows.prepare(from + i * t.stride, token + i, room + i * stride);
       from = room;
     }
@@ -441,12 +455,8 @@ inline void pack_keys(const AttentionRows& t, const HeadRows& rows, typename Dot
       rows.prepare(from, token, room);
       from = room;
     }
-    for (int64_t j = 0; j < d / kStep; ++j)
-      memcpy(to + j * kPanel * kStep, from + j * kStep, kStep * sizeof(Activation));
-    if (d % kStep) {
-      to[d / kStep * kPanel * kStep] = from[d - 1];
-      to[d / kStep * kPanel * kStep + 1] = zero;
-    }
+    for (int64_t j = 0; j < units * kStep; ++j)
+      to[j / kStep * kPanel * kStep + j % kStep] = j < d ? from[j] : zero;
   }
 }
 
@@ -455,13 +465,13 @@ template <class Dot>
 inline void pack_values(const AttentionRows& t, typename Dot::Activation* values) {
   using Activation = typename Dot::Activation;
   constexpr int64_t kStep = Dot::kStep;
-  const int64_t N = t.tokens, w = t.value_width, panel = divide_up(N, kStep) * kPanel * kStep;
+  const int64_t N = t.tokens, w = t.value_width, inputs = round_up(N, Dot::kInputs);
   const auto* v = static_cast<const Activation*>(t.v);
   const Activation zero = from_float<Activation>(0.0f);
   for (int64_t p = 0; p < divide_up(w, kPanel); ++p) {
     const int64_t size = w - p * kPanel < kPanel ? w - p * kPanel : kPanel;
-    for (int64_t token = 0; token < round_up(N, kStep); ++token) {
-      Activation* to = values + p * panel + token / kStep * kPanel * kStep + token % kStep;
+    for (int64_t token = 0; token < inputs; ++token) {
+      Activation* to = values + p * inputs * kPanel + token / kStep * kPanel * kStep + token % kStep;
       const Activation* from = v + token * t.stride + p * kPanel;
       if (kStep == 1 && size == kPanel) {
         memcpy(to, from, kPanel * sizeof(Activation));
@@ -483,7 +493,7 @@ inline void exponentials(float* scores, int64_t stride, int64_t rows, int64_t co
   const int64_t width = round_up(columns, Vector::kWidth);
   const Activation zero = from_float<Activation>(0.0f);
   const float scale2 = scale * 1.44269504f;  // by log2 e: e^x is 2^(x log2 e)
-  float shifts[kQueryRows];
+  float shifts[Dot::kQueries];
   // All rows' largest first: no row's exponentials then wait for the end of its own.
   for (int64_t i = 0; i < rows; ++i) {
     float* s = scores + i * stride;
@@ -505,7 +515,7 @@ inline void exponentials(float* scores, int64_t stride, int64_t rows, int64_t co
       store_as(to + j, e);
       total = total + e;
     }
-    for (int64_t j = columns; j < round_up(columns, Dot::kStep); ++j) to[j] = zero;
+    for (int64_t j = columns; j < round_up(columns, Dot::kInputs); ++j) to[j] = zero;
     sums[i] = total.sum();
   }
 }
@@ -513,8 +523,9 @@ inline void exponentials(float* scores, int64_t stride, int64_t rows, int64_t co
 template <class Dot>
 void attention(const AttentionRows& t) {
   using Activation = typename Dot::Activation;
-  constexpr int64_t kStep = Dot::kStep;
+  constexpr int64_t kUnit = kPanel * 4 / Dot::kStep;  // bytes of a panel for each of its inputs
   const int64_t N = t.tokens, d = t.key_width, w = t.value_width;
+  const int64_t key_inputs = round_up(d, Dot::kInputs), value_inputs = round_up(N, Dot::kInputs);
   const AttentionLayout at = attention_layout<Dot>(N, d, w);
   char* memory = reinterpret_cast<char*>(t.scratch);
   auto* keys = reinterpret_cast<Activation*>(memory + at.keys);
@@ -532,25 +543,30 @@ void attention(const AttentionRows& t) {
   pack_values<Dot>(t, values);
 
   const int64_t columns = round_up(N, kPanel), value_columns = round_up(w, kPanel);
-  for (int64_t first = t.first_row; first < t.last_row; first += kQueryRows) {
-    const int64_t rows = t.last_row - first < kQueryRows ? t.last_row - first : kQueryRows;
+  for (int64_t first = t.first_row; first < t.last_row; first += Dot::kQueries) {
+    const int64_t rows = t.last_row - first < Dot::kQueries ? t.last_row - first : Dot::kQueries;
     const Activation* a = q + first * t.stride;
     int64_t a_stride = t.stride;
-    if (query_rows.change()) {
-      a_stride = round_up(d, kPanel);
+    // A product in tiles reads far beyond the last key of a row, where another head's may be.
+    if (query_rows.change() || Dot::kInputs > Dot::kStep) {
+      a_stride = query_stride<Dot>(d);
       for (int64_t i = 0; i < rows; ++i) {
-        query_rows.prepare(q + (first + i) * t.stride, first + i, queries + i * a_stride);
-        if (d % kStep) queries[i * a_stride + d] = zero;  // it meets a key's zero
+        const Activation* from = q + (first + i) * t.stride;
+        Activation* to = queries + i * a_stride;
+        if (query_rows.change())
+          query_rows.prepare(from, first + i, to);
+        else
+          memcpy(to, from, d * sizeof(Activation));
+        for (int64_t j = d; j < key_inputs; ++j) to[j] = zero;  // they meet a key's zeros
       }
       a = queries;
     }
-    multiply<Dot>(a, a_stride, rows, reinterpret_cast<const char*>(keys), divide_up(d, kStep) * kPanel * 4, N,
-                  d, scores, columns);
-    float sums[kQueryRows];
+    multiply<Dot>(a, a_stride, rows, reinterpret_cast<const char*>(keys), key_inputs * kUnit, N, d, scores,
+                  columns);
+    float sums[Dot::kQueries];
     exponentials<Dot>(scores, columns, rows, N, t.scale, sums);
     multiply<Dot>(reinterpret_cast<const Activation*>(scores), columns * 4 / sizeof(Activation), rows,
-                  reinterpret_cast<const char*>(values), divide_up(N, kStep) * kPanel * 4, w, N, results,
-                  value_columns);
+                  reinterpret_cast<const char*>(values), value_inputs * kUnit, w, N, results, value_columns);
     for (int64_t i = 0; i < rows; ++i) {
       const float* from = results + i * value_columns;
       Activation* to = out + (first + i) * t.out_stride;
@@ -642,6 +658,8 @@ void unfold(const UnfoldRows& t) {
     unfold_rows<float>(t);
 }
 
+inline void nothing() {}
+
 // What an instruction set offers for one dtype of weights. `Inner` is how activations meet one another.
 template <class Dot, class Inner>
 constexpr Kernels make_kernels(const char* name) {
@@ -649,6 +667,9 @@ constexpr Kernels make_kernels(const char* name) {
   return {name,
           sizeof(Activation),
           kRows,
+          Inner::kInputs,
+          nothing,
+          nothing,
           linear<Dot>,
           norm<Activation>,
           attention<Inner>,
@@ -660,9 +681,12 @@ constexpr Kernels make_kernels(const char* name) {
 
 // ---------------------------------------------------------------------- dot products of float32 activations
 
+// Of each: `kStep`, inputs side by side in a unit of 4 bytes of a panel; of those that activations meet one
+// another by also `kInputs`, up to a multiple of which inputs are filled up with zeros, and `kQueries`, rows of
+// queries whose scores are in memory at once.
 struct Float32Dot {
   using Activation = float;
-  static constexpr int64_t kStep = 1;
+  static constexpr int64_t kStep = 1, kInputs = 1, kQueries = kQueryRows;
 
   template <int Vectors>
   static void rows(const float* a, int64_t a_stride, int64_t rows, const char* b, int64_t b_stride,

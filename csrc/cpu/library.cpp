@@ -141,21 +141,23 @@ Tensor cpu_blocks(const Tensor& tokens, const Tensor& weights, const Tensor& lay
   });
 }
 
+Dtype dtype_of(bool bfloat16) { return bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat32; }
+
 // x W^T + bias alone, by the tiles that a model runs, so that they can be measured beside other libraries. x
-// is [M, K] in the type of activations, K even if that is bfloat16; the result is [M, outputs rounded up to
+// is [M, K] in the type of activations, K a multiple of their `input_step`; the result is [M, outputs rounded up to
 // panels] in float32, where columns behind `outputs` are undefined.
 Tensor cpu_linear(const Tensor& x, const Tensor& weights, const Tensor& bias, int64_t outputs,
                   bool bfloat16) {
   expect_input(x, "x", 2);
   expect_memory(weights, "weights", ScalarType::Byte, "uint8");
   expect_memory(bias, "bias", ScalarType::Float, "float32");
-  const Dtype dtype = bfloat16 ? Dtype::kBFloat16 : Dtype::kFloat32;
+  const Dtype dtype = dtype_of(bfloat16);
   const Kernels& k = kernels(dtype);
   const int64_t M = x.size(0), K = x.size(1);
   expect((x.scalar_type() == ScalarType::BFloat16) == (k.activation_bytes == 2) && x.is_contiguous(),
          std::string("x: expected contiguous ") + (k.activation_bytes == 2 ? "bfloat16" : "float32"));
   expect(outputs > 0 && outputs < (1 << 24) && K > 0 && K < (1 << 24) &&
-             (K % 2 == 0 || k.activation_bytes == 4) &&
+             K % k.input_step == 0 &&
              weights.size(0) == divide_up(outputs, kPanel) * panel_bytes(dtype, K) &&
              bias.size(0) == round_up(outputs, kPanel),
          "weights, bias: not those of " + std::to_string(K) + " inputs and " + std::to_string(outputs) +
@@ -169,8 +171,14 @@ Tensor cpu_linear(const Tensor& x, const Tensor& weights, const Tensor& bias, in
   return out;
 }
 
-// The instruction set in use, one of the names that VTP_CPU_ISA takes.
+// The instruction set in use for weights in bfloat16, one of the names that VTP_CPU_ISA takes.
 std::string cpu_isa() { return kernels(Dtype::kBFloat16).name; }
+
+// The instruction set for weights of a dtype, and why it was taken, if there was a choice.
+std::string cpu_choice(bool bfloat16) {
+  const std::string why = kernels_reason(dtype_of(bfloat16));
+  return kernels(dtype_of(bfloat16)).name + (why.empty() ? "" : ": " + why);
+}
 
 }  // namespace
 }  // namespace vtp_cpu
@@ -180,6 +188,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vtp, m) {
   m.def("cpu_blocks(Tensor tokens, Tensor weights, Tensor layout, Tensor? rotary=None) -> Tensor");
   m.def("cpu_linear(Tensor x, Tensor weights, Tensor bias, int outputs, bool bfloat16) -> Tensor");
   m.def("cpu_isa() -> str");
+  m.def("cpu_choice(bool bfloat16) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vtp, CPU, m) {
@@ -190,4 +199,5 @@ STABLE_TORCH_LIBRARY_IMPL(vtp, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(vtp, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&vtp_cpu::cpu_isa));
+  m.impl("cpu_choice", TORCH_BOX(&vtp_cpu::cpu_choice));
 }

@@ -8,7 +8,7 @@
 namespace vtp_cpu {
 namespace {
 
-constexpr int64_t kFormat = 5;      // of the list; vtp/runtime/cpu.py has the same
+constexpr int64_t kFormat = 6;      // of the list; vtp/runtime/cpu.py has the same
 constexpr int64_t kMost = 1 << 24;  // of any width or count: products of two stay far from overflow
 
 [[noreturn]] void refuse(const std::string& why) {

@@ -15,6 +15,10 @@ extern Set current;  // what the engine runs on
 
 void check_kernels(const Kernels& kernels, Dtype dtype);
 
+void check_tiles();  // where AVX-512 and AMX are emulated
+
+void check_choice();
+
 void check_models();
 void check_batches();
 void check_threads();

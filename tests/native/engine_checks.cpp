@@ -486,8 +486,8 @@ void check_wrong() {
 
 // A short list that claims to hold a lot does not make the reader take memory for it.
 void check_claims() {
-  const std::vector<int64_t> blocks = {5, 0, 8, 4, 0, 0, 0, 0, 1 << 24};
-  const std::vector<int64_t> heads = {5, 0, 8, 4, 0, 0, 0, 0, 1, 0, 1, 8, 0, 1 << 24};
+  const std::vector<int64_t> blocks = {6, 0, 8, 4, 0, 0, 0, 0, 1 << 24};
+  const std::vector<int64_t> heads = {6, 0, 8, 4, 0, 0, 0, 0, 1, 0, 1, 8, 0, 1 << 24};
   for (const std::vector<int64_t>& layout : {heads, blocks}) {
     rusage before{}, after{};
     getrusage(RUSAGE_SELF, &before);

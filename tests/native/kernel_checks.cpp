@@ -36,23 +36,30 @@ struct LinearData {
         inputs(size[1]),
         outputs(size[2]),
         panels_width(round_up(outputs, kPanel)),
-        a_stride(round_up(inputs, kPanel) + kPanel),
-        out_stride(panels_width + 3),
+        a_stride(round_up(inputs, k.input_step) + kPanel),
+        padding(c.out_float ? 0 : padding_of(k, c, panels_width)),
+        out_stride(panels_width + padding + 3),
         residual_stride(c.in_place ? out_stride : panels_width + 5),
         out_bytes(c.out_float ? 4 : k.activation_bytes),
-        a((rows - 1) * a_stride + round_up(inputs, kPanel), k.activation_bytes),
-        out((rows - 1) * out_stride + panels_width, out_bytes),
+        a((rows - 1) * a_stride + round_up(inputs, k.input_step), k.activation_bytes),
+        out((rows - 1) * out_stride + panels_width + padding, out_bytes),
         elsewhere((rows - 1) * residual_stride + panels_width, 4),
         bias(panels_width, 4),
-        scratch(rows * panels_width, 4),
+        scratch(round_up(rows, k.row_step) * panels_width, 4),
         weight(random.numbers(inputs * outputs, dtype)),
         panels(panels_of(weight, inputs, outputs, dtype)) {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < inputs; ++j) a.set(i * a_stride + j, random.normal());
-      if (inputs % 2) a.set(i * a_stride + inputs, 1e30);
+      for (int64_t j = inputs; j < round_up(inputs, k.input_step); ++j) a.set(i * a_stride + j, 1e30);
       for (int64_t j = 0; j < outputs; ++j) residual().set(i * residual_stride + j, random.normal());
     }
     for (int64_t j = 0; j < panels_width; ++j) bias.set(j, j < outputs ? random.normal() : 0.0);
+  }
+
+  // Behind the panels, of which SwiGLU leaves half.
+  static int64_t padding_of(const Kernels& k, const LinearCase& c, int64_t panels_width) {
+    const int64_t written = c.nonlinearity == Nonlinearity::kSwiGlu ? panels_width / 2 : panels_width;
+    return round_up(written, k.input_step) - written;
   }
 
   Numbers& residual() { return c.in_place ? out : elsewhere; }
@@ -72,12 +79,13 @@ struct LinearData {
     t.out = out.data();
     t.out_float = c.out_float;
     t.out_stride = out_stride;
+    t.padding = padding;
     t.scratch = scratch.floats();
     return t;
   }
 
   LinearCase c;
-  int64_t rows, inputs, outputs, panels_width, a_stride, out_stride, residual_stride, out_bytes;
+  int64_t rows, inputs, outputs, panels_width, a_stride, padding, out_stride, residual_stride, out_bytes;
   Numbers a, out, elsewhere, bias, scratch;
   std::vector<double> weight;
   std::vector<char> panels;
@@ -93,6 +101,13 @@ std::pair<double, double> product(const LinearData& data, int64_t row, int64_t c
     size += std::fabs(x);
   }
   return {sum, size};
+}
+
+// The next layer reads it, and has weights of zero there.
+void expect_finite_behind(const LinearData& data, int64_t row, int64_t width, const Kernels& k,
+                          const std::string& name) {
+  for (int64_t n = width; n < round_up(width, k.input_step) && data.out_bytes == 2; ++n)
+    expect(std::isfinite(data.out.get(row * data.out_stride + n)), name + ": a row ends in no number");
 }
 
 void check_linear(const Kernels& k, Dtype dtype, const LinearCase& c, const int64_t (&size)[3],
@@ -112,13 +127,10 @@ void check_linear(const Kernels& k, Dtype dtype, const LinearCase& c, const int6
       expect_close(data.out.get(i * data.out_stride + n), expected,
                    kFloatEps * roundings * (sizes + std::fabs(added)) + stored, name);
     }
-    for (int64_t n = data.panels_width; n < data.out_stride && i + 1 < data.rows; ++n)
+    for (int64_t n = data.panels_width + data.padding; n < data.out_stride && i + 1 < data.rows; ++n)
       expect(data.out.is_untouched(i * data.out_stride + n), name + ": wrote between two rows");
+    expect_finite_behind(data, i, data.outputs, k, name);
   }
-  // The next layer reads it, and has a weight of zero there.
-  for (int64_t i = 0; i < data.rows && data.out_bytes == 2 && data.outputs % 2; ++i)
-    expect(std::isfinite(data.out.get(i * data.out_stride + data.outputs)),
-           name + ": an odd row ends in no number");
 }
 
 // `columns` is of the product: pairs of panels.
@@ -141,7 +153,8 @@ void check_swiglu(const Kernels& k, Dtype dtype, const LinearCase& c, const int6
           kFloatEps * roundings * (1.1 * gate_sizes * std::fabs(x) + std::fabs(silu(gate)) * sizes) + stored,
           name);
     }
-    for (int64_t n = data.outputs / 2; n < data.out_stride && i + 1 < data.rows; ++n)
+    expect_finite_behind(data, i, data.outputs / 2, k, name);
+    for (int64_t n = data.outputs / 2 + data.padding; n < data.out_stride && i + 1 < data.rows; ++n)
       expect(data.out.is_untouched(i * data.out_stride + n), name + ": wrote behind a row");
   }
 }
@@ -211,7 +224,7 @@ void expect_norm(const double* x, const vtp_cpu::NormRows& t, const Numbers& out
 
 void check_norm(const Kernels& k, int64_t width, int64_t kept, double offset, bool of_activations,
                 Random& random) {
-  const int64_t rows = 3, x_stride = width + 5, padded = round_up(kept, 2), out_stride = padded + 3;
+  const int64_t rows = 3, x_stride = width + 5, padded = round_up(kept, k.input_step), out_stride = padded + 3;
   Numbers x((rows - 1) * x_stride + width, of_activations ? k.activation_bytes : 4), room(width, 4), out((rows - 1) * out_stride + padded, k.activation_bytes);
   std::vector<int32_t> index(static_cast<size_t>(kept));
   for (int32_t& j : index) j = static_cast<int32_t>(random.below(width));
@@ -246,7 +259,7 @@ struct AttentionData {
         keys(d + 3),
         total(2 * keys + w + 1),
         stride(round_up(total, kPanel) + kPanel),
-        padding(w % 2),
+        padding(round_up(w, k.input_step) - w),
         out_stride(w + padding + 3),
         qkv((tokens - 1) * stride + total, k.activation_bytes),
         out((tokens - 1) * out_stride + w + padding, k.activation_bytes),
@@ -374,7 +387,7 @@ void check_attention(const Kernels& k, int64_t tokens, int64_t d, int64_t w, boo
 void check_patches(const Kernels& k, bool bfloat16, const int64_t (&size)[4], Random& random) {
   const auto [channels, patch_height, patch_width, columns] = size;
   const int64_t height = 2 * patch_height, width = columns * patch_width, pixels = channels * height * width;
-  const int64_t inputs = channels * patch_height * patch_width, padded = round_up(inputs, 2),
+  const int64_t inputs = channels * patch_height * patch_width, padded = round_up(inputs, k.input_step),
                 stride = padded + 3;
   Numbers image(pixels, bfloat16 ? 2 : 4), out((columns - 1) * stride + padded, k.activation_bytes);
   for (int64_t i = 0; i < pixels; ++i) image.set(i, random.normal());
@@ -443,6 +456,7 @@ void check_unfold(const Kernels& k, bool half, Into into, int64_t rows, int64_t 
 }  // namespace
 
 void check_kernels(const Kernels& k, Dtype dtype) {
+  k.begin();
   Random random(1);
   const int64_t widths[] = {1, 2, 15, 16, 17, 31, 37, 61, 115};
   for (const LinearCase& c : kLinearCases) {
@@ -450,6 +464,8 @@ void check_kernels(const Kernels& k, Dtype dtype) {
       for (int64_t outputs : widths)
         check_linear(k, dtype, c, {1 + random.below(13), inputs, outputs}, random);
     for (int64_t rows = 1; rows <= 26; ++rows) check_linear(k, dtype, c, {rows, 37, 45}, random);
+    // More than one block of rows, the last one short, over several chunks of inputs.
+    check_linear(k, dtype, c, {50, 545, 37}, random);
     for (int64_t inputs : {383, 384, 385, 769, 1153}) check_linear(k, dtype, c, {5, inputs, 23}, random);
     for (int64_t outputs = 1; outputs <= 64; ++outputs) check_linear(k, dtype, c, {7, 9, outputs}, random);
   }
@@ -459,6 +475,7 @@ void check_kernels(const Kernels& k, Dtype dtype) {
         check_swiglu(k, dtype, c, {1 + random.below(13), inputs, columns}, random);
     for (int64_t rows = 1; rows <= 26; ++rows) check_swiglu(k, dtype, c, {rows, 37, 64}, random);
     check_swiglu(k, dtype, c, {5, 769, 64}, random);
+    check_swiglu(k, dtype, c, {50, 545, 64}, random);
   }
   check_gelu(k, dtype);
   check_silu(k, dtype);
@@ -487,6 +504,7 @@ void check_kernels(const Kernels& k, Dtype dtype) {
         for (Into into : {Into::kNothing, Into::kElsewhere, Into::kProduct})
           if (!half || into != Into::kProduct) check_unfold(k, half, into, rows, columns, random);
       }
+  k.end();
 }
 
 }  // namespace test

@@ -1,7 +1,7 @@
 // The kernels and the engine against plain loops in double precision, without PyTorch: made to be built with
 // sanitizers. All memory has exactly the size that the interface asks for.
 //
-//   engine_test kernels | models | batches | threads | steady | garbled | wrong | claims
+//   engine_test kernels | tiles | choice | models | batches | threads | callers | steady | garbled | wrong | claims
 
 #include "checks.h"
 
@@ -22,6 +22,7 @@ std::vector<Set> sets() {
 #if defined(WITH_AVX512)  // emulated: it runs everywhere
   out.push_back({"avx512", &kAvx512Float32, &kAvx512BFloat16});
   out.push_back({"avx512_bf16", &kAvx512Float32, &kAvx512Bf16BFloat16});
+  out.push_back({"amx_bf16", &kAvx512Float32, &kAmxBf16BFloat16});
 #endif
   return out;
 }
@@ -37,17 +38,30 @@ void check_all_kernels() {
 struct Group {
   const char* name;
   void (*check)();
-  bool all_sets;  // else it is about the engine, whatever its kernels
+  enum { kOne, kTwo, kAll } sets;  // one: it is about the engine, whatever its kernels; two: those and tiles
 };
 const Group kGroups[] = {
-    {"kernels", check_all_kernels, true}, {"models", check_models, true},    {"batches", check_batches, true},
-    {"threads", check_threads, false},    {"callers", check_callers, false}, {"steady", check_steady, false},
-    {"garbled", check_garbled, false},    {"wrong", check_wrong, false},     {"claims", check_claims, false},
+    {"kernels", check_all_kernels, Group::kAll},
+    {"choice", check_choice, Group::kTwo},
+    {"models", check_models, Group::kAll},
+    {"batches", check_batches, Group::kAll},
+    {"threads", check_threads, Group::kTwo},
+    {"callers", check_callers, Group::kOne},
+    {"steady", check_steady, Group::kOne},
+    {"garbled", check_garbled, Group::kOne},
+    {"wrong", check_wrong, Group::kOne},
+    {"claims", check_claims, Group::kOne},
+#if defined(WITH_AVX512)
+    {"tiles", check_tiles, Group::kOne},
+#endif
 };
 
 int run_group(const Group& group) {
   std::vector<Set> all = sets();
-  if (!group.all_sets) all = {all[all.size() > 1 ? 1 : 0]};
+  // The last has tiles, which each thread configures.
+  const Set fast = all[all.size() > 1 ? 1 : 0];
+  if (group.sets == Group::kTwo && all.size() > 2) all = {fast, all.back()};
+  if (group.sets == Group::kOne) all = {fast};
   for (const Set& set : all) {
     current = set;
     group.check();

@@ -281,7 +281,7 @@ class Packed {
  public:
   explicit Packed(const PlainModel& model) : dtype_(model.shape_.dtype) {
     const Shape& s = model.shape_;
-    layout = {5,
+    layout = {6,
               static_cast<int64_t>(dtype_),
               s.embed_dim,
               s.head_dim,

@@ -1,6 +1,10 @@
 """What an installation asks for and says; building itself is what installing for these tests has done."""
 
+import os
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +71,27 @@ def test_an_older_pytorch_is_not_built_with(backend, tmp_path):
 def test_the_version_is_a_literal_that_a_build_can_read_without_importing_pytorch():
     text = (ROOT / "vtp/__init__.py").read_text()
     assert f'__version__ = "{vtp.__version__}"' in text
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86")
+@pytest.mark.skipif(build_backend.find_compiler() is None, reason="there is no C++ compiler")
+def test_a_compiler_that_does_not_know_amx_builds_the_rest_and_that_is_said(tmp_path):
+    old = tmp_path / "old"
+    command = build_backend.find_compiler()
+    old.write_text(f'#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec {command} "$@"\n')
+    old.chmod(0o755)
+    said = {}
+    for compiler in (command, str(old)):
+        run = subprocess.run(
+            [sys.executable, "setup.py", "--version"],
+            cwd=ROOT, env=os.environ | {"CXX": compiler}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        said[compiler] = run.stderr
+    assert "vtp: amx_bf16.cpp left out" in said[str(old)] and "left out" not in said[command]
+    # What is built then asks for no kernels that are not there.
+    source = ROOT / "csrc" / "cpu" / "instruction_sets.cpp"
+    symbols = tmp_path / "sets.s"
+    flags = ["-std=c++17", "-DVTP_WITHOUT_AMX", "-S", str(source), "-o", str(symbols)]
+    subprocess.run([*command.split(), *flags], check=True)
+    assert "kAvx512Bf16" in symbols.read_text() and "kAmxBf16" not in symbols.read_text()

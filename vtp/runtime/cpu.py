@@ -19,10 +19,13 @@ from vtp.pruning.compact import CompactAttention, CompactDistilledViT, is_erf_ge
 from vtp.runtime.packed import PackedAttention, PackedBlock, PackedLinear, PackedMlp, PackedNorm
 from vtp_kernels.library import cpp_unsupported_reason
 
-_FORMAT = 5  # of the list of integers; csrc/cpu/model.cpp has the same
+_FORMAT = 6  # of the list of integers; csrc/cpu/model.cpp has the same
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PANEL = 16  # outputs whose weights lie side by side
+_TILE_INPUTS = 32  # of a panel in bfloat16 there is a whole multiple
 _ALIGNMENT = 64  # bytes: a cache line
+# Of the sets whose kernels for bfloat16 have activations in it too; those of others are float32.
+_INPUT_STEPS = {"avx512_bf16": 2, "amx_bf16": _TILE_INPUTS}
 
 
 def unsupported_reason(vit: VisionTransformer | Eva, dtype: torch.dtype) -> str | None:
@@ -93,13 +96,23 @@ def _is_plain(vit: VisionTransformer | Eva) -> bool:
 def panels(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight [out, in] as the micro-kernels read it, 16 outputs side by side, padded with zeros.
 
-    float32: [out / 16, in, 16]; bfloat16, two inputs side by side: [out / 16, in / 2, 16, 2].
+    float32: [out / 16, in, 16]; bfloat16, two inputs side by side, padded to 32: [out / 16, in / 2, 16, 2].
     """
     outputs, inputs = weight.shape
     pairs = dtype == torch.bfloat16
-    padded = F.pad(weight.to(dtype), (0, inputs % 2 if pairs else 0, 0, -outputs % _PANEL))
+    padded = F.pad(weight.to(dtype), (0, -inputs % _TILE_INPUTS if pairs else 0, 0, -outputs % _PANEL))
     by_panel = padded.unflatten(0, (-1, _PANEL))
     return (by_panel.unflatten(-1, (-1, 2)) if pairs else by_panel).transpose(1, 2).contiguous()
+
+
+def activations(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows [M, K] as the operator `cpu_linear` takes them beside `panels` in `dtype`.
+
+    They get the dtype that the engine's activations have then, bfloat16 or float32, and zeros up to a
+    multiple of the inputs that it reads at once.
+    """
+    step = _INPUT_STEPS.get(torch.ops.vtp.cpu_isa()) if dtype == torch.bfloat16 else None
+    return x.float() if step is None else F.pad(x, (0, -x.shape[1] % step)).bfloat16()
 
 
 def rotary_table(rope: Tensor, prefix_tokens: int, rotate_half: bool) -> Tensor:

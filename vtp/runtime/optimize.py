@@ -84,12 +84,13 @@ class Backend:
             can.
         pack: called with the same and `optimize`'s features; the module that runs. It may take the packed
             model apart.
-        engine: called with the reasons of the backends before it; its name, for `OptimizedViT.engine`.
+        engine: called with the dtype and the reasons of the backends before it; its name, for
+            `OptimizedViT.engine`.
     """
 
     unsupported_reason: Callable[[CompactModel, torch.dtype], str | None]
     pack: Callable[[CompactModel, torch.dtype, bool], nn.Module]
-    engine: Callable[[Sequence[str]], str]
+    engine: Callable[[torch.dtype, Sequence[str]], str]
 
 
 def _for_ops(packed: CompactModel, dtype: torch.dtype, features: bool) -> CompactModel:
@@ -111,12 +112,16 @@ def _for_cpp(packed: CompactModel, dtype: torch.dtype, features: bool) -> nn.Mod
     return (cpu.pack_blocks if features else cpu.pack)(packed, dtype)
 
 
-CPP = Backend(cpu.unsupported_reason, _for_cpp, lambda reasons: f"C++, {torch.ops.vtp.cpu_isa()}")
-OPS = Backend(lambda packed, dtype: None, _for_ops, lambda reasons: "ops of vtp_kernels")
+CPP = Backend(
+    cpu.unsupported_reason,
+    _for_cpp,
+    lambda dtype, reasons: f"C++, {torch.ops.vtp.cpu_choice(dtype == torch.bfloat16)}",
+)
+OPS = Backend(lambda packed, dtype: None, _for_ops, lambda dtype, reasons: "ops of vtp_kernels")
 BACKENDS = (
     dataclasses.replace(OPS, unsupported_reason=_not_on_gpu),
     CPP,
-    dataclasses.replace(OPS, engine=lambda reasons: f"plain PyTorch: {reasons[-1]}"),
+    dataclasses.replace(OPS, engine=lambda dtype, reasons: f"plain PyTorch: {reasons[-1]}"),
 )
 
 
@@ -133,7 +138,7 @@ def _on_first_of(
         if reason is None:
             break
         reasons.append(reason)
-    fast = OptimizedViT(backend.pack(packed, dtype, features), spec, backend.engine(reasons))
+    fast = OptimizedViT(backend.pack(packed, dtype, features), spec, backend.engine(dtype, reasons))
     fast.pretrained_cfg = described(model)
     fast.feature_info = copy.deepcopy(model.feature_info)
     fast.constants_moved = not features and _has_constants(model)

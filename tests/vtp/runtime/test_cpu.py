@@ -34,14 +34,14 @@ from tests.support.engine_cases import (
 from tests.support.models import TINY, build, gated, image
 from tests.support.numerics import assert_close_to_float64
 from tests.support.processes import python
-from vtp.runtime.cpu import CpuBlocks, CpuViT, panels
+from vtp.runtime.cpu import CpuBlocks, CpuViT, activations, panels
 from vtp.training.data import open_data
 from vtp.training.loaders import test_loader
 from vtp.zoo import FASHION_DEIT, open_model
 from vtp_kernels.library import cpp_unsupported_reason
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 ROOT = Path(__file__).parents[3]
 
 missing = cpp_unsupported_reason()
@@ -186,8 +186,8 @@ def test_one_layer_alone_is_computed(shape, dtype):
     rows, inputs, outputs = shape
     torch.manual_seed(0)
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs).to(DTYPES[dtype])
-    bias, half = torch.randn(outputs), torch.ops.vtp.cpu_isa() == "avx512_bf16" and dtype == "bf16"
-    x = x.bfloat16() if half else x
+    bias, x = torch.randn(outputs), activations(x, DTYPES[dtype])
+    weight = F.pad(weight, (0, x.shape[1] - inputs))
     packed = panels(weight, DTYPES[dtype]).flatten().view(torch.uint8)
     padded = F.pad(bias, (0, -outputs % 16))
     got = torch.ops.vtp.cpu_linear(x, packed, padded, outputs, dtype == "bf16")[:, :outputs]
@@ -253,6 +253,21 @@ def test_a_wrong_instruction_set_is_refused_with_those_that_run_here():
     assert sets_here() == SETS[: len(sets_here())]
 
 
+@built
+@pytest.mark.skipif("VTP_CPU_ISA" in os.environ, reason="a set is forced")
+def test_the_engine_says_which_set_was_taken_for_a_dtype_and_why():
+    """Those that a machine with dot products of bfloat16 has to choose from are the last of its sets."""
+    small = compact_model("tiny")
+    single, half = (vtp.optimize(small, dtype).engine for dtype in DTYPES.values())
+    chosen, best = torch.ops.vtp.cpu_isa(), sets_here()[-1]
+    if best in SETS[:3]:
+        assert single == half == f"C++, {best}" == f"C++, {chosen}"
+    else:
+        assert single == "C++, avx512"
+        assert re.fullmatch(rf"C\+\+, {chosen}: .*\d\.\dx as fast as avx512.* in a trial.*", half)
+        assert half == vtp.optimize(small, torch.bfloat16).engine
+
+
 def check_models(names: Sequence[str], shapes: Sequence[str], random_models: int) -> None:
     """What one instruction set has to pass, in a process of its own; prints its name."""
     torch.set_num_threads(1)
@@ -261,6 +276,7 @@ def check_models(names: Sequence[str], shapes: Sequence[str], random_models: int
             check(compact_model(name), dtype)
         for shape in shapes:
             check(compact_model("tiny", **SHAPES[shape]), dtype)
+        assert vtp.optimize(compact_model("tiny"), dtype).engine.endswith(": as VTP_CPU_ISA has it")
     check_random_models(random_models)
     print(torch.ops.vtp.cpu_isa())
 

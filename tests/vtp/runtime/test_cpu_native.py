@@ -1,6 +1,7 @@
 """The C++ of the CPU engine without PyTorch: `tests/native`, built with sanitizers and run.
 
-AVX-512 instructions are emulated (tests/native/emulated), so that its kernels are tested on every machine.
+AVX-512 and AMX instructions are emulated (tests/native/emulated), so that its kernels are tested on every
+machine.
 """
 
 import os
@@ -29,12 +30,16 @@ ENGINE = {
     CPU / "portable.cpp": [],
     CPU / "model.cpp": [],
     CPU / "engine.cpp": [],
+    CPU / "trial.cpp": [],
+    CPU / "amx_support.cpp": [],
     NATIVE / "main.cpp": CHECKS,
     NATIVE / "kernel_checks.cpp": CHECKS,
     NATIVE / "engine_checks.cpp": CHECKS,
+    NATIVE / "choice_checks.cpp": CHECKS,
 }
 # The engine first: of a function that both have, the linker takes the first, here the one with sanitizers.
-EVERY_SET = {CPU / "avx512.cpp": EMULATED, CPU / "avx512_bf16.cpp": EMULATED}
+EVERY_SET = {CPU / f"{name}.cpp": EMULATED for name in ("avx512", "avx512_bf16", "amx_bf16")}
+EVERY_SET[NATIVE / "tile_checks.cpp"] = [*EMULATED, *CHECKS]
 if X86:
     EVERY_SET[CPU / "avx2.cpp"] = ["-mavx2", "-mfma"]
 EVERY_SET |= ENGINE
@@ -106,6 +111,14 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sanitizers as o
 
 def test_a_kernel_agrees_with_plain_loops_and_stays_in_its_memory(memory_checked):
     check(memory_checked, "kernels")
+
+
+def test_emulated_tiles_multiply_and_fault_as_a_processor_does(memory_checked):
+    check(memory_checked, "tiles")
+
+
+def test_only_right_and_fast_kernels_are_chosen_and_tiles_where_all_allow_them(memory_checked):
+    check(memory_checked, "choice")
 
 
 def test_a_model_agrees_with_plain_loops_and_stays_in_its_memory(memory_checked):
