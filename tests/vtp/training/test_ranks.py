@@ -277,7 +277,11 @@ def end_of(out: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """Weights and metrics, without times, of a run that has ended."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     history = [
-        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second", "loader_wait")}
+        {
+            k: v
+            for k, v in json.loads(line).items()
+            if k not in ("seconds", "images_per_second", "loader_wait")
+        }
         for line in lines
     ]
     return vtp.load(out / "dense.safetensors").state_dict(), history
