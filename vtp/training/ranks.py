@@ -139,9 +139,9 @@ def _rendezvous(url: str, timeout: timedelta = TIMEOUT, **rest: Any) -> Iterator
     """PyTorch's "env://", in a part of the store that only this start of the processes uses.
 
     The store of torchrun's agent outlives a restart, with the addresses of the processes before: who reads
-    one of them waits for it until the time is over. Each agent counts restarts by itself, so that the part can
-    be named after them where there is one agent; with several TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a
-    store for each start.
+    one of them waits for it until the time is over. Each agent counts restarts by itself, so that the part
+    can be named after them where there is one agent; with several TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes
+    a store for each start.
     """
     store, *place = next(distributed.rendezvous("env://", timeout=timeout, **rest))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
