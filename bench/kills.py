@@ -169,7 +169,7 @@ class _Run:
             said = self.text(rank).splitlines()[-1]
             if f"rank {victim} " not in said or self.processes[rank].exitcode != 1:
                 raise Damage(f"rank {rank} ended with {self.processes[rank].exitcode}:\n{self.text(rank)}")
-        return stage.split(" ")[-1], victim, took, said
+        return {"PruningPlan": "cut"}.get(stage, stage.split(" ")[-1]), victim, took, said
 
     def _join(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

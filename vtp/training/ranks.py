@@ -89,7 +89,7 @@ def accelerator(precision: str = "no") -> Accelerator:
     started = get_int_from_env(WORLD_SIZES, 1)
     # Accelerate looks for several processes on a CPU only if told that there is nothing else.
     cpu = started > 1 and not torch.accelerator.is_available()
-    limit = InitProcessGroupKwargs(timeout=TIMEOUT)
+    limit = InitProcessGroupKwargs(timeout=TIMEOUT, init_method="vtp-env://")
     # While it waits for the others there is nothing to save, and it cannot be woken.
     with immediate_signals():
         made = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[limit])
@@ -133,6 +133,24 @@ def note_begun(name: str) -> None:
     store = _store_of_job()
     if store is not None:
         store.set(f"vtp/{name}", "1")
+
+
+def _rendezvous(url: str, timeout: timedelta = TIMEOUT, **rest: Any) -> Iterator[Any]:
+    """PyTorch's "env://", in a part of the store that only this start of the processes uses.
+
+    The store of torchrun's agent outlives a restart, with the addresses of the processes before: who reads
+    one of them waits for it until the time is over. Each agent counts restarts by itself, so that the part
+    can be named after them where there is one agent; with several TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes
+    a store for each start.
+    """
+    store, *place = next(distributed.rendezvous("env://", timeout=timeout, **rest))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    yield store, *place
+
+
+if distributed.is_available():
+    distributed.register_rendezvous_handler("vtp-env", _rendezvous)
 
 
 def _store_of_job() -> distributed.Store | None:
