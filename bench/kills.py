@@ -1,7 +1,7 @@
 """Kill a random process of a run at a random moment, continue the run, and see that nothing of it shows.
 
     python -m bench.kills --kills 50                # some ten minutes on two idle cores
-    python -m bench.kills --kills 50 --data DATA    # as `vtp run` takes it, instead of images that it makes
+    python -m bench.kills --kills 50 --data DATA    # as `vtp run` takes it, instead of shards that it makes
 
 `vtp run` in all three stages, on two processes (gloo, one thread each), of a tiny DeiT with a new head. One
 that is killed by SIGKILL takes the other one with it, within LIMIT seconds and with a message that names its
@@ -10,6 +10,7 @@ three times, and ends with the models, metrics and accuracies of a run that nobo
 """
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import random
 import signal
 import socket
 import sys
+import tarfile
 import tempfile
 import time
 from collections import Counter
@@ -80,8 +82,8 @@ def kill_runs(folder: Path, kills: int, *, seed: int = 0, data: str | None = Non
     model = folder / "model.safetensors"
     vtp.save(_tiny(), model)
     if data is None:
-        data = str(folder / "images")
-        _make_images(folder / "images")
+        data = str(folder / "shards")
+        _make_shards(folder / "shards")
     command = _command(str(model), data, epochs)
     run = _Run(folder / "undisturbed", command)
     seconds = run.to_the_end()
@@ -227,16 +229,21 @@ def _tiny() -> torch.nn.Module:
     )  # fmt: skip
 
 
-def _make_images(root: Path) -> None:
-    """An image folder of three classes that differ in brightness."""
+def _make_shards(root: Path) -> None:
+    """Four webdataset shards for training and one to test on, of three classes that differ in brightness."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", 64), ("val", 16)):
-        for label in range(3):
-            path = root / split / f"class{label}"
-            path.mkdir(parents=True, exist_ok=True)
-            for i in range(count):
-                pixels = rng.integers(0, 120, (28, 28)) + 60 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(path / f"{i}.png")
+    for split, shards, count in (("train", 4, 48), ("val", 1, 48)):
+        (root / split).mkdir(parents=True, exist_ok=True)
+        for shard in range(shards):
+            with tarfile.open(root / split / f"{shard:03d}.tar", "w") as tar:
+                for number in range(count):
+                    label, image = number % 3, io.BytesIO()
+                    pixels = rng.integers(0, 120, (28, 28)) + 60 * label
+                    Image.fromarray(pixels.astype(np.uint8)).save(image, "PNG")
+                    for ending, content in (("png", image.getvalue()), ("cls", str(label).encode())):
+                        member = tarfile.TarInfo(f"{shard:03d}{number:05d}.{ending}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
 
 
 # ------------------------------------------------------------------------------------------------ what shows
