@@ -166,6 +166,8 @@ class _Run:
             line for line in self.text(0).splitlines() if line.startswith(("stage ", "Pruning", "comparing"))
         ]
         stage = lines[-1].split(":")[0] if lines else "start"
+        if stage == "comparing" and victim and self.processes[0].exitcode == 0:
+            return "", None, took, ""  # it had done its work, and rank 0 did without it what was left
         said = ""
         for rank in set(alive) - {victim}:
             said = self.text(rank).splitlines()[-1]
