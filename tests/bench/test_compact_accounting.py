@@ -141,14 +141,14 @@ def test_a_compact_model_costs_what_it_keeps(base, batch):
     kept, packed = found["kept"], found["packed"]
     assert kept["flops"] <= packed["flops"] <= 1.01 * kept["flops"]  # widths are multiples of 8
     assert packed["tiled_flops"] <= 1.06 * kept["flops"] < found["padded"]["flops"]
-    # Of many rows GELU and the residual are passes of their own.
+    # Of many rows GELU is a pass of its own, and so is the residual of the last branch.
     of_many_rows = batch > 5
     moved = packed["dram_bytes"] - packed["partial_bytes"]
     assert moved <= (1.5 if of_many_rows else 1.1) * kept["dram_bytes"]
     assert packed["dram_bytes"] < found["eager"]["dram_bytes"]
-    launches = 10 if of_many_rows else 7
-    assert packed["launches"] == launches * len(base.blocks)
-    assert found["folded"]["launches"] == (launches - 2) * len(base.blocks)
+    launches = 8 * len(base.blocks) + 1 if of_many_rows else 7 * len(base.blocks)
+    assert packed["launches"] == launches
+    assert found["folded"]["launches"] == launches - 2 * len(base.blocks)
     for who in ("packed", "eager"):
         layers = [sums[who] for sums in found["layers"].values()]
         assert all(sums["launches"] for sums in layers)

@@ -63,6 +63,7 @@ def test_a_packed_model_gives_the_features_of_the_compact_one(family):
     fast, images = pack_for_ops(small), image(small)
     assert relative_error(fast.forward_features(images), small.forward_features(images)) < 1e-12
     assert relative_error(fast.forward_head(fast.forward_features(images)), small(images)) < 1e-12
+    fast = pack_for_ops(small, features=True)
     final, maps = fast.forward_intermediates(images, indices=[0, 1])
     assert relative_error(final, small.forward_features(images)) < 1e-12
     for got, want in zip(maps, small.forward_intermediates(images, indices=[0, 1])[1], strict=True):

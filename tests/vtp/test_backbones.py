@@ -158,13 +158,26 @@ def test_blocks_put_out_what_they_should_where_branches_are_constants(changes):
     want = small.forward_intermediates(images)
     for fast, bound in packings(small):
         assert_same(fast.forward_intermediates(images.to(fast.dtype)), want, bound)
-    moved = pack_for_ops(small)  # faster, as constants of a later block lie in an earlier one
-    assert relative_error(moved.forward_features(images), small.forward_features(images)) < EXACT
+
+
+DEAD_ATTENTION = ("0.attn.qkv", "1.attn.qkv", "2.attn.qkv")
+
+
+@pytest.mark.parametrize(
+    ("dead", "reason"),
+    [((), "its blocks write what they read"), (DEAD_ATTENTION, "cut to constants may lie in earlier blocks")],
+    ids=["in-place", "constants"],
+)
+def test_what_is_packed_without_features_says_why_it_shows_none_between_its_blocks(dead, reason):
+    small = with_dead_parts(dead, torch.float64, depth=3)
+    images, fast = image(small), pack_for_ops(small)
+    assert relative_error(fast.forward_features(images), small.forward_features(images)) < EXACT
     for call in (
-        lambda: moved.forward_intermediates(images),
-        lambda: FeatureGetterNet(moved, out_indices=(0,)),
+        lambda: fast.forward_intermediates(images),
+        lambda: fast.prune_intermediate_layers([0]),
+        lambda: FeatureGetterNet(fast, out_indices=(0,)),
     ):
-        with pytest.raises(ValueError, match=r"cut to constants may lie in earlier blocks; .*features=True"):
+        with pytest.raises(ValueError, match=f"{reason}.*; .*features=True"):
             call()
 
 

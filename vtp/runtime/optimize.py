@@ -35,7 +35,14 @@ from vtp.model.architecture import class_name, refuse_changed_behaviour, wrapped
 from vtp.model.images import described
 from vtp.pruning.compact import CompactBlock, CompactModel, ConstantBranch
 from vtp.runtime import cpu
-from vtp.runtime.packed import PackedBlock, PatchProduct, absorb_constants, add_in_place
+from vtp.runtime.packed import (
+    PackedAttention,
+    PackedBlock,
+    PackedMlp,
+    PatchProduct,
+    absorb_constants,
+    add_in_place,
+)
 from vtp_kernels.library import autocast_is_on
 
 # Of packed models; float64 is for comparisons. Images may be of the first three whatever the model is.
@@ -141,7 +148,8 @@ def _on_first_of(
     fast = OptimizedViT(backend.pack(packed, dtype, features), spec, backend.engine(dtype, reasons))
     fast.pretrained_cfg = described(model)
     fast.feature_info = copy.deepcopy(model.feature_info)
-    fast.constants_moved = not features and _has_constants(model)
+    if not features:
+        fast.opaque = _opaque(model, fast.vit)
     del packed  # with the copies on the way, twice the size of what is left
     return_freed_memory()
     return fast
@@ -180,8 +188,15 @@ def packed_model(model: CompactModel, dtype: torch.dtype, *, features: bool = Fa
     return vit.eval()
 
 
-def _has_constants(model: CompactModel) -> bool:
-    return any(isinstance(part, ConstantBranch) for block in model.blocks for part in (block.attn, block.mlp))
+def _opaque(model: CompactModel, vit: nn.Module) -> str | None:
+    """See `OptimizedViT.opaque`, of a model that was packed without `features`."""
+    branches = [part for part in vit.modules() if isinstance(part, PackedAttention | PackedMlp)]
+    if any(branch.adds_in_place for branch in branches):
+        return "its blocks write what they read, and leave biases to later ones"
+    parts = [part for block in model.blocks for part in (block.attn, block.mlp)]
+    if any(isinstance(part, ConstantBranch) for part in parts):
+        return "what branches add that were cut to constants may lie in earlier blocks"
+    return None
 
 
 def _refuse_changed_blocks(model: CompactModel) -> None:
@@ -250,12 +265,12 @@ class OptimizedViT(nn.Module):
         engine: what it runs on, in words, with the reason where that is not the fastest there is.
         pretrained_cfg: the model's, for `timm.data.resolve_model_data_config`.
         feature_info: the model's: channels and stride of what each block puts out, for timm's wrappers.
-        constants_moved: whether what a branch adds that was cut to a constant may lie in an earlier block.
+        opaque: why what is between its blocks is not what the model has there, None where it is.
     """
 
     pretrained_cfg: dict | None = None
     feature_info: list[dict] | None = None
-    constants_moved = False
+    opaque: str | None = None
 
     def __init__(self, vit: nn.Module, images: ImageSpec, engine: str) -> None:
         super().__init__()
@@ -323,7 +338,7 @@ class OptimizedViT(nn.Module):
 
         Raises:
             ValueError: it was packed without `features`, and the C++ engine runs the whole model, or
-                constants were moved between blocks; or as `forward`.
+                `opaque`; or as `forward`.
             TypeError: as `forward`.
         """
         vit = self._block_by_block("forward_intermediates")
@@ -353,9 +368,8 @@ class OptimizedViT(nn.Module):
     def _block_by_block(self, method: str) -> nn.Module:
         """The model, as timm goes through it, for a method that looks at what is between its blocks."""
         self._timms(method)
-        if self.constants_moved:
-            reason = "what branches add that were cut to constants may lie in earlier blocks"
-            raise self._missing(method, reason)
+        if self.opaque is not None:
+            raise self._missing(method, self.opaque)
         return cpu.block_by_block(self.vit)
 
     @staticmethod

@@ -78,12 +78,10 @@ class PackedLinear(nn.Module):
         self.out_features = len(self.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [..., in] to [..., out]."""
+        """x [..., in] to [..., out]; where the bias is left to others, in the place of the residual."""
+        if residual is not None and self.bias is None:
+            return add_linear_(residual, x, self.weight)
         return compact_linear(x, self.weight, self.bias, residual=residual)[..., : self.out_features]
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + what `forward` makes of x; in its place, where the bias is left to others."""
-        return self(x, residual) if self.bias is not None else add_linear_(residual, x, self.weight)
 
 
 class PatchProduct(nn.Module):
@@ -178,6 +176,11 @@ class PackedAttention(nn.Module):
         """Whether a product of its own adds to the residual stream."""
         return True
 
+    @property
+    def adds_in_place(self) -> bool:
+        """Whether it writes its input, and leaves its bias to others."""
+        return self.proj.bias is None
+
     def is_faster_padded(self, tokens: int) -> bool:
         """Whether PyTorch's fused attention of padded heads takes less time than `ragged_attention` on a GPU,
         what it costs the products before and behind it included."""
@@ -209,14 +212,14 @@ class PackedAttention(nn.Module):
         if rope is not None and self.heads.rotates_by_op(rope):  # in place: nobody else has seen it
             qkv, rope = rotate_heads_(qkv, *self.heads.rotation(rope)), None
         if self.padded_head:
-            return self.proj.add_to(x, self._attend_padded(qkv, attn_mask, is_causal))
+            return self.proj(self._attend_padded(qkv, attn_mask, is_causal), residual=x)
         out = self.heads.attend(qkv, attn_mask, is_causal, rope, on_kernels=True)
         out = self.heads.norm(out)
         missing = self.proj.in_features - out.shape[-1]
         if missing:  # an op's result has them in its padding, as zeros
             is_padded = out.stride(-2) == self.proj.in_features
             out = whole_rows(out) if is_padded else F.pad(out, (0, missing))
-        return self.proj.add_to(x, out)
+        return self.proj(out, residual=x)
 
 
 class PackedMlp(nn.Module):
@@ -236,9 +239,9 @@ class PackedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normalized, fc1, fc2 = self.norm(x), self.fc1, self.fc2
         if not self.fused:
-            return fc2.add_to(x, self.hidden_norm(activated(self, fc1(normalized))))
+            return fc2(self.hidden_norm(activated(self, fc1(normalized))), residual=x)
         if fc2.bias is None:
-            return fc2.add_to(x, compact_linear(normalized, fc1.weight, fc1.bias, activation="gelu"))
+            return fc2(compact_linear(normalized, fc1.weight, fc1.bias, activation="gelu"), residual=x)
         weights = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         return compact_mlp(normalized, *weights, x, "swiglu" if self.glu else "gelu")
 
@@ -246,6 +249,11 @@ class PackedMlp(nn.Module):
         """Whether a product of its own adds to the residual stream: `compact_mlp` makes the whole branch in
         one kernel where rows are short, and with SwiGLU both products."""
         return not (self.fused and (self.glu or self.fc2.out_features <= WIDEST_FUSED))
+
+    @property
+    def adds_in_place(self) -> bool:
+        """Whether it writes its input, and leaves its bias to others."""
+        return self.fc2.bias is None
 
 
 class PackedBlock(nn.Module):

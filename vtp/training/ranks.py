@@ -123,6 +123,9 @@ def begun_by_this_job(name: str) -> bool:
     torchrun's agent starts all processes anew when one of them fails or a node joins, by the command as it
     was. What has begun is noted in the store of that agent, which lives as long as the job, so that what
     another job has left in a folder is none of it.
+
+    Raises:
+        ConnectionError: the agent is gone, and has left its processes behind.
     """
     store = _store_of_job()
     return store is not None and store.check([f"vtp/{name}"])
@@ -157,7 +160,13 @@ def _store_of_job() -> distributed.Store | None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=JOINING))
+    try:
+        return distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=GRACE))
+    except distributed.DistError as error:
+        raise ConnectionError(
+            f"torchrun, which started this process, does not answer at {address}:{port} any more; expected "
+            "it to live as long as its processes"
+        ) from error
 
 
 def blame(text: str, status: int, *, certain: bool) -> Loss | None:

@@ -75,6 +75,12 @@ def find_shards(folder: Path) -> dict[str, ShardSplit]:
             return said
     folders = [folder / name for name in ("train", *TEST_SPLITS) if (folder / name).is_dir()]
     paths = [path for each in (folder, *folders) for path in each.glob("*.tar") if path.is_file()]
+    compressed = [str(path) for each in (folder, *folders) for path in each.iterdir() if _is_compressed(path)]
+    if paths and compressed:
+        raise DataError(
+            f"data: {len(compressed)} shards of {folder} are compressed, expected none: unpack them, or move "
+            f"them elsewhere: {in_short(compressed, 4)}"
+        )
     if not paths or any(_holds_folders(each) for each in folders):
         return {}
     named = any(_split_word(path.relative_to(folder)) for path in paths)
@@ -103,6 +109,10 @@ def expand_shards(pattern: str) -> dict[str, ShardSplit]:
             raise DataError(f"data: there is no shard {each}, which {pattern!r} stands for")
         paths += found
     return _by_names([Path(path) for path in paths], Path(os.path.commonpath(map(os.path.dirname, paths))))
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.name.lower().endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))
 
 
 def _holds_folders(folder: Path) -> bool:
@@ -194,7 +204,7 @@ def index_of(path: str, label_field: str | None = None) -> ShardIndex:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return ShardIndex(**arrays)
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         pass  # none, or of no use
     index = _examined(path, _read_index(path, label_field))
     try:
@@ -268,12 +278,14 @@ def _samples(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 elif ending in ("cls", "json"):
                     file.seek(member.offset_data)
                     files[ending] = file.read(member.size)
-            # tarfile takes a header that it cannot read for the end, as it does a file that just stops.
+            # tarfile takes for the end a header that it cannot read or that is zeros, and a file that stops.
             file.seek(tar.offset)
-            if file.read(len(_END)) != _END:
+            rest = file.read(tarfile.RECORDSIZE + 1)
+            if len(rest) < len(_END) or len(rest) > tarfile.RECORDSIZE or any(rest):
                 raise DataError(
-                    f"{path}: damaged or cut short after {key or 'its beginning'}: expected the mark of the "
-                    f"end of a tar file at byte {tar.offset:,}"
+                    f"{path}: damaged or cut short, or several in one, after {key or 'its beginning'}: "
+                    f"expected the mark of the end of a tar file at byte {tar.offset:,}, and at most "
+                    f"{tarfile.RECORDSIZE:,} bytes of zeros from there on"
                 )
     except DataError:
         raise
@@ -291,6 +303,8 @@ def _label(path: str, key: str, files: Mapping[str, bytes], label_field: str | N
             found = files["cls"].decode()
         else:
             found = json.loads(files["json"])[label_field or LABEL_FIELD]
+        if isinstance(found, str) and re.fullmatch(r"\s*[+-]?[0-9]+\s*", found, re.ASCII) is None:
+            raise ValueError(f"got {found!r}")  # of which Python reads more as a number, such as 1_0
         label = int(found)
         if isinstance(found, bool) or float(found) != label or abs(label) >= 2**31:
             raise ValueError(f"got {found!r}")

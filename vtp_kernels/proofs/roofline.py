@@ -26,6 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
@@ -162,7 +163,9 @@ def _compact_linear(a: SimpleNamespace) -> Work:
     loads = {"x": (x_rows, inputs), "weight": (w_rows, inputs)}
     if a.partial is not None:
         return Work(grid.tiles * parts, loads, "partial", 2 * a.M * a.N * a.K, tiled)
-    loads |= {"bias": (w_rows,), "residual": (a.M, a.N)}
+    if a.bias_width:  # what stands for no bias is not read
+        loads["bias"] = (w_rows,)
+    loads["residual"] = a.M, a.N
     return Work(grid.tiles, loads, "out z", 2 * a.M * a.N * a.K, tiled)
 
 
@@ -313,7 +316,8 @@ class Recorder(TritonSides):
         read = loads = sum(map(_size, operands))
         written = sum(map(_size, results))
         flops = 0
-        if count := flop_registry.get(func.overloadpacket):
+        in_place = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # which has no formula of its own
+        if count := flop_registry.get(in_place.get(func.overloadpacket, func.overloadpacket)):
             flops = count(*args, **kwargs, out_val=result)
             if results[0].ndim == operands[-1].ndim in (2, 3):  # mm, addmm, bmm
                 (*batch, rows, columns), inner = results[0].shape, operands[-1].shape[-2]

@@ -243,6 +243,21 @@ def test_index_is_made_once_and_again_where_the_shard_is_another(
     assert not list(cache.glob(".*")), "nothing is left half written"
 
 
+@pytest.mark.parametrize("content", [b"", b"PK", b"no index"])
+def test_damaged_index_is_made_again(folder: Path, cache: Path, content: bytes) -> None:
+    expected = open_data(folder).train.reader.labels
+    for file in cache.glob("*.npz"):
+        file.write_bytes(content)
+    assert np.array_equal(open_data(folder).train.reader.labels, expected)
+
+
+@pytest.mark.parametrize("name", ["1.tar.gz", "1.TGZ"])
+def test_compressed_shard_beside_others_is_refused(folder: Path, name: str) -> None:
+    (folder / "train" / name).write_bytes(b"")
+    with pytest.raises(DataError, match=f"1 shards of .* are compressed, .*{name}"):
+        open_data(folder)
+
+
 def test_folder_that_cannot_be_written_is_no_obstacle(folder: Path, cache: Path) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_text("a file where the folder would be")
@@ -267,6 +282,8 @@ def damage(file: Path, how) -> None:
         (lambda raw: raw[:7000], r"train/001\.tar: .*damaged or cut short"),
         (lambda raw: raw[:5120], r"train/001\.tar: .*damaged or cut short"),
         (lambda raw: raw[:2560] + bytes([1]) * 512 + raw[3072:], r"train/001\.tar: .*damaged or cut short"),
+        (lambda raw: raw[:3072] + bytes(len(raw) - 3072), r"train/001\.tar: damaged or cut short"),
+        (lambda raw: raw + raw, r"train/001\.tar: .*several in one"),
         (lambda raw: b"", r"train/001\.tar: .*no uncompressed tar file.*empty file"),
         (lambda raw: b"\x1f\x8b" + raw, r"train/001\.tar: .*no uncompressed tar file"),
     ],
@@ -298,7 +315,8 @@ def test_damaged_image_is_named_with_its_shard_before_the_first_step(tmp_path: P
     ("members", "message"),
     [
         ([("a.png", b"x")], r"train-0\.tar: a: has no class, expected a number in a \.cls, or .*'label'"),
-        ([("a.png", b"x"), ("a.cls", b"cat")], r"train-0\.tar: a: has no class.*invalid literal"),
+        ([("a.png", b"x"), ("a.cls", b"cat")], r"train-0\.tar: a: has no class.*got 'cat'"),
+        ([("a.png", b"x"), ("a.cls", b"1_0")], r"train-0\.tar: a: has no class.*got '1_0'"),
         ([("a.png", b"x"), ("a.json", b'{"label": [1, 2]}')], r"train-0\.tar: a: has no class"),
         ([("a.png", b"x"), ("a.json", b'{"label": 1e999}')], r"train-0\.tar: a: has no class.*infinity"),
         ([("a.png", b"x"), ("a.cls", b"9" * 30)], r"train-0\.tar: a: has no class.*got '999"),
