@@ -354,6 +354,7 @@ def test_what_cannot_be_kept_is_refused(files, tmp_path, refused):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough  # a whole DeiT-T is cut; the way in is tested in test_zoo.py
 def test_a_checkpoint_of_ones_own_is_evaluated_and_cut(files, tmp_path, refused, capsys):
     name, file, out = "deit_tiny_patch16_224", tmp_path / "best.pth.tar", tmp_path / "small.safetensors"
     torch.manual_seed(0)

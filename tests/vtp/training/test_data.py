@@ -119,6 +119,7 @@ def test_embedded_files_match_their_digests_and_carry_the_licence() -> None:
     assert sum(path.stat().st_size for path in EMBEDDED_FOLDER.iterdir()) < 6e6
 
 
+@pytest.mark.thorough
 def test_embedded_files_are_what_the_tool_makes_of_the_originals(tmp_path: Path) -> None:
     if not (DEBIAN_ORIGINALS / "train-images-idx3-ubyte.gz").exists():
         pytest.skip(

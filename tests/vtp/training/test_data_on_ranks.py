@@ -76,7 +76,8 @@ def from_shards(ranks: int, folder: Path) -> dict:
     return stage(open_data(folder / "set"), ranks, folder / f"run{ranks}")
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_losses_from_shards_are_those_of_one_process(ranks: int, tmp_path: Path) -> None:
     write_shards(tmp_path / "set", {"train": TRAIN, "val": VAL})
     (alone,) = on_ranks(from_shards, 1, tmp_path, 1, tmp_path)

@@ -203,11 +203,12 @@ def _command(rank: int, who: str, error: type[Exception]) -> None:
     ("who", "error", "status"),
     [
         pytest.param("1", KeyError, 1, id="unexpected on rank 1"),
-        pytest.param("1", FileError, 2, id="input of rank 1", marks=pytest.mark.thorough),
-        pytest.param("0", FileError, 2, id="input of rank 0", marks=pytest.mark.thorough),
-        pytest.param("all", FileError, 2, id="input of all", marks=pytest.mark.thorough),
+        pytest.param("1", FileError, 2, id="input of rank 1"),
+        pytest.param("0", FileError, 2, id="input of rank 0"),
+        pytest.param("all", FileError, 2, id="input of all"),
     ],
 )
+@pytest.mark.thorough
 def test_an_error_is_said_once_with_its_rank_and_ends_all(tmp_path, who, error, status):
     group = Group(tmp_path, _command, who, error)
     assert group.codes(SOON) == [status, status]
@@ -326,8 +327,9 @@ SIGNALS += [(1, "SIGTERM", "evaluation")]
 
 @pytest.mark.parametrize(
     ("victim", "name", "when"),
-    [SIGNALS[0], *(pytest.param(*each, marks=pytest.mark.thorough) for each in SIGNALS[1:])],
+    SIGNALS,
 )
+@pytest.mark.thorough
 def test_a_signal_to_any_ranks_stops_all_at_one_step_and_the_run_resumes_to_the_same_end(
     folder, tmp_path, undisturbed, victim, name, when
 ):
