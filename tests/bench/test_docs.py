@@ -22,6 +22,7 @@ from bench import (
     gating_cost,
     latency_budget,
     one_shot,
+    scale,
 )
 from vtp_kernels.proofs import gating_roofline
 
@@ -52,6 +53,14 @@ def test_every_row_of_figures_is_printed_by_a_command(page, commands, capsys):
     text = (DOCS / f"{page}.md").read_text().partition("## Where the price is decided")[0]
     assert rows(text)
     assert rows(text) <= printed
+
+
+def test_what_communication_costs_is_as_its_command_prints_it(capsys):
+    assert scale.main(["--markdown"]) == 0
+    _, _, text = (DOCS / "scale.md").read_text().partition("## What communication costs")
+    found = rows(text.partition("\n## ")[0])
+    assert len(found) == 17
+    assert found <= rows(capsys.readouterr().out)
 
 
 def code(page: str) -> list[str]:
