@@ -132,7 +132,14 @@ OF_ANY_SIZE = {
 
 
 @pytest.mark.parametrize("target", EACH)
-@pytest.mark.parametrize("kind", OF_ANY_SIZE)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "class-token",
+        pytest.param("registers", marks=pytest.mark.thorough),
+        pytest.param("padded", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_model_of_any_image_size_is_written_for_one_without_resampling(tmp_path, kind, target):
     available(target)
     model = gated(build(dataclasses.replace(TINY, dynamic_img_size=True, **OF_ANY_SIZE[kind]), torch.float32))
