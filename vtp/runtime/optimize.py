@@ -59,8 +59,9 @@ def optimize(
         dtype: of weights and activations: float32, bfloat16, float16 or float64; None keeps the model's.
         features: whether the result is to have `forward_features`, `forward_head` and `forward_intermediates`
             whatever runs it. Without, the C++ engine runs the model in one call wherever it can; with it, it
-            runs the blocks, and what is around them is PyTorch's. Without, too, what a branch adds that was
-            cut to a constant may be moved to an earlier block, which `forward_intermediates` would show.
+            runs the blocks, and what is around them is PyTorch's. Without, too, blocks packed for a GPU write
+            what they read, and what a branch adds that was cut to a constant may be moved to an earlier one:
+            `forward_intermediates` is then refused.
 
     Returns:
         The packed model; its `engine` says which of `BACKENDS` runs it, and why no faster one does.
