@@ -486,10 +486,20 @@ def test_settings_of_the_last_stage_are_refused_before_the_first(folder, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.thorough  # two processes that share a stage, without the start of torchrun: test_loop.py
-def test_torchrun_on_a_cpu_makes_one_run_of_two_processes(folder, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "vtp.cli", *arguments(folder, tmp_path / "run")]
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    "accelerate": [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+        "--mixed_precision=no", "--dynamo_backend=no",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.thorough  # two processes that share a stage, without the start of a launcher: test_loop.py
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_on_a_cpu_makes_one_run_of_two_processes(launcher, folder, tmp_path):
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "vtp.cli"]
+    command += arguments(folder, tmp_path / "run")
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
