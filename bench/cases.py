@@ -17,6 +17,7 @@ from bench.products import FeedForward
 from vtp.comparison.comparison import Budget, Record, Subject, compare_runtimes, slowed
 from vtp.comparison.own_model import prepare_blocks
 from vtp.comparison.runtimes import COMPILERS, DTYPES, REPEAT, Run, Runtime, prepare_eager
+from vtp.pruning.compact import new_compact
 
 RATE = 0.4  # share of dimensions that is removed where a case has one rate
 RATES = (0.0, 0.2, 0.4, 0.6)
@@ -216,6 +217,42 @@ def measure_sweep(
     return {"macs": {name: subject.macs for name, subject in subjects.items()}} | compare_runtimes(
         entries, budget
     )
+
+
+def measure_heads(model: Model, batch: int, runtimes: Sequence[Runtime], budget: Budget, _: Record) -> Record:
+    """The model with nothing narrower but what heads compute in, to a quarter: queries and keys, or values,
+    which cost the same, or all three; to one width, and to unequal ones of the same sum."""
+    cuts = {"dense": model.cut(0.0)}
+    for widths in ("uniform", "unequal"):
+        for narrow in ("keys", "values", "both"):
+            what = {"keys": "q, k", "values": "v", "both": "q, k, v"}[narrow]
+            cuts[f"{what}, {widths}"] = _narrow_heads(model, narrow, widths == "unequal")
+    subjects = {name: model.subject(module, batch) for name, module in cuts.items()}
+    ours, again = (of(runtimes, (model.dtype,), name) for name in ("ours", REPEAT))
+    entries = {f"{name}: {p.label}": (p, subject) for name, subject in subjects.items() for p in ours}
+    entries |= {f"dense: {p.label}": (p, subjects["dense"]) for p in again}
+    return {"macs": {name: subject.macs for name, subject in subjects.items()}} | compare_runtimes(
+        entries, budget
+    )
+
+
+def _narrow_heads(model: Model, narrow: str, unequal: bool) -> vtp.CompactViT:
+    """With other random weights: those of narrower keys would be fitted to images, and take the same time."""
+    plan = vtp.make_plan(model.gated(uniform=True), rate=0.0)
+    shape = plan.architecture
+    quarter = shape.head_dim // 4
+    # Up and down by turns; a last head without a partner has the mean.
+    offsets = [(-1) ** h * (3 + 2 * (h // 2 % 3)) * unequal for h in range(shape.num_heads // 2 * 2)]
+    widths = [quarter + offset for offset in offsets] + [quarter] * (shape.num_heads % 2)
+    kept, keys = dict(plan.kept), dict(plan.keys)
+    for block in range(shape.depth):
+        if narrow in ("values", "both"):
+            kept[f"blocks.{block}.attn.proj"] = tuple(
+                h * shape.head_dim + i for h, width in enumerate(widths) for i in range(width)
+            )
+        if narrow in ("keys", "both"):
+            keys[f"blocks.{block}.attn"] = tuple(widths)
+    return new_compact(dataclasses.replace(plan, kept=kept, keys=keys)).eval()
 
 
 def _cut_name(rate: float, heads: str) -> str:

@@ -6,6 +6,7 @@
   place, the dense model, a dense model of the same MACs, Torch-Pruning's result at the same MACs.
 - planted: whether a slow-down of 10% and a wrong result of our engine would be seen.
 - sweep: cuts of 0 to 60%, heads unequal and uniform, at batches of 1 to 64: does a cut buy its MACs?
+- heads: queries and keys, values, or all three at a quarter of their width: does that buy its MACs?
 - training: a step of sparse training with gates, without, and with gates by hand.
 - layers: a feed-forward branch at many widths beside the dense one.
 - widths: time per MAC of a feed-forward branch at every width from 449 to 511.
@@ -64,9 +65,9 @@ from vtp.timing import pairwise_ratio
 
 FOLDER = Path(__file__).parent / "results"
 RESULTS = FOLDER / "compare.json"  # of a CPU
-ON_GPU = ("models", "compilers", "place", "planted", "sweep", "training")
+ON_GPU = ("models", "compilers", "place", "planted", "sweep", "heads", "training")
 # Without "gemm", which is for people who work on the kernels.
-USUAL_CASES = ("models", "compilers", "place", "planted", "sweep", "training", "layers", "widths", "rate")
+USUAL_CASES = (*ON_GPU, "layers", "widths", "rate")
 CASES = (*USUAL_CASES, "gemm")
 
 PRECISION = 0.003  # of what is noise: where its median has a smaller standard error, rounds end
@@ -205,7 +206,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             options.out = FOLDER / "compare-cuda.json"
     if not options.cases:
         parser.error(f"argument --cases: on a GPU expected some of {', '.join(ON_GPU)}")
-    main, needed = cases.MAIN_DTYPE[options.device], {"place", "planted", "sweep"}.intersection(options.cases)
+    main = cases.MAIN_DTYPE[options.device]
+    needed = {"place", "planted", "sweep", "heads"}.intersection(options.cases)
     if needed and main not in options.dtypes:
         parser.error(f"argument --dtypes: expected {main} among them for {', '.join(sorted(needed))}")
     check_results_file(parser, options)
@@ -248,7 +250,7 @@ def jobs(options: argparse.Namespace, runtimes: Sequence[Runtime]) -> list[Job]:
             options.seconds * LARGE.get(size, SHARES.get(case, 1.0)),
             options.prepare_seconds,
             # Of many entries, none of which compiles in its first calls.
-            warm_up_seconds=1.0 if case in ("place", "sweep", "layers", "widths") else 4.0,
+            warm_up_seconds=1.0 if case in ("place", "sweep", "heads", "layers", "widths") else 4.0,
             precision=PRECISION,
         )
         found.append(Job({"case": case, **what}, functools.partial(run, *arguments), budget))
@@ -268,6 +270,9 @@ def jobs(options: argparse.Namespace, runtimes: Sequence[Runtime]) -> list[Job]:
         for batch in model.sweep_batches:
             rates = RATES[::2] if quick else RATES
             add("sweep", cases.measure_sweep, model, batch, runtimes, rates, model=name, batch=batch)
+    for name, model in models.items():
+        for batch in model.batches:
+            add("heads", cases.measure_heads, model, batch, runtimes, model=name, batch=batch)
     for name, model in models.items():
         batch, depth = (2, 1) if quick else (8, 2)
         add("training", cases.measure_training, model, batch, depth, model=name, batch=batch)

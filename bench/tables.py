@@ -1,5 +1,6 @@
 """The tables of bench/compare.py, every figure from the raw times of a results file."""
 
+import functools
 import statistics
 
 from rich.console import Console
@@ -170,15 +171,15 @@ def planted_table(results: Record) -> Rows:
 
 
 def cuts(record: Record) -> list[str]:
-    """Names of the cuts of a sweep, the dense model first."""
+    """Names of the cuts of a case, the dense model first."""
     return list(record["macs"])
 
 
-def sweep_table(results: Record) -> Rows:
+def speedups_table(case: str, results: Record) -> Rows:
     """Dense over cut time on our engine, what the MACs promise, and how much of that it is."""
-    names = list(dict.fromkeys(name for r in of_case(results, "sweep") for name in cuts(r)[1:]))
+    names = list(dict.fromkeys(name for r in of_case(results, case) for name in cuts(r)[1:]))
     rows = [["model", "batch", "dtype", "rounds", "dense ms", *names, "noise"]]
-    for record in of_case(results, "sweep"):
+    for record in of_case(results, case):
         for dtype in DTYPES:
             dense = in_rounds(record, f"dense: ours, {dtype}")
             if dense is None:
@@ -316,7 +317,16 @@ TABLES = {
     "compilers": {"torch.compile, in a model of few blocks": compilers_table},
     "place": {f"In place of the model cut by {RATE:.0%}, time over ours of that one": in_its_place_table},
     "planted": {"Planted in our engine": planted_table},
-    "sweep": {"Speed-up over the dense model on our engine, of what MACs promise: the share": sweep_table},
+    "sweep": {
+        "Speed-up over the dense model on our engine, of what MACs promise: the share": functools.partial(
+            speedups_table, "sweep"
+        )
+    },
+    "heads": {
+        "The same with nothing but parts of heads at a quarter of their width": functools.partial(
+            speedups_table, "heads"
+        )
+    },
     "training": {"Step of sparse training over a step without gates": training_table},
     "layers": {"A feed-forward branch beside the dense one": layers_table},
     "widths": {"Time per MAC of a feed-forward branch, by width": widths_table},

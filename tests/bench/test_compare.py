@@ -106,7 +106,7 @@ def test_a_run_measures_every_case_and_writes_it(measured):
     assert {path.name for path in measured.parent.iterdir()} == {measured.name, *plots}
     assert list(written["cases"]) == [
         TOY, "compilers, toy, blocks 1", "place, toy", "planted, toy", "sweep, toy, batch 1",
-        "sweep, toy, batch 2", "training, toy, batch 2", "layers, embed_dim 48",
+        "sweep, toy, batch 2", "heads, toy, batch 1", "training, toy, batch 2", "layers, embed_dim 48",
         "widths, dtype float32", "widths, dtype bfloat16", "rate, size 64",
         "gemm, shape 7x37x61",
     ]  # fmt: skip
@@ -208,6 +208,11 @@ def test_figures_follow_from_the_raw_times(measured, capsys):
     assert row["unequal 40%"].startswith(f"{speedup:.2f}x of {macs:.2f}x: {speedup / macs:.2f} (")
     noise = statistics.median(a / b for a, b in zip(again, cut, strict=True))
     assert row["noise"].startswith(f"{noise:.2f}x (")
+    record = results(measured)["cases"]["heads, toy, batch 1"]
+    assert record["macs"]["q, k, uniform"] == record["macs"]["v, unequal"] < record["macs"]["dense"]
+    row = cells(printed, "The same with nothing but parts of heads at a quarter of their width")[0]
+    promised = record["macs"]["dense"] / record["macs"]["q, k, v, unequal"]
+    assert f"x of {promised:.2f}x: " in row["q, k, v, unequal"]
     gemm = results(measured)["cases"]["rate, size 64"]
     best = cells(printed, "Rate of a large square product, and inside our engine")[0]
     rates = [
@@ -659,7 +664,7 @@ def test_on_a_gpu_cases_compare_in_bfloat16(monkeypatch):
     options = bench.parse_arguments(["--device", "cuda"])
     assert options.out.name == "compare-cuda.json"
     named = {job.what["case"] for job in bench.jobs(options, RUNTIMES)}
-    assert named == {"models", "compilers", "place", "planted", "sweep", "training"}
+    assert named == {"models", "compilers", "place", "planted", "sweep", "heads", "training"}
     model = dataclasses.replace(cases.TOYS["toy"], device="cuda")
     on_cpu = functools.partial(cases.Model.subject, cases.TOYS["toy"])
     monkeypatch.setattr(cases.Model, "subject", lambda self, *arguments: on_cpu(*arguments))
