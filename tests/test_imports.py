@@ -25,6 +25,8 @@ FLOORS = (
     ("vtp.report",),
     ("vtp.zoo", "vtp.one_shot"),
     ("vtp.pipeline",),
+    ("vtp.arguments",),
+    ("vtp.commands",),
     ("vtp.cli",),
     ("vtp",),
     ("bench",),

@@ -686,7 +686,7 @@ DEFECTS = [
         "return 128 + error.signum",
         "return 1",
         "the exit status does not name the signal",
-        "tests/vtp/test_cli.py -k exit_status",
+        "tests/vtp/command_line -k exit_status",
     ),
     Defect(
         "vtp/pipeline.py",

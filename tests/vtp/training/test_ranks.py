@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 import vtp
 from tests.support.processes import ROOT, forks
-from vtp import cli, pipeline
+from vtp import cli, commands, pipeline
 from vtp.files import FileError
 from vtp.training import loop, ranks
 from vtp.training.ranks import accelerator, by_rank_0
@@ -195,7 +195,7 @@ def _command(rank: int, who: str, error: type[Exception]) -> None:
             raise error("no such thing")
         torch.distributed.barrier()
 
-    cli.run = fail
+    commands.run = fail
     sys.exit(cli.main(["run", "--out", "unused"]))
 
 
@@ -553,7 +553,7 @@ def test_a_signal_while_rank_0_cuts_ends_all_and_names_the_rank_that_got_it(fold
 
 REDUCE = """
 import time, torch
-from vtp import cli
+from vtp import cli, commands
 from vtp.training.ranks import accelerator
 
 def run(*_, **__):
@@ -563,7 +563,7 @@ def run(*_, **__):
         torch.distributed.all_reduce(torch.ones(3))
         time.sleep(0.1)
 
-cli.run = run
+commands.run = run
 raise SystemExit(cli.main(["run", "--out", "unused"]))
 """
 
