@@ -690,7 +690,7 @@ DEFECTS = [
     ),
     Defect(
         "vtp/pipeline.py",
-        'stage("sparse", insert_gates(dense), teacher=dense)',
+        'stage("sparse", insert_gates(dense), dense)',
         'stage("sparse", insert_gates(dense))',
         "sparse training has no teacher",
         "tests/vtp/test_pipeline.py -k leaves",

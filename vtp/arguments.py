@@ -1,12 +1,14 @@
 """What the command line takes: the parser of all commands, and what options say together.
 
 `make_parser` has the options of every command; `recipe_of` and `budget_of` make settings of training, and
-arguments of `make_plan`, of several that belong together.
+arguments of `make_plan`, of several that belong together; `as_typed` names the option behind an error.
 """
 
 import argparse
 import dataclasses
 import json
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,6 +91,7 @@ def _add_run(commands: Any) -> None:
     _data_options(parser)
     _training_options(parser)
     _budget_options(parser)
+    _teacher_option(parser, "without it the dense baseline is the teacher")
     parser.add_argument(
         "--latency-batch", type=int, default=64, help="images per pass when latency is compared"
     )
@@ -113,7 +116,7 @@ def _add_train(commands: Any) -> None:
     _model_options(parser)
     _data_options(parser)
     _training_options(parser)
-    _teacher_option(parser)
+    _teacher_option(parser, "without it there is no distillation")
 
 
 def _add_prune(commands: Any) -> None:
@@ -160,7 +163,7 @@ def _add_finetune(commands: Any) -> None:
     parser.add_argument("--new-head", action="store_true", help="a new head for the data's classes")
     _data_options(parser)
     _training_options(parser)
-    _teacher_option(parser)
+    _teacher_option(parser, "without it there is no distillation")
 
 
 def _add_eval(commands: Any) -> None:
@@ -312,11 +315,11 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _teacher_option(parser: argparse.ArgumentParser) -> None:
+def _teacher_option(parser: argparse.ArgumentParser, without: str) -> None:
     parser.add_argument(
         "--teacher",
         help="model to distil from: any timm name, such as regnety_160.deit_in1k, hf:NAME, or a file of "
-        "ours; without it there is no distillation",
+        f"ours; {without}",
     )
     parser.add_argument(
         "--teacher-checkpoint",
@@ -409,3 +412,26 @@ def budget_of(options: argparse.Namespace, *, calibrated: bool = False) -> dict[
     if options.keep:
         ranking["protect"] = options.keep
     return {**(budget or {"rate": 0.4}), **ranking}
+
+
+# What an error's text begins with: a setting or an argument, of what it is.
+_SETTING = re.compile(r"(?:(?P<of>\w+)\.)?(?P<name>\w+)(?=: )")
+_TYPED_SETTING = re.compile(rf"(?:--set=)?(?P<stage>{'|'.join(STAGES)})\.(?P<name>\w+)=")
+_OTHER_NAMES = {"protect": "--keep", "k": "--knn"}
+
+
+def as_typed(text: str, arguments: Sequence[str]) -> str:
+    """An error's text that begins with the option as it was typed, not with the setting that it became.
+
+    "TrainConfig.epochs: got 0, ..." becomes "--set sparse.epochs: got 0, ..." where that is in `arguments`,
+    the command line; a text about anything else stays as it is.
+    """
+    found = _SETTING.match(text)
+    if found is None or found["of"] not in (None, "TrainConfig", "config", *STAGES):
+        return text
+    name, rest = found["name"], text[found.end() :]
+    for setting in filter(None, map(_TYPED_SETTING.match, arguments)):
+        if setting["name"] == name and found["of"] in (None, "TrainConfig", "config", setting["stage"]):
+            return f"--set {setting['stage']}.{name}{rest}"
+    option = _OTHER_NAMES.get(name, f"--{name.replace('_', '-')}")
+    return option + rest if option in {each.partition("=")[0] for each in arguments} else text

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from vtp.arguments import make_parser
+from vtp.arguments import as_typed, make_parser
 from vtp.commands import COMMANDS, say_note
 from vtp.training.loop import NonFiniteLossError, TrainingInterrupted
 from vtp.training.ranks import blame, exit_now, rank
@@ -21,10 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Of several processes that end by one error one says so, and names its rank.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = make_parser().parse_args(arguments)
     try:
         with warnings.catch_warnings(), raised_signals():
-            warnings.showwarning = functools.partial(_show_warning, warnings.showwarning, set())
+            warnings.showwarning = functools.partial(_show_warning, warnings.showwarning, arguments, set())
             COMMANDS[options.command](options)
     except TrainingInterrupted as error:  # which all ranks have agreed on
         if rank() is not None:
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"vtp: {error}", file=sys.stderr)
         return 128 + error.signum
     except (Exception, KeyboardInterrupt, Terminated) as error:
-        said = _said_of(error, hasattr(options, "resume"))
+        said = _said_of(error, arguments, hasattr(options, "resume"))
         if rank() is not None:
             _end_rank(error, said)
         if said is None:
@@ -50,7 +51,7 @@ class _Said(NamedTuple):
     status: int
 
 
-def _said_of(error: BaseException, resumable: bool) -> _Said | None:
+def _said_of(error: BaseException, arguments: Sequence[str], resumable: bool) -> _Said | None:
     """Of an error that a user can do something about; None of others, which want a traceback."""
     if isinstance(error, NonFiniteLossError):
         return _Said(f"error: {error}", 1)
@@ -59,7 +60,9 @@ def _said_of(error: BaseException, resumable: bool) -> _Said | None:
         hint = "; a run continues with --resume" if resumable else ""
         by = f" by {number.name}" if isinstance(error, Terminated) else ""
         return _Said(f"interrupted{by}{hint}", 128 + number)
-    return _Said(f"error: {error}", 2) if isinstance(error, (ValueError, OSError)) else None
+    if isinstance(error, (ValueError, OSError)):
+        return _Said(f"error: {as_typed(str(error), arguments)}", 2)
+    return None
 
 
 def _end_rank(error: BaseException, said: _Said | None) -> NoReturn:
@@ -81,18 +84,19 @@ def _end_rank(error: BaseException, said: _Said | None) -> NoReturn:
 
 def _show_warning(
     usual: Callable[..., None],
+    arguments: Sequence[str],
     said: set[str],
     message: Warning,
     category: type[Warning],
     filename: str,
     *rest: Any,
 ) -> None:
-    """Warnings of our own as notes, each `said` once; others as usual, with the line of code that they are
-    about."""
+    """Warnings of our own as notes on the `arguments`, each `said` once; others as usual, with the line of
+    code that they are about."""
     if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
         if str(message) not in said:
             said.add(str(message))
-            say_note(str(message))
+            say_note(as_typed(str(message), arguments))
     else:
         usual(message, category, filename, *rest)
 

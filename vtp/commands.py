@@ -36,17 +36,19 @@ from vtp.model.images import (
     image_config,
     knows_normalisation,
     new_head,
-    set_image_config,
     set_imagenet_names,
 )
 from vtp.pipeline import (
     Recipe,
     RunConfig,
+    check_stage,
     classes_of,
     describe_images,
     fit_data,
+    refuse_idle_teacher,
     run,
     run_folder,
+    teacher_for,
 )
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactModel, compact
@@ -70,11 +72,11 @@ from vtp.training.loop import (
     train,
 )
 from vtp.training.progress import share_bar
-from vtp.training.sharding import wants_sharding
 from vtp.training.sources import open_images
 from vtp.training.sparsity import gate_statistics
 from vtp.training.state import STATE_FORMAT
-from vtp.zoo import open_model, open_teacher, open_without_weights
+from vtp.words import counted
+from vtp.zoo import open_model, open_without_weights
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -133,12 +135,14 @@ def _run(options: argparse.Namespace) -> None:
         refit=options.refit,
         images=options.images,
         checkpoint=options.checkpoint,
+        teacher=options.teacher,
+        teacher_checkpoint=options.teacher_checkpoint,
     )
     run(config, options.out, resume=options.resume, memory_gb=options.memory)
 
 
 def _train(options: argparse.Namespace) -> None:
-    accelerator()  # first, so that an error is said by one process of several
+    _joined()  # first, so that an error is said by one process of several
     recipe = recipe_of(options)
     data = _open_data(options)
     seed = recipe.dense.seed
@@ -160,7 +164,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    accelerator()
+    _joined()
     recipe = recipe_of(options)
     model = checkpoint.load(options.file)
     if not isinstance(model, CompactModel):
@@ -177,28 +181,16 @@ def _finetune(options: argparse.Namespace) -> None:
 def _train_stage(
     options: argparse.Namespace, recipe: Recipe, stage: str, model: nn.Module, data: Data
 ) -> None:
-    if options.teacher is None and options.teacher_checkpoint is not None:
-        raise ValueError("--teacher-checkpoint: without effect without --teacher NAME")
-    teacher = None
-    if options.teacher is not None:
-        teacher = open_teacher(options.teacher, checkpoint=options.teacher_checkpoint)
-        if not knows_normalisation(teacher):
-            # One of ours, which was trained on images normalised as the data are.
-            set_image_config(teacher, mean=data.mean, std=data.std)
-    data = _fit_data(data, model)
+    opened, data = data, _fit_data(data, model)
+    teacher = teacher_for(model, opened, options.teacher, options.teacher_checkpoint)
     settings: TrainConfig = getattr(recipe, stage)
-    if teacher is not None:
-        _refuse_other_classes(teacher, model)
-        _console.print(f"teacher {options.teacher}: {_images_and_classes(teacher)}")
-    if teacher is not None and not settings.distill_alpha:
-        raise ValueError(
-            f"--teacher: it has no effect as {stage}.distill_alpha is 0; add --set {stage}.distill_alpha=0.5"
-        )
-    if teacher is None and settings.distill_alpha:
+    if teacher is None:
         settings = dataclasses.replace(settings, distill_alpha=0.0)
-    processes = accelerator(settings.precision).num_processes
-    wants_sharding(settings, processes)  # refuses, as the next line does, before anything is written
-    settings.split(processes)
+    else:
+        _console.print(f"teacher {options.teacher}: {_images_and_classes(teacher)}")
+        refuse_idle_teacher(recipe, (stage,))
+    # Refuses before anything is written.
+    check_stage(stage, settings, data, accelerator(settings.precision).num_processes)
     with run_folder(options.out) as run_dir:
         result = train(
             model, data, settings, stage=stage, run_dir=run_dir, resume=options.resume, teacher=teacher,
@@ -296,7 +288,7 @@ def _statistics(options: argparse.Namespace, model: nn.Module, data: Data, loade
     file, group = options.statistics, world()
     found = first_makes(group, lambda: _known_statistics(options, model))
     if found is not None:
-        _console.print(f"statistics of {found.images:,} images from {file}")
+        _console.print(f"statistics of {counted(found.images, 'image')} from {file}")
     images = calibration_count(data, options.images or IMAGES)
     _console.print(tokens_size(describe(model), images, options.memory))
     if found is not None:
@@ -390,8 +382,11 @@ def _predict(options: argparse.Namespace) -> None:
             name = f"class {label}" if names is None else names[label]
             more = "" if words is None or words[label] == name else f" ({words[label]})"
             _console.print(f"  {probability:7.2%}  {name}{more}")
+    if len(unread) == 1:
+        raise DataError(unread[0])
     if unread:
-        raise DataError("; ".join(unread))
+        of = f"{len(unread)} of {len(options.images)} images cannot be read"
+        raise DataError("\n  ".join([f"{of}:", *unread]))
 
 
 @_once
@@ -507,6 +502,7 @@ def _export(options: argparse.Namespace) -> None:
         return
     print_table(_console, f"{exported.runtime_version(target)}, {options.dtype}", rows)
     _console.print("dense: the model before the cut, with random weights, as the file has no others")
+    _console.print("speed: median of the ratios of two times of one round")
     _console.print(f"measured on {in_one_line(description(torch.device('cpu')))}")
 
 
@@ -581,16 +577,6 @@ def _fit_data(data: Data, model: nn.Module, *, subset: bool = False) -> Data:
     for note in fitted.notes:
         say_note(note)
     return fitted
-
-
-def _refuse_other_classes(teacher: nn.Module, model: nn.Module) -> None:
-    """Logits are compared place by place: a teacher with other classes, or in another order, misleads."""
-    theirs, names = class_names(teacher), class_names(model)
-    if theirs is not None and names is not None and theirs != names:
-        raise ValueError(
-            "--teacher: expected the model's classes in their order: the teacher has "
-            f"{in_short(theirs)}; the model has {in_short(names)}"
-        )
 
 
 def _images_and_classes(model: nn.Module) -> str:

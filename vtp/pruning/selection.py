@@ -266,7 +266,7 @@ def _ranked(
         missing = sorted(architecture.site_widths().keys() - layers.keys())
         raise PlanError(f"gated: no gates at {missing[:4]}; vtp.insert_gates puts them at every site")
     if not isinstance(protect, Iterable):
-        raise PlanError(f"protect (--keep): got {protect!r}, expected names of parts")
+        raise PlanError(f"protect: got {protect!r}, expected names of parts")
     parts = (protect,) if isinstance(protect, str) else tuple(protect)
     protected = _protected_sites(architecture, parts)
     absent = removed_before(gated)
@@ -298,7 +298,7 @@ def _protected_sites(architecture: Architecture, parts: tuple[str, ...]) -> froz
         matching = [name for name in names if isinstance(part, str) and part and f".{part}." in f".{name}."]
         if not matching:
             raise PlanError(
-                f"protect (--keep): got {part!r}, expected a part of the name of a site, such as 'attn', "
+                f"protect: got {part!r}, expected a part of the name of a site, such as 'attn', "
                 f"'mlp.fc2', 'blocks.0' or {names[-1]!r}; everything outside these is never cut"
             )
         found.update(matching)
@@ -574,7 +574,7 @@ def _limit(
     if name == "rate":
         full = _widths_array(architecture).sum()
         most = full - _removed_at_least(value, full)
-        return _Limit(name, value, most, 0, _dimensions, keys, lambda n: f"{n:,.0f} dimensions kept")
+        return _Limit(name, value, most, 0, _dimensions, keys, lambda n: f"{n:,.0f} dimensions")
     if name != "latency_ms":
 
         def size(widths: BlockWidths) -> int:
@@ -597,10 +597,11 @@ def _dimensions(widths: BlockWidths) -> int:
 
 def _refuse_less_than(least: float, most: float, limit: _Limit) -> None:
     if least > most:
+        may = limit.text(most).split()[0]
         raise PlanError(
-            f"{limit.name}: {limit.value:g} cannot be met: {limit.text(least)} remain when everything but "
-            f"min_keep and protected parts is removed, at most {limit.text(most).split()[0]} may; "
-            "protect less, lower min_keep or cut less"
+            f"{limit.name}: {limit.value:g} cannot be met: {limit.text(least)} remain when all is removed "
+            f"but min_keep and protected parts, more than the {may} that may; protect less, lower min_keep "
+            "or cut less"
         )
 
 

@@ -573,7 +573,7 @@ class _Stage:
         self.board.epoch(record, self.updates)
         self.progress.epoch(record)
         local = get_int_from_env(LOCAL_WORLD_SIZES, accelerator.num_processes)
-        if warning := loader_warning(waiting, position.epoch + 1, config.workers, local):
+        if warning := loader_warning(waiting, position.seconds, position.epoch + 1, config.workers, local):
             self.progress.note(warning)
         return record
 

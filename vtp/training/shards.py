@@ -32,6 +32,7 @@ from vtp.training.classes import in_short
 from vtp.training.pixels import DataError
 from vtp.training.progress import share_bar
 from vtp.training.sources import FileImages
+from vtp.words import counted
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELD = "label"  # of a .json, where timm's _info.json names none
@@ -78,8 +79,8 @@ def find_shards(folder: Path) -> dict[str, ShardSplit]:
     compressed = [str(path) for each in (folder, *folders) for path in each.iterdir() if _is_compressed(path)]
     if paths and compressed:
         raise DataError(
-            f"data: {len(compressed)} shards of {folder} are compressed, expected none: unpack them, or move "
-            f"them elsewhere: {in_short(compressed, 4)}"
+            f"data: got {counted(len(compressed), 'compressed shard')} in {folder}, expected none: unpack "
+            f"them, or move them elsewhere: {in_short(compressed, 4)}"
         )
     if not paths or any(_holds_folders(each) for each in folders):
         return {}
@@ -133,8 +134,8 @@ def _by_names(paths: Iterable[Path], folder: Path) -> dict[str, ShardSplit]:
     unknown = by_word.pop(None, [])
     if unknown and by_word:
         raise DataError(
-            f"data: the names of {len(unknown)} shards do not tell their split: {in_short(unknown, 4)}; "
-            f"expected train or one of {', '.join(TEST_SPLITS)} in each"
+            f"data: got {counted(len(unknown), 'shard')} whose name does not tell the split: "
+            f"{in_short(unknown, 4)}; expected train or one of {', '.join(TEST_SPLITS)} in each"
         )
     found = {"train": by_word.get("train", ())}
     found["test"] = next((by_word[word] for word in TEST_SPLITS if word in by_word), unknown)
@@ -369,7 +370,9 @@ class ShardReader:
         new = sum(not _cache_file(path, split.label_field).exists() for path in split.paths)
         if new and rank == 0:
             folder = os.path.dirname(split.paths[0])
-            print(f"vtp: reading what is in {new:,} of {count:,} shards of {folder}", file=sys.stderr)
+            print(
+                f"vtp: reading what is in {new:,} of {counted(count, 'shard')} of {folder}", file=sys.stderr
+            )
         with share_bar(Console(stderr=True), "index of shards") as bar:
             for done, number in enumerate(order, 1):
                 indexes[number] = index_of(split.paths[number], split.label_field)
@@ -379,8 +382,8 @@ class ShardReader:
         samples = len(reader) + no_class
         if split.images not in (None, samples):
             raise DataError(
-                f"{os.path.dirname(split.paths[0])}: got {samples:,} images in {count} shards, expected "
-                f"{split.images:,} as {INFO_FILES[0]} says"
+                f"{os.path.dirname(split.paths[0])}: got {counted(samples, 'image')} in "
+                f"{counted(count, 'shard')}, expected {split.images:,} as {INFO_FILES[0]} says"
             )
         if not len(reader):
             raise DataError(

@@ -7,7 +7,7 @@ import pytest
 import vtp
 from tests.support.command_line import run
 from vtp import commands
-from vtp.arguments import make_parser, recipe_of
+from vtp.arguments import as_typed, make_parser, recipe_of
 
 
 @pytest.mark.parametrize("command", commands.COMMANDS)
@@ -118,3 +118,24 @@ def test_one_shot_run_takes_the_short_recipe_of_its_kind_of_data(tmp_path):
     assert recipe("--one-shot", "--data", str(tmp_path)) == vtp.pipeline.RECIPES["short-deit"]()
     assert recipe("--one-shot", "--recipe", "deit") == vtp.pipeline.RECIPES["deit"]()
     assert recipe() == vtp.pipeline.RECIPES["small"]()
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "said"),
+    [
+        ("TrainConfig.epochs: got 0", ["--set", "sparse.epochs=0"], "--set sparse.epochs: got 0"),
+        ("config.l1: got 1", ["--set=dense.l1=1"], "--set dense.l1: got 1"),
+        ("finetune.lr: got 1", ["--set=dense.lr=1", "--set=finetune.lr=1"], "--set finetune.lr: got 1"),
+        ("TrainConfig.batch_size: got 0", ["--batch-size=0"], "--batch-size: got 0"),
+        ("min_keep: got -1.0", ["--min-keep", "-1"], "--min-keep: got -1.0"),
+        ("protect: got 'head'", ["--keep", "head"], "--keep: got 'head'"),
+        ("k: got 20", ["--knn"], "--knn: got 20"),
+        ("sparse.batch_size: got 128", ["run"], "sparse.batch_size: got 128"),  # the recipe's
+        ("model: got 'a'", ["bench", "a"], "model: got 'a'"),
+        ("/data/images: no image", ["--data", "/data/images"], "/data/images: no image"),
+        ("architecture.depth: got 9", ["--depth"], "architecture.depth: got 9"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_an_error_names_the_option_that_was_typed(text, arguments, said):
+    assert as_typed(text, arguments) == said

@@ -1,6 +1,9 @@
 """`vtp train`, `vtp finetune`, and what `vtp run` refuses at once."""
 
 import json
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -9,9 +12,11 @@ from safetensors.torch import save_file
 
 import vtp
 from tests.support.command_line import run
-from tests.support.models import build
+from tests.support.models import TINY, build
+from vtp import commands, pipeline
 from vtp.model.images import class_names
 from vtp.training.data import open_data
+from vtp.training.loop import TrainingInterrupted, TrainResult
 from vtp.training.teacher import Teacher
 from vtp.zoo import open_teacher
 
@@ -80,18 +85,87 @@ def test_damaged_training_checkpoint_is_refused(trained, tmp_path, refused):
 
 
 def test_images_that_make_no_even_passes_are_refused_before_anything_is_written(files, tmp_path, refused):
-    given = ["--data", files / "images", "--batch-size", "4", "--effective-batch", "7"]
     for command in (["train", "sparse"], ["run"]):
-        expected = r"effective_batch: got 7, expected 6 or 8 for 1 process and 4 images"
-        refused(expected, *command, "--model", files / "dense.safetensors", *given, "--out", tmp_path / "run")
+        usual = ["--model", files / "dense.safetensors", "--data", files / "images"]
+        usual += ["--out", tmp_path / "run"]
+        for images, update, expected in (
+            (4, 7, r"--effective-batch: got 7, expected 6 or 8 for 1 process and 4 images"),
+            (3, 16, r"--effective-batch: got 16, expected 15 for 1 process"),  # 18 there are not
+            (4, 26, r"--effective-batch: got 26, expected at most 16, as there are 16 images to train on"),
+        ):
+            given = ["--batch-size", images, "--effective-batch", update]
+            refused(f"vtp: error: {expected}", *command, *usual, *given)
+        too_many = "vtp: error: --batch-size: got 17, expected at most 16,"
+        refused(too_many, *command, *usual, "--batch-size", 17)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_notes_on_the_data_are_told_by_the_first_process_alone(pets, tmp_path, capsys, monkeypatch):
+    first, joined = True, commands.accelerator
+    monkeypatch.setattr(commands._console, "quiet", False)
+    monkeypatch.setattr(
+        commands,
+        "accelerator",
+        lambda *precision: SimpleNamespace(
+            is_main_process=first, num_processes=joined(*precision).num_processes
+        ),
+    )
+    cut = vtp.compact(vtp.load(pets / "model.safetensors"), vtp.make_plan(pets_gated(pets), rate=0.2))
+    vtp.save(cut, tmp_path / "cut.safetensors")
+    usual = ["--data", pets / "images", *QUICK, "--set=dense.epochs=1", "--set=dense.warmup_epochs=0"]
+    for command in (
+        ["train", "dense", "--model", pets / "model.safetensors", *usual, "--batch-size", "2"],
+        ["finetune", tmp_path / "cut.safetensors", *usual, "--batch-size", "2"],
+    ):
+        for first in (True, False):
+            assert run(*command, "--out", tmp_path / f"{command[0]}-{first}") == 0
+            assert ("mapped by name" in capsys.readouterr().err) == first
+
+
+def pets_gated(pets):
+    return vtp.insert_gates(vtp.load(pets / "model.safetensors"))
+
+
+def test_run_refuses_a_model_that_is_cut_and_says_what_takes_it(files, tmp_path, refused):
+    file = files / "compact.safetensors"
+    message = f"--model: {file} is cut already, .*`vtp finetune {file}` .*`vtp prune {file} --calibrate DATA`"
+    refused(message, "run", "--model", file, "--data", files / "images", "--out", tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_distils_from_the_teacher_that_is_named(files, tmp_path, monkeypatch, refused):
+    taught = {}
+
+    def train(model, data, config, *, stage, teacher, **rest):
+        taught[stage] = teacher
+        if stage == "finetune":
+            raise TrainingInterrupted("stopped", signal.SIGTERM)
+        return TrainResult(model, 0.0, [])
+
+    monkeypatch.setattr(pipeline, "train", train)
+    other = build(replace(TINY, num_classes=2), torch.float32, seed=5)
+    vtp.save(other, tmp_path / "other.safetensors")
+    dense = files / "dense.safetensors"
+    command = ["run", "--model", dense, "--data", files / "images", "--no-refit", "--batch-size", 4]
+    named = ["--teacher", tmp_path / "other.safetensors"]
+    for out, given, teacher in (("named", named, other), ("itself", [], vtp.load(dense))):
+        assert run(*command, *given, "--out", tmp_path / out) == 143
+        assert taught.keys() == {"sparse", "finetune"}
+        for model in taught.values():
+            assert torch.equal(model.head.weight, teacher.head.weight)
+    vtp.save(build(dtype=torch.float32), tmp_path / "ten.safetensors")
+    command += ["--out", tmp_path / "refused", "--teacher"]
+    idle = ["--set=sparse.distill_alpha=0", "--set=finetune.distill_alpha=0"]
+    refused("vtp: error: --teacher: .*finetune.distill_alpha are 0", *command, dense, *idle)
+    refused("vtp: error: --teacher: classes 10, expected", *command, tmp_path / "ten.safetensors")
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--seed", "-1"], "seed: got -1"),
-        (["--batch-size", "0"], "batch_size: got 0"),
+        (["--batch-size", "0"], "--batch-size: got 0"),
         (["--workers", "-2"], "workers: got -2"),
         (["--rate", "1.2"], r"rate: got 1\.2"),
         (["--macs", "1"], "macs: 1 cannot be met"),
@@ -100,7 +174,7 @@ def test_images_that_make_no_even_passes_are_refused_before_anything_is_written(
         (["--data", "/none/such"], "none"),
         (["--scope", "optimal"], "scope: got 'optimal', which takes a calibration"),
         (["--score", "obs"], "score: got 'obs', which takes a calibration"),
-        (["--no-refit", "--key-width", "8"], r"key_width: got 8\.0, which takes a refit"),
+        (["--no-refit", "--key-width", "8"], r"--key-width: got 8\.0, which takes a refit"),
         (["--one-shot", "--macs", "1"], "macs: 1 cannot be met"),
         (["--one-shot", "--score", "gate"], "the model has no gates"),
         (["--one-shot", "--images", "50000"], "images: got 50000, expected 1 to 16384"),
@@ -217,8 +291,9 @@ def test_a_teacher_of_ours_sees_the_pixels_of_the_data_whatever_the_student_expe
 
 def test_training_cannot_write_over_a_file_or_into_a_read_only_place(files, refused, tmp_path):
     (tmp_path / "file").write_text("x")
-    sparse = ["train", "sparse", "--model", files / "dense.safetensors", "--data", files / "images"]
-    tune = ["finetune", files / "compact.safetensors", "--data", files / "images"]
+    usual = ["--data", files / "images", "--batch-size", 4]
+    sparse = ["train", "sparse", "--model", files / "dense.safetensors", *usual]
+    tune = ["finetune", files / "compact.safetensors", *usual]
     for command in (sparse, tune):
         refused(
             f"run folder: {tmp_path}/file is a file, expected a folder", *command, "--out", tmp_path / "file"
