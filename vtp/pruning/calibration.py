@@ -36,6 +36,7 @@ from vtp.pruning.dense_block import (
     scaled_weight,
     split_heads,
 )
+from vtp.pruning.gates import has_fingerprint
 from vtp.pruning.moments import Moments, narrowed_scores, oas_damping, obs_curve, turned_values
 from vtp.pruning.streams import Progress, Store, Stream, embedded, plain_copy
 
@@ -121,7 +122,7 @@ class Statistics:
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError if these are not the statistics of this dense or gated model."""
-        if fingerprint(plain_copy(model).state_dict()) != self.parent:
+        if not has_fingerprint(plain_copy(model), self.parent):
             raise ValueError(
                 "statistics: they are of other weights than the model has; "
                 "call vtp.calibrate(model, images) again"

@@ -105,9 +105,8 @@ def test_eval_of_frozen_features_takes_other_classes_than_the_models_and_models_
         assert found[3] == str(vtp.count(vtp.load(file)))
     assert run("eval", *usual, files / "compact.safetensors", "--linear-probe") == 0
     assert capsys.readouterr().out.startswith("linear probe top-1")
-    refused(
-        "--knn: got 20, expected at most 16, the training", "eval", *usual, files / "dense.safetensors", "--knn"
-    )
+    few = "--knn: got 20, expected at most 16, the training"
+    refused(few, "eval", *usual, files / "dense.safetensors", "--knn")
     misused("--knn: got '0', expected an integer of at least 1", "eval", "--knn", "0")
     shutil.copytree(files / "images" / "val", tmp_path / "alone" / "val")
     alone = ["--model", files / "dense.safetensors", "--data", tmp_path / "alone"]
