@@ -360,7 +360,9 @@ def _open_shards(shards: Mapping[str, ShardSplit], name: str, train: bool) -> Da
         without = f"{counted(no_image, 'sample')} without an image" if no_image else ""
         negative = f"{counted(no_class, 'image')} with a negative class" if no_class else ""
         if without or negative:
-            notes.append(f"{split}: left out of the shards: {', '.join(filter(None, (without, negative)))}")
+            rule = "; the ending of a name begins at its first dot" if no_image else ""
+            left_out = ", ".join(filter(None, (without, negative)))
+            notes.append(f"{split}: left out of the shards: {left_out}{rule}")
     images = {split: FileImages(reader) for split, reader in readers.items()}
     data = _described(name, images.get("train"), images["test"], ())
     classes = 1 + max(int(reader.labels.max()) for reader in readers.values())

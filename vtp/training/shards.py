@@ -1,9 +1,10 @@
 """Webdataset shards on a disk of this machine, read by place: any image of any shard, without what is before.
 
 A shard is an uncompressed tar file whose samples are members that follow each other with one name and several
-endings: `0007.jpg` with its class in `0007.cls`, or in the field `label` of `0007.json`. The headers of a
-shard are read once: where its images lie and of which classes they are is kept, with what is wrong with them,
-under `cache_folder()`. The shards are then a set like a folder of images, for any number of processes.
+endings: `0007.jpg` with its class in `0007.cls`, or in the field `label` of `0007.json`. The key of a sample
+ends at the first dot of a name: `7.left.jpg` is a file `left.jpg` of sample 7, and no image of it. The headers
+of a shard are read once: where its images lie and of which classes they are is kept, with what is wrong with
+them, under `cache_folder()`. The shards are then a set like a folder of images, for any number of processes.
 
 Only images, `.cls` and `.json` are ever read of a shard; members of other kinds, pickles among them, are not.
 """
@@ -38,7 +39,7 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELD = "label"  # of a .json, where timm's _info.json names none
 TEST_SPLITS = ("val", "validation", "valid", "test")
 INFO_FILES = ("_info.json", "info.json")
-CACHE_VERSION = 1
+CACHE_VERSION = 2  # 1 took the first of two images under one key
 # A name as webdataset divides it: at the first dot after the last slash.
 _SAMPLE = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
@@ -235,10 +236,13 @@ def _read_index(path: str, label_field: str | None) -> ShardIndex:
     keys: list[bytes] = []
     no_image = no_class = 0
     for key, files in _samples(path):
-        image = next((files[ending] for ending in IMAGE_ENDINGS if ending in files), None)
-        if image is None:
+        images = [ending for ending in IMAGE_ENDINGS if ending in files]
+        if len(images) > 1:
+            raise DataError(f"{path}: {key}: has the images .{' and .'.join(images)}, expected one")
+        if not images:
             no_image += 1
             continue
+        image = files[images[0]]
         label = _label(path, key, files, label_field)
         if label < 0:
             no_class += 1
@@ -265,7 +269,10 @@ def _samples(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             for member in tar:
                 tar.members = []  # which would grow
                 match = _SAMPLE.fullmatch(member.name)
-                if not member.isreg() or member.issparse() or match is None or _META.match(member.name):
+                if match is None or _META.match(member.name):
+                    continue
+                if not member.isreg() or member.issparse():
+                    _refuse_linked(path, member, match[2].lower())
                     continue
                 if match[1] != key:
                     if key is not None:
@@ -295,6 +302,20 @@ def _samples(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path}: no uncompressed tar file, damaged or cut short{where} ({error})") from error
     if key is not None:
         yield key, files
+
+
+def _refuse_linked(path: str, member: tarfile.TarInfo, ending: str) -> None:
+    """Raise DataError where an image or a class is a member without its content, such as the second of two
+    names of one file, which tar writes as a hard link to the first."""
+    if ending not in (*IMAGE_ENDINGS, "cls", "json"):
+        return
+    kind = "a sparse file" if member.isreg() else "no file"
+    if member.islnk() or member.issym():
+        kind = f"a {'hard' if member.islnk() else 'symbolic'} link to {member.linkname}"
+    raise DataError(
+        f"{path}: {member.name}: is {kind}, expected a file: write the shard with `tar --dereference "
+        "--hard-dereference`"
+    )
 
 
 def _label(path: str, key: str, files: Mapping[str, bytes], label_field: str | None) -> int:
@@ -388,7 +409,7 @@ class ShardReader:
         if not len(reader):
             raise DataError(
                 f"{in_short(split.paths, 3)}: no image in these shards; expected files with one of the "
-                f"endings .{' .'.join(IMAGE_ENDINGS)}"
+                f"endings .{' .'.join(IMAGE_ENDINGS)} behind the first dot of their names"
             )
         return reader
 
