@@ -75,7 +75,7 @@ from vtp.training.identity import data_identity, settings_that_count
 from vtp.training.loaders import Augment, calibration_count
 from vtp.training.loop import accelerator, calibration_images, evaluate, train
 from vtp.training.progress import share_bar
-from vtp.training.ranks import begun_by_this_job, by_rank_0, note_begun
+from vtp.training.ranks import begun_by_this_job, note_begun
 from vtp.training.run_lock import LOCK, run_lock
 from vtp.training.sharding import wants_sharding
 from vtp.words import counted
@@ -244,7 +244,7 @@ def run(
         FileError: `run_dir` holds another run, is in use by one, or cannot be written.
         DataError, PlanError, UnsupportedModelError: before the first step, wherever that can be known.
         TrainingInterrupted, NonFiniteLossError: see `vtp.training.loop`.
-        RankLostError: another process of the run has ended.
+        RankError, RankLostError: another process of the run failed, or has ended.
     """
     process = accelerator()
     # A log file has no width of its own; 80 columns would break the final table.
@@ -253,7 +253,7 @@ def run(
     model, data, teacher = _open(config)
     _check_before_training(config, model, data, process.num_processes)
     with run_folder(run_dir) as folder:
-        resume = by_rank_0(lambda: _begin_folder(config, folder, resume, model, data, teacher))
+        resume = first_makes(world(), lambda: _begin_folder(config, folder, resume, model, data, teacher))
         _run_stages(config, folder, model, data, teacher, process, console, resume, progress, memory_gb)
     return folder / "report.html"
 
@@ -299,7 +299,7 @@ def _run_stages(
     cut = _Cut(config, data, run_dir, resume, memory_gb, console, world())
     start = models.get("sparse", dense).to(process.device)
     cut.write(start)
-    by_rank_0(lambda: None)  # the others read what it writes
+    first_makes(world(), lambda: None)  # the others read what it writes
     models["pruned"] = cut.read(start)
     models["compact"] = keep("compact", stage("finetune", models["pruned"], dense))
     if process.is_main_process:
@@ -576,13 +576,13 @@ def run_folder(run_dir: str | Path) -> Iterator[Path]:
     error comes before anything is in it, none is left.
 
     Raises:
-        FileError: it is a file, cannot be written, or another run is in it; on the other ranks RankLostError.
+        FileError: it is a file, cannot be written, or another run is in it; on the other ranks RankError.
     """
     run_dir = Path(run_dir)
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         with ExitStack() as held:
-            by_rank_0(lambda: held.enter_context(run_lock(make_run_folder(run_dir))))
+            first_makes(world(), lambda: held.enter_context(run_lock(make_run_folder(run_dir))))
             yield run_dir
     except Exception:
         with suppress(OSError):  # there is something in it, or it was never made

@@ -39,7 +39,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vtp.group import Group, place
+from vtp.group import Group, first_makes, place, world
 from vtp.runtime.optimize import OptimizedViT
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data, is_multi_label
@@ -62,7 +62,7 @@ from vtp.training.progress import (
     rewrite_metrics,
     tensorboard,
 )
-from vtp.training.ranks import accelerator, begun_by_this_job, by_rank_0, note_begun
+from vtp.training.ranks import accelerator, begun_by_this_job, note_begun
 from vtp.training.sharding import average_gradients, clip_gradients, copy_whole, shard, wants_sharding
 from vtp.training.signals import deferred_signals, shielded
 from vtp.training.sources import labels_of
@@ -370,9 +370,10 @@ class _Stage:
 
     def begin(self, resume: bool) -> None:
         """Load the checkpoint, or remove what an earlier run left of this stage."""
-        if by_rank_0(lambda: self._clear_unless(resume)):
+        if first_makes(world(), lambda: self._clear_unless(resume)):
             self._load_state()
-        by_rank_0(lambda: rewrite_metrics(self.run_dir / "metrics.jsonl", self.stage, self.position.history))
+        metrics, history = self.run_dir / "metrics.jsonl", self.position.history
+        first_makes(world(), lambda: rewrite_metrics(metrics, self.stage, history))
 
     def _clear_unless(self, resume: bool) -> bool:
         """Whether there is a checkpoint to continue from; one that is not to be continued is removed."""
@@ -643,7 +644,7 @@ class _Stage:
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         # All wait for it: if one ended by a signal before, torchrun would end rank 0 in the middle of it.
-        by_rank_0(lambda: write_state(self.checkpoint, tensors, header))
+        first_makes(world(), lambda: write_state(self.checkpoint, tensors, header))
 
     def _load_state(self) -> None:
         """Continue from the checkpoint. Raises ResumeError."""

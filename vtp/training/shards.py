@@ -1,10 +1,11 @@
 """Webdataset shards on a disk of this machine, read by place: any image of any shard, without what is before.
 
-A shard is an uncompressed tar file whose samples are members that follow each other with one name and several
+A shard is an uncompressed tar file whose samples are members that follow each other with a key and several
 endings: `0007.jpg` with its class in `0007.cls`, or in the field `label` of `0007.json`. The key of a sample
-ends at the first dot of a name: `7.left.jpg` is a file `left.jpg` of sample 7, and no image of it. The headers
-of a shard are read once: where its images lie and of which classes they are is kept, with what is wrong with
-them, under `cache_folder()`. The shards are then a set like a folder of images, for any number of processes.
+ends at the first dot of a name: `7.left.jpg` is a file `left.jpg` of sample 7, and no image of it. The
+headers of a shard are read once: where its images lie and of which classes they are is kept, with what is
+wrong with them, under `cache_folder()`. The shards are then a set like a folder of images, for any number of
+processes.
 
 Only images, `.cls` and `.json` are ever read of a shard; members of other kinds, pickles among them, are not.
 """

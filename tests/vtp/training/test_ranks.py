@@ -25,8 +25,9 @@ import vtp
 from tests.support.processes import ROOT, forks
 from vtp import cli, commands, pipeline
 from vtp.files import FileError
+from vtp.group import first_makes, world
 from vtp.training import loop, ranks
-from vtp.training.ranks import accelerator, by_rank_0
+from vtp.training.ranks import accelerator
 
 SOON = 20  # seconds in which all processes have to end here, with a short GRACE and a busy machine
 
@@ -122,11 +123,15 @@ def _works_for_long(rank: int, victim: int) -> None:
         print("at work")
         time.sleep(600)
 
-    accelerator()
-    print("formed")
-    if rank == victim:
-        time.sleep(600)
-    by_rank_0(work)
+    def run(*_, **__) -> None:
+        accelerator()
+        print("formed")
+        if rank == victim:
+            time.sleep(600)
+        first_makes(world(), work)
+
+    commands.run = run
+    sys.exit(cli.main(["run", "--out", "unused"]))
 
 
 def test_a_rank_killed_while_rank_0_works_for_long_ends_all_others_with_its_name(tmp_path):
@@ -138,7 +143,7 @@ def test_a_rank_killed_while_rank_0_works_for_long_ends_all_others_with_its_name
     assert group.codes(SOON) == [1, -signal.SIGKILL, 1]
     name = f"rank 1 (process {group.processes[1].pid} on {socket.gethostname()}) is gone without a word"
     assert f"vtp: error: {name}; rank 0 ends too" in group.text(0)  # which is ended in its work
-    assert f"RankLostError: {name}" in group.text(2)  # which waits for rank 0
+    assert f"vtp: error: {name}; rank 2 ends too" in group.text(2)  # which waits for rank 0
 
 
 @pytest.mark.thorough
@@ -147,12 +152,12 @@ def test_others_that_wait_for_rank_0_hear_of_its_end(tmp_path):
     group.wait_for("at work")
     group.processes[0].kill()
     assert group.codes(SOON) == [-signal.SIGKILL, 1]
-    assert f"RankLostError: rank 0 (process {group.processes[0].pid} on " in group.text(1)
+    assert f"vtp: error: rank 0 (process {group.processes[0].pid} on " in group.text(1)
 
 
 def _ends_well(rank: int, log: Path) -> None:
     accelerator()
-    (log / f"result{rank}").write_text(json.dumps(by_rank_0(lambda: {"from": rank})))
+    (log / f"result{rank}").write_text(json.dumps(first_makes(world(), lambda: {"from": rank})))
     if rank == 0:  # as it compares the models of a run, when the others have ended
         time.sleep(ranks.GRACE + 1)
 
@@ -176,7 +181,7 @@ def _stranger(rank: int) -> None:
 
         ranks._listener = with_strangers
     accelerator()
-    by_rank_0(lambda: None)
+    first_makes(world(), lambda: None)
 
 
 @pytest.mark.thorough
