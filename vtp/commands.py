@@ -62,7 +62,7 @@ from vtp.runtime.export import TARGETS, ExportError
 from vtp.runtime.latency_profile import profile_widths
 from vtp.training.classes import in_short
 from vtp.training.config import TrainConfig
-from vtp.training.data import Data, DataError, check_data, open_data
+from vtp.training.data import Data, DataError, check_data, is_multi_label, open_data
 from vtp.training.frozen import evaluate_features
 from vtp.training.loaders import Augment, calibration_count, image_pipeline, test_loader
 from vtp.training.loop import (
@@ -294,7 +294,10 @@ def _statistics(options: argparse.Namespace, model: nn.Module, data: Data, loade
     if found is not None:
         return found
     with share_bar(_console, "calibration") as bar:
-        found = calibrate(model, loader, memory_gb=options.memory, progress=bar, group=group)
+        found = calibrate(
+            model, loader, multi_label=is_multi_label(data), memory_gb=options.memory, progress=bar,
+            group=group,
+        )  # fmt: skip
     if file is not None and is_first(group):
         found.save(file)
     return found

@@ -67,6 +67,7 @@ from vtp.training.data import (
     Data,
     DataError,
     check_data,
+    is_multi_label,
     is_small_grey,
     match_classes,
     open_data,
@@ -364,6 +365,7 @@ class _Cut:
         size = tokens_size(describe(start), images, self.memory_gb)
         _say(self.console, f"calibrating on {size}")
         options: dict[str, Any] = {"memory_gb": self.memory_gb, "group": self.group}
+        options["multi_label"] = is_multi_label(self.data)
         with share_bar(self.console, "calibration") as bar:
             found = calibrate(start, self._images(start), progress=bar, **options)
         if is_first(self.group):
