@@ -124,7 +124,7 @@ def test_wait_that_a_gpu_spends_computing_is_none(monkeypatch: pytest.MonkeyPatc
     [
         (16, 1, "an epoch is 4 steps of 4 images, all 16 of them"),
         (18, 2, "an epoch is 2 steps of 8 images: of 18 images 2 are left out, in each epoch others"),
-        (9, 4, "an epoch is 1 step of 8 images: of 9 images 1 is left out, in each epoch another one"),
+        (17, 4, "an epoch is 1 step of 16 images: of 17 images 1 is left out, in each epoch another one"),
         (31, 4, "an epoch is 1 step of 16 images: of 31 images 15 are left out, in each epoch others"),
     ],
 )
