@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,12 +225,15 @@ def _prune_gated(options: argparse.Namespace) -> None:
             f"file: {options.file} has no gates; train some (`vtp train sparse`), or cut a dense model with "
             "--calibrate DATA"
         )
-    plan = make_plan(gated, **budget_of(options))
+    with warnings.catch_warnings(record=True) as told:
+        plan = make_plan(gated, **budget_of(options))
     small = compact(gated, plan)
     checkpoint.save(small, options.out)
     if options.plan is not None:
         plan.save(options.plan)
     _console.print(f"{plan}\nwrote {options.out}")
+    for each in told:  # behind the table, which is long
+        warnings.showwarning(each.message, each.category, each.filename, each.lineno)
 
 
 def _prune_calibrated(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """`vtp prune`, by gates and on images."""
 
 import contextlib
+import io
 import re
 
 import pytest
@@ -253,6 +254,14 @@ def test_prune_refuses_options_without_effect(files, tmp_path, refused):
         "scope: got 'optimal'|statistics", "prune", files / "gated.safetensors", *out, "--scope", "optimal"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_note_on_the_budget_stands_behind_the_plan_that_it_is_about(files, tmp_path):
+    said, known = io.StringIO(), ["--macs", "5e9", "--out", tmp_path / "small.safetensors"]
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        assert run("prune", files / "gated.safetensors", *known) == 0
+    *_, wrote, note = said.getvalue().splitlines()
+    assert wrote.startswith("wrote ") and note.startswith("vtp: note: --macs: got 5e+09")
 
 
 def test_prune_says_that_a_budget_above_the_model_cuts_nothing(files, tmp_path, capsys):
