@@ -107,6 +107,7 @@ def test_export_writes_a_checked_file_and_shows_it_beside_the_dense_one(files, t
     assert f"torch.export {version('torch')}, float32" in printed and "ms, batch 3" in printed
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if "MB" in line}
     assert list(rows) == ["dense", "compact"] and rows["dense"][-1] == "1.00x"
+    assert "speed: median of the ratios of two times of one round" in printed
     assert rows["compact"][2:4] == [f"{out.stat().st_size / 1e6:.2f}", "MB"]
     small = vtp.load(files / "compact.safetensors")
     x = torch.randn(4, 1, 8, 8)

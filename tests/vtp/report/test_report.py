@@ -261,6 +261,11 @@ def test_page_and_terminal_show_the_same_rows(run, page):
     assert "batch of 64 images" in terminal and "batch of 64 images" in text
 
 
+def test_speed_up_is_said_to_be_no_ratio_of_the_medians_beside_it(run, page):
+    for text in (comparison_table(run["results"]).caption, visible_text(page)):
+        assert "Speed-up: median of the rounds' own ratios" in text
+
+
 def test_names_are_not_console_markup():
     console = Console(width=200, file=io.StringIO())
     console.print(comparison_table({"rows": [{"model": "[bold]x[/nothing]"}]}))

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,20 @@ def test_others_that_wait_for_rank_0_hear_of_its_end(tmp_path):
     group.processes[0].kill()
     assert group.codes(SOON) == [-signal.SIGKILL, 1]
     assert f"vtp: error: rank 0 (process {group.processes[0].pid} on " in group.text(1)
+
+
+def _works_beyond_the_limit(rank: int) -> None:
+    ranks.TIMEOUT = timedelta(seconds=10)
+    _works_for_long(rank, -1)
+
+
+@pytest.mark.thorough
+def test_others_wait_for_rank_0_no_longer_than_a_collective_may_take(tmp_path):
+    group = Group(tmp_path, _works_beyond_the_limit)
+    group.wait_for("at work")
+    assert group.codes(SOON) == [1, 1]
+    assert "vtp: rank 1: " in group.text(1) and "Timed out" in group.text(1)
+    assert "vtp: error: rank 1 " in group.text(0) and "rank 0 ends too" in group.text(0)
 
 
 def _ends_well(rank: int, log: Path) -> None:
