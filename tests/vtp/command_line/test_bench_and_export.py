@@ -71,7 +71,7 @@ def test_profiled_widths_give_a_plan_for_a_latency(files, tmp_path, monkeypatch,
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        refused("latency_ms: there is no latency table", "prune", files / "gated.safetensors",
+        refused("--latency-ms: there is no latency table", "prune", files / "gated.safetensors",
                 "--latency-ms", 1, "--out", out)  # fmt: skip
         assert bench(files / "gated.safetensors", "--profile-widths") == 0
         printed = capsys.readouterr().out
