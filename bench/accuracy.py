@@ -31,8 +31,9 @@ from vtp.machine import commit, description, in_one_line
 from vtp.pipeline import RECIPES
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data, open_data
-from vtp.training.loaders import Augment
-from vtp.training.loop import evaluate, train
+from vtp.training.evaluation import evaluate
+from vtp.training.loop import train
+from vtp.training.transforms import Augment
 from vtp.zoo import FASHION_DEIT, open_model
 
 # MACs of 40 and of 60% of the dimensions that sparse training leaves, over those of the dense model.

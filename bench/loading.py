@@ -40,8 +40,9 @@ from vtp.comparison.tables import Rows, print_table
 from vtp.machine import description, in_one_line, package_version
 from vtp.timing import pairwise_ratio, take_turns
 from vtp.training.data import open_data
-from vtp.training.loaders import Augment, set_epoch, train_loader
+from vtp.training.loaders import set_epoch, train_loader
 from vtp.training.shards import ShardReader, find_shards
+from vtp.training.transforms import Augment
 
 OUT = Path(__file__).parent / "results" / "loading.json"
 IMAGES, SHARD, EDGE, DISTINCT, CLASSES = 200_000, 10_000, 64, 500, 1000

@@ -69,23 +69,18 @@ from vtp.runtime.latency_profile import profile_widths
 from vtp.training.classes import in_short
 from vtp.training.config import TrainConfig
 from vtp.training.data import EMBEDDED, Data, DataError, check_data, open_data
+from vtp.training.evaluation import NonFiniteLossError, evaluate
 from vtp.training.frozen import NEIGHBOURS, evaluate_features
-from vtp.training.loaders import Augment, calibration_count, image_pipeline, test_loader
-from vtp.training.loop import (
-    NonFiniteLossError,
-    TrainingInterrupted,
-    accelerator,
-    calibration_images,
-    evaluate,
-    train,
-)
+from vtp.training.loaders import calibration_count, calibration_images, test_loader
+from vtp.training.loop import TrainingInterrupted, train
 from vtp.training.progress import share_bar
-from vtp.training.ranks import blame, exit_now, rank
+from vtp.training.ranks import accelerator, blame, exit_now, rank
 from vtp.training.sharding import wants_sharding
 from vtp.training.signals import Terminated, ignore_signals, raised_signals
 from vtp.training.sources import open_images
 from vtp.training.sparsity import gate_statistics
 from vtp.training.state import STATE_FORMAT
+from vtp.training.transforms import Augment, image_pipeline
 from vtp.zoo import FASHION_DEIT, open_model, open_teacher, open_without_weights
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)

@@ -69,13 +69,15 @@ from vtp.training.data import (
     match_classes,
     open_data,
 )
+from vtp.training.evaluation import evaluate
 from vtp.training.identity import data_identity, settings_that_count
-from vtp.training.loaders import Augment, calibration_count
-from vtp.training.loop import accelerator, calibration_images, evaluate, train
+from vtp.training.loaders import calibration_count, calibration_images
+from vtp.training.loop import train
 from vtp.training.progress import share_bar
-from vtp.training.ranks import begun_by_this_job, by_rank_0, note_begun
+from vtp.training.ranks import accelerator, begun_by_this_job, by_rank_0, note_begun
 from vtp.training.run_lock import LOCK, run_lock
 from vtp.training.sharding import wants_sharding
+from vtp.training.transforms import Augment
 from vtp.zoo import FASHION_DEIT, open_model
 
 RESLICE_RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -236,7 +238,7 @@ def run(
     Raises:
         FileError: `run_dir` holds another run, is in use by one, or cannot be written.
         DataError, PlanError, UnsupportedModelError: before the first step, wherever that can be known.
-        TrainingInterrupted, NonFiniteLossError: see `vtp.training.loop`.
+        TrainingInterrupted, NonFiniteLossError: see `vtp.training.loop.train`.
         RankLostError: another process of the run has ended.
     """
     process = accelerator()

@@ -24,7 +24,9 @@ from vtp.files import FileError
 from vtp.model.images import class_names
 from vtp.pipeline import fit_data
 from vtp.training.data import open_data
-from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images, evaluate
+from vtp.training.evaluation import NonFiniteLossError, evaluate
+from vtp.training.loaders import calibration_images
+from vtp.training.loop import TrainingInterrupted
 from vtp.training.teacher import Teacher
 from vtp.zoo import open_teacher
 

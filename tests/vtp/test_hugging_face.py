@@ -19,8 +19,8 @@ from vtp import hugging_face
 from vtp.cli import main
 from vtp.model.images import class_descriptions, class_names, image_config, knows_normalisation
 from vtp.runtime.export import export_onnx, export_pt2
-from vtp.training.loaders import image_pipeline
 from vtp.training.sources import open_images
+from vtp.training.transforms import image_pipeline
 from vtp.zoo import open_model, open_teacher
 
 transformers = pytest.importorskip("transformers")

@@ -25,7 +25,9 @@ from vtp.model.images import class_names
 from vtp.pipeline import RECIPES, STAGES, RunConfig, run
 from vtp.timing import interleaved_latency
 from vtp.training.data import DataError, open_data
-from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images
+from vtp.training.evaluation import NonFiniteLossError
+from vtp.training.loaders import calibration_images
+from vtp.training.loop import TrainingInterrupted
 from vtp.zoo import open_model
 
 FILES = [

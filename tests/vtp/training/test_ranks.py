@@ -25,7 +25,7 @@ import vtp
 from tests.support.processes import ROOT, forks
 from vtp import cli, pipeline
 from vtp.files import FileError
-from vtp.training import loop, ranks
+from vtp.training import loop, ranks, state
 from vtp.training.ranks import accelerator, by_rank_0
 
 SOON = 20  # seconds in which all processes have to end here, with a short GRACE and a busy machine
@@ -242,7 +242,7 @@ def _train(rank: int, command: list[str], victim: int | None, what: str, when: s
             time.sleep(0.3 * rank)
             os.kill(os.getpid(), getattr(signal, what))
 
-    step, evaluate = loop._Stage._pass, loop._evaluate
+    step, evaluate = loop._Stage._pass, loop.evaluate_batches
     seen = {"steps": 0, "evaluations": 0}
 
     def counting_step(stage, images, targets, number):
@@ -259,8 +259,8 @@ def _train(rank: int, command: list[str], victim: int | None, what: str, when: s
             happen()
         return evaluate(*arguments)
 
-    loop._Stage._pass, loop._evaluate = counting_step, counting_evaluate
-    write = loop.write_state
+    loop._Stage._pass, loop.evaluate_batches = counting_step, counting_evaluate
+    write = state.write_state
 
     def failing_write(path: Path, *arguments) -> None:
         if when == "checkpoint" and path.exists():
@@ -270,7 +270,7 @@ def _train(rank: int, command: list[str], victim: int | None, what: str, when: s
             time.sleep(3)
         write(path, *arguments)
 
-    loop.write_state = failing_write
+    state.write_state = failing_write
     sys.exit(cli.main(command))
 
 
