@@ -85,6 +85,16 @@ def gated(model: nn.Module, seed: int = 1) -> nn.Module:
     return result
 
 
+def prepared(architecture, seed=0):
+    """A gated model with random gates and Taylor statistics; the weights do not matter to a plan."""
+    torch.manual_seed(seed)
+    model = gated(architecture.build(), seed=seed)
+    for layer in vtp.sites(model).values():
+        layer.taylor.copy_(torch.rand(layer.in_features).square() * 7)
+        layer.taylor_steps.fill_(7)
+    return model
+
+
 def with_zeros(model: nn.Module, plan: vtp.PruningPlan) -> nn.Module:
     """The gated model with every gate that the plan removes set to 0: what the cut must reproduce."""
     result = copy.deepcopy(model)
