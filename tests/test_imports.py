@@ -18,7 +18,7 @@ FLOORS = (
     ("vtp.files", "vtp.options", "vtp.timing", "vtp.machine", "vtp.group"),
     ("vtp.model",),
     ("vtp.pruning",),
-    ("vtp.checkpoint", "vtp.hub", "vtp.hugging_face", "vtp.weights"),
+    ("vtp.checkpoint", "vtp.hub", "vtp.hugging_face", "vtp.hugging_face_checkpoints", "vtp.weights"),
     ("vtp.runtime",),
     ("vtp.training",),
     ("vtp.comparison",),
