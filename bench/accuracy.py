@@ -28,7 +28,7 @@ from bench import one_shot
 from bench.results_file import add_results_file, check_results_file, print_results
 from vtp.files import write_atomic
 from vtp.machine import commit, description, in_one_line
-from vtp.pipeline import RECIPES
+from vtp.recipes import RECIPES
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data, open_data
 from vtp.training.evaluation import evaluate

@@ -23,7 +23,7 @@ FLOORS = (
     ("vtp.training",),
     ("vtp.comparison",),
     ("vtp.report",),
-    ("vtp.zoo", "vtp.one_shot"),
+    ("vtp.zoo", "vtp.one_shot", "vtp.recipes"),
     ("vtp.pipeline",),
     ("vtp.cli",),
     ("vtp",),

@@ -42,18 +42,7 @@ from vtp.model.images import (
     set_imagenet_names,
 )
 from vtp.options import positive, thread_count
-from vtp.pipeline import (
-    RECIPES,
-    STAGES,
-    Recipe,
-    RunConfig,
-    classes_of,
-    describe_images,
-    fit_data,
-    run,
-    run_folder,
-    short_recipe_for,
-)
+from vtp.pipeline import RunConfig, classes_of, describe_images, fit_data, run, run_folder
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactModel, compact
 from vtp.pruning.expand import expand
@@ -63,6 +52,7 @@ from vtp.pruning.one_shot import IMAGES, check_budget, check_images, tokens_size
 from vtp.pruning.plan import PruningPlan
 from vtp.pruning.scores import SCOPES, SCORES
 from vtp.pruning.selection import make_plan
+from vtp.recipes import RECIPES, STAGES, Recipe, short_recipe_for
 from vtp.runtime.export import TARGETS, ExportError
 from vtp.runtime.export.onnx import OPSET, OPSETS
 from vtp.runtime.latency_profile import profile_widths

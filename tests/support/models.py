@@ -113,6 +113,19 @@ def image(model: nn.Module, batch: int = 2, seed: int = 2) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def assert_same(got, expected):
+    """Equal outputs, tensors, dtypes and cost, bit for bit."""
+    assert type(got) is type(expected)
+    x = image(expected)
+    with torch.no_grad():
+        assert torch.equal(got(x), expected(x))
+    states = got.state_dict(), expected.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert tensor.dtype == states[1][name].dtype
+        assert torch.equal(tensor, states[1][name])
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected magnitude."""
     assert got.shape == expected.shape

@@ -25,6 +25,7 @@ import vtp
 from tests.support.processes import ROOT, forks
 from vtp import cli, pipeline
 from vtp.files import FileError
+from vtp.recipes import STAGES
 from vtp.training import loop, ranks, state
 from vtp.training.ranks import accelerator, by_rank_0
 
@@ -532,8 +533,8 @@ def _cuts(rank: int, command: list[str]) -> None:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_signal_while_rank_0_cuts_ends_all_and_names_the_rank_that_got_it(folder, tmp_path, victim):
     command = train_command(folder, tmp_path / "run", "--new-head", "--latency-batch=1")[2:]
-    command += [f"--set={stage}.epochs=1" for stage in pipeline.STAGES]
-    command += [f"--set={stage}.warmup_epochs=0" for stage in pipeline.STAGES]
+    command += [f"--set={stage}.epochs=1" for stage in STAGES]
+    command += [f"--set={stage}.warmup_epochs=0" for stage in STAGES]
     group = Group(tmp_path / "log", _cuts, ["run", *command])
     group.wait_for("cutting")
     time.sleep(1)
