@@ -24,6 +24,7 @@ FLOORS = (
     ("vtp.comparison",),
     ("vtp.report",),
     ("vtp.zoo", "vtp.one_shot", "vtp.recipes"),
+    ("vtp.run_folder",),
     ("vtp.pipeline",),
     ("vtp.cli",),
     ("vtp",),

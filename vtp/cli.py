@@ -42,7 +42,7 @@ from vtp.model.images import (
     set_imagenet_names,
 )
 from vtp.options import positive, thread_count
-from vtp.pipeline import RunConfig, classes_of, describe_images, fit_data, run, run_folder
+from vtp.pipeline import RunConfig, classes_of, describe_images, fit_data, run
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactModel, compact
 from vtp.pruning.expand import expand
@@ -53,6 +53,7 @@ from vtp.pruning.plan import PruningPlan
 from vtp.pruning.scores import SCOPES, SCORES
 from vtp.pruning.selection import make_plan
 from vtp.recipes import RECIPES, STAGES, Recipe, short_recipe_for
+from vtp.run_folder import run_folder
 from vtp.runtime.export import TARGETS, ExportError
 from vtp.runtime.export.onnx import OPSET, OPSETS
 from vtp.runtime.latency_profile import profile_widths

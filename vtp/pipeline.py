@@ -22,8 +22,6 @@ A run is one folder:
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vtp.checkpoint import load, save
-from vtp.files import FileError, fingerprint, refuse_unwritable, write_atomic
+from vtp.files import fingerprint, write_atomic
 from vtp.group import Group, first_makes, is_first, take_from_first, world
 from vtp.hub import save_pretrained
 from vtp.machine import environment
@@ -57,6 +55,7 @@ from vtp.pruning.plan import PlanError
 from vtp.pruning.selection import make_plan, pareto
 from vtp.recipes import STAGES, Recipe
 from vtp.report import comparison_table, write_report
+from vtp.run_folder import begin_run, run_folder
 from vtp.runtime.optimize import optimize
 from vtp.timing import interleaved_latency
 from vtp.training.config import TrainConfig
@@ -69,12 +68,11 @@ from vtp.training.data import (
     open_data,
 )
 from vtp.training.evaluation import evaluate
-from vtp.training.identity import data_identity, settings_that_count
+from vtp.training.identity import data_identity
 from vtp.training.loaders import calibration_count, calibration_images
 from vtp.training.loop import train
 from vtp.training.progress import share_bar
-from vtp.training.ranks import accelerator, begun_by_this_job, by_rank_0, note_begun
-from vtp.training.run_lock import LOCK, run_lock
+from vtp.training.ranks import accelerator, by_rank_0
 from vtp.training.sharding import wants_sharding
 from vtp.training.transforms import Augment
 from vtp.zoo import FASHION_DEIT, open_model
@@ -166,9 +164,15 @@ def run(
     model, data = _open(config)
     _check_before_training(config, model, data, process.num_processes)
     with run_folder(run_dir) as folder:
-        resume = by_rank_0(lambda: _begin_folder(config, folder, resume, model, data))
+        resume = by_rank_0(lambda: begin_run(folder, _wanted(config, model, data), resume, data))
         _run_stages(config, folder, model, data, process, console, resume, progress, memory_gb)
     return folder / "report.html"
+
+
+def _wanted(config: RunConfig, model: nn.Module, data: Data) -> dict[str, Any]:
+    """What config.json says of a run: its configuration, and what is in its model and data."""
+    identity = {"model": fingerprint(model.state_dict()), **data_identity(data)}
+    return config.to_dict() | {"identity": identity}
 
 
 def _run_stages(
@@ -401,114 +405,6 @@ def _check_before_training(config: RunConfig, model: nn.Module, data: Data, proc
         images = len(data.train) if hasattr(data.train, "__len__") else wanted
         if wanted > images:
             raise ValueError(f"{name}.{field}: got {wanted}, expected at most {images} images")
-
-
-def make_run_folder(run_dir: str | Path) -> Path:
-    """The folder of a run, made if it is not there. Raises FileError if it is a file or cannot be written."""
-    run_dir = Path(run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise FileError(f"run folder: {run_dir} is a file, expected a folder")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"run folder: cannot make {run_dir}: {error.strerror}") from error
-    refuse_unwritable(run_dir / "metrics.jsonl")
-    return run_dir
-
-
-@contextmanager
-def run_folder(run_dir: str | Path) -> Iterator[Path]:
-    """The folder of a run, made if it is not there and kept from other runs: rank 0 has its lock. Where an
-    error comes before anything is in it, none is left.
-
-    Raises:
-        FileError: it is a file, cannot be written, or another run is in it; on the other ranks RankLostError.
-    """
-    run_dir = Path(run_dir)
-    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    try:
-        with ExitStack() as held:
-            by_rank_0(lambda: held.enter_context(run_lock(make_run_folder(run_dir))))
-            yield run_dir
-    except Exception:
-        with suppress(OSError):  # there is something in it, or it was never made
-            for folder in made:
-                folder.rmdir()
-        raise
-
-
-def _begin_folder(config: RunConfig, run_dir: Path, resume: bool, model: nn.Module, data: Data) -> bool:
-    """Write down what is asked for, which for a run that is resumed must be what it was begun with. Returns
-    whether it is one."""
-    file, job_has_begun = run_dir / "config.json", f"run {run_dir.resolve()}"
-    resume = resume or begun_by_this_job(job_has_begun)
-    identity = {"model": fingerprint(model.state_dict()), **data_identity(data)}
-    wanted = config.to_dict() | {"identity": identity}
-    if file.exists() and not _nothing_trained(run_dir):
-        _check_same_run(run_dir, wanted, resume, data)
-    write_atomic(file, lambda path: path.write_text(json.dumps(wanted, indent=1)))
-    note_begun(job_has_begun)
-    return resume
-
-
-def _nothing_trained(run_dir: Path) -> bool:
-    """Whether a run folder has no more in it than a run that failed at once has left: nothing to lose."""
-    names, metrics = {path.name for path in run_dir.iterdir()}, run_dir / "metrics.jsonl"
-    if not names <= {LOCK, "config.json", "dense.safetensors", metrics.name, "checkpoints", "tensorboard"}:
-        return False
-    if (metrics.exists() and metrics.stat().st_size) or any((run_dir / "checkpoints").glob("*")):
-        return False
-    try:
-        return "budget" in json.loads((run_dir / "config.json").read_text())  # one of ours
-    except (ValueError, TypeError):
-        return False
-
-
-def _check_same_run(run_dir: Path, wanted: dict[str, Any], resume: bool, data: Data) -> None:
-    """Raise FileError unless a run is resumed that was begun with what is wanted now."""
-    file = run_dir / "config.json"
-    if not resume:
-        raise FileError(
-            f"run folder: {run_dir} holds a run already; continue it with --resume, or name another"
-        )
-    try:
-        found = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise FileError(f"run folder: {file} is damaged ({error}); name another folder") from error
-    if not isinstance(found.get("identity"), dict):
-        raise FileError(
-            f"run folder: {file} does not say what is in the model and the data, as that of an older vtp; it "
-            "cannot be resumed: name another folder (the models in this one still load)"
-        )
-    before, now = (_what_counts(each, run_dir, data) for each in (found, wanted))
-    odd = [name for name in now if before.get(name) != now[name]]
-    if odd:
-        changes = "; ".join(_difference(name, before.get(name), now[name]) for name in odd)
-        raise FileError(
-            f"run folder: {run_dir} holds a run with another {', '.join(odd)}; it cannot be resumed "
-            f"({changes})"
-        )
-
-
-def _difference(name: str, before: Any, now: Any) -> str:
-    """What differs in a setting, in words; of several under one name those that do."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        odd = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        return "; ".join(_difference(f"{name}.{key}", before.get(key), now.get(key)) for key in odd)
-    return f"{name}: the run has {before!r}, now {now!r}"
-
-
-def _what_counts(written: dict[str, Any], run_dir: Path, data: Data) -> dict[str, Any]:
-    """What must stay the same for a run to be resumed: what is in its model and data, not what they are
-    called; of a stage that has not begun no more than the seed, by which images are drawn too. How many
-    images an update has, a stage's checkpoint says."""
-    names = {"model", "checkpoint", "data", "data_root", "class_map"}  # of files and folders
-    counts = {name: written[name] for name in written.keys() - names - {"identity"}}
-    for stage in STAGES:
-        if isinstance(settings := counts.get(stage), dict):
-            begun = (run_dir / "checkpoints" / f"{stage}.safetensors").exists()
-            counts[stage] = settings_that_count(settings, data) if begun else settings.get("seed")
-    return counts | written["identity"]
 
 
 def _results(models: dict[str, nn.Module], data: Data, run_dir: Path, config: RunConfig) -> dict[str, Any]:
