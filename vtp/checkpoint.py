@@ -37,7 +37,7 @@ from vtp.model.architecture import (
     refuse_changed_behaviour,
 )
 from vtp.model.eva import make_rotary_buffers, other_angles, with_fused_sites
-from vtp.model.images import described
+from vtp.model.images import described, without_source
 from vtp.pruning.compact import CompactModel, LayerNormGather, empty_compact
 from vtp.pruning.gates import GatedLinear, insert_gates
 from vtp.pruning.plan import PruningPlan
@@ -271,6 +271,8 @@ def _is_plain(value: Any) -> bool:
 def _restore_pretrained_cfg(model: nn.Module, fields: dict[str, Any] | None) -> None:
     if fields is not None:
         config = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        if isinstance(model, CompactModel):  # a file of before may say where the dense model's weights are
+            config = without_source(config)
         model.pretrained_cfg = model.default_cfg = config
 
 

@@ -9,6 +9,7 @@ process calls it alone, as programs do for work that is to be done once.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
@@ -89,6 +90,9 @@ def gathered(group: Group, value: T) -> list[T]:
 def first_makes(group: Group, make: Callable[[], T]) -> T:
     """What `make` returns on the first process, on all of them; the others do not call it.
 
+    The others wait for it as in any collective: for no longer than the group's timeout, of 15 minutes where
+    `vtp.training.ranks` has made it.
+
     Raises what it raises on the first process, and RankError on the others.
     """
     if group is None:
@@ -110,11 +114,23 @@ def together(group: Group) -> Iterator[None]:
         yield
     except Exception as error:
         mine = error
+    if group is not None:
+        _wait_for_all(group)
     for rank, text in enumerate(gathered(group, None if mine is None else str(mine) or repr(mine))):
         if mine is None and text is not None:
             raise RankError(f"rank {rank}: {text}")
     if mine is not None:
         raise mine
+
+
+def _wait_for_all(group: dist.ProcessGroup) -> None:
+    """A barrier in which this process hears of signals: a collective that blocks acts on none until its end,
+    and the first process may work for minutes before it comes."""
+    barrier, pause = dist.barrier(group, async_op=True), 1e-3
+    while not barrier.is_completed():
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+    barrier.wait()
 
 
 def refuse_different(group: Group, name: str, text: str) -> None:

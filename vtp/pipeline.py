@@ -22,6 +22,7 @@ A run is one folder:
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from vtp.model.images import (
     class_names,
     image_config,
     imagenet_classes,
+    knows_normalisation,
     set_image_config,
     set_imagenet_names,
 )
@@ -58,12 +60,14 @@ from vtp.report import comparison_table, write_report
 from vtp.run_folder import begin_run, run_folder
 from vtp.runtime.optimize import optimize
 from vtp.timing import interleaved_latency
+from vtp.training.classes import in_short
 from vtp.training.config import TrainConfig
 from vtp.training.data import (
     EMBEDDED,
     Data,
     DataError,
     check_data,
+    is_multi_label,
     match_classes,
     open_data,
 )
@@ -72,10 +76,11 @@ from vtp.training.identity import data_identity
 from vtp.training.loaders import calibration_count, calibration_images
 from vtp.training.loop import train
 from vtp.training.progress import share_bar
-from vtp.training.ranks import accelerator, by_rank_0
+from vtp.training.ranks import accelerator
 from vtp.training.sharding import wants_sharding
 from vtp.training.transforms import Augment
-from vtp.zoo import FASHION_DEIT, open_model
+from vtp.words import counted
+from vtp.zoo import FASHION_DEIT, open_model, open_teacher
 
 RESLICE_RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 PARETO_POINTS = 15
@@ -99,6 +104,8 @@ class RunConfig:
         refit: of the sparse-trained model, in closed form, between the cut and fine-tuning; a one-shot cut
             always has it.
         images: training images that calibration and refit take.
+        teacher, teacher_checkpoint: a model to distil from, and weights of one's own for it, as
+            `open_teacher` takes them; None distils from the dense baseline.
     """
 
     recipe: Recipe
@@ -114,6 +121,8 @@ class RunConfig:
     refit: bool = True
     images: int = IMAGES
     checkpoint: str | None = None
+    teacher: str | None = None
+    teacher_checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         if self.latency_batch < 1:
@@ -155,23 +164,26 @@ def run(
         FileError: `run_dir` holds another run, is in use by one, or cannot be written.
         DataError, PlanError, UnsupportedModelError: before the first step, wherever that can be known.
         TrainingInterrupted, NonFiniteLossError: see `vtp.training.loop.train`.
-        RankLostError: another process of the run has ended.
+        RankError, RankLostError: another process of the run failed, or has ended.
     """
     process = accelerator()
     # A log file has no width of its own; 80 columns would break the final table.
     width = None if sys.stdout.isatty() else 120
     console = Console(quiet=not (progress and process.is_main_process), width=width)
-    model, data = _open(config)
+    model, data, teacher = _open(config)
     _check_before_training(config, model, data, process.num_processes)
     with run_folder(run_dir) as folder:
-        resume = by_rank_0(lambda: begin_run(folder, _wanted(config, model, data), resume, data))
-        _run_stages(config, folder, model, data, process, console, resume, progress, memory_gb)
+        resume = first_makes(
+            world(), lambda: begin_run(folder, _wanted(config, model, data, teacher), resume, data)
+        )
+        _run_stages(config, folder, model, data, teacher, process, console, resume, progress, memory_gb)
     return folder / "report.html"
 
 
-def _wanted(config: RunConfig, model: nn.Module, data: Data) -> dict[str, Any]:
-    """What config.json says of a run: its configuration, and what is in its model and data."""
-    identity = {"model": fingerprint(model.state_dict()), **data_identity(data)}
+def _wanted(config: RunConfig, model: nn.Module, data: Data, teacher: nn.Module | None) -> dict[str, Any]:
+    """What config.json says of a run: its configuration, and what is in its model, data and teacher."""
+    taught_by = None if teacher is None else fingerprint(teacher.state_dict())
+    identity = {"model": fingerprint(model.state_dict()), "teacher": taught_by, **data_identity(data)}
     return config.to_dict() | {"identity": identity}
 
 
@@ -180,6 +192,7 @@ def _run_stages(
     run_dir: Path,
     model: nn.Module,
     data: Data,
+    teacher: nn.Module | None,
     process: Accelerator,
     console: Console,
     resume: bool,
@@ -189,15 +202,17 @@ def _run_stages(
     _say(console, f"model {config.model}: {count(model)}; data {data.name}: {_size(data)}")
     for note in data.notes:
         _say(console, f"note: {note}")
+    if teacher is not None:
+        _say(console, f"teacher {config.teacher}")
     image_size = max(model.patch_embed.img_size)
 
-    def stage(name: str, start: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
+    def stage(name: str, start: nn.Module, dense: nn.Module | None = None) -> nn.Module:
         settings = getattr(config.recipe, name)
         augment = Augment.preset(config.recipe.augment_of(name), image_size)
-        _say(console, f"stage {name}: {settings.epochs} epochs")
+        _say(console, f"stage {name}: {counted(settings.epochs, 'epoch')}")
         trained = train(
-            start, data, settings, stage=name, run_dir=run_dir, augment=augment, teacher=teacher,
-            resume=resume, progress=progress,
+            start, data, settings, stage=name, run_dir=run_dir, augment=augment,
+            teacher=dense if teacher is None else teacher, resume=resume, progress=progress,
         )  # fmt: skip
         return trained.model
 
@@ -209,13 +224,13 @@ def _run_stages(
     dense = keep("dense", stage("dense", model) if "dense" in config.stages else model)
     models = {"dense": dense}
     if not config.one_shot:
-        models["sparse"] = keep("sparse", stage("sparse", insert_gates(dense), teacher=dense))
+        models["sparse"] = keep("sparse", stage("sparse", insert_gates(dense), dense))
     cut = _Cut(config, data, run_dir, resume, memory_gb, console, world())
     start = models.get("sparse", dense).to(process.device)
     cut.write(start)
-    by_rank_0(lambda: None)  # the others read what it writes
+    first_makes(world(), lambda: None)  # the others read what it writes
     models["pruned"] = cut.read(start)
-    models["compact"] = keep("compact", stage("finetune", models["pruned"], teacher=dense))
+    models["compact"] = keep("compact", stage("finetune", models["pruned"], dense))
     if process.is_main_process:
         _say(console, "comparing")
         results = _results(models, data, run_dir, config)
@@ -278,6 +293,7 @@ class _Cut:
         size = tokens_size(describe(start), images, self.memory_gb)
         _say(self.console, f"calibrating on {size}")
         options: dict[str, Any] = {"memory_gb": self.memory_gb, "group": self.group}
+        options["multi_label"] = is_multi_label(self.data)
         with share_bar(self.console, "calibration") as bar:
             found = calibrate(start, self._images(start), progress=bar, **options)
         if is_first(self.group):
@@ -322,14 +338,15 @@ def _say(console: Console, text: str) -> None:
 
 def _size(data: Data) -> str:
     lengths = [
-        f"{len(s)} {split} images"
+        counted(len(s), f"{split} image")
         for split, s in (("train", data.train), ("test", data.test))
         if hasattr(s, "__len__")
     ]
     return ", ".join(lengths) or "a stream"
 
 
-def _open(config: RunConfig) -> tuple[nn.Module, Data]:
+def _open(config: RunConfig) -> tuple[nn.Module, Data, nn.Module | None]:
+    """Model, data and teacher, which fit each other."""
     data = open_data(config.data, root=config.data_root, class_map=config.class_map)
     seed = config.recipe.dense.seed
     classes = classes_of(data) if config.new_head else None
@@ -340,7 +357,56 @@ def _open(config: RunConfig) -> tuple[nn.Module, Data]:
         seed=seed,
         checkpoint=config.checkpoint,
     )
-    return model, fit_data(data, model)
+    if isinstance(model, CompactModel):
+        raise ValueError(
+            f"model: {config.model} is cut already, expected a dense one; `vtp finetune {config.model}` "
+            f"trains it further, and `vtp prune {config.model} --calibrate DATA` cuts it again"
+        )
+    fitted = fit_data(data, model)
+    return model, fitted, teacher_for(model, data, config.teacher, config.teacher_checkpoint)
+
+
+def teacher_for(
+    model: nn.Module, data: Data, name: str | None, checkpoint: str | None = None
+) -> nn.Module | None:
+    """The model to distil from, None for the name None.
+
+    Args:
+        model: the student, which says what its classes are called.
+        data: as they were opened; a teacher that does not say how its images are normalised has seen them so.
+        name, checkpoint: as `open_teacher` takes them.
+
+    Raises:
+        FileError: there is no such teacher.
+        ValueError: it has other classes than the student, or in another order.
+    """
+    if name is None:
+        if checkpoint is not None:
+            raise ValueError("teacher_checkpoint: without effect without --teacher NAME")
+        return None
+    teacher = open_teacher(name, checkpoint=checkpoint)
+    if not knows_normalisation(teacher):
+        set_image_config(teacher, mean=data.mean, std=data.std)
+    # Logits are compared place by place.
+    theirs, names = class_names(teacher), class_names(model)
+    if theirs is not None and names is not None and theirs != names:
+        raise ValueError(
+            "teacher: expected the model's classes in their order: the teacher has "
+            f"{in_short(theirs)}; the model has {in_short(names)}"
+        )
+    if (count := getattr(teacher, "num_classes", model.num_classes)) != model.num_classes:
+        raise ValueError(f"teacher: classes {count}, expected the model's {model.num_classes}")
+    return teacher
+
+
+def refuse_idle_teacher(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Raise ValueError where a teacher is asked in none of these stages."""
+    if not any(getattr(recipe, stage).distill_alpha for stage in stages):
+        weights = " and ".join(f"{stage}.distill_alpha" for stage in stages)
+        are = "are" if len(stages) > 1 else "is"
+        raise ValueError(
+            f"teacher: it has no effect as {weights} {are} 0; add --set {stages[-1]}.distill_alpha=0.5"
+        )
 
 
 def classes_of(data: Data) -> int:
@@ -391,20 +457,34 @@ def describe_images(model: nn.Module, data: Data) -> None:
 
 def _check_before_training(config: RunConfig, model: nn.Module, data: Data, processes: int) -> None:
     """Refuse now what would stop a later stage: the model, a budget no plan can meet, settings of a stage."""
+    if config.teacher is not None:
+        refuse_idle_teacher(config.recipe, config.stages)
     insert_gates(model)  # refuses a model that has some, or that is not supported
     cut = {"calibrated": config.one_shot, "refitted": config.one_shot or config.refit}
     first_makes(world(), lambda: check_budget(model, config.budget, **cut))
     for name in config.stages:
-        stage: TrainConfig = getattr(config.recipe, name)
-        if stage.precision == "fp16" and not torch.cuda.is_available():
-            raise ValueError(f"{name}.precision: got 'fp16', expected 'no' or 'bf16' as there is no GPU")
-        wants_sharding(stage, processes)
-        stage.split(processes)
-        field = "batch_size" if stage.effective_batch is None else "effective_batch"
-        wanted = getattr(stage, field)
-        images = len(data.train) if hasattr(data.train, "__len__") else wanted
-        if wanted > images:
-            raise ValueError(f"{name}.{field}: got {wanted}, expected at most {images} images")
+        check_stage(name, getattr(config.recipe, name), data, processes)
+
+
+def check_stage(name: str, config: TrainConfig, data: Data, processes: int) -> None:
+    """Refuse now what would stop a stage of training, on so many processes, once it begins.
+
+    Raises:
+        ValueError: a setting does not fit the machine, the data or another setting.
+    """
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError(f"{name}.precision: got 'fp16', expected 'no' or 'bf16' as there is no GPU")
+    wants_sharding(config, processes)
+    images = len(data.train) if hasattr(data.train, "__len__") else None
+    field, shares = ("batch_size", processes) if config.effective_batch is None else ("effective_batch", 1)
+    wanted = getattr(config, field)
+    if images is not None and wanted * shares > images:
+        each = f" on each of {processes} processes" if shares > 1 else ""
+        raise ValueError(
+            f"{name}.{field}: got {wanted}{each}, expected at most {images // shares}, as there are "
+            f"{counted(images, 'image')} to train on"
+        )
+    config.split(processes, images)
 
 
 def _results(models: dict[str, nn.Module], data: Data, run_dir: Path, config: RunConfig) -> dict[str, Any]:

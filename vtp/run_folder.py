@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vtp.files import FileError, refuse_unwritable, write_atomic
+from vtp.group import first_makes, world
 from vtp.recipes import STAGES
 from vtp.training.data import Data
 from vtp.training.identity import settings_that_count
-from vtp.training.ranks import begun_by_this_job, by_rank_0, note_begun
+from vtp.training.ranks import begun_by_this_job, note_begun
 from vtp.training.run_lock import LOCK, run_lock
 
 
@@ -33,13 +34,13 @@ def run_folder(run_dir: str | Path) -> Iterator[Path]:
     error comes before anything is in it, none is left.
 
     Raises:
-        FileError: it is a file, cannot be written, or another run is in it; on the other ranks RankLostError.
+        FileError: it is a file, cannot be written, or another run is in it; on the other ranks RankError.
     """
     run_dir = Path(run_dir)
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         with ExitStack() as held:
-            by_rank_0(lambda: held.enter_context(run_lock(make_run_folder(run_dir))))
+            first_makes(world(), lambda: held.enter_context(run_lock(make_run_folder(run_dir))))
             yield run_dir
     except Exception:
         with suppress(OSError):  # there is something in it, or it was never made
@@ -119,7 +120,8 @@ def _what_counts(written: dict[str, Any], run_dir: Path, data: Data) -> dict[str
     """What must stay the same for a run to be resumed: what is in its model and data, not what they are
     called; of a stage that has not begun no more than the seed, by which images are drawn too. How many
     images an update has, a stage's checkpoint says."""
-    names = {"model", "checkpoint", "data", "data_root", "class_map"}  # of files and folders
+    # Of files and folders.
+    names = {"model", "checkpoint", "data", "data_root", "class_map", "teacher", "teacher_checkpoint"}
     counts = {name: written[name] for name in written.keys() - names - {"identity"}}
     for stage in STAGES:
         if isinstance(settings := counts.get(stage), dict):

@@ -62,6 +62,24 @@ def test_timm_makes_the_model_again_from_a_folder(small, folder):
     assert made.pretrained_cfg["label_names"] == list(NAMES)
 
 
+def test_timm_does_not_load_the_dense_models_weights_into_one_that_was_cut(tmp_path):
+    dense = build(dtype=torch.float32)
+    save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+    dense.pretrained_cfg = {"file": str(tmp_path / "dense.safetensors"), "num_classes": 10}
+    dense.pretrained_cfg |= {"input_size": (1, 8, 8)}
+    whole = vtp.compact(dense, vtp.make_plan(vtp.insert_gates(dense), rate=0.0))  # into which they would fit
+    vtp.save_pretrained(whole, tmp_path / "hub")
+    plan = json.loads((tmp_path / "hub" / "config.json").read_text())["model_args"]["plan"]
+    said = copy.copy(whole)
+    said.pretrained_cfg = dense.pretrained_cfg  # as files of before have it
+    vtp.save(said, tmp_path / "old.safetensors")
+    for model in (whole, vtp.load(tmp_path / "old.safetensors")):
+        with pytest.raises(RuntimeError, match="No pretrained weights"):
+            timm.create_model(
+                ARCHITECTURE, pretrained=True, pretrained_cfg=model.pretrained_cfg, plan=plan, in_chans=1
+            )
+
+
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "plain"])
 def test_so_it_does_with_every_kind_of_model(tmp_path, family):
     model = compact_model(family)

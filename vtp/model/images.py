@@ -10,6 +10,7 @@ from typing import Any
 
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.data.constants import DEFAULT_CROP_PCT
+from timm.models._pretrained import filter_pretrained_cfg
 from torch import nn
 
 # What `timm.data.create_transform` has to know about the images that a model takes.
@@ -101,6 +102,19 @@ def new_head(model: nn.Module, num_classes: int) -> None:
     """Give a model a head with new weights for so many classes, whose names are those of the next data."""
     model.reset_classifier(num_classes)
     set_image_config(model, label_names=())
+
+
+def inherit_description(model: nn.Module, parent: nn.Module) -> None:
+    """Let a model that was made of another one say of its images and classes what that one does: timm's
+    `pretrained_cfg`, but for where the weights come from, which are the other one's."""
+    if getattr(parent, "pretrained_cfg", None) is not None:
+        model.pretrained_cfg = model.default_cfg = without_source(parent.pretrained_cfg)
+
+
+def without_source(config: dict[str, Any]) -> dict[str, Any]:
+    """A `pretrained_cfg` with which timm finds no weights, as its `save_for_hf` writes it."""
+    found = filter_pretrained_cfg(config, remove_source=True, remove_null=False)
+    return {name: value for name, value in found.items() if name not in ("state_dict", "custom_load")}
 
 
 def described(model: nn.Module) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def limit_of(
     if name == "rate":
         full = widths_array(architecture).sum()
         most = full - _removed_at_least(value, full)
-        return Limit(name, value, most, 0, _dimensions, keys, lambda n: f"{n:,.0f} dimensions kept")
+        return Limit(name, value, most, 0, _dimensions, keys, lambda n: f"{n:,.0f} dimensions")
     if name != "latency_ms":
 
         def size(widths: BlockWidths) -> int:
@@ -91,10 +91,11 @@ def _dimensions(widths: BlockWidths) -> int:
 def refuse_less_than(least: float, most: float, limit: Limit) -> None:
     """Raise PlanError where a limit of `most` units is less than what has to remain, `least`."""
     if least > most:
+        may = limit.text(most).split()[0]
         raise PlanError(
-            f"{limit.name}: {limit.value:g} cannot be met: {limit.text(least)} remain when everything but "
-            f"min_keep and protected parts is removed, at most {limit.text(most).split()[0]} may; "
-            "protect less, lower min_keep or cut less"
+            f"{limit.name}: {limit.value:g} cannot be met: {limit.text(least)} remain when all is removed "
+            f"but min_keep and protected parts, more than the {may} that may; protect less, lower min_keep "
+            "or cut less"
         )
 
 

@@ -36,6 +36,7 @@ from vtp.pruning.dense_block import (
     scaled_weight,
     split_heads,
 )
+from vtp.pruning.gates import has_fingerprint
 from vtp.pruning.moments import Moments, narrowed_scores, oas_damping, obs_curve, turned_values
 from vtp.pruning.streams import Progress, Store, Stream, embedded, plain_copy
 
@@ -58,7 +59,8 @@ class Statistics:
         images: how many images it was calibrated on.
         change_images: on how many of them changes were measured.
         change: what `changes` are: "KL" from the dense model's class probabilities, in nats, mean over
-            images; or "relative error" of its output, where it has not several classes.
+            images; "binary KL", the sum over the classes of that from its yes or no to each, where an image
+            may be of several; or "relative error" of its output, where it has not several classes.
         tensors: float64, by `<site>.<what>`:
 
             blocks.<i>.<site>.variance    [p]     variance of each input
@@ -121,7 +123,7 @@ class Statistics:
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError if these are not the statistics of this dense or gated model."""
-        if fingerprint(plain_copy(model).state_dict()) != self.parent:
+        if not has_fingerprint(plain_copy(model), self.parent):
             raise ValueError(
                 "statistics: they are of other weights than the model has; "
                 "call vtp.calibrate(model, images) again"
@@ -133,6 +135,7 @@ def calibrate(
     model: nn.Module,
     images: Tensor | Iterable,
     *,
+    multi_label: bool = False,
     memory_gb: float | None = None,
     progress: Progress | None = None,
     group: Group = None,
@@ -146,6 +149,8 @@ def calibrate(
             is, which is read once. Of the training set, and as they are evaluated: not augmented. A thousand
             or two; some ten rows (images times tokens) for each hidden dimension are looked at, and images
             beyond that are not read: a loader may be endless.
+        multi_label: whether an image may be of several classes, or of none: the model's outputs are then a
+            question each, whose probability is a sigmoid, and not one question for all.
         memory_gb: what the images' tokens may take, in units of 1e9 bytes; the rest goes to a temporary file.
             Beside them there are the second moments of one block, 0.1 GB for a DeiT-B.
         progress: called with what is going on and the share that is done.
@@ -174,7 +179,7 @@ def calibrate(
     try:
         needed = _images_needed(architecture)
         stream = embedded(plain, images, store, progress, most=needed, group=group)
-        probe = _Probe(plain, stream)
+        probe = _Probe(plain, stream, multi_label)
         tensors: dict[str, Tensor] = {}
         for i, block in enumerate(plain.blocks):
             say(f"block {i + 1} of {architecture.depth}", i / architecture.depth)
@@ -289,7 +294,7 @@ class _Probe:
         unit: of the change, as in `Statistics`.
     """
 
-    def __init__(self, plain: nn.Module, stream: Stream) -> None:
+    def __init__(self, plain: nn.Module, stream: Stream, multi_label: bool) -> None:
         depth = len(plain.blocks)
         # Each block is cut alone seven times and half of the model runs after it: as much as two passes
         # over the images that moments are taken from.
@@ -297,6 +302,8 @@ class _Probe:
         self.images = min(share(images, stream.group), sum(map(len, stream.pieces)))
         self._model, self._ropes, self._group = plain, stream.ropes, stream.group
         self.unit = "KL" if plain.num_classes > 1 else "relative error"
+        if multi_label and plain.num_classes:
+            self.unit = "binary KL"
         device = plain.patch_embed.proj.weight.device
         self._dense = dense = self._output(0, stream.first(self.images).to(device)).double()
         self.everyones = int(self._total(torch.tensor(float(len(dense)), dtype=torch.float64, device=device)))
@@ -310,8 +317,8 @@ class _Probe:
     def change(self, block: int, x: Tensor) -> float:
         """How far the output is from the dense model's with x behind this block."""
         got, dense = self._output(block + 1, x).double(), self._dense
-        if self.unit == "KL":
-            dense, got = dense.log_softmax(-1), got.log_softmax(-1)
+        if self.unit in ("KL", "binary KL"):
+            dense, got = (self._log_probabilities(logits) for logits in (dense, got))
             change = self._total((dense.exp() * (dense - got)).sum()).item() / self.everyones
         else:
             change = self._mean_square(got - dense) / self._scale
@@ -320,6 +327,12 @@ class _Probe:
                 f"model: got NaN or infinite outputs with a part of block {block} cut, expected finite ones"
             )
         return max(change, 0.0)
+
+    def _log_probabilities(self, logits: Tensor) -> Tensor:
+        """Of all answers to the one question, or of yes and no to one for each class."""
+        if self.unit == "KL":
+            return logits.log_softmax(-1)
+        return torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=-1)
 
     def _total(self, own: Tensor) -> Tensor:
         """The sum of what all processes have."""

@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from vtp.files import fingerprint
 from vtp.group import Group
 from vtp.model.architecture import Architecture, describe
+from vtp.model.images import inherit_description
 from vtp.model.widths import SITES
 from vtp.pruning.dense_block import activated, hidden_rows, into_fc2, layer_scales, scaled
-from vtp.pruning.gates import sites, with_gates
+from vtp.pruning.gates import has_fingerprint, sites, with_gates
 from vtp.pruning.plan import PlanError, PruningPlan
 from vtp.pruning.refit import refit
 from vtp.pruning.removed import removed_before
@@ -416,7 +417,8 @@ class CompactViT(VisionTransformer):
 
     Attributes:
         plan: the PruningPlan that gives the widths.
-        pretrained_cfg: that of the dense model, if it had one, for `timm.data.resolve_data_config`.
+        pretrained_cfg: that of the dense model, if it had one, for `timm.data.resolve_data_config`, but not
+            where its weights come from.
     """
 
     def __init__(self, plan: PruningPlan) -> None:
@@ -476,9 +478,9 @@ def compact(
     """Cut a gated or dense model to a plan. The result shares no memory with it.
 
     A plan that was made of other weights than the model's is followed, with a UserWarning that names both
-    fingerprints: it may be meant, as weights that were trained a little further, or cast to another dtype,
-    are others; a plan of another model of the same shape keeps what matters there, and is no better here than
-    a draw. Plans of a latency profile name no weights, and are followed without a word.
+    fingerprints: it may be meant, as weights that were trained a little further, or rounded by a cast, are
+    others; a plan of another model of the same shape keeps what matters there, and is no better here than a
+    draw. Plans of a latency profile name no weights, and are followed without a word.
 
     Args:
         model: the model that the plan was made for. It is not changed.
@@ -541,9 +543,7 @@ def compact(
         small.to(plain.patch_embed.proj.weight.dtype).eval()
         refit(plain, small, plan, images, memory_gb=memory_gb, progress=progress, group=group)
         small.to(dtype)
-    for name in ("pretrained_cfg", "default_cfg"):
-        if hasattr(gated, name):
-            setattr(small, name, getattr(gated, name))
+    inherit_description(small, gated)
     if plan.architecture.distilled:
         small.set_distilled_training(gated.distilled_training)
     return small.train(gated.training)
@@ -555,11 +555,11 @@ def _warn_of_other_weights(model: nn.Module, gated: nn.Module, plan: PruningPlan
     if not plan.parent or any(parameter.is_meta for parameter in gated.parameters()):
         return
     forms = (lambda: model, lambda: gated, lambda: plain_copy(gated))
-    if all(fingerprint(form().state_dict()) != plan.parent for form in forms):
+    if not any(has_fingerprint(form(), plan.parent) for form in forms):
         own = fingerprint(model.state_dict())
         warnings.warn(
             f"plan: made of weights with the fingerprint {plan.parent[:16]}, the model's have {own[:16]}: "
-            "what it keeps was chosen for others (trained further since, cast, or of another model)",
+            "what it keeps was chosen for others (trained further, rounded by a cast, or of another model)",
             UserWarning,
             stacklevel=4,
         )

@@ -21,6 +21,7 @@ from vtp.model.architecture import (
     refuse_changed_behaviour,
     wrapped_hint,
 )
+from vtp.model.images import inherit_description
 from vtp.model.widths import SITES
 from vtp.pruning.compact import CompactBlock, CompactModel, ConstantBranch, block_rows, made_values
 from vtp.pruning.dense_block import hidden_rows
@@ -59,9 +60,7 @@ def expand(small: CompactModel) -> VisionTransformer | Eva:
     if small.plan.architecture.rotary:
         dense.rope = copy.deepcopy(small.rope)
     dense.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-    for name in ("pretrained_cfg", "default_cfg"):
-        if hasattr(small, name):
-            setattr(dense, name, getattr(small, name))
+    inherit_description(dense, small)
     if architecture.distilled:
         dense.set_distilled_training(small.distilled_training)
     return dense.train(small.training)

@@ -5,10 +5,12 @@
 """
 
 import copy
+from collections.abc import Mapping, Set
 
 import torch
 from torch import Tensor, nn
 
+from vtp.files import fingerprint
 from vtp.model.architecture import describe, replace_sites
 from vtp.model.eva import with_fused_sites
 from vtp_kernels import gated_linear
@@ -116,3 +118,35 @@ def l1_penalty(gated: nn.Module) -> Tensor:
     For a training loop of your own: `loss = task_loss + 1e-4 * vtp.l1_penalty(gated)`.
     """
     return torch.cat([layer.gate for layer in sites(gated).values()]).abs().sum()
+
+
+def has_fingerprint(model: nn.Module, known: str) -> bool:
+    """Whether `known` is the fingerprint of a model's state, or of the same numbers in another floating
+    dtype: a cast that loses nothing, as any to a wider one, leaves a model what it is.
+
+    Raises:
+        ValueError: a tensor is on the meta device.
+    """
+    state = model.state_dict()
+    if fingerprint(state) == known:
+        return True
+    floating = {name for name, tensor in state.items() if tensor.is_floating_point()}
+    # Gates are made in float32, whatever the weights are in.
+    own = {f"{name}.{each}" for name, layer in model.named_modules() for each in ("gate", "taylor")
+           if isinstance(layer, GatedLinear)}  # fmt: skip
+    return any(
+        fingerprint(cast) == known
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        for names in (floating, floating - own)
+        if (cast := _in_dtype(state, names, dtype)) is not None
+    )
+
+
+def _in_dtype(tensors: Mapping[str, Tensor], names: Set[str], dtype: torch.dtype) -> dict[str, Tensor] | None:
+    """The tensors, those of `names` in a dtype; None where it has not all of their values, or they are in it
+    already."""
+    if all(tensors[name].dtype == dtype for name in names):
+        return None
+    cast = {name: tensors[name].to(dtype) for name in names}
+    exact = all(torch.equal(cast[name].to(tensors[name].dtype), tensors[name]) for name in names)
+    return {**tensors, **cast} if exact else None

@@ -12,6 +12,7 @@ from vtp.pruning.plan import PlanError
 from vtp.pruning.refit import MOST_IMAGES
 from vtp.pruning.scores import OF_STATISTICS
 from vtp.pruning.selection import make_plan
+from vtp.words import counted
 
 IMAGES = 2048
 
@@ -59,4 +60,4 @@ def tokens_size(architecture: Architecture, images: int, memory_gb: float | None
     where = "in memory"
     if memory_gb is not None and size > memory_gb:
         where = f"of which {memory_gb:g} GB in memory, the rest in a temporary file"
-    return f"{images:,} training images of {architecture.num_tokens} tokens: {size:.2g} GB, {where}"
+    return f"{counted(images, 'training image')} of {architecture.num_tokens} tokens: {size:.2g} GB, {where}"

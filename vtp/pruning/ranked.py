@@ -174,7 +174,7 @@ def rank_dimensions(
         missing = sorted(architecture.site_widths().keys() - layers.keys())
         raise PlanError(f"gated: no gates at {missing[:4]}; vtp.insert_gates puts them at every site")
     if not isinstance(protect, Iterable):
-        raise PlanError(f"protect (--keep): got {protect!r}, expected names of parts")
+        raise PlanError(f"protect: got {protect!r}, expected names of parts")
     parts = (protect,) if isinstance(protect, str) else tuple(protect)
     protected = _protected_sites(architecture, parts)
     absent = removed_before(gated)
@@ -206,7 +206,7 @@ def _protected_sites(architecture: Architecture, parts: tuple[str, ...]) -> froz
         matching = [name for name in names if isinstance(part, str) and part and f".{part}." in f".{name}."]
         if not matching:
             raise PlanError(
-                f"protect (--keep): got {part!r}, expected a part of the name of a site, such as 'attn', "
+                f"protect: got {part!r}, expected a part of the name of a site, such as 'attn', "
                 f"'mlp.fc2', 'blocks.0' or {names[-1]!r}; everything outside these is never cut"
             )
         found.update(matching)

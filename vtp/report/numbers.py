@@ -9,6 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from vtp.words import counted
+
 NOTHING = "\N{EN DASH}"
 _MINUS, _TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 COLUMNS = ("model", "top-1", "params", "MACs", "file size", "latency (median)", "speed-up")
@@ -128,8 +130,11 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
 def latency_note(results: Mapping[str, Any]) -> str:
     """What the latency figures are of."""
     batch = number(environment(results).get("latency_batch"))
-    of = "" if math.isnan(batch) else f" of a batch of {batch:.0f} image{'s' if batch != 1 else ''}"
-    return f"Latency{of}: median of interleaved rounds, so that a busy machine slows all models alike."
+    of = "" if math.isnan(batch) else f" of a batch of {counted(round(batch), 'image')}"
+    return (
+        f"Latency{of}: median of interleaved rounds, so that a busy machine slows all models alike. "
+        "Speed-up: median of the rounds' own ratios, which the ratio of two medians need not be."
+    )
 
 
 def is_one_shot(config: Mapping[str, Any]) -> bool:

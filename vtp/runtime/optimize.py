@@ -29,6 +29,7 @@ import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from vtp.machine import return_freed_memory
 from vtp.model.architecture import class_name, refuse_changed_behaviour, wrapped_hint
@@ -307,15 +308,6 @@ class OptimizedViT(nn.Module):
             TypeError: the images are no tensor, or integers, or float64 for another model.
             ValueError: their shape or device is not the model's; a mask on the C++ engine.
         """
-        traced = torch.compiler.is_compiling()  # where the batch is not to be asked for
-        if (
-            isinstance(self.vit, Eva)
-            and not traced
-            and isinstance(images, Tensor)
-            and images.shape[:1] == (0,)
-        ):
-            # timm's Eva cannot bring none into the shape of tokens.
-            return self._run(self.vit, images.new_zeros(1, *images.shape[1:]), attn_mask, is_causal)[:0]
         return self._run(self.vit, images, attn_mask, is_causal)
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -354,11 +346,19 @@ class OptimizedViT(nn.Module):
     def _run(self, function: Callable[..., Any], images: Tensor, *arguments: Any, **keywords: Any) -> Any:
         """A function of images, checked and in the model's dtype, without autocast."""
         self._validate(images)
+        if self._fails_on_none and not torch.compiler.is_compiling() and not len(images):
+            of_one = self._run(function, images.new_zeros(1, *images.shape[1:]), *arguments, **keywords)
+            return tree_map_only(Tensor, lambda result: result[:0], of_one)
         images = images.detach().to(self.dtype)
         if not autocast_is_on(images.device):
             return function(images, *arguments, **keywords)
         with torch.autocast(images.device.type, enabled=False):
             return function(images, *arguments, **keywords)
+
+    @property
+    def _fails_on_none(self) -> bool:
+        """Whether timm runs what is before the blocks, and cannot bring 0 images into the shape of tokens."""
+        return isinstance(self.vit, Eva) or (self.images.any_size and hasattr(self.vit, "patch_embed"))
 
     def _timms(self, method: str) -> Callable[..., Any]:
         """A method of timm's, where the engine does not run the model in one piece."""

@@ -124,10 +124,13 @@ class TrainConfig:
         if self.mixup or self.cutmix:
             self._require("batch_size", int, lambda v: v % 2 == 0, "an even number, as mixup pairs images")
 
-    def split(self, processes: int) -> tuple[int, int]:
+    def split(self, processes: int, images: int | None = None) -> tuple[int, int]:
         """How so many processes share an update: (images of a pass, passes of each process).
 
         They take as few passes as batch_size allows, all of one size, which is even where images are mixed.
+
+        Args:
+            images: how many there are to train on; None where that is not known.
 
         Raises:
             ValueError: effective_batch cannot be shared out like that; what could be is said.
@@ -137,16 +140,18 @@ class TrainConfig:
             return self.batch_size, 1
         pairs = 2 if self.mixup or self.cutmix else 1
 
-        def passes(images: int) -> int:
-            return -(-images // (processes * self.batch_size))
+        def passes(update: int) -> int:
+            return -(-update // (processes * self.batch_size))
 
-        def fits(images: int) -> bool:
-            return images % (processes * passes(images) * pairs) == 0
+        def fits(update: int) -> bool:
+            return update % (processes * passes(update) * pairs) == 0
 
         if fits(wanted):
             return wanted // (processes * passes(wanted)), passes(wanted)
         near = [next(filter(fits, range(wanted, 0, -1)), None), next(filter(fits, itertools.count(wanted)))]
         several = f"{processes} process{'es' if processes > 1 else ''}"
+        if near[0] and images is not None and near[1] > images:
+            near.pop()
         fitting = " or ".join(str(number) for number in near if number)
         raise ValueError(
             f"TrainConfig.effective_batch: got {wanted}, expected {fitting} for {several} and"

@@ -44,6 +44,7 @@ from vtp.training.sources import (
     relabelled,
     spread,
 )
+from vtp.words import counted
 
 EMBEDDED = "fashion-mnist-10k"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "datasets" / EMBEDDED
@@ -325,7 +326,7 @@ def _skipped_notes(split: Path, names: Sequence[str], reader: ClassFolders) -> l
     others = [name for name in names if name not in reader.class_to_idx]
     if others:
         notes.append(
-            f"{split}: {len(others)} class folders are not in the class map, and are left out: "
+            f"{split}: not in the class map, and left out: {counted(len(others), 'class folder')}: "
             f"{in_short(others)}"
         )
     return notes
@@ -356,11 +357,12 @@ def _open_shards(shards: Mapping[str, ShardSplit], name: str, train: bool) -> Da
     notes = []
     for split, reader in readers.items():
         no_image, no_class = reader.left_out
-        if no_image or no_class:
-            notes.append(
-                f"{split}: {no_image:,} samples without an image and {no_class:,} with a negative "
-                "class are left out of the shards"
-            )
+        without = f"{counted(no_image, 'sample')} without an image" if no_image else ""
+        negative = f"{counted(no_class, 'image')} with a negative class" if no_class else ""
+        if without or negative:
+            rule = "; the ending of a name begins at its first dot" if no_image else ""
+            left_out = ", ".join(filter(None, (without, negative)))
+            notes.append(f"{split}: left out of the shards: {left_out}{rule}")
     images = {split: FileImages(reader) for split, reader in readers.items()}
     data = _described(name, images.get("train"), images["test"], ())
     classes = 1 + max(int(reader.labels.max()) for reader in readers.values())

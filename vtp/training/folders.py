@@ -14,6 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from vtp.training.classes import in_short
 from vtp.training.pixels import DataError
+from vtp.words import counted
 
 # Of files that are images to torchvision's folders, or to timm's.
 ENDINGS = tuple(dict.fromkeys((*IMG_EXTENSIONS, *get_img_extensions())))
@@ -49,7 +50,7 @@ class ClassFolders(ReaderImageFolder):
             return None
         kinds = Counter(Path(name).suffix.lower() or "without ending" for name in self.skipped)
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
-        files = "1 file is" if len(self.skipped) == 1 else f"{len(self.skipped)} files are"
+        files = counted(len(self.skipped), "file is", "files are")
         return f"{files} skipped ({counts}): {in_short(self.skipped, 5)}"
 
     def _take(self, path: str) -> bool:

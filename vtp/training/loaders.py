@@ -45,6 +45,7 @@ from vtp.training.pixels import is_deep
 from vtp.training.seeding import generators_restored, seed_generators, seeds
 from vtp.training.sources import shards_of
 from vtp.training.transforms import Augment, Pipeline, checked_size, evaluation_pipeline, training_pipeline
+from vtp.words import counted
 
 # Images among which those of shards are shuffled, and of which indices are made at a time.
 WINDOW = 65_536
@@ -457,13 +458,17 @@ def epoch_in_words(loader: DataLoader, steps: int, images: int) -> str:
     Args:
         loader: bare or `prepared`. steps: of an epoch; images: of a step, of all processes together.
     """
-    text = f"an epoch is {steps:,} step{'s' * (steps != 1)} of {images:,} images"
+    text = f"an epoch is {counted(steps, 'step')} of {counted(images, 'image')}"
     if isinstance(loader.dataset, StreamSet):
         return f"{text}, {loader.dataset.in_words()}"
     left_out = len(loader.dataset) - steps * images
     if not left_out:
         return f"{text}, all {len(loader.dataset):,} of them"
-    return f"{text}: of {len(loader.dataset):,} images {left_out:,} are left out, in each epoch others"
+    others = "another one" if left_out == 1 else "others"
+    return (
+        f"{text}: of {len(loader.dataset):,} images {counted(left_out, 'is', 'are')} left out, in each epoch "
+        f"{others}"
+    )
 
 
 def set_epoch(loader: DataLoader, epoch: int, start: int = 0) -> None:

@@ -29,6 +29,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
+from vtp.group import first_makes, world
 from vtp.training.config import TrainConfig
 from vtp.training.criterion import class_weight, mixup_and_criterion
 from vtp.training.data import Data, is_multi_label
@@ -50,7 +51,7 @@ from vtp.training.progress import (
     rewrite_metrics,
     tensorboard,
 )
-from vtp.training.ranks import accelerator, by_rank_0
+from vtp.training.ranks import accelerator
 from vtp.training.seeding import seed_everything, seed_of
 from vtp.training.sharding import average_gradients, clip_gradients, wants_sharding
 from vtp.training.signals import deferred_signals, shielded
@@ -217,7 +218,8 @@ class _Stage:
         """Load the checkpoint, or remove what an earlier run left of this stage."""
         if self.checkpoint.is_continued(resume):
             self.position = self.checkpoint.load(self.models, self.optimizer, self.accelerator)
-        by_rank_0(lambda: rewrite_metrics(self.run_dir / "metrics.jsonl", self.stage, self.position.history))
+        metrics, history = self.run_dir / "metrics.jsonl", self.position.history
+        first_makes(world(), lambda: rewrite_metrics(metrics, self.stage, history))
 
     def run(self, *, progress: bool, after_step: Callable[[nn.Module, int], None] | None) -> None:
         """Train from the present position to the end, saving after each epoch and on a signal."""
@@ -396,7 +398,7 @@ class _Stage:
         self.board.epoch(record, self.updates)
         self.progress.epoch(record)
         local = get_int_from_env(LOCAL_WORLD_SIZES, accelerator.num_processes)
-        if warning := loader_warning(waiting, position.epoch + 1, config.workers, local):
+        if warning := loader_warning(waiting, position.seconds, position.epoch + 1, config.workers, local):
             self.progress.note(warning)
         return record
 

@@ -22,6 +22,7 @@ from vtp.files import FileError, write_atomic
 BAR_SECONDS = 0.25  # between two updates of the bar: more often cannot be read and costs time
 BAR_COLUMNS = 110  # a terminal with fewer has room for the figures only
 WAITING_BOUND = 0.2  # share of an epoch's time spent waiting for images, above which that is told
+LONG_EPOCH = 10.0  # seconds of an epoch that is worth telling about: shorter ones say it again at once
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
 
 
@@ -147,13 +148,13 @@ class LoaderWait:
             yield batch
 
 
-def loader_warning(waiting: float, epoch: int, workers: int, processes: int) -> str | None:
-    """What to say of an epoch in which that share of the time was spent waiting for images; None where that
-    is no more than WAITING_BOUND.
+def loader_warning(waiting: float, seconds: float, epoch: int, workers: int, processes: int) -> str | None:
+    """What to say of an epoch of so many seconds, of which that share was spent waiting for images; None
+    where that is no more than WAITING_BOUND, or the epoch no LONG_EPOCH.
 
     workers: of each process; processes: on this machine.
     """
-    if waiting <= WAITING_BOUND:
+    if waiting <= WAITING_BOUND or seconds < LONG_EPOCH:
         return None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     possible = cores // processes

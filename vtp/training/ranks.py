@@ -1,13 +1,12 @@
-"""The processes of one run: each hears at once when another one ends; they wait for rank 0 without a limit.
+"""The processes of one run: each hears at once when another one ends.
 
-Collectives do neither by themselves. One in which a process is missing hangs until it times out, on GPUs
-after minutes, and its error names an address at best; and a limit that is short enough for that would end a
-run whose rank 0 calibrates for an hour while the others wait.
+By collectives it does not. One in which a process is missing hangs until it times out, on GPUs after minutes,
+and its error names an address at best.
 
 So rank 0 keeps a connection to each other rank. The kernel closes it when a process ends, however that comes
 about, and also when a machine gives no sign of life any more; no thread has to be scheduled for that, so that
 a process which is busy for long is never taken for dead. Rank 0 tells the others. Who hears of a loss has
-GRACE seconds to end in order (in a collective that fails, in a wait for rank 0), and is ended then.
+GRACE seconds to end in order (in a collective that fails), and is ended then.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -100,21 +99,6 @@ def accelerator(precision: str = "no") -> Accelerator:
         )
     _watch(made)
     return made
-
-
-def by_rank_0(work: Callable[[], Any]) -> Any:
-    """What `work` returns on rank 0, which alone does it; the others wait for as long as it takes.
-
-    All ranks have to call it, in the same order; what it returns has to go through JSON.
-
-    Raises:
-        RankLostError: another rank has ended meanwhile.
-        What `work` raises, on rank 0.
-    """
-    peers = _peers
-    if peers is None:
-        return work()
-    return peers.by_rank_0(work)
 
 
 def begun_by_this_job(name: str) -> bool:
@@ -214,8 +198,6 @@ class _Peers:
         self._news = threading.Condition()  # of all that follows
         self._connections: dict[int, socket.socket] = {}
         self._finished: set[int] = set()
-        self._calls = 0  # of by_rank_0
-        self._results: dict[int, Any] = {}
         self._connect(process)
         # Also in a process that multiprocessing has started, where nothing of atexit is called.
         Finalize(None, self._leave, exitpriority=0)
@@ -291,11 +273,7 @@ class _Peers:
             self._lose(Loss(**message["loss"]))
             return
         with self._news:
-            if "finished" in message:
-                self._finished.add(other)
-            else:
-                self._results[message["call"]] = message["result"]
-            self._news.notify_all()
+            self._finished.add(other)  # the only other message
 
     def _send(self, other: int, message: dict[str, Any]) -> None:
         with suppress(OSError), self._sending:  # who is gone is heard of by reading
@@ -359,27 +337,6 @@ class _Peers:
             message = {"finished": True}
         for other in others:
             self._send(other, message)
-
-    # -- waiting
-
-    def by_rank_0(self, work: Callable[[], Any]) -> Any:
-        """See the function."""
-        self.check()
-        self._calls += 1
-        if self.rank == 0:
-            try:
-                result = work()
-            except Exception as error:
-                self._lose(Loss(0, self.who, str(error)))
-                raise
-            for other in self._connections:
-                self._send(other, {"call": self._calls, "result": result})
-            return result
-        with self._news:
-            while self._calls not in self._results and self.loss is None:
-                self._news.wait(1.0)  # and then look whether there was a signal
-            self.check()
-            return self._results.pop(self._calls)
 
 
 def _listener() -> socket.socket:

@@ -1,9 +1,11 @@
 """Webdataset shards on a disk of this machine, read by place: any image of any shard, without what is before.
 
-A shard is an uncompressed tar file whose samples are members that follow each other with one name and several
-endings: `0007.jpg` with its class in `0007.cls`, or in the field `label` of `0007.json`. The headers of a
-shard are read once: where its images lie and of which classes they are is kept, with what is wrong with them,
-under `cache_folder()`. The shards are then a set like a folder of images, for any number of processes.
+A shard is an uncompressed tar file whose samples are members that follow each other with a key and several
+endings: `0007.jpg` with its class in `0007.cls`, or in the field `label` of `0007.json`. The key of a sample
+ends at the first dot of a name: `7.left.jpg` is a file `left.jpg` of sample 7, and no image of it. The
+headers of a shard are read once: where its images lie and of which classes they are is kept, with what is
+wrong with them, under `cache_folder()`. The shards are then a set like a folder of images, for any number of
+processes.
 
 Only images, `.cls` and `.json` are ever read of a shard; members of other kinds, pickles among them, are not.
 """
@@ -32,12 +34,13 @@ from vtp.training.classes import in_short
 from vtp.training.pixels import DataError
 from vtp.training.progress import share_bar
 from vtp.training.sources import FileImages
+from vtp.words import counted
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELD = "label"  # of a .json, where timm's _info.json names none
 TEST_SPLITS = ("val", "validation", "valid", "test")
 INFO_FILES = ("_info.json", "info.json")
-CACHE_VERSION = 1
+CACHE_VERSION = 2  # 1 took the first of two images under one key
 # A name as webdataset divides it: at the first dot after the last slash.
 _SAMPLE = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
@@ -78,8 +81,8 @@ def find_shards(folder: Path) -> dict[str, ShardSplit]:
     compressed = [str(path) for each in (folder, *folders) for path in each.iterdir() if _is_compressed(path)]
     if paths and compressed:
         raise DataError(
-            f"data: {len(compressed)} shards of {folder} are compressed, expected none: unpack them, or move "
-            f"them elsewhere: {in_short(compressed, 4)}"
+            f"data: got {counted(len(compressed), 'compressed shard')} in {folder}, expected none: unpack "
+            f"them, or move them elsewhere: {in_short(compressed, 4)}"
         )
     if not paths or any(_holds_folders(each) for each in folders):
         return {}
@@ -133,8 +136,8 @@ def _by_names(paths: Iterable[Path], folder: Path) -> dict[str, ShardSplit]:
     unknown = by_word.pop(None, [])
     if unknown and by_word:
         raise DataError(
-            f"data: the names of {len(unknown)} shards do not tell their split: {in_short(unknown, 4)}; "
-            f"expected train or one of {', '.join(TEST_SPLITS)} in each"
+            f"data: got {counted(len(unknown), 'shard')} whose name does not tell the split: "
+            f"{in_short(unknown, 4)}; expected train or one of {', '.join(TEST_SPLITS)} in each"
         )
     found = {"train": by_word.get("train", ())}
     found["test"] = next((by_word[word] for word in TEST_SPLITS if word in by_word), unknown)
@@ -234,10 +237,13 @@ def _read_index(path: str, label_field: str | None) -> ShardIndex:
     keys: list[bytes] = []
     no_image = no_class = 0
     for key, files in _samples(path):
-        image = next((files[ending] for ending in IMAGE_ENDINGS if ending in files), None)
-        if image is None:
+        images = [ending for ending in IMAGE_ENDINGS if ending in files]
+        if len(images) > 1:
+            raise DataError(f"{path}: {key}: has the images .{' and .'.join(images)}, expected one")
+        if not images:
             no_image += 1
             continue
+        image = files[images[0]]
         label = _label(path, key, files, label_field)
         if label < 0:
             no_class += 1
@@ -264,7 +270,10 @@ def _samples(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             for member in tar:
                 tar.members = []  # which would grow
                 match = _SAMPLE.fullmatch(member.name)
-                if not member.isreg() or member.issparse() or match is None or _META.match(member.name):
+                if match is None or _META.match(member.name):
+                    continue
+                if not member.isreg() or member.issparse():
+                    _refuse_linked(path, member, match[2].lower())
                     continue
                 if match[1] != key:
                     if key is not None:
@@ -294,6 +303,20 @@ def _samples(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{path}: no uncompressed tar file, damaged or cut short{where} ({error})") from error
     if key is not None:
         yield key, files
+
+
+def _refuse_linked(path: str, member: tarfile.TarInfo, ending: str) -> None:
+    """Raise DataError where an image or a class is a member without its content, such as the second of two
+    names of one file, which tar writes as a hard link to the first."""
+    if ending not in (*IMAGE_ENDINGS, "cls", "json"):
+        return
+    kind = "a sparse file" if member.isreg() else "no file"
+    if member.islnk() or member.issym():
+        kind = f"a {'hard' if member.islnk() else 'symbolic'} link to {member.linkname}"
+    raise DataError(
+        f"{path}: {member.name}: is {kind}, expected a file: write the shard with `tar --dereference "
+        "--hard-dereference`"
+    )
 
 
 def _label(path: str, key: str, files: Mapping[str, bytes], label_field: str | None) -> int:
@@ -369,7 +392,9 @@ class ShardReader:
         new = sum(not _cache_file(path, split.label_field).exists() for path in split.paths)
         if new and rank == 0:
             folder = os.path.dirname(split.paths[0])
-            print(f"vtp: reading what is in {new:,} of {count:,} shards of {folder}", file=sys.stderr)
+            print(
+                f"vtp: reading what is in {new:,} of {counted(count, 'shard')} of {folder}", file=sys.stderr
+            )
         with share_bar(Console(stderr=True), "index of shards") as bar:
             for done, number in enumerate(order, 1):
                 indexes[number] = index_of(split.paths[number], split.label_field)
@@ -379,13 +404,13 @@ class ShardReader:
         samples = len(reader) + no_class
         if split.images not in (None, samples):
             raise DataError(
-                f"{os.path.dirname(split.paths[0])}: got {samples:,} images in {count} shards, expected "
-                f"{split.images:,} as {INFO_FILES[0]} says"
+                f"{os.path.dirname(split.paths[0])}: got {counted(samples, 'image')} in "
+                f"{counted(count, 'shard')}, expected {split.images:,} as {INFO_FILES[0]} says"
             )
         if not len(reader):
             raise DataError(
                 f"{in_short(split.paths, 3)}: no image in these shards; expected files with one of the "
-                f"endings .{' .'.join(IMAGE_ENDINGS)}"
+                f"endings .{' .'.join(IMAGE_ENDINGS)} behind the first dot of their names"
             )
         return reader
 

@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vtp.files import FileError, fingerprint, write_atomic
+from vtp.group import first_makes, world
 from vtp.training.identity import translated
-from vtp.training.ranks import begun_by_this_job, by_rank_0, note_begun
+from vtp.training.ranks import begun_by_this_job, note_begun
 from vtp.training.sharding import sharded_like, whole
 from vtp.training.stage_models import StageModels
 
@@ -58,7 +59,7 @@ class StageCheckpoint:
 
     def is_continued(self, resume: bool) -> bool:
         """Whether there is one to continue from; one that is not to be continued is removed."""
-        return by_rank_0(lambda: self._clear_unless(resume))
+        return first_makes(world(), lambda: self._clear_unless(resume))
 
     def _clear_unless(self, resume: bool) -> bool:
         job_has_begun = f"stage {self.path.resolve()}"
@@ -90,7 +91,7 @@ class StageCheckpoint:
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         # All wait for it: if one ended by a signal before, torchrun would end rank 0 in the middle of it.
-        by_rank_0(lambda: write_state(self.path, tensors, header))
+        first_makes(world(), lambda: write_state(self.path, tensors, header))
         return None
 
     def load(

@@ -162,6 +162,24 @@ def test_measured_change_without_a_branch_is_that_of_its_mean(model, images, sta
     assert change == pytest.approx(divergence(model, cut, probed), rel=1e-9)
 
 
+@pytest.mark.parametrize("classes", [10, 1])
+def test_change_of_a_multi_label_model_is_that_of_its_answers_for_each_class(images, classes):
+    model = build(FAMILIES["plain"] if classes > 1 else FAMILIES["one-class"])
+    statistics = vtp.calibrate(model, images, multi_label=True)
+    assert statistics.change == "binary KL"
+    cut = copy.deepcopy(model)
+    rows = site_inputs(model, images)["blocks.1.mlp.fc2"]
+    layer = cut.blocks[1].mlp.fc2
+    probed = images[: statistics.change_images]
+    with torch.no_grad():
+        layer.bias.copy_(F.linear(rows.mean(0), layer.weight, layer.bias))
+        layer.weight.zero_()
+        dense, got = (torch.distributions.Bernoulli(logits=each(probed)) for each in (model, cut))
+        expected = torch.distributions.kl_divergence(dense, got).sum(1).mean().item()
+    _, change = statistics.tensors["blocks.1.mlp.fc2.changes"][0].tolist()
+    assert change == pytest.approx(expected, rel=1e-9)
+
+
 def test_measured_change_of_narrow_keys_is_that_of_the_model_cut_to_them(model, images, statistics):
     """By the compact model: all images and no damping, so that only queries and keys change."""
     for block in range(2):

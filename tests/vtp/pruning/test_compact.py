@@ -6,6 +6,7 @@ import importlib
 import pickle
 
 import pytest
+import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,8 @@ from tests.support.models import FAMILIES, TINY, build, gated, image, randomize,
 from vtp.model.architecture import Architecture
 from vtp.pruning.compact import CompactAttention, ConstantBranch
 from vtp.pruning.streams import plain_copy
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def random_plan(model, seed, *, removed=0.5, dead_sites=0.0):
@@ -498,6 +501,34 @@ def test_plan_of_other_weights_is_followed_and_both_are_named():
         assert said[0].filename == __file__
     with pytest.warns(UserWarning, match=f"the model's have {own[:16]}"):
         vtp.compact(vtp.insert_gates(other), plan)
+
+
+def test_plan_of_the_same_numbers_in_another_dtype_is_no_other_one(recwarn):
+    half = build(dtype=torch.bfloat16)
+    plans = {each: vtp.make_plan(vtp.insert_gates(copy.deepcopy(half).to(each)), rate=0.3) for each in DTYPES}
+    assert len({plan.parent for plan in plans.values()}) == len(DTYPES)
+    for plan in plans.values():
+        for dtype in DTYPES:
+            vtp.compact(copy.deepcopy(half).to(dtype), plan)
+    assert not recwarn.list
+    full = build(dtype=torch.float32)
+    with pytest.warns(UserWarning, match="rounded by a cast"):
+        vtp.compact(copy.deepcopy(full).bfloat16(), vtp.make_plan(vtp.insert_gates(full), rate=0.3))
+
+
+def test_cut_model_does_not_say_that_the_dense_models_weights_are_its_own():
+    dense = build(dtype=torch.float32)
+    about = {"architecture": "deit_tiny_patch16_224", "tag": "fb_in1k", "mean": (0.5,), "std": (0.2,)}
+    source = {"url": "https://host/dense.pth", "file": "dense.pth", "hf_hub_id": "timm/dense",
+              "hf_hub_filename": "dense.bin", "source": "hf-hub", "state_dict": dense.state_dict(),
+              "custom_load": True}  # fmt: skip
+    dense.pretrained_cfg = dense.default_cfg = about | source
+    small = vtp.compact(dense, vtp.make_plan(vtp.insert_gates(dense), rate=0.3))
+    again = vtp.expand(small)
+    assert small.pretrained_cfg == small.default_cfg == again.pretrained_cfg == again.default_cfg == about
+    assert dense.pretrained_cfg == about | source
+    with pytest.raises(RuntimeError, match="No pretrained weights"):
+        timm.models.load_pretrained(small)
 
 
 def test_plan_of_the_same_model_with_gates_without_or_folded_is_no_other_one(recwarn):

@@ -76,12 +76,12 @@ def test_a_protected_part_stays_whole_and_the_rest_meets_the_budget(model, calib
 def test_a_budget_that_protection_forbids_is_refused_with_the_least_possible(model, calibrated, scope):
     settings = {"statistics": calibrated} if scope == "optimal" else {}
     options = {"scope": scope, "protect": ["attn"], "min_keep": 0, **settings}
-    with pytest.raises(PlanError, match="protected parts is removed") as refused:
+    with pytest.raises(PlanError, match="all is removed but min_keep and protected parts") as refused:
         vtp.make_plan(model, macs=1.0, **options)
     least = int(re.search(r"met: ([\d,]+) macs remain", str(refused.value))[1].replace(",", ""))
     plan = vtp.make_plan(model, macs=least, **options)
     assert plan.cost.macs == least
-    with pytest.raises(PlanError, match="protected parts is removed"):
+    with pytest.raises(PlanError, match="all is removed but min_keep and protected parts"):
         vtp.make_plan(model, macs=least - 1, **options)
 
 
@@ -103,12 +103,12 @@ def test_one_part_may_be_given_as_a_word(model):
 
 @pytest.mark.parametrize("part", ["head", "blocks.7", "block", "", "attn.", 3, "blocks.0.attn.qkv.weight"])
 def test_a_part_that_is_no_site_is_refused_by_name(model, part):
-    with pytest.raises(PlanError, match=r"protect \(--keep\): got .*expected a part of the name of a site"):
+    with pytest.raises(PlanError, match=r"^protect: got .*expected a part of the name of a site"):
         vtp.make_plan(model, rate=0.2, protect=[part])
 
 
 def test_what_is_no_list_of_parts_is_refused_by_name(model):
-    with pytest.raises(PlanError, match=r"protect \(--keep\): got 3, expected names of parts"):
+    with pytest.raises(PlanError, match=r"^protect: got 3, expected names of parts"):
         vtp.make_plan(model, rate=0.2, protect=3)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import vtp
 from tests.support.engine_cases import MODELS, compact_model, references, with_dead_parts, with_narrow_keys
-from tests.support.models import TINY, build, gated, image, relative_error
+from tests.support.models import FAMILIES, TINY, build, gated, image, relative_error
 from tests.support.numerics import assert_close_to_float64
 from vtp.pruning.compact import ConstantBranch
 from vtp.runtime import cpu
@@ -234,6 +234,22 @@ def test_it_may_be_made_of_a_model_of_16_bits(tiny):
 
 def test_an_empty_batch_gives_empty_logits(tiny):
     assert vtp.optimize(tiny)(image(tiny, batch=0)).shape == (0, 10)
+
+
+@pytest.mark.parametrize("family", ["plain", "rotary"])
+@pytest.mark.parametrize("pack", [vtp.optimize, pack_for_ops], ids=["engine", "ops"])
+def test_an_empty_batch_of_any_image_size_gives_empty_results(pack, family):
+    model = gated(build(dataclasses.replace(FAMILIES[family], dynamic_img_size=True), torch.float32))
+    fast = pack(vtp.compact(model, vtp.make_plan(model, rate=0.4)), features=True)
+    for size in ((8, 8), (12, 16)):
+        some, none = (torch.zeros(batch, 1, *size) for batch in (2, 0))
+        assert fast(none).shape == (0, 10)
+        assert fast.forward_features(none).shape == (0, *fast.forward_features(some).shape[1:])
+        (last, found), (of_some, shapes) = (fast.forward_intermediates(images) for images in (none, some))
+        assert last.shape == (0, *of_some.shape[1:])
+        assert [each.shape for each in found] == [(0, *each.shape[1:]) for each in shapes]
+    with pytest.raises(ValueError, match="expected multiples of"):
+        fast(torch.zeros(0, 1, 9, 8))
 
 
 def test_channels_last_images_give_the_same_logits():

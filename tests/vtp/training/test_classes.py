@@ -179,7 +179,7 @@ def test_class_map_orders_every_kind_of_data_and_leaves_out_folders_it_does_not_
     data = open_data(numbers, class_map=file)
     assert (data.class_names, data.num_classes, len(data.train)) == (("10", "9"), 2, 4)
     assert isinstance(data.train, FileImages) and data.train.labels.tolist() == [0, 0, 1, 1]
-    assert "10 class folders are not in the class map, and are left out: 0, 1, 11" in data.notes[0]
+    assert "not in the class map, and left out: 10 class folders: 0, 1, 11" in data.notes[0]
     embedded = open_data()
     file.write_text("\n".join(embedded.class_names[::-1]))
     again = open_data(class_map=file)

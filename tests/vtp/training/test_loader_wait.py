@@ -53,6 +53,7 @@ def test_slow_loader_is_told_with_figures_once_an_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress.os, "sched_getaffinity", lambda _: range(6), raising=False)
+    monkeypatch.setattr(progress, "LONG_EPOCH", 0.5)
     lines, metrics = lines_of(tmp_path, capsys, seconds=0.05)  # a batch takes 0.2 s, a step some milliseconds
     assert lines[1] == (
         "dense: an epoch is 4 steps of 4 images: of 18 images 2 are left out, in each epoch others"
@@ -82,12 +83,14 @@ def test_quick_loader_is_not_complained_of(
 
 def test_warning_says_what_there_is_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress.os, "sched_getaffinity", lambda _: range(16), raising=False)
-    assert loader_warning(0.2, 1, workers=4, processes=1) is None
-    assert "43% of the time of epoch 3 " in loader_warning(0.43, 3, workers=4, processes=1)
-    assert loader_warning(0.43, 3, workers=4, processes=1).endswith("try --workers 8")
-    assert loader_warning(0.43, 3, workers=12, processes=1).endswith("try --workers 16")
-    assert loader_warning(0.43, 3, workers=3, processes=4).endswith("try --workers 4")
-    assert "all 16 cores are in use; smaller image files" in loader_warning(0.43, 3, workers=4, processes=4)
+    assert loader_warning(0.2, 60.0, 1, workers=4, processes=1) is None
+    assert loader_warning(0.9, 0.8, 1, workers=4, processes=1) is None, "a note each second"
+    assert "43% of the time of epoch 3 " in loader_warning(0.43, 60.0, 3, workers=4, processes=1)
+    assert loader_warning(0.43, 60.0, 3, workers=4, processes=1).endswith("try --workers 8")
+    assert loader_warning(0.43, 60.0, 3, workers=12, processes=1).endswith("try --workers 16")
+    assert loader_warning(0.43, 60.0, 3, workers=3, processes=4).endswith("try --workers 4")
+    in_use = loader_warning(0.43, 60.0, 3, workers=4, processes=4)
+    assert "all 16 cores are in use; smaller image files" in in_use
 
 
 def test_wait_that_a_gpu_spends_computing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +125,7 @@ def test_wait_that_a_gpu_spends_computing_is_none(monkeypatch: pytest.MonkeyPatc
     [
         (16, 1, "an epoch is 4 steps of 4 images, all 16 of them"),
         (18, 2, "an epoch is 2 steps of 8 images: of 18 images 2 are left out, in each epoch others"),
+        (17, 4, "an epoch is 1 step of 16 images: of 17 images 1 is left out, in each epoch another one"),
         (31, 4, "an epoch is 1 step of 16 images: of 31 images 15 are left out, in each epoch others"),
     ],
 )

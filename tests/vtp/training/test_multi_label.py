@@ -1,6 +1,7 @@
 """Images of several classes at once, and weights of classes: how they are given, and what is learnt."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from tests.support.models import TINY, build
 from tests.vtp.training.test_loop import CONFIG, images, make_data, make_model, one_thread, run  # noqa: F401
-from vtp import save
+from vtp import Statistics, pipeline, save
 from vtp.cli import main
 from vtp.training.config import TrainConfig
 from vtp.training.criterion import class_weight
@@ -139,6 +140,23 @@ def test_train_takes_a_folder_with_a_table_of_labels(folder, tmp_path, capsys):
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert 0 < record["test_map"] <= 100
     assert main([*command, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("command", ["prune", "run"])
+def test_calibration_measures_the_answer_for_each_class(folder, tmp_path, command, monkeypatch):
+    save(build(replace_architecture(num_classes=3), torch.float32), tmp_path / "dense.safetensors")
+    statistics = tmp_path / "run" / "statistics.safetensors"
+    if command == "prune":
+        (tmp_path / "run").mkdir()
+        arguments = ["prune", tmp_path / "dense.safetensors", "--calibrate", folder, "--no-eval"]
+        arguments += ["--statistics", statistics, "--out", tmp_path / "small.safetensors"]
+    else:
+        arguments = ["run", "--one-shot", "--model", tmp_path / "dense.safetensors", "--data", folder]
+        arguments += ["--batch-size", "8", "--workers", "0", "--out", tmp_path / "run"]
+        monkeypatch.setattr(pipeline, "train", lambda *_, **__: 1 / 0)  # all is measured before
+    with suppress(ZeroDivisionError):
+        assert main([*map(str, arguments), "--images", "24", "--rate", "0.3"]) == 0
+    assert Statistics.load(statistics).change == "binary KL"
 
 
 def replace_architecture(**changes):

@@ -23,11 +23,12 @@ from safetensors import safe_open
 
 import vtp
 from tests.support.processes import ROOT, forks
-from vtp import cli, pipeline
+from vtp import cli, commands, pipeline
 from vtp.files import FileError
+from vtp.group import first_makes, world
 from vtp.recipes import STAGES
 from vtp.training import loop, ranks, state
-from vtp.training.ranks import accelerator, by_rank_0
+from vtp.training.ranks import accelerator
 
 SOON = 20  # seconds in which all processes have to end here, with a short GRACE and a busy machine
 
@@ -123,11 +124,15 @@ def _works_for_long(rank: int, victim: int) -> None:
         print("at work")
         time.sleep(600)
 
-    accelerator()
-    print("formed")
-    if rank == victim:
-        time.sleep(600)
-    by_rank_0(work)
+    def run(*_, **__) -> None:
+        accelerator()
+        print("formed")
+        if rank == victim:
+            time.sleep(600)
+        first_makes(world(), work)
+
+    commands.run = run
+    sys.exit(cli.main(["run", "--out", "unused"]))
 
 
 def test_a_rank_killed_while_rank_0_works_for_long_ends_all_others_with_its_name(tmp_path):
@@ -139,7 +144,7 @@ def test_a_rank_killed_while_rank_0_works_for_long_ends_all_others_with_its_name
     assert group.codes(SOON) == [1, -signal.SIGKILL, 1]
     name = f"rank 1 (process {group.processes[1].pid} on {socket.gethostname()}) is gone without a word"
     assert f"vtp: error: {name}; rank 0 ends too" in group.text(0)  # which is ended in its work
-    assert f"RankLostError: {name}" in group.text(2)  # which waits for rank 0
+    assert f"vtp: error: {name}; rank 2 ends too" in group.text(2)  # which waits for rank 0
 
 
 @pytest.mark.thorough
@@ -148,12 +153,12 @@ def test_others_that_wait_for_rank_0_hear_of_its_end(tmp_path):
     group.wait_for("at work")
     group.processes[0].kill()
     assert group.codes(SOON) == [-signal.SIGKILL, 1]
-    assert f"RankLostError: rank 0 (process {group.processes[0].pid} on " in group.text(1)
+    assert f"vtp: error: rank 0 (process {group.processes[0].pid} on " in group.text(1)
 
 
 def _ends_well(rank: int, log: Path) -> None:
     accelerator()
-    (log / f"result{rank}").write_text(json.dumps(by_rank_0(lambda: {"from": rank})))
+    (log / f"result{rank}").write_text(json.dumps(first_makes(world(), lambda: {"from": rank})))
     if rank == 0:  # as it compares the models of a run, when the others have ended
         time.sleep(ranks.GRACE + 1)
 
@@ -177,7 +182,7 @@ def _stranger(rank: int) -> None:
 
         ranks._listener = with_strangers
     accelerator()
-    by_rank_0(lambda: None)
+    first_makes(world(), lambda: None)
 
 
 @pytest.mark.thorough
@@ -196,7 +201,7 @@ def _command(rank: int, who: str, error: type[Exception]) -> None:
             raise error("no such thing")
         torch.distributed.barrier()
 
-    cli.run = fail
+    commands.run = fail
     sys.exit(cli.main(["run", "--out", "unused"]))
 
 
@@ -554,7 +559,7 @@ def test_a_signal_while_rank_0_cuts_ends_all_and_names_the_rank_that_got_it(fold
 
 REDUCE = """
 import time, torch
-from vtp import cli
+from vtp import cli, commands
 from vtp.training.ranks import accelerator
 
 def run(*_, **__):
@@ -564,7 +569,7 @@ def run(*_, **__):
         torch.distributed.all_reduce(torch.ones(3))
         time.sleep(0.1)
 
-cli.run = run
+commands.run = run
 raise SystemExit(cli.main(["run", "--out", "unused"]))
 """
 

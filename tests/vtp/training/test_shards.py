@@ -142,7 +142,8 @@ def test_images_and_classes_are_those_that_timms_reader_gives(tmp_path: Path) ->
         assert [label for _, label in by_timm] == data.test.labels.tolist() == expected
         ours = [data.test[i][0].convert("L").tobytes() for i in range(len(expected))]
         assert [image.tobytes() for image, _ in by_timm] == ours
-    assert data.notes[0].startswith("train: 1 samples without an image and 1 with a negative class are left")
+    left_out = "1 sample without an image, 1 image with a negative class"
+    assert data.notes[0].startswith(f"train: left out of the shards: {left_out}")
 
 
 def test_no_pickle_of_a_shard_is_ever_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +256,7 @@ def test_damaged_index_is_made_again(folder: Path, cache: Path, content: bytes) 
 @pytest.mark.parametrize("name", ["1.tar.gz", "1.TGZ"])
 def test_compressed_shard_beside_others_is_refused(folder: Path, name: str) -> None:
     (folder / "train" / name).write_bytes(b"")
-    with pytest.raises(DataError, match=f"1 shards of .* are compressed, .*{name}"):
+    with pytest.raises(DataError, match=f"got 1 compressed shard in .*{name}"):
         open_data(folder)
 
 
@@ -324,7 +325,12 @@ def test_damaged_image_is_named_with_its_shard_before_the_first_step(tmp_path: P
         ([("a.png", b"x"), ("a.cls", b"\xff")], r"train-0\.tar: a: has no class"),
         ([("a.png", b"x"), ("a.json", b"{")], r"train-0\.tar: a: has no class"),
         ([("a.png", b"x"), ("a.png", b"x"), ("a.cls", b"0")], r"train-0\.tar: a: has two files \.png"),
+        (
+            [("a.png", b"x"), ("a.cls", b"0"), ("a.jpg", b"x")],
+            r"train-0\.tar: a: has the images \.jpg and \.png,",
+        ),
         ([("a.txt", b"x"), ("a.cls", b"0")], r"train-0\.tar: no image in these shards"),
+        ([("7.left.png", b"x"), ("7.left.cls", b"0")], r"no image .* behind the first dot of their names"),
     ],
 )
 def test_sample_that_cannot_be_used_is_named(tmp_path: Path, members: list, message: str) -> None:
@@ -332,6 +338,28 @@ def test_sample_that_cannot_be_used_is_named(tmp_path: Path, members: list, mess
     write_tar(tmp_path / "val-0.tar", [("a.png", encoded(noise(0))), ("a.cls", b"0")])
     with pytest.raises(DataError, match=message):
         open_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "link"),
+    [(tarfile.LNKTYPE, "a hard link"), (tarfile.SYMTYPE, "a symbolic link")],
+    ids=("hard", "symbolic"),
+)
+def test_image_or_class_that_is_a_link_is_refused_by_name(tmp_path: Path, kind: bytes, link: str) -> None:
+    sample = [("a.png", encoded(noise(0))), ("a.cls", b"0")]
+    write_tar(tmp_path / "val-0.tar", sample)
+    for ending in ("png", "cls", "txt"):  # what is not read may be anything
+        write_tar(tmp_path / "train-0.tar", sample)
+        with tarfile.open(tmp_path / "train-0.tar", "a") as tar:
+            member = tarfile.TarInfo(f"b.{ending}")
+            member.type, member.linkname = kind, "a.png"
+            tar.addfile(member)
+        if ending == "txt":
+            assert len(open_data(tmp_path).train) == 1
+            continue
+        message = rf"train-0\.tar: b\.{ending}: is {link} to a\.png, expected a file: .*--hard-dereference"
+        with pytest.raises(DataError, match=message):
+            open_data(tmp_path)
 
 
 def test_shard_that_was_cut_after_it_was_indexed_is_named(folder: Path) -> None:
@@ -343,7 +371,9 @@ def test_shard_that_was_cut_after_it_was_indexed_is_named(folder: Path) -> None:
 
 def test_shards_of_which_the_split_is_not_known_are_refused(folder: Path) -> None:
     shutil.copy(folder / "val" / "000.tar", folder / "more.tar")
-    with pytest.raises(DataError, match=r"1 shards do not tell their split: .*more\.tar; expected train or"):
+    with pytest.raises(
+        DataError, match=r"got 1 shard whose name does not tell the split: .*more\.tar; expected train or"
+    ):
         open_data(folder)
     (folder / "more.tar").unlink()
     shutil.rmtree(folder / "train")
@@ -357,7 +387,7 @@ def test_shards_of_which_the_split_is_not_known_are_refused(folder: Path) -> Non
 def test_number_of_images_that_timms_info_tells_is_checked(folder: Path) -> None:
     said = {"name": "train", "num_samples": 30, "filenames": ["train/000.tar"], "shard_lengths": [30]}
     (folder / "_info.json").write_text(json.dumps({"splits": {"train": said, "validation": said}}))
-    with pytest.raises(DataError, match=r"got 10 images in 1 shards, expected 30 as _info\.json says"):
+    with pytest.raises(DataError, match=r"got 10 images in 1 shard, expected 30 as _info\.json says"):
         open_data(folder)
     (folder / "_info.json").write_text(json.dumps({"splits": {"train": {"num_samples": 3}}}))
     with pytest.raises(DataError, match=r"_info\.json: not as timm writes it.*filenames"):
