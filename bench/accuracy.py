@@ -28,11 +28,12 @@ from bench import one_shot
 from bench.results_file import add_results_file, check_results_file, print_results
 from vtp.files import write_atomic
 from vtp.machine import commit, description, in_one_line
-from vtp.pipeline import RECIPES
+from vtp.recipes import RECIPES
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data, open_data
-from vtp.training.loaders import Augment
-from vtp.training.loop import evaluate, train
+from vtp.training.evaluation import evaluate
+from vtp.training.loop import train
+from vtp.training.transforms import Augment
 from vtp.zoo import FASHION_DEIT, open_model
 
 # MACs of 40 and of 60% of the dimensions that sparse training leaves, over those of the dense model.

@@ -23,12 +23,12 @@ import vtp
 from bench import cases
 from bench.cases import MODELS, RATE, TOYS, Model
 from bench.products import gemm_runtimes
-from bench.results_file import add_results_file, check_results_file, print_results, write_results
+from bench.results_file import run_or_print
 from bench.tables import fastest
 from vtp.comparison.comparison import Budget, Record
 from vtp.comparison.own_model import compare_branches
 from vtp.comparison.runtimes import RUNTIMES
-from vtp.comparison.tables import Rows, in_rounds, markdown_table, print_table, ratio
+from vtp.comparison.tables import Rows, in_rounds, markdown_table, ratio
 from vtp.machine import commit, description, in_one_line
 from vtp.options import positive, thread_count
 from vtp.timing import pairwise_ratio
@@ -145,9 +145,15 @@ def table(content: Record) -> Rows:
     return rows
 
 
+def tables(content: Record) -> dict[str, Rows]:
+    """The table by its title."""
+    return {f"bfloat16 on {content['engine']}": table(content)}
+
+
 def markdown(content: Record) -> str:
     """The table and the machine."""
-    lines = markdown_table(f"bfloat16 on {content['engine']}", table(content))
+    ((title, rows),) = tables(content).items()
+    lines = markdown_table(title, rows)
     return "\n".join([*lines, f"Measured on {in_one_line(content)}; commit {content['commit']}."])
 
 
@@ -157,30 +163,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=thread_count, nargs="+", default=[1, 2], help="1 2")
     parser.add_argument("--seconds", type=positive(float), default=20.0, help="of a case's rounds: 20")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to try it out")
-    add_results_file(parser, RESULTS)
-    options = parser.parse_args(argv)
-    check_results_file(parser, options)
-    if options.markdown:
-        return print_results(options.out, markdown)
-    if options.quick and options.out == RESULTS:
-        parser.error("argument --out: toy sizes must not replace the results; name another file")
-    content: dict[str, Any] = {**description(torch.device("cpu")), **commit(), "threads": {}}
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    before = torch.get_num_threads()
-    try:
-        for threads in options.threads:
-            console.print(f"{threads} threads", highlight=False)
-            torch.set_num_threads(threads)
-            budget = Budget(200, options.seconds, 0.0 if options.quick else 100.0, 1.0, 0.003)
-            models, size = (TOYS, 64) if options.quick else (MODELS, 2048)
-            content["threads"][str(threads)] = measure(models, size, budget)
-        content |= {"agreement": agreement(), "engine": torch.ops.vtp.cpu_choice(True)}
-    finally:
-        torch.set_num_threads(before)
-    write_results(options.out, content)
-    print_table(console, f"bfloat16 on {content['engine']}", table(content))
-    console.print(f"Written to {options.out}", highlight=False, soft_wrap=True)
-    return 0
+
+    def measured(options: argparse.Namespace, console: Console) -> Record:
+        if options.quick and options.out == RESULTS:
+            parser.error("argument --out: toy sizes must not replace the results; name another file")
+        content: dict[str, Any] = {**description(torch.device("cpu")), **commit(), "threads": {}}
+        before = torch.get_num_threads()
+        try:
+            for threads in options.threads:
+                console.print(f"{threads} threads", highlight=False)
+                torch.set_num_threads(threads)
+                budget = Budget(200, options.seconds, 0.0 if options.quick else 100.0, 1.0, 0.003)
+                models, size = (TOYS, 64) if options.quick else (MODELS, 2048)
+                content["threads"][str(threads)] = measure(models, size, budget)
+            content |= {"agreement": agreement(), "engine": torch.ops.vtp.cpu_choice(True)}
+        finally:
+            torch.set_num_threads(before)
+        return content
+
+    return run_or_print(parser, argv, RESULTS, measure=measured, tables=tables, markdown=markdown)
 
 
 if __name__ == "__main__":

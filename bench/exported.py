@@ -24,15 +24,9 @@ from torch import Tensor
 
 import vtp
 from bench.irregular import cut, gated_model
-from bench.results_file import (
-    add_results_file,
-    check_results_file,
-    markdown_table,
-    print_results,
-    write_results,
-)
+from bench.results_file import markdown_table, run_or_print
 from vtp.comparison.exported import runtime_version
-from vtp.comparison.tables import Rows, print_table
+from vtp.comparison.tables import Rows
 from vtp.machine import environment
 from vtp.runtime.export import TARGETS, ExportError
 from vtp.timing import Stopwatch, pairwise_ratio, take_turns
@@ -125,32 +119,27 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n".join(f"{title}:\n\n{markdown_table(rows)}" for title, rows in tables(content).items())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 2 where the results file cannot be read or written."""
-    parser = argparse.ArgumentParser(prog="python -m bench.exported", description=__doc__.splitlines()[0])
-    add_results_file(parser, OUT)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of turns a case: {SECONDS:g}")
-    options = parser.parse_args(argv)
-    check_results_file(parser, options)
-    if options.markdown:
-        return print_results(options.out, markdown)
+def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Times of all models and batches in every runtime."""
     content: dict[str, Any] = {
         "rate": RATE,
         "environment": environment(),
         "runtimes": {name: runtime_version(target) for name, (target, _) in TARGETS.items()},
         "cases": [],
     }
-    console = Console(width=None if sys.stdout.isatty() else 200)
     for name, arguments in MODELS.items():
         for batch in BATCHES:
             console.print(f"{name}, batch {batch}", highlight=False)
             found = compare(name, arguments, batch, options.seconds)
             content["cases"].append({"model": name, "batch": batch, **found})
-    write_results(options.out, content)
-    for title, rows in tables(content).items():
-        print_table(console, title, rows)
-    console.print(f"Written to {options.out}", highlight=False, soft_wrap=True)
-    return 0
+    return content
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 2 where the results file cannot be read or written."""
+    parser = argparse.ArgumentParser(prog="python -m bench.exported", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of turns a case: {SECONDS:g}")
+    return run_or_print(parser, argv, OUT, measure=measure, tables=tables, markdown=markdown)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,9 @@ from rich.console import Console
 from torch import nn
 
 from bench.irregular import cut, gated_model
-from bench.results_file import (
-    add_results_file,
-    check_results_file,
-    markdown_table,
-    print_results,
-    write_results,
-)
+from bench.results_file import markdown_table, run_or_print
 from vtp.comparison.exported import runtime_version
-from vtp.comparison.tables import Rows, print_table
+from vtp.comparison.tables import Rows
 from vtp.machine import environment
 from vtp.pruning.compact import CompactViT
 from vtp.runtime.export import TARGETS, ExportError
@@ -147,14 +141,8 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n".join(map(markdown_table, tables(content).values()))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 2 where the results file cannot be read or written."""
-    parser = argparse.ArgumentParser(prog="python -m bench.exports", description=__doc__.splitlines()[0])
-    add_results_file(parser, OUT)
-    options = parser.parse_args(argv)
-    check_results_file(parser, options)
-    if options.markdown:
-        return print_results(options.out, markdown)
+def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Errors, or reasons, and counts of nodes of all models and targets."""
     content: dict[str, Any] = {
         "rate": RATE,
         "depth": DEPTH,
@@ -162,16 +150,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "runtimes": {name: runtime_version(target) for name, (target, _) in TARGETS.items()},
         "models": {},
     }
-    console = Console(width=None if sys.stdout.isatty() else 200)
     with tempfile.TemporaryDirectory() as folder:
         for title, model in models().items():
             console.print(title, highlight=False)
             content["models"][title] = record(model, Path(folder))
-    write_results(options.out, content)
-    for title, rows in tables(content).items():
-        print_table(console, title, rows)
-    console.print(f"Written to {options.out}", highlight=False, soft_wrap=True)
-    return 0
+    return content
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 2 where the results file cannot be read or written."""
+    parser = argparse.ArgumentParser(prog="python -m bench.exports", description=__doc__.splitlines()[0])
+    return run_or_print(parser, argv, OUT, measure=measure, tables=tables, markdown=markdown)
 
 
 if __name__ == "__main__":

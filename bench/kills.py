@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 import vtp
 from vtp import cli, pipeline
 from vtp.files import fingerprint
+from vtp.recipes import STAGES
 from vtp.timing import interleaved_latency
 from vtp.training.ranks import GRACE, IDLE, INTERVAL, PROBES
 from vtp.training.state import STATE_FORMAT
@@ -93,7 +94,7 @@ def kill_runs(folder: Path, kills: int, *, seed: int = 0, data: str | None = Non
         number += 1
         disturbed, resumed = folder / f"run{number}", False
         for _ in range(min(KILLS_IN_A_RUN, kills - done)):
-            left = seconds * (1 - _share(disturbed, len(pipeline.STAGES) * epochs))
+            left = seconds * (1 - _share(disturbed, len(STAGES) * epochs))
             killed = _Run(disturbed, command, resume=resumed)
             stage, rank, took, said = killed.killed(chance.uniform(0, 0.9 * left), chance)
             resumed = True
@@ -216,7 +217,7 @@ def _rank(rank: int, port: int, arguments: list[str], log: Path) -> None:
 def _command(model: str, data: str, epochs: int) -> list[str]:
     stages = [
         f"--set={stage}.{setting}"
-        for stage in pipeline.STAGES
+        for stage in STAGES
         for setting in (f"epochs={epochs}", "warmup_epochs=0.5")
     ]
     sizes = ["--batch-size", "8", "--latency-batch", "1", "--images", "48"]

@@ -29,19 +29,14 @@ from PIL import Image
 from rich.console import Console
 from timm.data import create_dataset, create_loader
 
-from bench.results_file import (
-    add_results_file,
-    check_results_file,
-    markdown_table,
-    print_results,
-    write_results,
-)
-from vtp.comparison.tables import Rows, print_table
+from bench.results_file import markdown_table, run_or_print
+from vtp.comparison.tables import Rows
 from vtp.machine import description, in_one_line, package_version
 from vtp.timing import pairwise_ratio, take_turns
 from vtp.training.data import open_data
-from vtp.training.loaders import Augment, set_epoch, train_loader
+from vtp.training.loaders import set_epoch, train_loader
 from vtp.training.shards import ShardReader, find_shards
+from vtp.training.transforms import Augment
 
 OUT = Path(__file__).parent / "results" / "loading.json"
 IMAGES, SHARD, EDGE, DISTINCT, CLASSES = 200_000, 10_000, 64, 500, 1000
@@ -291,26 +286,19 @@ def measure(images: int, shard: int, workers: int, say: Callable[[str], None]) -
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 2 where the results file cannot be read or written."""
     parser = argparse.ArgumentParser(prog="python -m bench.loading", description=__doc__.splitlines()[0])
-    add_results_file(parser, OUT)
     parser.add_argument("--images", type=int, default=IMAGES, help=f"in all (default {IMAGES:,})")
     parser.add_argument("--shard", type=int, default=SHARD, help=f"images of a shard (default {SHARD:,})")
     parser.add_argument("--workers", type=int, default=WORKERS, help=f"of each loader (default {WORKERS})")
-    options = parser.parse_args(argv)
-    check_results_file(parser, options)
-    if options.markdown:
-        return print_results(options.out, markdown)
-    least = 4 * TURN * BATCH  # of each loader: a first turn, two that count and what is left
-    if options.shard < 1 or options.workers < 1 or options.images < least:
-        parser.error(
-            f"argument --images: got {options.images}, expected at least {least}, in shards of 1 or more"
-        )
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    content = measure(options.images, options.shard, options.workers, console.print)
-    write_results(options.out, content)
-    for title, rows in tables(content).items():
-        print_table(console, title, rows)
-    console.print(f"Written to {options.out}", highlight=False, soft_wrap=True)
-    return 0
+
+    def measured(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+        least = 4 * TURN * BATCH  # of each loader: a first turn, two that count and what is left
+        if options.shard < 1 or options.workers < 1 or options.images < least:
+            parser.error(
+                f"argument --images: got {options.images}, expected at least {least}, in shards of 1 or more"
+            )
+        return measure(options.images, options.shard, options.workers, console.print)
+
+    return run_or_print(parser, argv, OUT, measure=measured, tables=tables, markdown=markdown)
 
 
 if __name__ == "__main__":

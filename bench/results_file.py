@@ -1,14 +1,49 @@
-"""The options --out and --markdown of a benchmark that writes its results into a file."""
+"""The command line of a benchmark that writes its results into a file: the options --out and --markdown."""
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtp.comparison.tables import Rows
+from rich.console import Console
+
+from vtp.comparison.tables import Rows, print_table
 from vtp.files import FileError, refuse_unwritable, write_atomic
+
+
+def run_or_print(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    out: Path,
+    *,
+    measure: Callable[[argparse.Namespace, Console], Any],
+    tables: Callable[[Any], Mapping[str, Rows]],
+    markdown: Callable[[Any], str],
+) -> int:
+    """What the `main` of a benchmark does: measure, write the results and show them, or print old ones.
+
+    Args:
+        parser: with the benchmark's own options; --out, by default `out`, and --markdown come to them.
+        measure: called with all options and the terminal; what it returns is written as JSON.
+        tables: of the results, by title, for the terminal; markdown: the text that --markdown prints.
+
+    Returns:
+        The exit status: 2 where the results file cannot be read or written.
+    """
+    add_results_file(parser, out)
+    options = parser.parse_args(argv)
+    check_results_file(parser, options)
+    if options.markdown:
+        return print_results(options.out, markdown)
+    console = Console(width=None if sys.stdout.isatty() else 200)  # a folded table cannot be read
+    content = measure(options, console)
+    write_results(options.out, content)
+    for title, rows in tables(content).items():
+        print_table(console, title, rows)
+    console.print(f"Written to {options.out}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def add_results_file(parser: argparse.ArgumentParser, default: Path) -> None:

@@ -28,7 +28,7 @@ import vtp
 from vtp.pipeline import fit_data
 from vtp.timing import interleaved_latency
 from vtp.training.data import open_data
-from vtp.training.loop import evaluate
+from vtp.training.evaluation import evaluate
 
 # What `timm.create_model` makes for --toy, without a download.
 TOY = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}

@@ -15,9 +15,10 @@ import torch
 
 from vtp.comparison.runtimes import DTYPES
 from vtp.options import positive, thread_count
-from vtp.pipeline import RECIPES, STAGES, Recipe, RunConfig, short_recipe_for
+from vtp.pipeline import RunConfig
 from vtp.pruning.one_shot import IMAGES
 from vtp.pruning.scores import SCOPES, SCORES
+from vtp.recipes import RECIPES, STAGES, Recipe, short_recipe_for
 from vtp.runtime.export import TARGETS
 from vtp.runtime.export.onnx import OPSET, OPSETS
 from vtp.training.config import TrainConfig

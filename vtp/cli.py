@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from vtp.arguments import as_typed, make_parser
 from vtp.commands import COMMANDS, say_note
-from vtp.training.loop import NonFiniteLossError, TrainingInterrupted
+from vtp.training.evaluation import NonFiniteLossError
+from vtp.training.loop import TrainingInterrupted
 from vtp.training.ranks import blame, exit_now, rank
 from vtp.training.signals import Terminated, ignore_signals, raised_signals
 

@@ -40,7 +40,6 @@ from vtp.model.images import (
     set_imagenet_names,
 )
 from vtp.pipeline import (
-    Recipe,
     RunConfig,
     check_stage,
     classes_of,
@@ -48,7 +47,6 @@ from vtp.pipeline import (
     fit_data,
     refuse_idle_teacher,
     run,
-    run_folder,
     teacher_for,
 )
 from vtp.pruning.calibration import Statistics, calibrate
@@ -59,23 +57,23 @@ from vtp.pruning.latency_table import make_cache_folder, store_table
 from vtp.pruning.one_shot import IMAGES, check_budget, check_images, tokens_size
 from vtp.pruning.plan import PruningPlan
 from vtp.pruning.selection import make_plan
+from vtp.recipes import Recipe
+from vtp.run_folder import run_folder
 from vtp.runtime.export import TARGETS, ExportError
 from vtp.runtime.latency_profile import profile_widths
 from vtp.training.classes import in_short
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data, DataError, check_data, is_multi_label, open_data
+from vtp.training.evaluation import evaluate
 from vtp.training.frozen import evaluate_features
-from vtp.training.loaders import Augment, calibration_count, image_pipeline, test_loader
-from vtp.training.loop import (
-    accelerator,
-    calibration_images,
-    evaluate,
-    train,
-)
+from vtp.training.loaders import calibration_count, calibration_images, test_loader
+from vtp.training.loop import train
 from vtp.training.progress import share_bar
+from vtp.training.ranks import accelerator
 from vtp.training.sources import open_images
 from vtp.training.sparsity import gate_statistics
 from vtp.training.state import STATE_FORMAT
+from vtp.training.transforms import Augment, image_pipeline
 from vtp.words import counted
 from vtp.zoo import open_model, open_without_weights
 

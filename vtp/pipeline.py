@@ -21,10 +21,8 @@ A run is one folder:
 
 import dataclasses
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vtp.checkpoint import load, save
-from vtp.files import FileError, fingerprint, refuse_unwritable, write_atomic
+from vtp.files import fingerprint, write_atomic
 from vtp.group import Group, first_makes, is_first, take_from_first, world
 from vtp.hub import save_pretrained
 from vtp.machine import environment
@@ -57,7 +55,9 @@ from vtp.pruning.gates import insert_gates
 from vtp.pruning.one_shot import IMAGES, check_budget, check_images, tokens_size
 from vtp.pruning.plan import PlanError
 from vtp.pruning.selection import make_plan, pareto
+from vtp.recipes import STAGES, Recipe
 from vtp.report import comparison_table, write_report
+from vtp.run_folder import begin_run, run_folder
 from vtp.runtime.optimize import optimize
 from vtp.timing import interleaved_latency
 from vtp.training.classes import in_short
@@ -68,103 +68,22 @@ from vtp.training.data import (
     DataError,
     check_data,
     is_multi_label,
-    is_small_grey,
     match_classes,
     open_data,
 )
-from vtp.training.identity import data_identity, settings_that_count
-from vtp.training.loaders import Augment, calibration_count
-from vtp.training.loop import accelerator, calibration_images, evaluate, train
+from vtp.training.evaluation import evaluate
+from vtp.training.identity import data_identity
+from vtp.training.loaders import calibration_count, calibration_images
+from vtp.training.loop import train
 from vtp.training.progress import share_bar
-from vtp.training.ranks import begun_by_this_job, note_begun
-from vtp.training.run_lock import LOCK, run_lock
+from vtp.training.ranks import accelerator
 from vtp.training.sharding import wants_sharding
+from vtp.training.transforms import Augment
 from vtp.words import counted
 from vtp.zoo import FASHION_DEIT, open_model, open_teacher
 
 RESLICE_RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-STAGES = ("dense", "sparse", "finetune")
 PARETO_POINTS = 15
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Training settings of the three stages and the augmentation preset that goes with them; fine-tuning may
-    have one of its own."""
-
-    augment: str
-    dense: TrainConfig
-    sparse: TrainConfig
-    finetune: TrainConfig
-    finetune_augment: str | None = None
-
-    def augment_of(self, stage: str) -> str:
-        """The preset of a stage."""
-        return (self.finetune_augment if stage == "finetune" else None) or self.augment
-
-
-def _small_recipe() -> Recipe:
-    """The recipe for the 28-pixel DeiT that ships with the package; minutes on a laptop."""
-    tuning = TrainConfig(epochs=4, batch_size=128, lr=5e-4, warmup_epochs=0.5, clip_grad=1.0)
-    return Recipe(
-        augment="light",
-        dense=dataclasses.replace(tuning, epochs=20, lr=3e-3, warmup_epochs=1.0),
-        sparse=dataclasses.replace(tuning, l1=1e-4, gate_lr=10.0, distill_alpha=0.5, distill_temperature=2.0),
-        finetune=dataclasses.replace(tuning, distill_alpha=0.5, distill_temperature=2.0),
-    )
-
-
-def _loading_processes() -> int:
-    """As many as released models were trained with, but no more than this process has cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores)
-
-
-def _deit_recipe() -> Recipe:
-    """The recipe for released DeiT, ViT and DINOv2 models on image folders: DeiT's augmentation (arXiv
-    2012.12877) and the paper's 100 + 100 epochs and lambda (arXiv 2104.08500)."""
-    tuning = TrainConfig(
-        epochs=100, batch_size=128, lr=2e-5, min_lr=1e-6, warmup_epochs=5.0, weight_decay=0.05,
-        mixup=0.8, cutmix=1.0, drop_path=0.1, precision="bf16", workers=_loading_processes(),
-    )  # fmt: skip
-    return Recipe(
-        augment="deit",
-        dense=dataclasses.replace(tuning, lr=5e-4, epochs=300),
-        sparse=dataclasses.replace(tuning, l1=1e-4, gate_lr=10.0),
-        finetune=tuning,
-    )
-
-
-def _short_recipe() -> Recipe:
-    """`small`, with a fine-tuning that only recovers what a one-shot cut has lost: it learns from the dense
-    model what this does with images as they are evaluated."""
-    recipe = _small_recipe()
-    recovery = dataclasses.replace(recipe.finetune, epochs=2, lr=2e-4, label_smoothing=0.0, distill_alpha=0.9)
-    return dataclasses.replace(recipe, finetune=recovery, finetune_augment="none")
-
-
-def _short_deit_recipe() -> Recipe:
-    """`deit`, with the 10 epochs of distillation from the dense model that VBP (arXiv 2507.12988) has behind
-    its one-shot cut of models for image folders."""
-    recovery = TrainConfig(
-        epochs=10, batch_size=32, lr=1.5e-5, min_lr=0.0, warmup_epochs=0.0, weight_decay=0.01,
-        label_smoothing=0.0, distill_alpha=0.3, distill_temperature=2.0, precision="bf16",
-        workers=_loading_processes(),
-    )  # fmt: skip
-    return dataclasses.replace(_deit_recipe(), finetune=recovery)
-
-
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    "small": _small_recipe,
-    "deit": _deit_recipe,
-    "short": _short_recipe,
-    "short-deit": _short_deit_recipe,
-}
-
-
-def short_recipe_for(data: str) -> str:
-    """The recipe behind a one-shot cut for data as `open_data` takes it."""
-    return "short" if is_small_grey(data) else "short-deit"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +163,7 @@ def run(
     Raises:
         FileError: `run_dir` holds another run, is in use by one, or cannot be written.
         DataError, PlanError, UnsupportedModelError: before the first step, wherever that can be known.
-        TrainingInterrupted, NonFiniteLossError: see `vtp.training.loop`.
+        TrainingInterrupted, NonFiniteLossError: see `vtp.training.loop.train`.
         RankError, RankLostError: another process of the run failed, or has ended.
     """
     process = accelerator()
@@ -254,9 +173,18 @@ def run(
     model, data, teacher = _open(config)
     _check_before_training(config, model, data, process.num_processes)
     with run_folder(run_dir) as folder:
-        resume = first_makes(world(), lambda: _begin_folder(config, folder, resume, model, data, teacher))
+        resume = first_makes(
+            world(), lambda: begin_run(folder, _wanted(config, model, data, teacher), resume, data)
+        )
         _run_stages(config, folder, model, data, teacher, process, console, resume, progress, memory_gb)
     return folder / "report.html"
+
+
+def _wanted(config: RunConfig, model: nn.Module, data: Data, teacher: nn.Module | None) -> dict[str, Any]:
+    """What config.json says of a run: its configuration, and what is in its model, data and teacher."""
+    taught_by = None if teacher is None else fingerprint(teacher.state_dict())
+    identity = {"model": fingerprint(model.state_dict()), "teacher": taught_by, **data_identity(data)}
+    return config.to_dict() | {"identity": identity}
 
 
 def _run_stages(
@@ -557,118 +485,6 @@ def check_stage(name: str, config: TrainConfig, data: Data, processes: int) -> N
             f"{counted(images, 'image')} to train on"
         )
     config.split(processes, images)
-
-
-def make_run_folder(run_dir: str | Path) -> Path:
-    """The folder of a run, made if it is not there. Raises FileError if it is a file or cannot be written."""
-    run_dir = Path(run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise FileError(f"run folder: {run_dir} is a file, expected a folder")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"run folder: cannot make {run_dir}: {error.strerror}") from error
-    refuse_unwritable(run_dir / "metrics.jsonl")
-    return run_dir
-
-
-@contextmanager
-def run_folder(run_dir: str | Path) -> Iterator[Path]:
-    """The folder of a run, made if it is not there and kept from other runs: rank 0 has its lock. Where an
-    error comes before anything is in it, none is left.
-
-    Raises:
-        FileError: it is a file, cannot be written, or another run is in it; on the other ranks RankError.
-    """
-    run_dir = Path(run_dir)
-    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    try:
-        with ExitStack() as held:
-            first_makes(world(), lambda: held.enter_context(run_lock(make_run_folder(run_dir))))
-            yield run_dir
-    except Exception:
-        with suppress(OSError):  # there is something in it, or it was never made
-            for folder in made:
-                folder.rmdir()
-        raise
-
-
-def _begin_folder(
-    config: RunConfig, run_dir: Path, resume: bool, model: nn.Module, data: Data, teacher: nn.Module | None
-) -> bool:
-    """Write down what is asked for, which for a run that is resumed must be what it was begun with. Returns
-    whether it is one."""
-    file, job_has_begun = run_dir / "config.json", f"run {run_dir.resolve()}"
-    resume = resume or begun_by_this_job(job_has_begun)
-    taught_by = None if teacher is None else fingerprint(teacher.state_dict())
-    identity = {"model": fingerprint(model.state_dict()), "teacher": taught_by, **data_identity(data)}
-    wanted = config.to_dict() | {"identity": identity}
-    if file.exists() and not _nothing_trained(run_dir):
-        _check_same_run(run_dir, wanted, resume, data)
-    write_atomic(file, lambda path: path.write_text(json.dumps(wanted, indent=1)))
-    note_begun(job_has_begun)
-    return resume
-
-
-def _nothing_trained(run_dir: Path) -> bool:
-    """Whether a run folder has no more in it than a run that failed at once has left: nothing to lose."""
-    names, metrics = {path.name for path in run_dir.iterdir()}, run_dir / "metrics.jsonl"
-    if not names <= {LOCK, "config.json", "dense.safetensors", metrics.name, "checkpoints", "tensorboard"}:
-        return False
-    if (metrics.exists() and metrics.stat().st_size) or any((run_dir / "checkpoints").glob("*")):
-        return False
-    try:
-        return "budget" in json.loads((run_dir / "config.json").read_text())  # one of ours
-    except (ValueError, TypeError):
-        return False
-
-
-def _check_same_run(run_dir: Path, wanted: dict[str, Any], resume: bool, data: Data) -> None:
-    """Raise FileError unless a run is resumed that was begun with what is wanted now."""
-    file = run_dir / "config.json"
-    if not resume:
-        raise FileError(
-            f"run folder: {run_dir} holds a run already; continue it with --resume, or name another"
-        )
-    try:
-        found = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise FileError(f"run folder: {file} is damaged ({error}); name another folder") from error
-    if not isinstance(found.get("identity"), dict):
-        raise FileError(
-            f"run folder: {file} does not say what is in the model and the data, as that of an older vtp; it "
-            "cannot be resumed: name another folder (the models in this one still load)"
-        )
-    before, now = (_what_counts(each, run_dir, data) for each in (found, wanted))
-    odd = [name for name in now if before.get(name) != now[name]]
-    if odd:
-        changes = "; ".join(_difference(name, before.get(name), now[name]) for name in odd)
-        raise FileError(
-            f"run folder: {run_dir} holds a run with another {', '.join(odd)}; it cannot be resumed "
-            f"({changes})"
-        )
-
-
-def _difference(name: str, before: Any, now: Any) -> str:
-    """What differs in a setting, in words; of several under one name those that do."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        odd = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        return "; ".join(_difference(f"{name}.{key}", before.get(key), now.get(key)) for key in odd)
-    return f"{name}: the run has {before!r}, now {now!r}"
-
-
-def _what_counts(written: dict[str, Any], run_dir: Path, data: Data) -> dict[str, Any]:
-    """What must stay the same for a run to be resumed: what is in its model and data, not what they are
-    called; of a stage that has not begun no more than the seed, by which images are drawn too. How many
-    images an update has, a stage's checkpoint says."""
-    # Of files and folders.
-    names = {"model", "checkpoint", "data", "data_root", "class_map", "teacher", "teacher_checkpoint"}
-    counts = {name: written[name] for name in written.keys() - names - {"identity"}}
-    for stage in STAGES:
-        if isinstance(settings := counts.get(stage), dict):
-            begun = (run_dir / "checkpoints" / f"{stage}.safetensors").exists()
-            counts[stage] = settings_that_count(settings, data) if begun else settings.get("seed")
-    return counts | written["identity"]
 
 
 def _results(models: dict[str, nn.Module], data: Data, run_dir: Path, config: RunConfig) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import timm
 import torch
 from torch import nn
 
-from vtp import hugging_face
 from vtp.checkpoint import load
 from vtp.files import FileError
+from vtp.hugging_face import PREFIX
+from vtp.hugging_face_checkpoints import open_transformers, without_weights
 from vtp.model.architecture import Architecture, describe
 from vtp.model.images import new_head, set_image_config, set_imagenet_names
 from vtp.pruning.compact import CompactModel
@@ -62,7 +63,7 @@ def open_model(
         UnsupportedModelError: the method does not support that model.
     """
     torch.manual_seed(seed)
-    complete = name == FASHION_DEIT or name.startswith(hugging_face.PREFIX) or Path(name).is_file()
+    complete = name == FASHION_DEIT or name.startswith(PREFIX) or Path(name).is_file()
     if checkpoint is not None and (from_scratch or complete):
         other = "from_scratch" if from_scratch else f"the model {name}, which has weights"
         raise FileError(
@@ -78,10 +79,10 @@ def open_model(
         if from_scratch:
             raise FileError(f"model: {name} is a file with weights, which from_scratch would throw away")
         model = _load(name)
-    elif name.startswith(hugging_face.PREFIX):
-        source = name.removeprefix(hugging_face.PREFIX)
-        describe(hugging_face.without_weights(source))  # refuse what is not supported before weights are read
-        model = hugging_face.open_transformers(source, from_scratch=from_scratch)
+    elif name.startswith(PREFIX):
+        source = name.removeprefix(PREFIX)
+        describe(without_weights(source))  # refuse what is not supported before weights are read
+        model = open_transformers(source, from_scratch=from_scratch)
     else:
         model = _open_timm(name, pretrained=not from_scratch, checkpoint=checkpoint)
         if not from_scratch and checkpoint is None and ":" not in timm_name(name):
@@ -102,8 +103,8 @@ def open_without_weights(name: str) -> nn.Module:
     """
     if name == FASHION_DEIT:
         return open_model(name).to("meta")
-    if name.startswith(hugging_face.PREFIX):
-        return hugging_face.without_weights(name.removeprefix(hugging_face.PREFIX))
+    if name.startswith(PREFIX):
+        return without_weights(name.removeprefix(PREFIX))
     own = timm_name(name)
     with torch.device("meta"):
         model = _create(own)
@@ -131,8 +132,8 @@ def open_teacher(name: str, checkpoint: str | Path | None = None) -> nn.Module:
         if checkpoint is not None:
             raise FileError(f"teacher: got {name!r} for the weights in {checkpoint}, expected a timm name")
         try:
-            if name.startswith(hugging_face.PREFIX):
-                return hugging_face.open_transformers(name.removeprefix(hugging_face.PREFIX))
+            if name.startswith(PREFIX):
+                return open_transformers(name.removeprefix(PREFIX))
             return open_model(name).eval()
         except FileError as error:
             raise FileError(f"teacher: {str(error).removeprefix('model: ')}") from error

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import itertools
 import os
 import signal
@@ -95,10 +96,13 @@ def assert_padding_is_zero(name: str, t: torch.Tensor) -> None:
 
 
 def loaded(module_name: str, replacements: Sequence[tuple] = ()) -> types.ModuleType:
-    """The module of an op, or a copy with `replacements` in its source or in what it has of `_tiles`."""
+    """The module of an op, or a copy with `replacements` in its source, in that of its kernels where they
+    are in a file of their own, or in what these have of `_tiles`."""
     if not replacements:
         return importlib.import_module(module_name)
-    return mutated(module_name, replacements, helpers=["vtp_kernels._tiles"])
+    kernels = f"{module_name}_kernels"
+    own = [kernels] if importlib.util.find_spec(kernels) else []
+    return mutated(module_name, replacements, helpers=["vtp_kernels._tiles", *own])
 
 
 def run_check(

@@ -85,6 +85,16 @@ def gated(model: nn.Module, seed: int = 1) -> nn.Module:
     return result
 
 
+def prepared(architecture, seed=0):
+    """A gated model with random gates and Taylor statistics; the weights do not matter to a plan."""
+    torch.manual_seed(seed)
+    model = gated(architecture.build(), seed=seed)
+    for layer in vtp.sites(model).values():
+        layer.taylor.copy_(torch.rand(layer.in_features).square() * 7)
+        layer.taylor_steps.fill_(7)
+    return model
+
+
 def with_zeros(model: nn.Module, plan: vtp.PruningPlan) -> nn.Module:
     """The gated model with every gate that the plan removes set to 0: what the cut must reproduce."""
     result = copy.deepcopy(model)
@@ -101,6 +111,19 @@ def image(model: nn.Module, batch: int = 2, seed: int = 2) -> Tensor:
     dtype = model.patch_embed.proj.weight.dtype
     shape = (batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def assert_same(got, expected):
+    """Equal outputs, tensors, dtypes and cost, bit for bit."""
+    assert type(got) is type(expected)
+    x = image(expected)
+    with torch.no_grad():
+        assert torch.equal(got(x), expected(x))
+    states = got.state_dict(), expected.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert tensor.dtype == states[1][name].dtype
+        assert torch.equal(tensor, states[1][name])
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

@@ -362,6 +362,17 @@ def test_a_defect_in_a_helper_is_in_the_copy_alone():
         mutated(module.__name__, [("from __future__", "from __future__")], helpers=[helper.__name__])
 
 
+def test_a_defect_in_a_helper_of_a_helper_is_in_the_copy_too():
+    names = ("ragged_attention", "_tiles", "ragged_attention_kernels")
+    module, *helpers = (importlib.import_module(f"vtp_kernels.{name}") for name in names)
+    defect = ("load_tile(\n    source,", "load_tile(\n    source, ")
+    copy = mutated(module.__name__, [defect], helpers=[helper.__name__ for helper in helpers])
+    kernel, original = copy._ragged_attention_fwd_kernel, module._ragged_attention_fwd_kernel
+    assert kernel.fn.__globals__["load_tile"] is not original.fn.__globals__["load_tile"]
+    assert original.fn.__globals__["load_tile"] is helpers[0].load_tile
+    assert [importlib.import_module(helper.__name__) for helper in helpers] == helpers
+
+
 OP_MODULE = """
 import torch
 import torch.utils.flop_counter

@@ -170,9 +170,9 @@ def mutated(
     defect in text that is no longer there. The copy is a file, because `@triton.jit` reads its source, and
     belongs to the same package, so that relative imports work.
 
-    helpers: modules from which the module imports functions by name. An `old` may be in one of them instead,
-    all of its occurrences in the same module; the copy then imports from a copy of that helper, which nothing
-    else sees.
+    helpers: modules from which the module, or one behind in this list, imports functions by name. An `old`
+    may be in one of them instead, all of its occurrences in the same module; the copy then imports from a
+    copy of that helper, which nothing else sees, and so do those behind.
 
     While the copy is executed nothing is registered with torch.library (or as a FLOP formula): `Library` and
     the `register_*` functions do nothing, and `custom_op` and `triton_op` leave the plain function. So
@@ -190,9 +190,12 @@ def mutated(
         place = names[found.index(expected)]
         changed[place] = changed[place].replace(old, new)
     originals = {name: sys.modules[name] for name in helpers}
-    copies = {name: _copy(name, changed[name]) for name in helpers if changed[name] != sources[name]}
+    copied = False
     try:
-        sys.modules.update(copies)
+        for name in helpers:  # one behind a copy may import from it
+            copied = copied or changed[name] != sources[name]
+            if copied:
+                sys.modules[name] = _copy(name, changed[name])
         return _copy(module_name, changed[module_name])
     finally:
         sys.modules.update(originals)

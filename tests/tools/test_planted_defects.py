@@ -11,10 +11,26 @@ def test_a_defect_has_its_place(defect):
     assert tool.planted(text, defect) != text
 
 
+def test_a_paragraph_is_a_defect():
+    text = "a.py: it is wrong\n-    one\n-\n-two\n+    three\n? tests -k 'a or b'\n! build\n"
+    assert list(tool.defects(text)) == [
+        tool.Defect("a.py", "    one\n\ntwo", "    three", "it is wrong", "tests -k 'a or b'", build=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a.py\n-b\n? c", "a.py: d\n+b\n? c", "a.py: d\n-b\n+e", "a.py: d\n-b\nf\n? c", "a.py: d\n-b\n? c\n! d"],
+)
+def test_a_paragraph_of_another_form_is_refused(text):
+    with pytest.raises(ValueError, match=r"'a.py.*got .*, expected lines -old"):
+        list(tool.defects(text))
+
+
 @pytest.mark.parametrize("texts", [["no_such_file"], ["training", "no_such_file"]])
 def test_a_text_that_is_in_no_path_is_refused(texts, capsys):
     assert tool.main(texts) == 2
-    assert "texts: got 'no_such_file', expected a part of one of vtp/model" in capsys.readouterr().err
+    assert "texts: got 'no_such_file', expected a part of one of bench/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

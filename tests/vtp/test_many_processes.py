@@ -25,8 +25,10 @@ from vtp import cli
 from vtp.group import RankError, place, share, world
 from vtp.pruning import refit
 from vtp.training.data import Data
+from vtp.training.evaluation import evaluate, evaluate_batches
 from vtp.training.frozen import evaluate_features
-from vtp.training.loop import _evaluate, accelerator, calibration_images, evaluate, test_images
+from vtp.training.loaders import calibration_images, test_images
+from vtp.training.ranks import accelerator
 
 STATISTICS = {"plain": 41, "features": 20, "rotary": 20, "no-biases": 1}  # images; of one a rank has none
 CUT = ("plain", "layer-scale", "no-biases", "swiglu")
@@ -86,7 +88,7 @@ def of_evaluation(process: Accelerator | None) -> dict:
     loader, gather = test_images(model, greys(several=True), batch_size=7), {}
     if process is not None:
         loader, gather = process.prepare_data_loader(loader), {"gather": process.gather_for_metrics}
-    figures = _evaluate(model, loader, contextlib.nullcontext, **gather)
+    figures = evaluate_batches(model, loader, contextlib.nullcontext, **gather)
     found["evaluate several classes"] = [figures[name] for name in ("top1", "loss", "map")]
     return found
 

@@ -22,10 +22,13 @@ from tests.support.models import TINY, build
 from tests.support.processes import on_ranks
 from vtp import cli, pipeline
 from vtp.model.images import class_names
-from vtp.pipeline import RECIPES, STAGES, RunConfig, run
+from vtp.pipeline import RunConfig, run
+from vtp.recipes import RECIPES, STAGES
 from vtp.timing import interleaved_latency
 from vtp.training.data import DataError, open_data
-from vtp.training.loop import NonFiniteLossError, TrainingInterrupted, calibration_images
+from vtp.training.evaluation import NonFiniteLossError
+from vtp.training.loaders import calibration_images
+from vtp.training.loop import TrainingInterrupted
 from vtp.zoo import open_model
 
 FILES = [
@@ -52,7 +55,7 @@ def small_config(folder, **changes) -> RunConfig:
     recipe = RECIPES["small"]()
     stages = {
         stage: dataclasses.replace(getattr(recipe, stage), epochs=1, batch_size=16, warmup_epochs=0.5)
-        for stage in pipeline.STAGES
+        for stage in STAGES
     }
     recipe = dataclasses.replace(recipe, **stages)
     return dataclasses.replace(

@@ -34,7 +34,8 @@ from vtp_kernels.proofs.compilations import (
 
 @torch.no_grad()
 def kernels(model: CompactModel, dtype: torch.dtype, target: str) -> list[launching.Variant]:
-    """The compilations that `optimize(model, dtype)` launches, at any batch size.
+    """The compilations that `optimize(model, dtype)` launches, at any batch size, as long as heads are not
+    padded for PyTorch's attention; where they are, that of `ragged_attention` is one too many.
 
     Args:
         target: the GPU, a key of `vtp_kernels.launching.TARGETS`. Nothing runs on it: the packed model runs

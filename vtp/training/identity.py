@@ -20,8 +20,8 @@ from torch.utils.data import Dataset, IterableDataset
 from vtp.files import fingerprint
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data
-from vtp.training.loaders import Augment
 from vtp.training.sources import FileImages, IdxImages, labels_of, shards_of
+from vtp.training.transforms import Augment
 
 # Settings that decide how a machine does its work, not what is trained.
 OF_THE_MACHINE = ("batch_size", "effective_batch", "fsdp", "grad_checkpointing", "compile")

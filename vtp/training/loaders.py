@@ -1,7 +1,8 @@
-"""Batches of images: augmentation that is reproducible sample by sample, and the loaders of both sets.
+"""Batches of images: an order that is reproducible sample by sample, and the loaders of both sets.
 
 `train_loader` and `test_loader` turn the sets of a `Data` into batches of normalised float32 tensors, and
-`calibration_loader` some of its training images; transforms and augmentation are timm's.
+`calibration_loader` some of its training images, all by `transforms.py`; `test_images` and
+`calibration_images` are the last two as a model expects them.
 
 **What is reproducible.** The order of an epoch is a function of (seed, epoch), and the augmentation of a
 sample a function of (seed, epoch, sample index): neither depends on the number of workers, on the process, or
@@ -24,14 +25,8 @@ process reads all and hands them out.
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
-import random
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,108 +34,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from PIL import Image
-from timm.data import create_transform
-from timm.data.random_erasing import RandomErasing
 from timm.data.readers.reader_wds import ReaderWds
-from timm.data.transforms import ResizeKeepRatio
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
-from torchvision import transforms
 
-from vtp.model.images import default_crop_pct, for_channels
+from vtp.group import Group, place
+from vtp.runtime.optimize import OptimizedViT
 from vtp.training.data import Data, DataError
-from vtp.training.pixels import CHANNELS, MODES, is_deep, with_channels
+from vtp.training.pixels import is_deep
+from vtp.training.seeding import generators_restored, seed_generators, seeds
 from vtp.training.sources import shards_of
+from vtp.training.transforms import Augment, Pipeline, checked_size, evaluation_pipeline, training_pipeline
 from vtp.words import counted
 
 # Images among which those of shards are shuffled, and of which indices are made at a time.
 WINDOW = 65_536
-# Up to this edge DeiT replaces the random resized crop by a shifted one.
-DEIT_SMALL_IMAGE = 32
-
-
-@dataclass(frozen=True)
-class Augment:
-    """How training images are varied; the names are those of DeiT's and timm's command lines.
-
-    Mixup and CutMix work on batches and belong to the training loop.
-
-    Attributes:
-        crop_padding: if not None, the crop is a shift by at most so many pixels (black comes in) instead of a
-            random resized crop; `scale`, `ratio` and `interpolation` then have no part.
-        scale, ratio: area (share of the image) and aspect ratio of the random resized crop.
-        interpolation: of the random resized crop and of RandAugment ("bilinear", "bicubic" or "random").
-        hflip: probability of a horizontal flip.
-        color_jitter: brightness, contrast and saturation; without effect beside `auto_augment`, as in timm.
-        auto_augment: a policy in timm's spelling, or None.
-        reprob, remode, recount: random erasing: probability, filling, most regions.
-    """
-
-    crop_padding: int | None = None
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "random"
-    hflip: float = 0.5
-    color_jitter: float = 0.4
-    auto_augment: str | None = None
-    reprob: float = 0.0
-    remode: str = "const"
-    recount: int = 1
-
-    @classmethod
-    def preset(cls, name: str, image_size: int = 224) -> Augment:
-        """A named choice: "light" (shift by 2 and flip), "deit" (as DeiT was trained) or "none".
-
-        DeiT's own code shifts by 4 instead of cropping where images are 32 pixels or smaller; so does "deit".
-        """
-        presets = {
-            "light": cls(crop_padding=2, color_jitter=0.0),
-            "deit": cls(
-                crop_padding=4 if image_size <= DEIT_SMALL_IMAGE else None,
-                interpolation="bicubic",
-                color_jitter=0.3,
-                auto_augment="rand-m9-mstd0.5-inc1",
-                reprob=0.25,
-                remode="pixel",
-            ),
-            "none": cls(crop_padding=0, hflip=0.0, color_jitter=0.0),
-        }
-        if name not in presets:
-            raise DataError(f"augment: got {name!r}, expected one of {', '.join(presets)}")
-        return presets[name]
-
 
 # ---------------------------------------------------------------------------------------------------------
-# Reproducible randomness
-
-
-def _seeds(*numbers: int) -> tuple[int, int, int]:
-    """Seeds for Python's, NumPy's and torch's generator: well-mixed functions of all the int64 numbers."""
-    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=20).digest()
-    return struct.unpack("<QIQ", digest)
-
-
-def _seed_generators(*numbers: int) -> None:
-    for_python, for_numpy, for_torch = _seeds(*numbers)
-    random.seed(for_python)
-    np.random.seed(for_numpy)
-    # Not torch.manual_seed, which also seeds every accelerator's generator and is 200 times as slow.
-    torch.default_generator.manual_seed(for_torch)
-
-
-@contextmanager
-def _generators_restored() -> Iterator[None]:
-    """Leave the three global generators as they were found, unless this is a worker process, where nobody
-    else draws from them."""
-    if get_worker_info() is not None:
-        yield
-        return
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
+# Which images, in which order, in batches
 
 
 class EpochSampler(Sampler):
@@ -165,7 +76,7 @@ class EpochSampler(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, skip = self.epoch, self.skip
-        for window in self._windows(torch.Generator().manual_seed(_seeds(self.seed, epoch)[2])):
+        for window in self._windows(torch.Generator().manual_seed(seeds(self.seed, epoch)[2])):
             # A list of all indices would take 40 bytes for each.
             for piece in window[min(skip, len(window)) :].split(WINDOW):
                 yield from zip(itertools.repeat(epoch), piece.tolist())
@@ -178,9 +89,9 @@ class EpochSampler(Sampler):
             return
         ends = torch.tensor(self.shards).cumsum(0).tolist()
         window: list[torch.Tensor] = []
-        for place, shard in enumerate(torch.randperm(len(self.shards), generator=generator).tolist(), 1):
+        for number, shard in enumerate(torch.randperm(len(self.shards), generator=generator).tolist(), 1):
             window.append(torch.arange(ends[shard] - self.shards[shard], ends[shard]))
-            if place == len(self.shards) or sum(map(len, window)) >= WINDOW:
+            if number == len(self.shards) or sum(map(len, window)) >= WINDOW:
                 indices = torch.cat(window)
                 yield indices[torch.randperm(len(indices), generator=generator)]
                 window = []
@@ -188,129 +99,6 @@ class EpochSampler(Sampler):
     def position(self, epoch: int, skip: int) -> None:
         """Begin the next iterations with sample number `skip` of `epoch`'s order."""
         self.epoch, self.skip = epoch, skip
-
-
-# ---------------------------------------------------------------------------------------------------------
-# From images to batches
-
-
-class ShiftedCrop:
-    """A crop of `size` (height, width) pixels from around the centre, shifted at random by at most `padding`
-    pixels in each direction; what lies outside of the image is black.
-
-    torchvision's RandomCrop(size, padding) makes the same image by padding it first, at six times the cost.
-    """
-
-    def __init__(self, size: tuple[int, int], padding: int) -> None:
-        self.size, self.padding = size, padding
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        height, width = self.size
-        left = (image.width - width) // 2 + random.randint(-self.padding, self.padding)
-        top = (image.height - height) // 2 + random.randint(-self.padding, self.padding)
-        return image.crop((left, top, left + width, top + height))
-
-
-class Pipeline:
-    """Makes normalised tensors of PIL images: timm's transforms image by image, then, as in timm's own
-    prefetching loader, conversion and normalisation batch by batch, which is several times cheaper.
-
-    Random erasing comes last, on normalised pixels, image by image with a seed for each.
-    """
-
-    def __init__(
-        self, steps: list[Any], mean: tuple[float, ...], std: tuple[float, ...], erasing: RandomErasing | None
-    ) -> None:
-        self.steps = transforms.Compose(steps)
-        self.channels = len(mean)
-        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-        self.erasing = erasing
-
-    def pixels(self, image: Image.Image) -> np.ndarray:
-        """The transformed image, uint8 [H, W, C]; draws from the global generators."""
-        pixels = np.asarray(self.steps(with_channels(image, self.channels)))
-        return pixels.reshape(*pixels.shape[:2], -1)
-
-    def batch(self, pixels: list[np.ndarray]) -> torch.Tensor:
-        """float32 [B, C, H, W], normalised."""
-        batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-        batch = batch.to(torch.float32, memory_format=torch.contiguous_format)
-        return batch.div_(255).sub_(self.mean).div_(self.std)
-
-
-def _training_pipeline(data: Data, image_size: tuple[int, int], in_chans: int, augment: Augment) -> Pipeline:
-    if in_chans == 4 and (augment.auto_augment or augment.color_jitter):
-        raise DataError(
-            "augment: color_jitter and auto_augment take images of 1 or 3 channels, got 4; expected neither, "
-            "as in --augment light"
-        )
-    mean, std = for_channels(data.mean, in_chans), for_channels(data.std, in_chans)
-    steps = create_transform(
-        image_size,
-        is_training=True,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter or None,
-        auto_augment=augment.auto_augment,
-        interpolation=augment.interpolation,
-        mean=mean,
-        use_prefetcher=True,
-    ).transforms[:-1]  # the last one converts to a tensor
-    if augment.crop_padding is not None:
-        steps[0] = ShiftedCrop(image_size, augment.crop_padding)
-        height, width = image_size
-        if height != width:
-            steps.insert(0, ResizeKeepRatio(image_size, interpolation="bicubic"))
-        elif data.image_size != height:
-            steps.insert(0, transforms.Resize(height, transforms.InterpolationMode.BICUBIC))
-    _keep_one_bit(steps)
-    erasing = None
-    if augment.reprob > 0:
-        erasing = RandomErasing(augment.reprob, mode=augment.remode, max_count=augment.recount, device="cpu")
-    return Pipeline(steps, mean, std, erasing)
-
-
-def _keep_one_bit(steps: list[Any]) -> None:
-    """Let the posterizing of timm's policies keep at least one bit of each pixel.
-
-    At the end of its range timm asks Pillow for 0 bits, a black image, which Pillow 13 refuses.
-    """
-    for step in steps:
-        policy = itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ()))
-        for operation in policy:
-            if operation.name.startswith("Posterize"):
-                operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
-
-
-def _at_least_one_bit(level_fn: Callable, level: float, hparams: dict[str, Any]) -> tuple[int]:
-    (bits,) = level_fn(level, hparams)
-    return (max(1, bits),)
-
-
-def _test_pipeline(data: Data, image_size: tuple[int, int], in_chans: int) -> Pipeline:
-    return image_pipeline(
-        {
-            "input_size": (in_chans, *image_size),
-            "mean": for_channels(data.mean, in_chans),
-            "std": for_channels(data.std, in_chans),
-            "crop_pct": default_crop_pct(*image_size) if data.crop_pct is None else data.crop_pct,
-            "crop_mode": data.crop_mode,
-            "interpolation": data.interpolation,
-        }
-    )
-
-
-def image_pipeline(config: Mapping[str, Any]) -> Pipeline:
-    """How a model's images are made for an evaluation: `config` is that of `vtp.model.images.image_config`.
-
-    Raises:
-        DataError: image files do not hold so many channels.
-    """
-    channels, *size = config["input_size"]
-    _checked(tuple(size), channels, batch_size=1)
-    steps = create_transform(**config, use_prefetcher=True).transforms[:-1]  # as above
-    return Pipeline(steps, config["mean"], config["std"], erasing=None)
 
 
 class TrainingSet(Dataset):
@@ -324,16 +112,16 @@ class TrainingSet(Dataset):
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         pixels, labels = [], []
-        with _generators_restored():
+        with generators_restored():
             for epoch, index in keys:
                 image, label = _sample(self.images, index)
-                _seed_generators(self.seed, epoch, index)
+                seed_generators(self.seed, epoch, index)
                 pixels.append(self.pipeline.pixels(image))
                 labels.append(label)
             batch = self.pipeline.batch(pixels)
             if self.pipeline.erasing is not None:
                 for (epoch, index), image in zip(keys, batch, strict=True):
-                    _seed_generators(self.seed, epoch, index, 1)
+                    seed_generators(self.seed, epoch, index, 1)
                     self.pipeline.erasing(image)  # in place
         return batch, _stacked(labels)
 
@@ -407,8 +195,8 @@ class StreamSet(IterableDataset):
                     f"data: image {number} of a stream has more than 8 bits a channel (mode {image.mode!r}), "
                     "whose meaning takes a look at many; expected 8 bits, or an image folder"
                 )
-            with _generators_restored():
-                _seed_generators(self.seed, self.epoch, 0 if worker is None else worker.id, number)
+            with generators_restored():
+                seed_generators(self.seed, self.epoch, 0 if worker is None else worker.id, number)
                 sample = self.pipeline.batch([self.pipeline.pixels(image)])[0]
                 if self.pipeline.erasing is not None:
                     self.pipeline.erasing(sample)
@@ -476,7 +264,7 @@ def train_loader(
             stream than processes that read it.
             In iteration: an image that cannot be decoded, by name.
     """
-    pipeline = _training_pipeline(data, _checked(image_size, in_chans, batch_size), in_chans, augment)
+    pipeline = training_pipeline(data, _checked(image_size, in_chans, batch_size), in_chans, augment)
     if isinstance(data.train, IterableDataset):
         return _stream_loader(data.train, pipeline, batch_size, seed, workers, drop_last=True)
     if len(data.train) < batch_size:
@@ -499,7 +287,7 @@ def test_loader(
 ) -> DataLoader:
     """Batches of the whole test set in its order, without augmentation; arguments and batches as in
     `train_loader`, but the last batch may be smaller."""
-    pipeline = _test_pipeline(data, _checked(image_size, in_chans, batch_size), in_chans)
+    pipeline = evaluation_pipeline(data, _checked(image_size, in_chans, batch_size), in_chans)
     if isinstance(data.test, IterableDataset):
         return _stream_loader(data.test, pipeline, batch_size, seed=0, workers=workers, drop_last=False)
     return DataLoader(
@@ -540,7 +328,7 @@ def calibration_loader(
     size = _checked(image_size, in_chans, batch_size)
     if images < 1:
         raise DataError(f"images: got {images}, expected at least 1")
-    pipeline = _test_pipeline(data, size, in_chans)
+    pipeline = evaluation_pipeline(data, size, in_chans)
     if isinstance(data.train, IterableDataset):
         loader = _stream_loader(data.train, pipeline, batch_size, seed, workers, drop_last=False)
         loader.stop_batches, loader.place = -(-images // batch_size), place
@@ -557,14 +345,7 @@ def calibration_loader(
 
 def _checked(image_size: int | tuple[int, int], in_chans: int, batch_size: int) -> tuple[int, int]:
     """(height, width) of the images; DataError where an argument is out of range."""
-    if in_chans not in MODES:
-        raise DataError(
-            f"in_chans: got {in_chans}, expected {CHANNELS}: image files hold no other number; batches of "
-            "your own are taken by vtp.calibrate, vtp.compact and every model"
-        )
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or min(size) < 1:
-        raise DataError(f"image_size: got {image_size}, expected at least 1 pixel")
+    size = checked_size(image_size, in_chans)
     if batch_size < 1:
         raise DataError(f"batch_size: got {batch_size}, expected at least 1")
     return size
@@ -606,6 +387,54 @@ def _stream_loader(
     options = _loader_options(workers) | {"persistent_workers": False}
     stream = StreamSet(reader, pipeline, seed, images.target_transform)
     return StreamLoader(stream, batch_size, drop_last=drop_last, **options)
+
+
+def test_images(model: nn.Module, data: Data, *, batch_size: int = 256, workers: int = 0) -> DataLoader:
+    """All test images, in their order, of the model's size and channels: a loader of (images, labels)."""
+    return test_loader(data, **loader_arguments(model, data, batch_size, workers))
+
+
+test_images.__test__ = False  # not a test case of pytest
+
+
+def calibration_images(
+    model: nn.Module,
+    data: Data,
+    images: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 128,
+    workers: int = 0,
+    group: Group = None,
+) -> DataLoader:
+    """So many training images, not augmented and of the model's size and channels, for `vtp.calibrate` and
+    `vtp.compact`: a loader that draws the same ones, without replacement, each time it is read; of them the
+    share of this process, where a group shares them."""
+    arguments = loader_arguments(model, data, min(batch_size, max(images, 1)), workers)
+    return calibration_loader(data, images=images, seed=seed, place=place(group), **arguments)
+
+
+def loader_arguments(model: nn.Module, data: Data, batch_size: int, workers: int) -> dict[str, Any]:
+    """Arguments of all three loaders, with image size, (height, width) in pixels, and channels as a model
+    expects them.
+
+    Raises:
+        ValueError: it takes images of any size.
+    """
+    edge = data.image_size
+    if isinstance(model, OptimizedViT):
+        channels, size = model.images.channels, model.images.size
+    else:
+        embed = model.patch_embed
+        channels, size = embed.proj.in_channels, embed.img_size or (edge, edge)
+    if None in size:
+        raise ValueError("model: takes images of any size, and the data's are of several; expected one size")
+    return {
+        "image_size": tuple(size),
+        "in_chans": channels,
+        "batch_size": batch_size,
+        "workers": workers,
+    }
 
 
 def prepared(loader: DataLoader, accelerator: Accelerator) -> DataLoader:
@@ -657,7 +486,7 @@ def set_epoch(loader: DataLoader, epoch: int, start: int = 0) -> None:
         loader.dataset.epoch = epoch
         loader.skip_batches = start
         bare = getattr(loader, "base_dataloader", loader)
-        bare.generator = torch.Generator().manual_seed(_seeds(loader.dataset.seed, epoch)[2])
+        bare.generator = torch.Generator().manual_seed(seeds(loader.dataset.seed, epoch)[2])
         return
     batches, processes = loader.batch_sampler, 1
     if isinstance(batches, BatchSamplerShard):

@@ -11,17 +11,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vtp.files import FileError, fingerprint, write_atomic
+from vtp.group import first_makes, world
 from vtp.training.identity import translated
+from vtp.training.ranks import begun_by_this_job, note_begun
 from vtp.training.sharding import sharded_like, whole
+from vtp.training.stage_models import StageModels
 
 STATE_FORMAT = "vtp-training-state"
 STATE_VERSION = 2  # 1 knew its data by where they were
@@ -29,6 +34,76 @@ STATE_VERSION = 2  # 1 knew its data by where they were
 
 class ResumeError(FileError):
     """A checkpoint that cannot be continued: damaged, not ours, or of a run configured differently."""
+
+
+@dataclass
+class Position:
+    """How far a stage has come: what a checkpoint has to know beside the tensors."""
+
+    epoch: int = 0  # epoch in progress; equal to config.epochs when the stage is finished
+    step: int = 0  # next step of that epoch
+    loss_sum: float = 0.0  # over the steps of that epoch
+    seconds: float = 0.0  # spent on these steps
+    waiting: float = 0.0  # of these seconds, for images
+    history: list[dict[str, Any]] = field(default_factory=list)  # one record per finished epoch
+
+
+class StageCheckpoint:
+    """The checkpoint of a stage that several processes may train: all of them call its methods.
+
+    path: of the file; identity: what must be the same for it to be continued, see `identity.stage_identity`.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path, self.identity = path, identity
+
+    def is_continued(self, resume: bool) -> bool:
+        """Whether there is one to continue from; one that is not to be continued is removed."""
+        return first_makes(world(), lambda: self._clear_unless(resume))
+
+    def _clear_unless(self, resume: bool) -> bool:
+        job_has_begun = f"stage {self.path.resolve()}"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not (resume or begun_by_this_job(job_has_begun)):
+            self.path.unlink(missing_ok=True)
+        note_begun(job_has_begun)
+        return self.path.exists()
+
+    def save(
+        self,
+        models: StageModels,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        position: Position,
+    ) -> str | None:
+        """Write the file. Where it would hold a NaN or an infinity none is written, and the name of the first
+        tensor that has one is returned."""
+        tensors, bad = gathered(
+            state_tensors(models.raw, models.average, optimizer), keep=accelerator.is_main_process
+        )
+        if bad is not None:
+            return bad
+        scaler = accelerator.scaler
+        header = {
+            "identity": self.identity,
+            "position": asdict(position),
+            "param_groups": optimizer.state_dict()["param_groups"],
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        # All wait for it: if one ended by a signal before, torchrun would end rank 0 in the middle of it.
+        first_makes(world(), lambda: write_state(self.path, tensors, header))
+        return None
+
+    def load(
+        self, models: StageModels, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+    ) -> Position:
+        """Put models, optimizer and loss scaler back where they were; returns where that is. Raises
+        ResumeError."""
+        tensors, header = read_state(self.path, self.identity)
+        restore(tensors, header["param_groups"], models.raw, models.average, optimizer)
+        if header["scaler"] is not None:
+            accelerator.scaler.load_state_dict(header["scaler"])
+        return Position(**header["position"])
 
 
 def state_tensors(

@@ -100,7 +100,7 @@ def test_settings_reach_their_stage_only_and_win_over_common_options(settings, e
     for setting in settings:
         arguments += ["--set", setting]
     recipe = recipe_of(make_parser().parse_args(arguments))
-    default = vtp.pipeline.RECIPES["small"]()
+    default = vtp.recipes.RECIPES["small"]()
     for name, value in expected.items():
         assert getattr(recipe.sparse, name) == value
     assert recipe.sparse.seed == expected.get("seed", 7)
@@ -114,10 +114,10 @@ def test_one_shot_run_takes_the_short_recipe_of_its_kind_of_data(tmp_path):
     def recipe(*more):
         return recipe_of(make_parser().parse_args(["run", "--out", "x", *more]))
 
-    assert recipe("--one-shot") == vtp.pipeline.RECIPES["short"]()
-    assert recipe("--one-shot", "--data", str(tmp_path)) == vtp.pipeline.RECIPES["short-deit"]()
-    assert recipe("--one-shot", "--recipe", "deit") == vtp.pipeline.RECIPES["deit"]()
-    assert recipe() == vtp.pipeline.RECIPES["small"]()
+    assert recipe("--one-shot") == vtp.recipes.RECIPES["short"]()
+    assert recipe("--one-shot", "--data", str(tmp_path)) == vtp.recipes.RECIPES["short-deit"]()
+    assert recipe("--one-shot", "--recipe", "deit") == vtp.recipes.RECIPES["deit"]()
+    assert recipe() == vtp.recipes.RECIPES["small"]()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 
 from vtp import cli, commands
 from vtp.files import FileError
-from vtp.training.loop import NonFiniteLossError, TrainingInterrupted
+from vtp.training.evaluation import NonFiniteLossError
+from vtp.training.loop import TrainingInterrupted
 
 
 @pytest.mark.parametrize(

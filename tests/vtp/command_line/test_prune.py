@@ -14,7 +14,8 @@ from vtp import commands
 from vtp.model.images import class_names
 from vtp.pipeline import fit_data
 from vtp.training.data import open_data
-from vtp.training.loop import calibration_images, evaluate
+from vtp.training.evaluation import evaluate
+from vtp.training.loaders import calibration_images
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from vtp.model.images import (
 )
 from vtp.pipeline import fit_data
 from vtp.training.data import DataError, open_data
-from vtp.training.loop import evaluate
+from vtp.training.evaluation import evaluate
 from vtp.training.sources import IdxImages
 from vtp.zoo import open_model
 

@@ -12,7 +12,7 @@ from vtp.model.images import class_names, new_head, set_image_config
 from vtp.pipeline import fit_data
 from vtp.training.classes import difference, in_short, read_class_map
 from vtp.training.data import Data, DataError, FileImages, match_classes, open_data
-from vtp.training.loop import evaluate
+from vtp.training.evaluation import evaluate
 
 NUMBERS = {str(number): number for number in range(12)}
 PETS = {"ape": 3, "cat": 4, "dog": 5}

@@ -22,10 +22,11 @@ from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from timm.data import create_transform
 
-from vtp.training import loaders
+from vtp.training import loaders, transforms
 from vtp.training.data import EMBEDDED_FOLDER, Data, DataError, check_data, match_classes, open_data
-from vtp.training.loaders import Augment, calibration_loader, set_epoch, train_loader
+from vtp.training.loaders import calibration_loader, set_epoch, train_loader
 from vtp.training.sources import IDX_NAMES, IdxImages, read_idx
+from vtp.training.transforms import Augment
 
 DEBIAN_ORIGINALS = Path("/usr/share/datasets/fashion-mnist")
 TESTED = {"image_size": 28, "in_chans": 1, "batch_size": 5}
@@ -318,7 +319,7 @@ def test_shifted_crop_equals_torchvisions_padded_random_crop(few: Data) -> None:
     padded = np.pad(np.asarray(image), 2)
     possible = {padded[y : y + 28, x : x + 28].tobytes() for y in range(5) for x in range(5)}
     random.seed(0)
-    seen = {np.asarray(loaders.ShiftedCrop((28, 28), 2)(image)).tobytes() for _ in range(500)}
+    seen = {np.asarray(transforms.ShiftedCrop((28, 28), 2)(image)).tobytes() for _ in range(500)}
     assert seen == possible
 
 

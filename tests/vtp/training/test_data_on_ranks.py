@@ -18,9 +18,12 @@ from tests.support.processes import forks
 from tests.support.shards import write_shards
 from vtp.training.config import TrainConfig
 from vtp.training.data import DataError, open_data
-from vtp.training.loaders import Augment, epoch_in_words, prepared, set_epoch, train_loader
-from vtp.training.loop import accelerator, evaluate, train
+from vtp.training.evaluation import evaluate
+from vtp.training.loaders import epoch_in_words, prepared, set_epoch, train_loader
+from vtp.training.loop import train
 from vtp.training.progress import StageProgress
+from vtp.training.ranks import accelerator
+from vtp.training.transforms import Augment
 
 TRAIN, VAL = [9, 12, 6, 8], [5, 4]
 SIZE = {"image_size": 8, "in_chans": 1}

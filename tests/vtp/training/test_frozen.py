@@ -15,8 +15,8 @@ from tests.support.models import FAMILIES, TINY, build, gated, image, relative_e
 from vtp.runtime.optimize import pack_for_ops
 from vtp.training import frozen
 from vtp.training.data import Data, DataError
+from vtp.training.evaluation import NonFiniteLossError
 from vtp.training.frozen import evaluate_features, extract, fit_linear_probe, knn_predict, pooled_features
-from vtp.training.loop import NonFiniteLossError
 
 # ------------------------------------------------------------------------------------------------------ k-NN
 

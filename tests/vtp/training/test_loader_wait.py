@@ -17,9 +17,10 @@ from tests.support.shards import noise
 from vtp.training import progress
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data
-from vtp.training.loaders import Augment, epoch_in_words, train_loader
+from vtp.training.loaders import epoch_in_words, train_loader
 from vtp.training.loop import train
 from vtp.training.progress import LoaderWait, loader_warning
+from vtp.training.transforms import Augment
 
 
 class Images(list):

@@ -35,17 +35,13 @@ from vtp.pruning.gates import insert_gates, sites
 from vtp.pruning.selection import make_plan
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data, open_data
-from vtp.training.loaders import Augment
-from vtp.training.loop import (
-    NonFiniteLossError,
-    TrainingInterrupted,
-    accelerator,
-    evaluate,
-    train,
-)
+from vtp.training.evaluation import NonFiniteLossError, evaluate
+from vtp.training.loop import TrainingInterrupted, train
+from vtp.training.ranks import accelerator
 from vtp.training.sparsity import gate_statistics, soft_threshold
 from vtp.training.state import ResumeError, write_state
 from vtp.training.teacher import distillation_loss
+from vtp.training.transforms import Augment
 
 AUGMENT = Augment.preset("light", 16)
 STEPS = 6  # of an epoch: 96 images in batches of 16

@@ -17,7 +17,8 @@ from PIL import Image
 from tests.support.shards import noise
 from vtp.training.data import DataError, check_data, open_data
 from vtp.training.identity import data_identity
-from vtp.training.loaders import Augment, set_epoch, test_loader, train_loader
+from vtp.training.loaders import set_epoch, test_loader, train_loader
+from vtp.training.transforms import Augment
 
 TRAIN, VAL = 41, 9
 SIZE = {"image_size": 28, "in_chans": 1}

@@ -16,12 +16,13 @@ from tests.vtp.training.test_loop import CONFIG, images, make_data, make_model, 
 from vtp import Statistics, pipeline, save
 from vtp.cli import main
 from vtp.training.config import TrainConfig
+from vtp.training.criterion import class_weight
 from vtp.training.data import DataError, check_data, match_classes, open_data
-from vtp.training.loaders import Augment
+from vtp.training.evaluation import evaluate
 from vtp.training.loaders import test_loader as evaluation_loader
-from vtp.training.loop import _class_weight, evaluate
 from vtp.training.multi_label import mean_average_precision
 from vtp.training.teacher import distillation_loss
+from vtp.training.transforms import Augment
 
 CLASSES = ("bright", "left", "never said")
 ONE_STEP = replace(CONFIG, epochs=1, batch_size=96, warmup_epochs=0.0)
@@ -227,7 +228,7 @@ def test_class_weights_are_pytorchs_and_inv_freq_is_timms(tmp_path):
         targets = [0] * 6 + [1] * 3 + [2] * 1 + [3] * 2
 
     skewed = replace(data, train=Labelled(images(12, 0)))
-    got = _class_weight(replace(config, class_weight="inv_freq"), skewed, 4, torch.device("cpu"))
+    got = class_weight(replace(config, class_weight="inv_freq"), skewed, 4, torch.device("cpu"))
     inverse = torch.tensor([1 / 6, 1 / 3, 1.0, 1 / 2])
     torch.testing.assert_close(got, inverse / inverse.mean())
 

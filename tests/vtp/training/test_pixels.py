@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vtp.model.images import image_config
-from vtp.training import loaders
+from vtp.training import loaders, transforms
 from vtp.training.data import DataError, check_data, open_data
 from vtp.training.pixels import is_deep, to_8_bit, with_channels
 from vtp.training.sources import open_images
@@ -136,7 +136,7 @@ def test_four_channels_stay_apart_where_alpha_would_multiply_them(tmp_path):
         write(alone, "0.png", bands[..., channel])
         assert torch.equal(images[:, channel : channel + 1], batch(alone, 1))
     assert with_channels(Image.fromarray(PIXELS), 4).getpixel((0, 0)) == (255, 255, 255, 255)
-    light = loaders.Augment.preset("light")
+    light = transforms.Augment.preset("light")
     options = {"image_size": 28, "in_chans": 4, "batch_size": 2, "seed": 0}
     assert next(iter(loaders.train_loader(data, augment=light, **options)))[0].shape == (2, 4, 28, 28)
 
@@ -152,6 +152,6 @@ def test_fourth_channel_that_pillow_drops_is_not_made_up(tmp_path):
 def test_prediction_takes_pixels_as_evaluation_does(tmp_path):
     write(tmp_path, "0.png", PIXELS.astype(np.uint16) * 257)
     (image,) = open_images([tmp_path / "val" / "a" / "0.png"])
-    pipeline = loaders.image_pipeline(image_config(open_model("fashion-deit")))
+    pipeline = transforms.image_pipeline(image_config(open_model("fashion-deit")))
     expected = (torch.from_numpy(PIXELS) / 255 - 0.286) / 0.353
     torch.testing.assert_close(pipeline.batch([pipeline.pixels(image)])[0, 0], expected)

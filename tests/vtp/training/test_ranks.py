@@ -27,7 +27,8 @@ from tests.support.processes import ROOT, forks
 from vtp import cli, commands, pipeline
 from vtp.files import FileError
 from vtp.group import first_makes, world
-from vtp.training import loop, ranks
+from vtp.recipes import STAGES
+from vtp.training import loop, ranks, state
 from vtp.training.ranks import accelerator
 
 SOON = 20  # seconds in which all processes have to end here, with a short GRACE and a busy machine
@@ -262,7 +263,7 @@ def _train(rank: int, command: list[str], victim: int | None, what: str, when: s
             time.sleep(0.3 * rank)
             os.kill(os.getpid(), getattr(signal, what))
 
-    step, evaluate = loop._Stage._pass, loop._evaluate
+    step, evaluate = loop._Stage._pass, loop.evaluate_batches
     seen = {"steps": 0, "evaluations": 0}
 
     def counting_step(stage, images, targets, number):
@@ -279,8 +280,8 @@ def _train(rank: int, command: list[str], victim: int | None, what: str, when: s
             happen()
         return evaluate(*arguments)
 
-    loop._Stage._pass, loop._evaluate = counting_step, counting_evaluate
-    write = loop.write_state
+    loop._Stage._pass, loop.evaluate_batches = counting_step, counting_evaluate
+    write = state.write_state
 
     def failing_write(path: Path, *arguments) -> None:
         if when == "checkpoint" and path.exists():
@@ -290,7 +291,7 @@ def _train(rank: int, command: list[str], victim: int | None, what: str, when: s
             time.sleep(3)
         write(path, *arguments)
 
-    loop.write_state = failing_write
+    state.write_state = failing_write
     sys.exit(cli.main(command))
 
 
@@ -552,8 +553,8 @@ def _cuts(rank: int, command: list[str]) -> None:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_signal_while_rank_0_cuts_ends_all_and_names_the_rank_that_got_it(folder, tmp_path, victim):
     command = train_command(folder, tmp_path / "run", "--new-head", "--latency-batch=1")[2:]
-    command += [f"--set={stage}.epochs=1" for stage in pipeline.STAGES]
-    command += [f"--set={stage}.warmup_epochs=0" for stage in pipeline.STAGES]
+    command += [f"--set={stage}.epochs=1" for stage in STAGES]
+    command += [f"--set={stage}.warmup_epochs=0" for stage in STAGES]
     group = Group(tmp_path / "log", _cuts, ["run", *command])
     group.wait_for("cutting")
     time.sleep(1)

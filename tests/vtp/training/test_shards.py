@@ -22,8 +22,9 @@ from tests.support.shards import encoded, noise, write_shards, write_tar
 from vtp.training import loaders, shards
 from vtp.training.data import DataError, check_data, open_data
 from vtp.training.identity import data_identity
-from vtp.training.loaders import Augment, EpochSampler, set_epoch, test_loader, train_loader
+from vtp.training.loaders import EpochSampler, set_epoch, test_loader, train_loader
 from vtp.training.sources import FileImages
+from vtp.training.transforms import Augment
 
 TRAIN, VAL = [10, 7, 12], [5, 4]
 SIZE = {"image_size": 28, "in_chans": 1}

@@ -10,9 +10,9 @@ from torch import nn
 
 from tests.vtp.training.test_loop import CONFIG, make_data, make_model, one_thread, run  # noqa: F401
 from vtp.model.architecture import describe
-from vtp.training.loaders import Augment
 from vtp.training.loaders import test_loader as evaluation_loader
 from vtp.training.teacher import Teacher
+from vtp.training.transforms import Augment
 
 DATA = make_data()
 ONE_STEP = replace(

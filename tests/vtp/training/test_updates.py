@@ -30,10 +30,10 @@ from vtp.pruning.gates import insert_gates, sites
 from vtp.pruning.selection import make_plan
 from vtp.training.config import OPTIMIZERS, TrainConfig
 from vtp.training.data import open_data
-from vtp.training.loaders import Augment
 from vtp.training.loop import TrainingInterrupted, train
 from vtp.training.sharding import NOT_SHARDED, wants_sharding
 from vtp.training.state import ResumeError, write_state
+from vtp.training.transforms import Augment
 
 EPOCHS, STEPS = 4, 5
 UPDATES = EPOCHS * STEPS
