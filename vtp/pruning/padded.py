@@ -61,8 +61,8 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 def heads_are_faster_padded(
     key_widths: Sequence[int], value_widths: Sequence[int], tokens: int, inputs: int, outputs: int
 ) -> bool:
-    """Whether PyTorch's fused attention of heads filled up to the widest takes less time on a GPU, in 16 bits,
-    than `ragged_attention` does, with what it costs the products before and behind it.
+    """Whether PyTorch's fused attention of heads filled up to the widest takes less time on a GPU,
+    in 16 bits, than `ragged_attention`; with what it costs the products before and behind it.
 
     Args:
         tokens: of an image.
@@ -120,17 +120,24 @@ def _among_zeros(parameter: Tensor, dtype: torch.dtype, *sections: Sections) -> 
     if shape == parameter.shape:
         return parameter.to(dtype)
     dim = next((dim for dim, of in enumerate(sections) if len(of.own) > 1), None)
-    places = None if dim is None else _places(sections[dim], parameter.device)
+    find = _places if torch.compiler.is_compiling() else _known_places
+    places = None if dim is None else find(*sections[dim], parameter.device)
     return _AmongZeros.apply(parameter, dtype, shape, dim, places)
 
 
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=1024)  # a few for each layer of a model
-def _places(sections: Sections, device: torch.device) -> Tensor:
-    """Where each column stands when its section is filled up, int64."""
-    starts = [sum(sections.padded[:i]) for i in range(len(sections.own))]
-    found = [start + j for start, own in zip(starts, sections.own, strict=True) for j in range(own)]
-    return torch.tensor(found, device=device)
+def _places(own: tuple[int, ...], padded: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each column stands when its section is filled up, int64; made without a copy from the host, which
+    a compiled step would make again each time."""
+    columns = places = torch.arange(sum(own), device=device)
+    end = 0
+    for width, to in zip(own[:-1], padded, strict=False):
+        end += width
+        if to > width:
+            places = places + (columns >= end) * (to - width)
+    return places
+
+
+_known_places = functools.lru_cache(maxsize=1024)(_places)  # two for each attention of a model
 
 
 class _AmongZeros(torch.autograd.Function):
