@@ -288,7 +288,8 @@ def _forward_triton(
 
 def _backward_triton(
     dy: Tensor, x: Tensor, weight: Tensor | None, index: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
+    """dx, and dweight and dbias as one tensor [2, kept], empty without weight."""
     kept = _kept(x, index)
     if not _is_for_kernels(x, kept):
         return _backward_plain(dy, x, weight, index, eps)
@@ -296,10 +297,7 @@ def _backward_triton(
     # Without weight (folded into the next linear for inference) no kernel is compiled for a gradient alone.
     weight32 = torch.ones(kept, device=x.device) if weight is None else _float32(weight)
     dx, partial = _launch_bwd(dy, rows, weight32, index, eps)
-    dx = dx.view(x.shape)
-    if weight is None:
-        return dx, x.new_empty(0), x.new_empty(0)
-    return dx, partial[:, 0].sum(0).to(weight.dtype), partial[:, 1].sum(0).to(weight.dtype)
+    return dx.view(x.shape), x.new_empty(0) if weight is None else partial.sum(0).to(weight.dtype)
 
 
 def variants(target: str) -> Iterator[Variant]:
@@ -355,7 +353,7 @@ def _forward_plain(
 
 def _backward_plain(
     dy: Tensor, x: Tensor, weight: Tensor | None, index: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     D, wide = x.shape[-1], _wide(x.dtype)
     rows = x.reshape(math.prod(x.shape[:-1]), D).to(wide)
     dy = dy[..., : _kept(x, index)]  # without a padding
@@ -368,10 +366,9 @@ def _backward_plain(
     )
     dx = in_padded_rows(dx.to(x.dtype).view(x.shape))
     if weight is None:
-        return dx, x.new_empty(0), x.new_empty(0)
-    if index is not None:
-        gradients = [g.index_select(0, index) for g in gradients]
-    return dx, *(g.to(weight.dtype) for g in gradients)
+        return dx, x.new_empty(0)
+    of_vectors = torch.stack(gradients)
+    return dx, (of_vectors if index is None else of_vectors.index_select(1, index)).to(weight.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- registration
@@ -384,9 +381,8 @@ def _forward_fake(x, weight, bias, index, eps, dtype, shift=None, padded=False):
 
 
 def _backward_fake(dy, x, weight, index, eps):
-    like = x.new_empty(0) if weight is None else weight
-    dx = empty_rows_like(x, *x.shape)
-    return dx, like.new_empty(like.shape), like.new_empty(like.shape)
+    of_vectors = x.new_empty(0) if weight is None else weight.new_empty((2, weight.shape[0]))
+    return empty_rows_like(x, *x.shape), of_vectors
 
 
 def _setup_context(ctx, inputs, output):
@@ -395,7 +391,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    gradients = torch.ops.vtp.layer_norm_gather_backward(dy, *ctx.saved_tensors, ctx.eps)
+    x, weight, index = ctx.saved_tensors
+    dx, of_vectors = torch.ops.vtp.layer_norm_gather_backward(dy, x, weight, index, ctx.eps)
+    gradients = dx, *((None, None) if weight is None else of_vectors.unbind())
     needs, others = ctx.needs_input_grad[:3], len(ctx.needs_input_grad[3:])  # without those of their defaults
     return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *(None,) * others
 
@@ -409,7 +407,7 @@ define(
 )
 define(
     "layer_norm_gather_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? index, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor)",
     plain=_backward_plain,
     triton=_backward_triton,
     fake=_backward_fake,

@@ -8,7 +8,6 @@ What is computed is the same, the gradient of the padding goes nowhere, and para
 and optimizers know nothing of it.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -120,24 +119,35 @@ def _among_zeros(parameter: Tensor, dtype: torch.dtype, *sections: Sections) -> 
     if shape == parameter.shape:
         return parameter.to(dtype)
     dim = next((dim for dim, of in enumerate(sections) if len(of.own) > 1), None)
-    find = _places if torch.compiler.is_compiling() else _known_places
-    places = None if dim is None else find(*sections[dim], parameter.device)
+    places = None if dim is None else _places(sections[dim], parameter.device)
     return _AmongZeros.apply(parameter, dtype, shape, dim, places)
 
 
-def _places(own: tuple[int, ...], padded: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each column stands when its section is filled up, int64; made without a copy from the host, which
-    a compiled step would make again each time."""
-    columns = places = torch.arange(sum(own), device=device)
+_known_places: dict[tuple[Sections, torch.device], Tensor] = {}
+
+
+def _places(sections: Sections, device: torch.device) -> Tensor:
+    """Where each column stands when its section is filled up, int64: made once for each attention."""
+    if torch.compiler.is_compiling():
+        return _find_places(sections, device)
+    key = sections, device
+    if key in _known_places:
+        return _known_places[key]
+    places = _find_places(sections, device)
+    if type(places) is Tensor:  # nothing of a mode that only pretends to compute
+        _known_places[key] = places
+    return places
+
+
+def _find_places(sections: Sections, device: torch.device) -> Tensor:
+    """Without a copy from the host, which a compiled step would make again each time."""
+    columns = places = torch.arange(sum(sections.own), device=device)
     end = 0
-    for width, to in zip(own[:-1], padded, strict=False):
+    for width, to in zip(sections.own[:-1], sections.padded, strict=False):
         end += width
         if to > width:
             places = places + (columns >= end) * (to - width)
     return places
-
-
-_known_places = functools.lru_cache(maxsize=1024)(_places)  # two for each attention of a model
 
 
 class _AmongZeros(torch.autograd.Function):
