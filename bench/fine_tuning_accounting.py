@@ -12,7 +12,6 @@ not counted: how many launches a step has stands beside the time.
 
 import argparse
 import contextlib
-import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 import vtp
 from bench.irregular import cut, gated_model
+from vtp.pruning import compact
 from vtp_kernels import launching
 from vtp_kernels.proofs.roofline import Record, Recorder
 
@@ -126,7 +126,6 @@ class Account:
 @contextlib.contextmanager
 def as_on_a_gpu(path: str) -> Iterator[None]:
     """Context in which compact models take the path that they take on a GPU."""
-    compact = importlib.import_module("vtp.pruning.compact")
     everywhere = mock.patch.object(compact, "_on_kernels", lambda x: True)
     with everywhere, launching.forced_path("compact_training", path):
         yield

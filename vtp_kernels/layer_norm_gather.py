@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtp_kernels import _arguments, launching
+from vtp_kernels import _arguments, launching, library
 from vtp_kernels._tiles import load_tile
 from vtp_kernels.launching import Config, Variant, cdiv, launch, tl, triton
 from vtp_kernels.library import autocast_is_on, define, define_gradient
@@ -390,9 +390,9 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, index)
 
 
-def _backward(ctx, dy):
+def _backward(ctx, dy, backward=None):
     x, weight, index = ctx.saved_tensors
-    dx, of_vectors = torch.ops.vtp.layer_norm_gather_backward(dy, x, weight, index, ctx.eps)
+    dx, of_vectors = (backward or torch.ops.vtp.layer_norm_gather_backward)(dy, x, weight, index, ctx.eps)
     gradients = dx, *((None, None) if weight is None else of_vectors.unbind())
     needs, others = ctx.needs_input_grad[:3], len(ctx.needs_input_grad[3:])  # without those of their defaults
     return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *(None,) * others
@@ -415,6 +415,26 @@ define(
 define_gradient(
     "layer_norm_gather", by="layer_norm_gather_backward", backward=_backward, setup_context=_setup_context
 )
+
+
+def _calls_directly(x: Tensor) -> bool:
+    """Whether a call goes without the dispatcher: on a GPU, which may be waiting for it."""
+    return x.is_cuda and library.takes_direct_calls(x)
+
+
+class _LayerNormGather(torch.autograd.Function):
+    """`layer_norm_gather` for eager calls, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _setup_context(ctx, inputs, None)
+        return library.direct("layer_norm_gather", inputs[0])(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled():  # create_graph=True
+            library.refuse_second_derivative("layer_norm_gather")
+        return _backward(ctx, dy, library.direct("layer_norm_gather_backward", dy))
 
 
 # ------------------------------------------------------------------------------------------- public function
@@ -463,7 +483,8 @@ def layer_norm_gather(
     dtype = x.dtype
     if autocast_is_on(x.device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    return torch.ops.vtp.layer_norm_gather(x, weight, bias, index, float(eps), dtype, shift, padded)
+    call = _LayerNormGather.apply if _calls_directly(x) else torch.ops.vtp.layer_norm_gather
+    return call(x, weight, bias, index, float(eps), dtype, shift, padded)
 
 
 def _check_shift(shift: Tensor, x: Tensor, *others: Tensor | None) -> None:

@@ -208,6 +208,22 @@ def test_nothing_is_saved_but_the_inputs():
     assert set(saved) == {x.data_ptr(), weight.data_ptr(), index.data_ptr()}
 
 
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+def test_calls_without_the_dispatcher_give_the_same(affine, monkeypatch):
+    x, weight, bias, index, dout = inputs(9, 61, 15, torch.bfloat16, torch.float32)
+    weight, bias = (weight, bias) if affine else (None, None)
+    expected = run(layer_norm_gather, x, weight, bias, index, dout)
+    monkeypatch.setitem(layer_norm_gather.__globals__, "_calls_directly", lambda x: True)
+    got = run(layer_norm_gather, x, weight, bias, index, dout)
+    for a, b in zip(got, expected, strict=True):
+        assert a is b is None or torch.equal(a, b)
+    x, weight, bias = leaves((x, weight, bias))
+    out = layer_norm_gather(x, weight, bias, index, EPS)
+    assert type(out.grad_fn).__name__ == "_LayerNormGatherBackward"
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
 def test_there_is_no_second_derivative_and_it_says_so():
     x, weight, bias, index, _ = inputs(4, 7, 3, torch.float32, torch.float32)
     (x,) = leaves((x,))

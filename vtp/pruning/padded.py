@@ -120,7 +120,12 @@ def _among_zeros(parameter: Tensor, dtype: torch.dtype, *sections: Sections) -> 
         return parameter.to(dtype)
     dim = next((dim for dim, of in enumerate(sections) if len(of.own) > 1), None)
     places = None if dim is None else _places(sections[dim], parameter.device)
-    return _AmongZeros.apply(parameter, dtype, shape, dim, places)
+    if not torch.compiler.is_compiling():
+        return _AmongZeros.apply(parameter, dtype, shape, dim, places)
+    # A compiler makes one pass of these too; torch 2.11 loses gradients of a compiled Function that writes.
+    missing = [0 if i == dim else shape[i] - own for i, own in enumerate(parameter.shape)]
+    padded = F.pad(parameter.to(dtype), [n for m in reversed(missing) for n in (0, m)])
+    return padded if dim is None else padded.new_zeros(shape).index_copy(dim, places, padded)
 
 
 _known_places: dict[tuple[Sections, torch.device], Tensor] = {}
