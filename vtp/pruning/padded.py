@@ -44,17 +44,17 @@ def rounded_up(*own: int) -> Sections:
 def trains_padded(x: Tensor, *linears: nn.Module) -> bool:
     """Whether a branch that begins and ends with these layers is trained on padded widths: where gradients
     are recorded, the layers are ordinary, and what they multiply has 16 bits."""
-    dtype = _autocast_dtype(x) or linears[0].weight.dtype
-    return (
-        torch.is_grad_enabled()
-        and all(type(linear) is nn.Linear for linear in linears)
-        and linears[-1].out_features % 8 == 0  # the width of the residual stream
-        and _TRAINING.takes("padded", dtype.itemsize == 2)
-    )
+    if not torch.is_grad_enabled() or any(type(linear) is not nn.Linear for linear in linears):
+        return False
+    fits = linears[-1].out_features % 8 == 0  # the width of the residual stream
+    return fits and _TRAINING.takes("padded", _dtype(x, linears[0]).itemsize == 2)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    return torch.get_autocast_dtype(x.device.type) if autocast_is_on(x.device) else None
+def _dtype(x: Tensor, layer: nn.Linear) -> torch.dtype:
+    """What `layer(x)` is computed in."""
+    if autocast_is_on(x.device) and x.dtype != torch.float64:  # which autocast leaves
+        return torch.get_autocast_dtype(x.device.type)
+    return layer.weight.dtype
 
 
 def heads_are_faster_padded(
@@ -107,7 +107,7 @@ def padded_linear(x: Tensor, layer: nn.Linear, inputs: Sections, outputs: Sectio
     missing = sum(inputs.padded) - x.shape[-1]
     if missing:
         x = F.pad(x, (0, missing))
-    dtype = _autocast_dtype(x) or layer.weight.dtype
+    dtype = _dtype(x, layer)
     weight = _among_zeros(layer.weight, dtype, outputs, inputs)
     bias = None if layer.bias is None else _among_zeros(layer.bias, dtype, outputs)
     return F.linear(x, weight, bias)

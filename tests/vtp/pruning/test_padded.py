@@ -327,14 +327,37 @@ def test_checkpointed_gradients_are_the_same():
     ],
 )
 def test_it_compiles_without_graph_breaks(heads, backend):
-    block, x = model().blocks[1].train(), torch.randn(2, 5, 48, dtype=torch.float64)
+    # PyTorch 2.11's inductor takes the statistics of attention in float64 for float32.
+    dtype = torch.float32 if backend == "inductor" else torch.float64
+    block, x = model().blocks[1].to(dtype).train(), torch.randn(2, 5, 48, dtype=dtype)
     expected = step(block, x)
     torch._dynamo.reset()
     with on_padded_widths(heads):
         out = torch.compile(block, fullgraph=True, backend=backend)(x)
         out.float().square().mean().backward()
     got = {"logits": out.detach()} | {name: p.grad for name, p in block.named_parameters()}
-    assert_equal_to_1e_12(got, expected)
+    if backend == "inductor":
+        assert relative_errors(expected, got)[0] <= 1e-5
+    else:
+        assert_equal_to_1e_12(got, expected)
+
+
+class WithoutWeight(torch.nn.Module):
+    """Stands for a quantized layer."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.call = linear
+
+    def forward(self, x):
+        return self.call(x)
+
+
+def test_a_layer_without_a_weight_keeps_its_forward():
+    small, plain = model(), model()
+    small.blocks[0].attn.qkv = WithoutWeight(small.blocks[0].attn.qkv)
+    with on_padded_widths():
+        assert relative_error(small(image(small)), plain(image(plain))) <= 1e-12
 
 
 class Doubled(torch.nn.Linear):
@@ -402,6 +425,15 @@ def test_without_gradients_and_in_float32_nothing_is_padded():
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             small(x)
         assert noted.names.count("vtp::compact_mlp") == len(WIDTHS)
+
+
+def test_float64_is_left_alone_by_autocast_and_so_is_not_padded():
+    small = model()
+    expected = step(small, image(small))
+    with on_padded_widths(training=None), torch.autocast("cpu", torch.bfloat16):
+        assert small.blocks[0].attn.trains_padded(torch.zeros(1, 5, 48, dtype=torch.float64)) is False
+    with on_padded_widths(), torch.autocast("cpu", torch.bfloat16):
+        assert_equal_to_1e_12(step(small, image(small)), expected)
 
 
 def test_where_the_stream_or_heads_do_not_fit_nothing_is_padded():
