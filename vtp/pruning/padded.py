@@ -4,8 +4,10 @@ cuBLAS takes three to five times as long for 16-bit widths that are no multiple 
 widths have no fused attention in PyTorch. So each step forms padded weights from the parameters, in the pass
 that casts them; norms put out padded rows, and activations keep their zeros from one product to the next:
 biases are padded with zeros too, an activation makes of a zero what meets zero columns of the next weight.
+All between the norms is PyTorch's own operators, which the host launches faster than ops in Python.
+
 What is computed is the same, the gradient of the padding goes nowhere, and parameters, their gradients, files
-and optimizers know nothing of it.
+and optimizers know nothing of it. Hooks on a norm, and on the input of a branch, see the zeros.
 """
 
 from collections.abc import Sequence
@@ -128,6 +130,7 @@ def _among_zeros(parameter: Tensor, dtype: torch.dtype, *sections: Sections) -> 
     return padded if dim is None else padded.new_zeros(shape).index_copy(dim, places, padded)
 
 
+_MOST_PLACES = 1024  # of two for each attention: 10 MB at the widths of a DeiT-B
 _known_places: dict[tuple[Sections, torch.device], Tensor] = {}
 
 
@@ -140,6 +143,8 @@ def _places(sections: Sections, device: torch.device) -> Tensor:
         return _known_places[key]
     places = _find_places(sections, device)
     if type(places) is Tensor:  # nothing of a mode that only pretends to compute
+        if len(_known_places) == _MOST_PLACES:
+            _known_places.clear()
         _known_places[key] = places
     return places
 

@@ -9,6 +9,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,8 +22,9 @@ from tests.support.engine_cases import (
 from tests.support.guarded_memory import replaced
 from tests.support.models import AXIAL, MIXED, TINY, build, gated, image, relative_error
 from tests.support.numerics import FACTOR
+from vtp.pruning import padded
 from vtp.pruning.compact import CompactAttention, CompactMlp
-from vtp.pruning.padded import filled_up
+from vtp.pruning.padded import Sections, filled_up
 from vtp_kernels import launching
 
 # Inputs of qkv, of fc1 and of fc2, and values of each head, block by block.
@@ -271,12 +273,12 @@ def test_the_padding_of_activations_and_of_their_gradients_is_0():
         out = small.blocks(torch.randn(8, 5, 48))
     out.float().square().mean().backward()
     assert len(seen) == 4 * len(WIDTHS)
-    padded = 0
+    zeros = 0
     for x, weight, out in seen:
         for t, dead in ((x, ~weight.any(0)), (out, ~weight.any(1))):
             assert not t[..., dead].any() and not t.grad[..., dead].any()
-            padded += int(dead.sum())
-    assert padded > 100
+            zeros += int(dead.sum())
+    assert zeros > 100
 
 
 # -- Everything around it -----------------------------------------------------------------------------------
@@ -462,3 +464,11 @@ def test_heads_wider_than_the_op_takes_go_to_pytorchs_attention():
     expected = attention(x)
     with on_padded_widths("ragged"):
         assert relative_error(attention(x), expected) <= 1e-12
+
+
+def test_places_that_are_only_pretended_are_not_kept():
+    sections, cpu = Sections((3, 5), (8, 16)), torch.device("cpu")
+    with FakeTensorMode():
+        assert isinstance(padded._places(sections, cpu), FakeTensor)
+    assert padded._places(sections, cpu).tolist() == [0, 1, 2, 8, 9, 10, 11, 12]
+    assert padded._places(sections, cpu) is padded._places(sections, cpu)
