@@ -7,8 +7,10 @@ that is `dy * weight` at the kept columns and 0 at the removed ones,
 
     dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd    dweight = sum_m dy * xhat[index]    dbias = sum_m dy
 
-so removed columns have a gradient too: that of the statistics. For inference a vector `shift` [D] may be
-added to every row of x first: what a residual stream would have received that its writers left out.
+so removed columns have a gradient too: that of the statistics. For a matrix product behind it, `padded` puts
+out zeros up to a multiple of 8 columns, which are in memory anyway; of their gradient nothing is read. For
+inference a vector `shift` [D] may be added to every row of x first: what a residual stream would have
+received that its writers left out.
 
 Bytes: x is read from DRAM once and the kept columns are written once. A program holds whole rows, makes the
 statistics of them in registers (mean first, then squared deviations), and then loads x[row, index[j]]: lines
@@ -34,11 +36,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtp_kernels import _arguments, launching
+from vtp_kernels import _arguments, launching, library
 from vtp_kernels._tiles import load_tile
 from vtp_kernels.launching import Config, Variant, cdiv, launch, tl, triton
 from vtp_kernels.library import autocast_is_on, define, define_gradient
-from vtp_kernels.rows import empty_rows, empty_rows_like, in_padded_rows, with_padded_rows
+from vtp_kernels.rows import (
+    empty_rows,
+    empty_rows_like,
+    in_padded_rows,
+    padded_width,
+    whole_rows,
+    with_padded_rows,
+)
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -219,7 +228,7 @@ def _launch_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, index: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """dx [M, D] and partial [programs, 2, kept]; dy and x with padded rows, weight float32."""
-    (M, D), kept = x.shape, dy.shape[1]
+    (M, D), kept = x.shape, len(weight)
     config = _bucket(BWD_TILES if index is None else BWD_GATHER_TILES, D)
     rows = config.blocks["ROWS"]
     rows_per_program = cdiv(M, _BWD_PROGRAMS * rows) * rows
@@ -251,41 +260,44 @@ def _float32(vector: Tensor) -> Tensor:
     return vector.to(torch.float32).contiguous()
 
 
+def _kept(x: Tensor, index: Tensor | None) -> int:
+    return x.shape[-1] if index is None else len(index)
+
+
 def _is_for_kernels(x: Tensor, kept: int) -> bool:
     return x.dtype != torch.float64 and x.numel() > 0 and kept > 0 and x.shape[-1] <= _WIDEST
 
 
 def _forward_triton(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float,
-    dtype: torch.dtype, shift: Tensor | None = None,
+    dtype: torch.dtype, shift: Tensor | None = None, padded: bool = False,
 ) -> Tensor:  # fmt: skip
-    D = x.shape[-1]
-    kept = D if index is None else len(index)
+    kept = _kept(x, index)
     if not _is_for_kernels(x, kept):
-        return _forward_plain(x, weight, bias, index, eps, dtype, shift)
+        return _forward_plain(x, weight, bias, index, eps, dtype, shift, padded)
     rows = with_padded_rows(x)
     shift = None if shift is None else shift.contiguous()
     index = None if index is None else index.contiguous()
     weight = None if weight is None else _float32(weight)
     bias = None if bias is None else _float32(bias)
     out = _launch_fwd(rows, weight, bias, index, eps, dtype, shift)
+    if padded:
+        out, kept = whole_rows(out), padded_width(kept)
     return out.view(*x.shape[:-1], kept)
 
 
 def _backward_triton(
     dy: Tensor, x: Tensor, weight: Tensor | None, index: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    kept = dy.shape[-1]
+) -> tuple[Tensor, Tensor]:
+    """dx, and dweight and dbias as one tensor [2, kept], empty without weight."""
+    kept = _kept(x, index)
     if not _is_for_kernels(x, kept):
         return _backward_plain(dy, x, weight, index, eps)
-    rows, dy = with_padded_rows(x), with_padded_rows(dy)
+    rows, dy = with_padded_rows(x), with_padded_rows(dy[..., :kept])
     # Without weight (folded into the next linear for inference) no kernel is compiled for a gradient alone.
     weight32 = torch.ones(kept, device=x.device) if weight is None else _float32(weight)
     dx, partial = _launch_bwd(dy, rows, weight32, index, eps)
-    dx = dx.view(x.shape)
-    if weight is None:
-        return dx, x.new_empty(0), x.new_empty(0)
-    return dx, partial[:, 0].sum(0).to(weight.dtype), partial[:, 1].sum(0).to(weight.dtype)
+    return dx.view(x.shape), x.new_empty(0) if weight is None else partial.sum(0).to(weight.dtype)
 
 
 def variants(target: str) -> Iterator[Variant]:
@@ -326,7 +338,7 @@ def _at_all_columns(kept: Tensor, index: Tensor | None, D: int) -> Tensor:
 
 def _forward_plain(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, index: Tensor | None, eps: float,
-    dtype: torch.dtype, shift: Tensor | None = None,
+    dtype: torch.dtype, shift: Tensor | None = None, padded: bool = False,
 ) -> Tensor:  # fmt: skip
     D = x.shape[-1]
     x = x if shift is None else x.to(_wide(x.dtype)) + shift
@@ -335,14 +347,16 @@ def _forward_plain(
     out = F.layer_norm(x.to(_wide(x.dtype)), (D,), weight, bias, eps)
     if index is not None:
         out = out.index_select(-1, index)
-    return in_padded_rows(out.to(dtype))
+    out = in_padded_rows(out.to(dtype))
+    return whole_rows(out) if padded else out
 
 
 def _backward_plain(
     dy: Tensor, x: Tensor, weight: Tensor | None, index: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     D, wide = x.shape[-1], _wide(x.dtype)
     rows = x.reshape(math.prod(x.shape[:-1]), D).to(wide)
+    dy = dy[..., : _kept(x, index)]  # without a padding
     dy = _at_all_columns(dy.reshape(len(rows), dy.shape[-1]).to(wide), index, D)
     scale = None if weight is None else _at_all_columns(weight.to(wide), index, D)
     _, mean, rstd = torch.native_layer_norm(rows, (D,), None, None, eps)
@@ -352,24 +366,23 @@ def _backward_plain(
     )
     dx = in_padded_rows(dx.to(x.dtype).view(x.shape))
     if weight is None:
-        return dx, x.new_empty(0), x.new_empty(0)
-    if index is not None:
-        gradients = [g.index_select(0, index) for g in gradients]
-    return dx, *(g.to(weight.dtype) for g in gradients)
+        return dx, x.new_empty(0)
+    of_vectors = torch.stack(gradients)
+    return dx, (of_vectors if index is None else of_vectors.index_select(1, index)).to(weight.dtype)
 
 
 # ---------------------------------------------------------------------------------------------- registration
 
 
-def _forward_fake(x, weight, bias, index, eps, dtype, shift=None):
+def _forward_fake(x, weight, bias, index, eps, dtype, shift=None, padded=False):
     kept = x.shape[-1] if index is None else index.shape[0]
+    kept = padded_width(kept) if padded else kept
     return empty_rows(*x.shape[:-1], kept, dtype=dtype, device=x.device)
 
 
 def _backward_fake(dy, x, weight, index, eps):
-    like = x.new_empty(0) if weight is None else weight
-    dx = empty_rows_like(x, *x.shape)
-    return dx, like.new_empty(like.shape), like.new_empty(like.shape)
+    of_vectors = x.new_empty(0) if weight is None else weight.new_empty((2, weight.shape[0]))
+    return empty_rows_like(x, *x.shape), of_vectors
 
 
 def _setup_context(ctx, inputs, output):
@@ -377,22 +390,24 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, index)
 
 
-def _backward(ctx, dy):
-    gradients = torch.ops.vtp.layer_norm_gather_backward(dy, *ctx.saved_tensors, ctx.eps)
-    needs, others = ctx.needs_input_grad[:3], len(ctx.needs_input_grad[3:])  # without shift if it is None
+def _backward(ctx, dy, backward=None):
+    x, weight, index = ctx.saved_tensors
+    dx, of_vectors = (backward or torch.ops.vtp.layer_norm_gather_backward)(dy, x, weight, index, ctx.eps)
+    gradients = dx, *((None, None) if weight is None else of_vectors.unbind())
+    needs, others = ctx.needs_input_grad[:3], len(ctx.needs_input_grad[3:])  # without those of their defaults
     return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *(None,) * others
 
 
 define(
     "layer_norm_gather(Tensor x, Tensor? weight, Tensor? bias, Tensor? index, float eps, ScalarType dtype,"
-    " Tensor? shift=None) -> Tensor",
+    " Tensor? shift=None, bool padded=False) -> Tensor",
     plain=_forward_plain,
     triton=_forward_triton,
     fake=_forward_fake,
 )
 define(
     "layer_norm_gather_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? index, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor)",
     plain=_backward_plain,
     triton=_backward_triton,
     fake=_backward_fake,
@@ -400,6 +415,26 @@ define(
 define_gradient(
     "layer_norm_gather", by="layer_norm_gather_backward", backward=_backward, setup_context=_setup_context
 )
+
+
+def _calls_directly(x: Tensor) -> bool:
+    """Whether a call goes without the dispatcher: on a GPU, which may be waiting for it."""
+    return x.is_cuda and library.takes_direct_calls(x)
+
+
+class _LayerNormGather(torch.autograd.Function):
+    """`layer_norm_gather` for eager calls, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _setup_context(ctx, inputs, None)
+        return library.direct("layer_norm_gather", inputs[0])(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled():  # create_graph=True
+            library.refuse_second_derivative("layer_norm_gather")
+        return _backward(ctx, dy, library.direct("layer_norm_gather_backward", dy))
 
 
 # ------------------------------------------------------------------------------------------- public function
@@ -413,6 +448,7 @@ def layer_norm_gather(
     eps: float,
     *,
     shift: Tensor | None = None,
+    padded: bool = False,
 ) -> Tensor:
     """LayerNorm over all columns of x that returns only those of `index`.
 
@@ -425,10 +461,13 @@ def layer_norm_gather(
         eps: what is added to the variance, >= 0.
         shift: [D], in the dtype of x: added to every row of x before all else, in float32 at least. For
             inference: it has no gradient. None adds nothing.
+        padded: put out zeros behind the kept columns, up to a multiple of 8, for a matrix product; of the
+            gradient there nothing is read.
 
     Returns:
-        [..., kept] in the dtype of x, or under autocast in autocast's, though x is read as it is. Rows start
-        at multiples of 8 elements. There is no second derivative.
+        [..., kept], with `padded` [..., kept rounded up to 8], in the dtype of x, or under autocast in
+        autocast's, though x is read as it is. Rows start at multiples of 8 elements. There is no second
+        derivative.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype is not one of those above.
@@ -444,7 +483,8 @@ def layer_norm_gather(
     dtype = x.dtype
     if autocast_is_on(x.device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    return torch.ops.vtp.layer_norm_gather(x, weight, bias, index, float(eps), dtype, shift)
+    call = _LayerNormGather.apply if _calls_directly(x) else torch.ops.vtp.layer_norm_gather
+    return call(x, weight, bias, index, float(eps), dtype, shift, padded)
 
 
 def _check_shift(shift: Tensor, x: Tensor, *others: Tensor | None) -> None:

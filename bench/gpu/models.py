@@ -239,24 +239,27 @@ def profile(name: str, batch: int, context: Context) -> Record:
     images = subject.batch(2 if context.toy else batch)
     call = Captured(prepare(OURS, subject.of(OURS.model)[0], images, context.toy), context.device)
     call()
+    return {"kernels": kernels(call, context, PROFILED_REPLAYS)[:MOST_KERNELS]}
+
+
+def kernels(call: Callable[[], object], context: Context, calls: int) -> list[Record]:
+    """Of each kernel its launches and its seconds in one call, of so many; the longest first."""
     on_gpu = context.device.type == "cuda"
     activities = [getattr(torch.profiler.ProfilerActivity, "CUDA" if on_gpu else "CPU")]
     with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(PROFILED_REPLAYS):
+        for _ in range(calls):
             call()
         if on_gpu:
             torch.cuda.synchronize()
     found = [
         {
             "kernel": event.key[:120],
-            "launches": event.count / PROFILED_REPLAYS,
-            "seconds": (event.self_device_time_total if on_gpu else event.self_cpu_time_total)
-            * 1e-6
-            / PROFILED_REPLAYS,
+            "launches": event.count / calls,
+            "seconds": (event.self_device_time_total if on_gpu else event.self_cpu_time_total) * 1e-6 / calls,
         }
         for event in profiler.key_averages()
     ]
-    return {"kernels": sorted(found, key=lambda kernel: -kernel["seconds"])[:MOST_KERNELS]}
+    return sorted(found, key=lambda kernel: -kernel["seconds"])
 
 
 def ready(

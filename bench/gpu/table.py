@@ -124,9 +124,14 @@ def _missing(timed: Mapping[str, Record]) -> str:
 
 def _training(name: str, case: Record, peak: Record) -> str:
     if "share_of_macs" in case:
-        ratio = case["compact_over_dense"]["median"]
-        share = _beside(case["share_of_macs"], SHARE_OF_MACS)
-        return f"compact over dense {ratio:.3f}, {share} of what MACs promise"
+        said = []
+        for path, share in case["share_of_macs"].items():
+            ratio, inside = case["compact_over_dense"][path]["median"], case["kernel_seconds"][path]
+            beside = _beside(share, SHARE_OF_MACS)
+            said.append(
+                f"{path} {ratio:.3f} ({inside * 1e3:.1f} ms in kernels), {beside} of what MACs promise"
+            )
+        return "compact over dense: " + "; ".join(said)
     found = case["variants"]
     plain, gated, naive, noise = (found[n] for n in (REFERENCE, "gated", "naive", REPEAT))
     return (

@@ -11,6 +11,7 @@ import gc
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import timm
 import torch
@@ -20,17 +21,21 @@ import vtp
 from bench import gating_cost
 from bench.gating_cost import Trainee, Variant, observed
 from bench.gpu.cases import TOY, Case, Context, Record
+from bench.gpu.models import kernels
 from bench.gpu.numerics import require
 from bench.irregular import cut, gated_model
 from vtp.comparison.comparison import FACTOR, TINY, relative_error
 from vtp.pruning.compact import plain_operators
 from vtp.timing import pairwise_ratio, take_turns
+from vtp_kernels import launching
 
 BATCH, DEPTH = 128, 12
 ROUNDS, ROUNDS_SECONDS = 15, 10.0
 RATE = 0.4
 MODELS = {"DeiT-B": "deit_base_patch16_224", "DeiT-S": "deit_small_patch16_224"}
 DTYPE = "bfloat16"  # by autocast
+PATHS = ("padded", "narrow")  # of a compact model: on padded widths, as it goes by itself, and on the ops
+PROFILED_STEPS, MOST_KERNELS = 3, 12
 
 
 def cases(toy: bool) -> list[Case]:
@@ -73,8 +78,21 @@ def _compiled(make: Callable[[nn.Module], Variant], toy: bool, dense: nn.Module)
     return variant
 
 
+class OnPath(Trainee):
+    """A Trainee of a compact model that goes one way, whatever its rules say: see `fine_tune`."""
+
+    def __init__(self, path: str, variant: Variant, *batch: Any) -> None:
+        self.path = path
+        super().__init__(variant, *batch)
+
+    def step(self) -> Tensor:
+        with launching.forced_path("compact_training", self.path):
+            return super().step()
+
+
 def fine_tune(name: str, context: Context) -> Record:
-    """A step of a compact model on the ops, beside a step of the dense model it was cut from."""
+    """A step of a compact model on padded widths and one on the ops, beside a step of the dense model that it
+    was cut from; and of each the time that its kernels take: the rest of a step is the host's."""
     batch = 2 if context.toy else BATCH
     dense = _dense(name, DEPTH, context.toy)
     small = cut(gated_model(MODELS[name], **TOY if context.toy else {}), RATE)
@@ -83,46 +101,60 @@ def fine_tune(name: str, context: Context) -> Record:
     images = torch.randn(batch, patch.proj.in_channels, *patch.img_size, generator=generator)
     targets = torch.randint(dense.num_classes, (batch,), generator=generator)
     images, targets = images.to(context.device), targets.to(context.device)
-    trainees = {
-        label: Trainee(Variant(model.to(context.device)), images, targets, DTYPE)
-        for label, model in (("dense", dense), ("compact", small))
-    }
-    error, bound = _gradient_errors(small, images, targets)
-    require(error <= bound, f"gradients: relative error {error:.2g}, at most {bound:.2g} allowed")
-    macs = {label: vtp.count(trainee.model).macs for label, trainee in trainees.items()}
+    small.to(context.device)
+    errors = _gradient_errors(small, images, targets)
+    trainees = {"dense": Trainee(Variant(dense.to(context.device)), images, targets, DTYPE)}
+    trainees |= {path: OnPath(path, Variant(copy.deepcopy(small)), images, targets, DTYPE) for path in PATHS}
+    macs = {"dense": vtp.count(dense).macs, "compact": vtp.count(small).macs}
     for trainee in list(trainees.values()) * 2:
         trainee.step()
     done = take_turns(trainees, 5 if context.toy else ROUNDS, 0.1 if context.toy else ROUNDS_SECONDS)
     seconds = {label: trainee.seconds[-done:] for label, trainee in trainees.items()}
-    ratio = pairwise_ratio(seconds["compact"], seconds["dense"])
+    profiled = {label: kernels(trainee.step, context, PROFILED_STEPS) for label, trainee in trainees.items()}
+    ratios = {path: pairwise_ratio(seconds[path], seconds["dense"]) for path in PATHS}
+    # 1: the step is shorter by all that the model has fewer MACs.
+    shares = {path: macs["compact"] / macs["dense"] / ratio["median"] for path, ratio in ratios.items()}
     record = {
         "batch": batch,
         "rounds": done,
         "macs": macs,
-        "gradient_error": {"error": error, "bound": bound},
+        "gradient_error": errors,
         "median_seconds": {label: statistics.median(times) for label, times in seconds.items()},
-        "compact_over_dense": ratio,
-        # 1: the step is shorter by all that the model has fewer MACs.
-        "share_of_macs": macs["compact"] / macs["dense"] / ratio["median"],
+        "kernel_seconds": {label: sum(k["seconds"] for k in found) for label, found in profiled.items()},
+        "launches": {
+            label: sum(k["launches"] for k in found if k["seconds"]) for label, found in profiled.items()
+        },
+        "kernels": {label: found[:MOST_KERNELS] for label, found in profiled.items()},
+        "compact_over_dense": ratios,
+        "share_of_macs": shares,
     }
     del trainees
     _clean_up()
     return record
 
 
-def _gradient_errors(small: nn.Module, images: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Relative error of all gradients of a step on the ops, beside float32 on PyTorch's operators; and what
-    is allowed, given what these make of it under autocast."""
+def _gradient_errors(small: nn.Module, images: Tensor, targets: Tensor) -> Record:
+    """Relative error of all gradients of a step on each path, beside float32 on PyTorch's operators; and what
+    is allowed, given what these make of it under autocast.
 
-    def gradients(dtype: str, on_ops: bool) -> Tensor:
-        trainee = Trainee(Variant(copy.deepcopy(small)), images, targets, dtype)
-        with nullcontext() if on_ops else plain_operators():
+    Raises:
+        AssertionError: a path is further away than that.
+    """
+
+    def gradients(dtype: str, path: str | None) -> Tensor:
+        variant, batch = Variant(copy.deepcopy(small)), (images, targets, dtype)
+        trainee = Trainee(variant, *batch) if path is None else OnPath(path, variant, *batch)
+        with plain_operators() if path is None else nullcontext():
             trainee.step()
         return torch.cat([g.double().flatten() for g in observed(trainee).values() if g is not None])
 
-    exact = gradients("float32", on_ops=False)
-    plain = relative_error(gradients(DTYPE, on_ops=False), exact)
-    return relative_error(gradients(DTYPE, on_ops=True), exact), FACTOR * plain + TINY[DTYPE]
+    exact = gradients("float32", None)
+    bound = FACTOR * relative_error(gradients(DTYPE, None), exact) + TINY[DTYPE]
+    found: Record = {"bound": bound}
+    for path in PATHS:
+        found[path] = error = relative_error(gradients(DTYPE, path), exact)
+        require(error <= bound, f"{path}: gradients: relative error {error:.2g}, at most {bound:.2g} allowed")
+    return found
 
 
 def _clean_up() -> None:

@@ -56,6 +56,22 @@ def test_layer_norm_gather(device, dtype, M, D, kept):
 
 
 @DTYPES
+@pytest.mark.parametrize(("M", "D", "kept"), [(1, 192, 115), (1576, 768, 461), (50, 61, 61)])
+def test_layer_norm_gather_with_padding(device, dtype, M, D, kept):
+    index = torch.randperm(D, generator=torch.Generator().manual_seed(1))[:kept].sort().values.to(device)
+    given = (normal(M, D), 1 + normal(kept, seed=1, scale=0.3), normal(kept, seed=2))
+    results = []
+    for padded in (False, True):
+        leaves = [t.to(device, dtype).requires_grad_() for t in given]
+        out = layer_norm_gather(*leaves, index, 1e-6, padded=padded)
+        dy = torch.full_like(out, float("nan"))  # but for what is kept
+        dy[:, :kept] = normal(M, kept, seed=3).to(device, dtype)
+        assert not out[:, kept:].any()
+        results.append((out[:, :kept], *torch.autograd.grad(out, leaves, dy)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@DTYPES
 @pytest.mark.parametrize(("M", "D", "kept"), [(197, 384, 383), (1576, 768, 461), (50, 61, 61)])
 def test_layer_norm_gather_of_shifted_rows(device, dtype, M, D, kept):
     index = torch.randperm(D, generator=torch.Generator().manual_seed(1))[:kept].sort().values.to(device)

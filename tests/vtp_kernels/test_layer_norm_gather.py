@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tests.support.gated_linear_cases import DTYPES
@@ -156,8 +157,27 @@ def test_rows_of_results_start_at_multiples_of_eight(kept):
     x, weight, bias, index, dout = inputs(6, 11, kept, torch.float32, torch.float32)
     out = layer_norm_gather(x.view(2, 3, 11), weight, bias, index, EPS)
     assert out.stride() == (3 * (kept + 7 & ~7), kept + 7 & ~7, 1)
-    dx, _, _ = torch.ops.vtp.layer_norm_gather_backward(dout, x, weight, index, EPS)
+    dx, _ = torch.ops.vtp.layer_norm_gather_backward(dout, x, weight, index, EPS)
     assert dx.stride() == (16, 1)
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("kept", [1, 8, 15, 61], ids=lambda kept: f"kept{kept}")
+def test_padding_is_zeros_of_whose_gradient_nothing_is_read(kept, affine):
+    x, weight, bias, index, dout = inputs(9, 61, kept, torch.float32, torch.float32)
+    weight, bias = (weight, bias) if affine else (None, None)
+    expected = run(layer_norm_gather, x, weight, bias, index, dout)
+
+    def padded(*arguments):
+        return layer_norm_gather(*arguments, padded=True)
+
+    missing = -kept % 8
+    poisoned = F.pad(dout, (0, missing), value=float("nan"))
+    out, *gradients = run(padded, x, weight, bias, index, poisoned)
+    assert out.shape == (9, kept + missing) and out.is_contiguous()
+    assert torch.equal(out, F.pad(expected[0], (0, missing)))
+    for a, b in zip(gradients, expected[1:], strict=True):
+        assert a is b is None or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (2, 1, 3, 5), (0, 5), (2, 0, 5)], ids=str)
@@ -186,6 +206,22 @@ def test_nothing_is_saved_but_the_inputs():
     x, weight, bias = leaves((x, weight, bias))
     saved = saved_by(layer_norm_gather, x, weight, bias, index, EPS)
     assert set(saved) == {x.data_ptr(), weight.data_ptr(), index.data_ptr()}
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+def test_calls_without_the_dispatcher_give_the_same(affine, monkeypatch):
+    x, weight, bias, index, dout = inputs(9, 61, 15, torch.bfloat16, torch.float32)
+    weight, bias = (weight, bias) if affine else (None, None)
+    expected = run(layer_norm_gather, x, weight, bias, index, dout)
+    monkeypatch.setitem(layer_norm_gather.__globals__, "_calls_directly", lambda x: True)
+    got = run(layer_norm_gather, x, weight, bias, index, dout)
+    for a, b in zip(got, expected, strict=True):
+        assert a is b is None or torch.equal(a, b)
+    x, weight, bias = leaves((x, weight, bias))
+    out = layer_norm_gather(x, weight, bias, index, EPS)
+    assert type(out.grad_fn).__name__ == "_LayerNormGatherBackward"
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
 
 
 def test_there_is_no_second_derivative_and_it_says_so():
@@ -223,6 +259,16 @@ class TestTransforms:
     def test_opcheck_of_the_backward(self, affine, kept):
         x, weight, _, index, dout = inputs(6, 11, kept, *DTYPES["bf16-f32"])
         arguments = (dout, x, weight if affine else None, index, EPS)
+        torch.library.opcheck(torch.ops.vtp.layer_norm_gather_backward, arguments)
+
+    @pytest.mark.parametrize("kept", [5, 11], ids=["gathered", "all-columns"])
+    def test_opcheck_with_padding(self, kept):
+        x, weight, bias, index, _ = inputs(6, 11, kept, *DTYPES["bf16-f32"])
+        x, weight, bias = leaves((x, weight, bias))
+        arguments = (x, weight, bias, index, EPS, torch.float32, None, True)
+        torch.library.opcheck(torch.ops.vtp.layer_norm_gather, arguments)
+        dout = torch.randn(6, kept + -kept % 8)
+        arguments = (dout, x.detach(), weight.detach(), index, EPS)
         torch.library.opcheck(torch.ops.vtp.layer_norm_gather_backward, arguments)
 
     def test_autocast_puts_out_its_dtype_and_reads_x_as_it_is(self):

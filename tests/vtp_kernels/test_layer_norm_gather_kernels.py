@@ -125,9 +125,13 @@ def check_passes(op, data):
     out = op._forward_triton(*arguments)
     assert_like([out], [op._forward_fake(*arguments)])
     data.compare("out", out)
+    padded = op._forward_triton(*arguments, padded=True)
+    assert_like([padded], [op._forward_fake(*arguments, padded=True)])
+    assert torch.equal(padded[..., : out.shape[-1]], out) and not padded[..., out.shape[-1] :].any()
     arguments = dout, x, weight, index, EPS
-    gradients = op._backward_triton(*arguments)
-    assert_like(gradients, op._backward_fake(*arguments))
+    dx, of_vectors = op._backward_triton(*arguments)
+    assert_like((dx, of_vectors), op._backward_fake(*arguments))
+    gradients = dx, *(of_vectors if of_vectors.numel() else (of_vectors, of_vectors))
     for name, gradient in zip(NAMES[1:], gradients, strict=True):
         if weight is None and name != "dx":
             assert not gradient.numel()

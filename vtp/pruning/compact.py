@@ -6,7 +6,8 @@ gate values are folded into the weights; a head without values goes with its que
 output no longer depends on its input is replaced by the constant that it computes.
 
 On a GPU the modules run on the ops of `vtp_kernels`, forward and backward, which take odd widths at full
-speed; anywhere else, and in an exported or traced program, on PyTorch's own operators.
+speed, and in 16 bits they are trained on padded weights (`padded.py`); anywhere else, and in an exported or
+traced program, on PyTorch's own operators.
 
 Blocks, attention and feed-forward are subclasses of timm's, with its attributes, so that what looks for those
 finds them: hooks, adapters, attention maps (`fused_attn = False`). What puts a forward of its own in their
@@ -37,6 +38,15 @@ from vtp.model.images import inherit_description
 from vtp.model.widths import SITES
 from vtp.pruning.dense_block import activated, hidden_rows, into_fc2, layer_scales, scaled
 from vtp.pruning.gates import has_fingerprint, sites, with_gates
+from vtp.pruning.padded import (
+    Sections,
+    attend_padded,
+    filled_up,
+    heads_are_faster_padded,
+    padded_linear,
+    rounded_up,
+    trains_padded,
+)
 from vtp.pruning.plan import PlanError, PruningPlan
 from vtp.pruning.refit import refit
 from vtp.pruning.removed import removed_before
@@ -46,6 +56,7 @@ from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
 from vtp_kernels.ragged_attention import ragged_attention
 from vtp_kernels.rotary import rotate_heads
+from vtp_kernels.rows import padded_width
 
 _ERF_GELUS = (nn.GELU, get_act_layer("gelu"))
 _WIDEST_HEAD = 256  # that `ragged_attention` takes
@@ -104,10 +115,10 @@ class LayerNormGather(nn.Module):
         index = torch.arange(kept) if kept < dim else None  # with all columns there is nothing to gather
         self.register_buffer("index", index)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., dim] to [..., kept]."""
+    def forward(self, x: Tensor, padded: bool = False) -> Tensor:
+        """x [..., dim] to [..., kept]; with `padded` the ops add zeros up to a multiple of 8 columns."""
         if _on_kernels(x):
-            return layer_norm_gather(x, self.weight, self.bias, self.index, self.eps)
+            return layer_norm_gather(x, self.weight, self.bias, self.index, self.eps, padded=padded)
         if self.index is None:
             return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
         normalized = F.layer_norm(x, (self.dim,), None, None, self.eps)
@@ -185,8 +196,55 @@ class CompactAttention(Attention):
         rope: Tensor | None = None,
     ) -> Tensor:
         """x [B, N, qkv_inputs] to [B, N, embed_dim]; masks and angles are those of timm's attention."""
+        if self.trains_padded(x):
+            return self._forward_padded(x, attn_mask, is_causal, rope)
         out = self.attend(_linear(self.qkv, x), attn_mask, is_causal, rope, on_kernels=_on_kernels(x))
         return self.proj_drop(_linear(self.proj, self.norm(out)))
+
+    def trains_padded(self, x: Tensor) -> bool:
+        """Whether x, or what x is the norm of, goes through padded weights; its own columns may be padded."""
+        # What is between the products knows the width of a head, which must then be what heads are padded to.
+        knows = self.is_normed or self.is_rotary or not isinstance(self.norm, nn.Identity)
+        fits = self.fused_attn and (not knows or self.head_dim % 8 == 0) and type(self) is CompactAttention
+        return fits and _on_kernels(x) and trains_padded(x, self.qkv, self.proj)
+
+    def _forward_padded(
+        self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None
+    ) -> Tensor:
+        dropout = self.attn_drop.p if self.training else 0.0
+        plain = attn_mask is None and not is_causal and not dropout
+        keys, values, uniform = self._padded_heads(x.shape[-2], plain)
+        own = *self.key_widths, *self.key_widths, *self.value_widths
+        sections = Sections(own, (*keys, *keys, *values))
+        qkv = padded_linear(x, self.qkv, rounded_up(self.qkv.in_features), sections)
+        if rope is not None and self.rotates_by_op(rope):
+            qkv, rope = rotate_heads(qkv, *self.rotation(rope)), None
+        turned = self.is_normed or rope is not None
+        query, key, value = qkv.split([sum(keys), sum(keys), sum(values)], dim=-1)
+        if turned:
+            query, key = self._turned(query, self.q_norm, rope), self._turned(key, self.k_norm, rope)
+        if uniform:
+            heads = query, key, value, self.num_heads
+            out = attend_padded(*heads, attn_mask, dropout, is_causal=is_causal, scale=self.scale)
+        else:
+            qkv = torch.cat([query, key, value], dim=-1) if turned else qkv
+            out = ragged_attention(qkv, keys, values, self.scale)
+        inputs = Sections(self.value_widths, values)
+        if isinstance(self.norm, LayerNormGather):  # over the values of whole heads
+            out, inputs = self.norm(out, padded=True), rounded_up(self.proj.in_features)
+        return self.proj_drop(padded_linear(out, self.proj, inputs, rounded_up(self.proj.out_features)))
+
+    def _padded_heads(self, tokens: int, plain: bool) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+        """The widths of keys and of values that products make and take, and whether they are one for all, for
+        PyTorch's attention; else that is `ragged_attention`, of plain softmax alone."""
+        keys, values = filled_up(self.key_widths), filled_up(self.value_widths)
+        widest = max(*self.key_widths, *self.value_widths)
+        outer = self.qkv.in_features, self.proj.out_features
+        fits = plain and max(widest, *values) <= _WIDEST_HEAD
+        if fits and not heads_are_faster_padded(self.key_widths, self.value_widths, tokens, *outer):
+            return keys, values, False
+        uniform = (padded_width(widest),) * self.num_heads
+        return uniform, uniform, True
 
     def attend(
         self,
@@ -330,6 +388,8 @@ class CompactMlp(Mlp):
         self.drop2 = nn.Dropout(architecture.proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.trains_padded(x):
+            return self._forward_padded(x)
         dropout = self.drop1.p if self.training else 0.0
         linears = type(self.fc1) is type(self.fc2) is nn.Linear
         if _on_kernels(x) and linears and has_op(self) and not dropout:
@@ -337,6 +397,21 @@ class CompactMlp(Mlp):
             return self.drop2(compact_mlp(x, *weights, None, "swiglu" if self.glu else "gelu"))
         hidden = self.norm(self.drop1(activated(self, _linear(self.fc1, x))))
         return self.drop2(_linear(self.fc2, hidden))
+
+    def trains_padded(self, x: Tensor) -> bool:
+        """Whether x, or what x is the norm of, goes through padded weights; its own columns may be padded."""
+        return type(self) is CompactMlp and _on_kernels(x) and trains_padded(x, self.fc1, self.fc2)
+
+    def _forward_padded(self, x: Tensor) -> Tensor:
+        parts = 2 if self.glu else 1
+        made, kept = self.fc1.out_features // parts, self.fc2.in_features
+        given = padded_linear(x, self.fc1, rounded_up(self.fc1.in_features), rounded_up(*(made,) * parts))
+        hidden = self.drop1(activated(self, given))
+        if isinstance(self.norm, LayerNormGather):
+            hidden = self.norm(hidden[..., :made], padded=True)
+        return self.drop2(
+            padded_linear(hidden, self.fc2, rounded_up(kept), rounded_up(self.fc2.out_features))
+        )
 
 
 class ConstantBranch(nn.Module):
@@ -391,9 +466,17 @@ class CompactBlock(Block):
         """x [B, N, embed_dim] to the same shape; `rope` is what timm's Eva hands to its blocks."""
         # What stands for an attention, such as an adapter's, may not know of angles.
         angles = {} if rope is None else {"rope": rope}
-        attention = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal, **angles)
+        attention = self.attn(
+            _normed(self.norm1, self.attn, x), attn_mask=attn_mask, is_causal=is_causal, **angles
+        )
         x = x + self.drop_path1(self.ls1(attention))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(_normed(self.norm2, self.mlp, x))))
+
+
+def _normed(norm: nn.Module, branch: nn.Module, x: Tensor) -> Tensor:
+    """What a branch is given: padded where it can take that. Modules of others get what is kept."""
+    pads = type(norm) is LayerNormGather and isinstance(branch, (CompactAttention, CompactMlp))
+    return norm(x, padded=True) if pads and branch.trains_padded(x) else norm(x)
 
 
 def _layer_scale(architecture: Architecture) -> nn.Module:

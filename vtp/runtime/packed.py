@@ -18,18 +18,12 @@ from vtp.pruning.compact import (
     has_op,
 )
 from vtp.pruning.dense_block import activated
-from vtp_kernels import launching
+from vtp.pruning.padded import attend_padded, heads_are_faster_padded
 from vtp_kernels.compact_linear import add_linear_, compact_linear
 from vtp_kernels.compact_mlp import WIDEST_FUSED, compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
 from vtp_kernels.rotary import rotate_heads_
 from vtp_kernels.rows import padded_width, whole_rows
-
-# FLOP/s of an H200 in bfloat16 at the widths of a compact DeiT-B, batch 128, of what is kept or padded:
-# `ragged_attention` 12.2 GFLOP in 212 us, fused attention of PyTorch 15.9 in 89, matrix products 46.5 in 101
-# (bench/results/gpu-h200.json).
-_RAGGED, _FUSED, _PRODUCTS = 5.8e13, 1.8e14, 4.6e14
-_HEADS = launching.choice("packed_attention", "ragged", "padded")  # what `launching.forced_path` can force
 
 
 class PackedLinear(nn.Module):
@@ -191,28 +185,16 @@ class PackedAttention(nn.Module):
         normed = self.heads.is_normed or not isinstance(self.heads.norm, nn.Identity)
         if normed or (self.heads.is_rotary and set(keys) != {padded_head}):
             return False  # what is between the products and attention knows the widths as they are
-        columns = len(keys) * padded_head
-        more_values = columns - sum(values)
-        more_products = (2 * (columns - sum(keys)) + more_values) * self.qkv.in_features
-        more_products += more_values * self.proj.out_features
-        ragged = 2 * tokens * (sum(keys) + sum(values)) / _RAGGED
-        padded = 4 * tokens * columns / _FUSED + 2 * more_products / _PRODUCTS
-        return _HEADS.takes("padded", padded < ragged)
-
-    def _attend_padded(self, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """qkv of padded heads to [B, N, heads * padded_head]."""
-        query, key, value = qkv.unflatten(-1, (3, -1, self.padded_head)).permute(2, 0, 3, 1, 4).unbind()
-        out = F.scaled_dot_product_attention(
-            query, key, value, None if is_causal else attn_mask, is_causal=is_causal, scale=self.heads.scale
-        )
-        return out.transpose(1, 2).flatten(2)
+        return heads_are_faster_padded(keys, values, tokens, self.qkv.in_features, self.proj.out_features)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None) -> Tensor:
         qkv = self.qkv(self.norm(x))
         if rope is not None and self.heads.rotates_by_op(rope):  # in place: nobody else has seen it
             qkv, rope = rotate_heads_(qkv, *self.heads.rotation(rope)), None
         if self.padded_head:
-            return self.proj(self._attend_padded(qkv, attn_mask, is_causal), residual=x)
+            heads, scale = self.heads.num_heads, self.heads.scale
+            out = attend_padded(*qkv.chunk(3, dim=-1), heads, attn_mask, is_causal=is_causal, scale=scale)
+            return self.proj(out, residual=x)
         out = self.heads.attend(qkv, attn_mask, is_causal, rope, on_kernels=True)
         out = self.heads.norm(out)
         missing = self.proj.in_features - out.shape[-1]

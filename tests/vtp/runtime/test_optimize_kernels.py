@@ -120,14 +120,15 @@ def step(model, images, autocast):
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
-def check_fine_tuning(name, changes, batch, side, autocast):
+def check_fine_tuning(name, changes, batch, side, autocast, path):
     small = make(name, changes)
     images = image(small, batch)
     exact = step(copy.deepcopy(small).double(), images.double(), False)
     same_dtype = step(copy.deepcopy(small), images, autocast)
     guard(small.blocks, side)
     everywhere = [(importlib.import_module("vtp.pruning.compact"), "_on_kernels", lambda x: True)]
-    with replaced(everywhere), on_kernels(side) as launched:
+    forced = launching.forced_path("compact_training", path)
+    with replaced(everywhere), forced, on_kernels(side) as launched:
         got = step(small, images, autocast)
     assert any("bwd" in kernel for kernel in launched), launched
     assert_gradients_close_to_float64(got, exact, same_dtype)
@@ -135,7 +136,9 @@ def check_fine_tuning(name, changes, batch, side, autocast):
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize(
-    ("autocast", "side"), [(False, "end"), (True, "begin")], ids=["f32", "autocast-bf16"]
+    ("autocast", "side", "path"),
+    [(False, "end", "narrow"), (True, "begin", "narrow"), (True, "begin", "padded")],
+    ids=["f32", "autocast-bf16", "autocast-bf16-padded"],
 )
 @pytest.mark.parametrize(
     ("name", "changes"),
@@ -148,8 +151,10 @@ def check_fine_tuning(name, changes, batch, side, autocast):
     ],
     ids=["dead-parts", "deit-tiny", "rotary-swiglu", "rotary-mixed", "rotary-inner-norms"],
 )
-def test_fine_tuning_on_the_kernels_has_the_gradients_of_pytorch(interpreter, name, changes, autocast, side):
-    interpreter.run(check_fine_tuning, name, changes, 2, side, autocast)
+def test_fine_tuning_on_the_kernels_has_the_gradients_of_pytorch(
+    interpreter, name, changes, autocast, side, path
+):
+    interpreter.run(check_fine_tuning, name, changes, 2, side, autocast, path)
 
 
 # -- On the meta device -------------------------------------------------------------------------------------
