@@ -35,7 +35,7 @@ from vtp.training.loop import TrainingInterrupted, train
 from vtp.training.sharding import NOT_SHARDED, wants_sharding
 from vtp.training.state import ResumeError, write_state
 
-EPOCHS, STEPS = 3, 3
+EPOCHS, STEPS = 2, 3
 UPDATES = EPOCHS * STEPS
 IMAGES = 16  # of an update
 CONFIG = TrainConfig(
