@@ -7,7 +7,6 @@ that its id names.
 
 import functools
 import importlib
-import itertools
 import math
 from dataclasses import dataclass
 

@@ -39,8 +39,19 @@ class _Unfilled(TorchFunctionMode):
     """Leaves new tensors as they are, without initial values."""
 
     _FILLS = frozenset(
-        ("uniform_", "normal_", "kaiming_uniform_", "constant_", "zero_", "fill_")
-        + ("erfinv_", "mul_", "add_", "div_", "clamp_")  # of a truncated normal distribution
+        [
+            "uniform_",
+            "normal_",
+            "kaiming_uniform_",
+            "constant_",
+            "zero_",
+            "fill_",
+            "erfinv_",
+            "mul_",
+            "add_",
+            "div_",
+            "clamp_",
+        ]  # these of a truncated normal distribution
     )
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:

@@ -53,12 +53,10 @@ def filled(names, tmp_path_factory):
     """A cache with these two, as it was filled."""
     folder = tmp_path_factory.mktemp("cache") / "here"
     folder.mkdir()
-    # Processes that need not import PyTorch and Triton first, in the environment that spawned ones would have.
+    # Processes that need not import PyTorch and Triton first, in the environment of spawned ones.
     context = forks()
     environment = {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
-    pool = functools.partial(
-        cache.ProcessPoolExecutor, initializer=set_environment, initargs=(environment,)
-    )
+    pool = functools.partial(cache.ProcessPoolExecutor, initializer=set_environment, initargs=(environment,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache.multiprocessing, "get_context", lambda method: context)
         patch.setattr(cache, "ProcessPoolExecutor", pool)
