@@ -151,8 +151,10 @@ class BrokenPromiseError(AssertionError):
     """Something does not hold that is promised of every supported backbone."""
 
 
-def toy(name: str) -> nn.Module:
+def toy(name: str, **changes: Any) -> nn.Module:
     """A model of a name in `MODELS` or `TRANSFORMERS`, small, with random weights, float64, in eval mode.
+
+    changes: to the arguments from there, of timm's models.
 
     Raises:
         ModuleNotFoundError: it is of transformers, which is not installed.
@@ -164,7 +166,7 @@ def toy(name: str) -> nn.Module:
         cls = getattr(transformers, name)
         model = vtp.from_transformers(cls(cls.config_class(**SMALL, **TRANSFORMERS[name])).eval()).double()
     else:
-        model = timm.create_model(name, **{"depth": 2, **MODELS[name]}).double().eval()
+        model = timm.create_model(name, **{"depth": 2, **MODELS[name], **changes}).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Zero biases and tiny LayerScale, as timm starts them, would hide a wrong cut.

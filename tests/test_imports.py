@@ -42,9 +42,9 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
 
 
-def imported(name: str, source: str) -> Iterator[str]:
+def imported(name: str, source: ast.Module) -> Iterator[str]:
     """Modules of this project that the source of module `name` imports."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(source):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -62,9 +62,15 @@ def imported(name: str, source: str) -> Iterator[str]:
 
 
 @functools.cache
+def tree(name: str) -> ast.Module:
+    """The source of a module of this project."""
+    return ast.parse(MODULES[name].read_text())
+
+
+@functools.cache
 def graph() -> dict[str, set[str]]:
     """Of each module those that it imports."""
-    return {name: set(imported(name, path.read_text())) for name, path in MODULES.items()}
+    return {name: set(imported(name, tree(name))) for name in MODULES}
 
 
 def floor(module: str) -> int:
@@ -113,7 +119,7 @@ def test_a_name_with_an_underscore_stays_in_its_package():
     for name, path in MODULES.items():
         parts = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
         package = ".".join(parts[: 2 if parts[0] == "vtp" else 1])
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(name)):
             if not isinstance(node, ast.ImportFrom) or node.module.split(".")[0] not in PACKAGES:
                 continue
             private = [alias.name for alias in node.names if alias.name.startswith("_")]
@@ -133,4 +139,4 @@ def test_a_name_with_an_underscore_stays_in_its_package():
     ],
 )
 def test_every_form_of_an_import_is_seen(source):
-    assert list(imported("vtp.files", source)) == ["vtp.cli"]
+    assert list(imported("vtp.files", ast.parse(source))) == ["vtp.cli"]

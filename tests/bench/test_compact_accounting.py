@@ -158,11 +158,15 @@ def test_a_compact_model_costs_what_it_keeps(base, batch):
     assert content["batches"][str(batch)] == json.loads(json.dumps(found)), "run bench/compact_accounting.py"
 
 
+@pytest.mark.thorough  # one of another run has given the figures of the committed file
 def test_the_models_of_every_run_are_one(base):
     again = bench.random_model("deit_base_patch16_224", 0.4)
     assert bench.widths(again) == bench.widths(base)
+
+
+def test_the_heads_of_the_model_are_unequal(base):
     values = [widths.values for widths in bench.widths(base)]
-    assert len({width for each in values for width in each}) > 10  # unequal heads
+    assert len({width for each in values for width in each}) > 10
 
 
 def test_flops_of_the_packed_model_are_those_of_the_compact_one_with_multiples_of_8():

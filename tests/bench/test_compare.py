@@ -34,6 +34,7 @@ def one_thread_and_nobody_slow():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "SLOW_CALL", 1e9)
+        patch.setattr(comparison, "MOST_CALLS", 1)  # of a turn
         yield
     torch.set_num_threads(threads)
 
@@ -325,7 +326,9 @@ def test_rounds_end_when_noise_is_known_and_not_before(monkeypatch, precision, r
     assert comparison.compare_runtimes(entries, budget)["rounds"] == rounds
 
 
-def test_a_turn_of_short_calls_is_their_median():
+def test_a_turn_of_short_calls_is_their_median(monkeypatch):
+    monkeypatch.setattr(comparison, "MOST_CALLS", 20)
+
     def runner(usual: float, times: list[float]) -> comparison.Runner:
         found, left = comparison.Runner(lambda: None, warm_up=[usual, 9.0]), iter(times)
         found.call = lambda: next(left)
@@ -336,7 +339,7 @@ def test_a_turn_of_short_calls_is_their_median():
     assert runner(0.003, [7.0, 1.0, 5.0, 2.0, 3.0]).seconds == [2.5]  # the first wakes things up
     assert runner(0.2, [7.0, 1.0]).seconds == [1.0]
     assert runner(0.3, [1.0]).seconds == [1.0]
-    assert runner(1e-9, [7.0, *[2.0] * comparison.MOST_CALLS]).seconds == [2.0]
+    assert runner(1e-9, [7.0, *[2.0] * 20]).seconds == [2.0]
 
 
 def test_time_that_a_case_leaves_goes_to_later_ones_by_halves(tmp_path, monkeypatch):

@@ -13,6 +13,15 @@ struct Set {
 };
 extern Set current;  // what the engine runs on
 
+// Whether all of a product of cases is run, or a part of it in which every pair of values occurs; of a sweep over
+// one size, each size occurs with some of the cases.
+extern bool everything;
+
+// Whether that part has the case whose values have indices of this sum: one case of so many has.
+inline bool has_its_turn(int64_t sum_of_indices, int64_t of) {
+  return everything || sum_of_indices % of == 0;
+}
+
 void check_kernels(const Kernels& kernels, Dtype dtype);
 
 void check_tiles();  // where AVX-512 and AMX are emulated

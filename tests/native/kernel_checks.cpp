@@ -459,23 +459,34 @@ void check_kernels(const Kernels& k, Dtype dtype) {
   k.begin();
   Random random(1);
   const int64_t widths[] = {1, 2, 15, 16, 17, 31, 37, 61, 115};
+  int64_t at = 0;  // the case, of those of a layer
   for (const LinearCase& c : kLinearCases) {
-    for (int64_t inputs : widths)
-      for (int64_t outputs : widths)
-        check_linear(k, dtype, c, {1 + random.below(13), inputs, outputs}, random);
-    for (int64_t rows = 1; rows <= 26; ++rows) check_linear(k, dtype, c, {rows, 37, 45}, random);
+    for (int64_t i = 0; i < 9; ++i)
+      for (int64_t j = 0; j < 9; ++j)
+        if (has_its_turn(at + i + j, 4))
+          check_linear(k, dtype, c, {1 + random.below(13), widths[i], widths[j]}, random);
+    for (int64_t rows = 1; rows <= 26; ++rows)
+      if (has_its_turn(at + rows, 3)) check_linear(k, dtype, c, {rows, 37, 45}, random);
     // More than one block of rows, the last one short, over several chunks of inputs.
-    check_linear(k, dtype, c, {50, 545, 37}, random);
-    for (int64_t inputs : {383, 384, 385, 769, 1153}) check_linear(k, dtype, c, {5, inputs, 23}, random);
-    for (int64_t outputs = 1; outputs <= 64; ++outputs) check_linear(k, dtype, c, {7, 9, outputs}, random);
+    if (has_its_turn(at, 3)) check_linear(k, dtype, c, {50, 545, 37}, random);
+    const int64_t chunks[] = {383, 384, 385, 769, 1153};
+    for (int64_t i = 0; i < 5; ++i)
+      if (has_its_turn(at + i, 3)) check_linear(k, dtype, c, {5, chunks[i], 23}, random);
+    for (int64_t outputs = 1; outputs <= 64; ++outputs)
+      if (has_its_turn(at + outputs, 3)) check_linear(k, dtype, c, {7, 9, outputs}, random);
+    ++at;
   }
+  at = 0;
   for (const LinearCase& c : kSwiGluCases) {
-    for (int64_t inputs : widths)
+    for (int64_t i = 0; i < 9; ++i)
       for (int64_t columns : {32, 64, 96, 160})
-        check_swiglu(k, dtype, c, {1 + random.below(13), inputs, columns}, random);
-    for (int64_t rows = 1; rows <= 26; ++rows) check_swiglu(k, dtype, c, {rows, 37, 64}, random);
-    check_swiglu(k, dtype, c, {5, 769, 64}, random);
-    check_swiglu(k, dtype, c, {50, 545, 64}, random);
+        if (has_its_turn(at + i + columns / 32, 3))
+          check_swiglu(k, dtype, c, {1 + random.below(13), widths[i], columns}, random);
+    for (int64_t rows = 1; rows <= 26; ++rows)
+      if (has_its_turn(at + rows, 3)) check_swiglu(k, dtype, c, {rows, 37, 64}, random);
+    if (has_its_turn(at, 3)) check_swiglu(k, dtype, c, {5, 769, 64}, random);
+    if (has_its_turn(at + 1, 3)) check_swiglu(k, dtype, c, {50, 545, 64}, random);
+    ++at;
   }
   check_gelu(k, dtype);
   check_silu(k, dtype);
@@ -483,14 +494,17 @@ void check_kernels(const Kernels& k, Dtype dtype) {
     for (int64_t kept : {int64_t{1}, (width + 1) / 2, width})
       for (double offset : {0.0, 30.0})
         for (bool of_activations : {false, true}) check_norm(k, width, kept, offset, of_activations, random);
-  for (int64_t tokens : {1, 2, 17, 37, 49, 115})
-    for (int64_t d : {1, 2, 15, 37, 64})
-      for (int64_t w : {1, 15, 16, 37})
+  const int64_t tokens[] = {1, 2, 17, 37, 49, 115}, key_widths[] = {1, 2, 15, 37, 64},
+                value_widths[] = {1, 15, 16, 37};
+  for (int64_t n = 0; n < 6; ++n)
+    for (int64_t d = 0; d < 5; ++d)
+      for (int64_t w = 0; w < 4; ++w)
         for (bool norms : {false, true})
-          if (d > 1 || !norms) check_attention(k, tokens, d, w, norms, false, random);
-  for (int64_t tokens : {1, 3, 17, 49})
+          if ((d > 0 || !norms) && has_its_turn(n + d + w + norms, 3))
+            check_attention(k, tokens[n], key_widths[d], value_widths[w], norms, false, random);
+  for (int64_t n : {1, 3, 17, 49})
     for (int64_t d : {2, 6, 16, 34, 64})
-      for (bool norms : {false, true}) check_attention(k, tokens, d, 15, norms, true, random);
+      for (bool norms : {false, true}) check_attention(k, n, d, 15, norms, true, random);
   for (bool bfloat16 : {false, true})
     for (int64_t columns : {1, 2, 5}) {
       check_patches(k, bfloat16, {1, 1, 1, columns}, random);

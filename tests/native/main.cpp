@@ -2,12 +2,14 @@
 // sanitizers. All memory has exactly the size that the interface asks for.
 //
 //   engine_test kernels | tiles | choice | models | batches | threads | callers | steady | garbled | wrong | claims
+//   engine_test kernels everything
 
 #include "checks.h"
 
 namespace test {
 
 Set current;
+bool everything = false;
 
 namespace {
 
@@ -81,8 +83,10 @@ const Kernels& kernels(Dtype dtype) {
 }  // namespace vtp_cpu
 
 int main(int count, char** arguments) {
+  test::everything = count == 3 && arguments[2] == std::string("everything");
   for (const test::Group& group : test::kGroups)
-    if (count == 2 && arguments[1] == std::string(group.name)) return test::run_group(group);
-  std::printf("expected the name of one group of checks\n");
+    if (count == 2 + test::everything && arguments[1] == std::string(group.name))
+      return test::run_group(group);
+  std::printf("expected the name of one group of checks, and perhaps 'everything'\n");
   return 2;
 }

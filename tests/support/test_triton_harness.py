@@ -330,6 +330,7 @@ def test_worker_returns_results_and_raises_what_a_function_raised(interpreter):
     assert interpreter.run(add, 1) == 2
 
 
+@pytest.mark.thorough  # a start of the worker takes seconds; one that crashes is replaced in the same way
 def test_worker_that_does_not_answer_is_ended_and_replaced(interpreter):
     interpreter.run(add, 1)
     with pytest.raises(KernelTimeout):

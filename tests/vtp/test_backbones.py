@@ -203,7 +203,13 @@ def test_the_weights_lie_in_memory_once_however_many_calls_there_are():
         assert {block.weights.data_ptr() for block in blocks.single} == {blocks.weights.data_ptr()}
 
 
-@pytest.mark.parametrize("kind", HEADLESS)
+# Each with a trait of another kind alone, or of two of them.
+ALIKE = ("average", "any-size", "rotary")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.thorough if kind in ALIKE else ()) for kind in HEADLESS]
+)
 def test_a_backbone_is_calibrated_cut_counted_saved_and_exported(kind, tmp_path):
     model = build(HEADLESS[kind], torch.float32)
     images = image(model, batch=16)

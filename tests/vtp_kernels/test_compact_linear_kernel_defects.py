@@ -238,7 +238,7 @@ def check_for(defect):
     return check_far if is_far and defect.kernel == "fwd" else PLANTED_IN[defect.kernel]
 
 
-@pytest.mark.covering(by=lambda defect: (defect.kernel, defect.kind))
+@pytest.mark.covering(1, by=lambda defect: (defect.kernel, defect.kind))
 @pytest.mark.parametrize("defect", DEFECTS, ids=str)
 def test_planted_defect(interpreter, defect):
     assert_defect_is_caught(interpreter, prove, check_for(defect), defect)

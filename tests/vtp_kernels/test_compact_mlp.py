@@ -226,6 +226,7 @@ class Mlp(nn.Module):
 class TestTransforms:
     """opcheck, autocast, compilation, export."""
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("dtypes", ["f32", "bf16-f32"])
     @pytest.mark.parametrize("full", [True, False], ids=["full", "no-biases-no-residual"])
     @ACTIVATION
@@ -264,6 +265,7 @@ class TestTransforms:
         with torch.autocast("cpu", torch.bfloat16):
             assert compact_mlp(*tensors[:5], None).dtype == torch.bfloat16
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("autocast", [False, True], ids=["f32", "autocast"])
     @ACTIVATION
     def test_compiles_without_breaks_and_without_recompiling_for_the_batch(self, autocast, activation):

@@ -289,6 +289,7 @@ class TestTransforms:
         with torch.autocast("cpu", torch.bfloat16):
             assert layer_norm_gather(x, weight, bias, index, EPS).dtype == torch.float64
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("autocast", [False, True], ids=["f32", "autocast"])
     @pytest.mark.parametrize("kept", [15, 61], ids=["gathered", "all-columns"])
     def test_compiles_without_breaks_and_without_recompiling_for_the_batch(self, kept, autocast):

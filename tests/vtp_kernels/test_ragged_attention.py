@@ -247,6 +247,7 @@ class TestTiling:
 class TestTransforms:
     """Autocast, compilation and export."""
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("keys", [(16, 16), (16, 7)], ids=str)
     @pytest.mark.parametrize("widths", [(5, 12), (8, 8)], ids=str)
     def test_opcheck(self, keys, widths):

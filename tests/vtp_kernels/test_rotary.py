@@ -252,6 +252,7 @@ class Rotation(nn.Module):
 class TestTransforms:
     """opcheck, autocast, compilation, export."""
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("dtypes", ["f32", "bf16-f32"])
     @OWN_TABLES
     def test_opcheck(self, own_tables, dtypes):

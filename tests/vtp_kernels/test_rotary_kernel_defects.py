@@ -159,7 +159,7 @@ DEFECTS = [
 # fmt: on
 
 
-@pytest.mark.covering(by=lambda defect: (defect.kernel, defect.kind))
+@pytest.mark.covering(1, by=lambda defect: (defect.kernel, defect.kind))
 @pytest.mark.parametrize("defect", DEFECTS, ids=str)
 def test_planted_defect(interpreter, defect):
     assert_defect_is_caught(interpreter, prove_by_name, None, defect)

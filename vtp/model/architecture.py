@@ -5,9 +5,10 @@ in one immutable `Architecture`. A description is accepted only if the model reb
 modules, settings and tensors, so a variant that is not understood is refused instead of mangled.
 """
 
+import contextlib
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -28,9 +29,44 @@ from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransfor
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
+from torch.overrides import TorchFunctionMode
 
 from vtp.model.eva import ROTARY, EvaArguments, rotary_settings, with_fused_sites, without_storage
 from vtp.model.widths import SITES, BlockWidths
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves new tensors as they are, without initial values."""
+
+    _FILLS = frozenset(
+        [
+            "uniform_",
+            "normal_",
+            "kaiming_uniform_",
+            "constant_",
+            "zero_",
+            "fill_",
+            "erfinv_",
+            "mul_",
+            "add_",
+            "div_",
+            "clamp_",
+        ]  # these of a truncated normal distribution
+    )
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self._FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Context in which models are made without storage. Nor are initial values made for it, as
+    `torch.device("meta")` alone would: they take most of the time, and nobody sees them."""
+    with torch.device("meta"), _Unfilled():
+        yield
 
 
 class UnsupportedModelError(ValueError):
@@ -193,7 +229,8 @@ class Architecture:
 
     def build(self, device: str | torch.device = "cpu", weight_init: str = "") -> VisionTransformer | Eva:
         """The dense timm model with new weights on `device` ("meta" makes one without storage)."""
-        with torch.device(device):
+        device = torch.device(device)
+        with on_meta() if device.type == "meta" else device:
             if self.eva is not None:
                 return with_fused_sites(Eva(**self.timm_kwargs()))
             cls = VisionTransformerDistilled if self.distilled else VisionTransformer
@@ -586,7 +623,7 @@ def _refuse_other_mlp(where: str, mlp: nn.Module) -> None:
 def _check_rebuilds(model: VisionTransformer | Eva, architecture: Architecture) -> None:
     """Refuse a model that the description does not reproduce: modules, settings, tensor shapes."""
     rebuilt = architecture.build("meta", weight_init="skip")
-    with torch.device("meta"):
+    with on_meta():
         replace_sites(
             rebuilt, lambda name, linear: type(model.get_submodule(name))(**_linear_arguments(linear))
         )

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from vtp.files import fingerprint
 from vtp.group import Group
-from vtp.model.architecture import Architecture, describe
+from vtp.model.architecture import Architecture, describe, on_meta
 from vtp.model.images import inherit_description
 from vtp.model.widths import SITES
 from vtp.pruning.dense_block import activated, hidden_rows, into_fc2, layer_scales, scaled
@@ -544,7 +544,7 @@ def new_compact(plan: PruningPlan) -> CompactModel:
 def empty_compact(plan: PruningPlan) -> CompactModel:
     """The compact model of a plan on the meta device: shapes without storage, to be given a state dict, and
     `vtp.model.eva.make_rotary_buffers`."""
-    with torch.device("meta"):
+    with on_meta():
         return new_compact(plan)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp.files import fingerprint
-from vtp.model.architecture import describe, replace_sites
+from vtp.model.architecture import describe, on_meta, replace_sites
 from vtp.model.eva import with_fused_sites
 from vtp_kernels import gated_linear
 
@@ -41,7 +41,7 @@ class GatedLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "GatedLinear":
         """Take over the weight and bias of `linear`; all gates are 1."""
-        with torch.device("meta"):
+        with on_meta():
             gated = cls(linear.in_features, linear.out_features, linear.bias is not None)
         gated.weight, gated.bias = linear.weight, linear.bias
         device = linear.weight.device

@@ -1,7 +1,9 @@
 """Triton's cache for a run: what was compiled ahead is found by launches, also after the folder was moved."""
 
+import functools
 import importlib.util
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -14,6 +16,7 @@ if importlib.util.find_spec("triton") is None:
 
 from bench.gpu import cache
 from bench.gpu.table import _cache_line
+from tests.support.processes import forks
 from tests.support.stand_in_driver import gpu, launch
 from vtp_kernels import launching
 from vtp_kernels.compact_linear import compact_linear
@@ -41,12 +44,22 @@ def names():
     return chosen
 
 
+def set_environment(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+
+
 @pytest.fixture(scope="module")
 def filled(names, tmp_path_factory):
     """A cache with these two, as it was filled."""
     folder = tmp_path_factory.mktemp("cache") / "here"
     folder.mkdir()
+    # Processes that need not import PyTorch and Triton first, in the environment of spawned ones.
+    context = forks()
+    environment = {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
+    pool = functools.partial(cache.ProcessPoolExecutor, initializer=set_environment, initargs=(environment,))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache.multiprocessing, "get_context", lambda method: context)
+        patch.setattr(cache, "ProcessPoolExecutor", pool)
         patch.setenv("TRITON_CACHE_DIR", "")  # and as before after the test
         patch.setenv("TRITON_STORE_BINARY_ONLY", "")
         record = cache.fill(folder, 1, names)

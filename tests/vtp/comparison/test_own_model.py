@@ -10,7 +10,7 @@ from timm.models.eva import Eva
 
 import vtp
 from tests.support.models import TINY, build, gated, image, randomize
-from vtp.comparison import own_model
+from vtp.comparison import comparison, own_model
 from vtp.comparison.comparison import Budget
 from vtp.model.eva import ropes
 from vtp.pruning.compact import ConstantBranch
@@ -120,7 +120,8 @@ def test_lost_time_is_what_the_share_of_macs_does_not_explain():
     assert lost == pytest.approx({"blocks.1.mlp": 3.0, "blocks.0.attn": 0.5, "blocks.0.mlp": 0.0})
 
 
-def test_every_branch_is_timed_and_the_worst_is_named_with_its_widths(small):
+def test_every_branch_is_timed_and_the_worst_is_named_with_its_widths(small, monkeypatch):
+    monkeypatch.setattr(comparison, "MOST_CALLS", 1)  # of a turn
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     found = own_model.compare_branches(small, 1, "float32", QUICK)

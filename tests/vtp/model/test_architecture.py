@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import vtp
-from tests.support.models import TINY, build, gated, image
-from vtp.model.architecture import UnsupportedModelError
+from tests.support.models import FAMILIES, TINY, build, gated, image
+from vtp.model.architecture import UnsupportedModelError, on_meta
 
 
 class Adapted(nn.Module):
@@ -240,3 +240,22 @@ def test_a_wrapper_is_told_what_to_pass_instead(wrap, message, tmp_path):
     with pytest.raises(TypeError, match=message.replace("timm's VisionTransformer", "a compact model")):
         vtp.optimize(wrap(small))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_storage_is_the_same_but_for_its_values_which_others_have(family):
+    built, other = FAMILIES[family].build("meta"), FAMILIES[family].build()
+    assert repr(built) == repr(other)
+    state = built.state_dict()
+    assert {tensor.device.type for tensor in state.values()} == {"meta"}
+    assert {n: (t.shape, t.dtype) for n, t in state.items()} == {
+        n: (t.shape, t.dtype) for n, t in other.state_dict().items()
+    }
+
+
+def test_initial_values_are_made_again_after_an_error():
+    with pytest.raises(RuntimeError, match="as it was"), on_meta():
+        assert nn.Linear(3, 2).weight.is_meta
+        raise RuntimeError("as it was")
+    weight = nn.Linear(300, 200).weight
+    assert not weight.is_meta and 0 < weight.abs().max() <= 300**-0.5

@@ -50,7 +50,9 @@ def _is_buffer(model, name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_count_is_what_a_real_forward_pass_does(name):
-    dense = build(ARCHITECTURES[name], dtype=torch.float32)
+    # One kind has several blocks: the others are counted in half the time.
+    depth = 2 if name == "class-token" else 1
+    dense = build(dataclasses.replace(ARCHITECTURES[name], depth=depth), dtype=torch.float32)
     model = gated(dense)
     plans = [vtp.make_plan(model, rate=0.7, min_keep=min_keep) for min_keep in (0.2, 0)]
     cuts = [vtp.compact(model, plan) for plan in plans]

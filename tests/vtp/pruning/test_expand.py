@@ -32,7 +32,7 @@ def without(architecture, *dead):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rate", [0.0, 0.5, 0.85])
+@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.thorough), 0.5, 0.85])
 def test_the_dense_model_computes_what_the_compact_one_does(family, rate):
     small = cut(family, rate)
     if family == "no-biases":
@@ -151,7 +151,9 @@ def test_training_with_gates_revives_nothing(family):
     assert all(set(plan.kept[name]) <= set(small.plan.kept[name]) for name in plan.kept)
 
 
-@pytest.mark.parametrize("family", ["plain", "qk-norm", "layer-scale", "inner-norms"])
+@pytest.mark.parametrize(
+    "family", ["plain", "qk-norm", pytest.param("layer-scale", marks=pytest.mark.thorough), "inner-norms"]
+)
 def test_calibrated_again_the_best_widths_are_within_those_that_are_left(family):
     small = cut(family, 0.3)
     dense, images = vtp.expand(small), image(small, batch=24)

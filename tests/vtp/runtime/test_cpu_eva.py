@@ -223,7 +223,7 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(case, dtype, threads):
 
 
 @built
-@pytest.mark.parametrize("case", ["dinov3-swiglu", "rope-mixed"])
+@pytest.mark.parametrize("case", ["dinov3-swiglu", pytest.param("rope-mixed", marks=pytest.mark.thorough)])
 def test_compiles_without_breaks_and_without_recompiling_for_the_batch(case):
     small = compact_eva(case)
     fast = vtp.optimize(small)

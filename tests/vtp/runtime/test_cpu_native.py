@@ -52,7 +52,8 @@ FLAGS = ["-std=c++17", "-Og", "-g1", "-Wno-psabi", f"-I{CPU}"]
 @pytest.fixture(scope="module")
 def memory_checked(tmp_path_factory):
     """The program with every instruction set, under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    # What touches null or memory behind an object ends by AddressSanitizer: not also looked for beforehand.
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size", "-fno-sanitize-recover=all"]
     with_sets = ["-DWITH_AVX512", *(["-DWITH_AVX2"] if X86 else [])]
     return build(tmp_path_factory.mktemp("memory"), EVERY_SET, flags, with_sets)
 
@@ -100,9 +101,9 @@ def refuse_missing_sanitizer(folder: Path, sanitizer: list[str]) -> None:
         pytest.skip(f"{COMPILER} {sanitizer[0]} does not work here: {run.stderr.strip()[-200:]}")
 
 
-def check(program: Path, group: str) -> None:
+def check(program: Path, *group: str) -> None:
     environment = os.environ | {"ASAN_OPTIONS": UNWRITTEN_IS_NAN}
-    run = subprocess.run([program, group], capture_output=True, text=True, timeout=300, env=environment)
+    run = subprocess.run([program, *group], capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, f"{run.stdout[-6000:]}\n{run.stderr[-6000:]}"
 
 
@@ -123,6 +124,12 @@ def test_only_right_and_fast_kernels_are_chosen_and_tiles_where_all_allow_them(m
 
 def test_a_model_agrees_with_plain_loops_and_stays_in_its_memory(memory_checked):
     check(memory_checked, "models")
+
+
+@pytest.mark.thorough  # of which every pair of widths, of shapes and dtypes occurs above
+@pytest.mark.parametrize("group", ["kernels", "models"])
+def test_so_it_is_for_every_combination(memory_checked, group):
+    check(memory_checked, group, "everything")
 
 
 @pytest.mark.thorough  # the same bits are asked for in test_cpu.py, the same memory by the models above

@@ -35,7 +35,7 @@ from vtp.training.sharding import NOT_SHARDED, wants_sharding
 from vtp.training.state import ResumeError, write_state
 from vtp.training.transforms import Augment
 
-EPOCHS, STEPS = 4, 5
+EPOCHS, STEPS = 2, 3
 UPDATES = EPOCHS * STEPS
 IMAGES = 16  # of an update
 CONFIG = TrainConfig(
@@ -301,8 +301,8 @@ def test_the_rate_and_the_images_of_an_update_are_said_once(folder, tmp_path, ca
     )  # fmt: skip
     said = [line for line in capsys.readouterr().out.splitlines() if "lr" in line]
     assert said == [
-        "stage sparse: lr 0.02 for updates of 16 images (2 passes x 8), 5 an epoch; the rate is not scaled "
-        "by their number"
+        f"stage sparse: lr 0.02 for updates of 16 images (2 passes x 8), {STEPS} an epoch; the rate is not "
+        "scaled by their number"
     ]
 
 
@@ -363,11 +363,11 @@ def test_a_cut_model_of_odd_widths_is_sharded_and_continued_elsewhere(folder, tm
     expected = trained(folder, tmp_path / "alone", config, model="compact")
     jobs = {
         "fsdp": partial(trained, folder, tmp_path / "fsdp", fsdp, model="compact"),
-        "stopped": partial(trained, folder, tmp_path / "stopped", fsdp, model="compact", stop_at=3),
+        "stopped": partial(trained, folder, tmp_path / "stopped", fsdp, model="compact", stop_at=STEPS + 1),
     }
     assert_same(on_processes(2, tmp_path, jobs)[0]["fsdp"], expected)
     found = trained(folder, tmp_path / "stopped", config, model="compact", resume=True)
-    assert_same(found, expected, since=4)
+    assert_same(found, expected, since=STEPS + 2)
 
 
 @pytest.mark.thorough
@@ -399,10 +399,13 @@ def test_a_compiled_model_takes_the_updates_of_one_that_is_not_and_writes_its_ch
     folder, tmp_path, alone
 ):
     config = replace(CONFIG, compile=True, grad_checkpointing=True)
-    stopped = trained(folder, tmp_path / "stopped", config, stop_at=3)
-    assert stopped["losses"] == pytest.approx({n: alone["plain"]["losses"][n] for n in (1, 2, 3)}, rel=1e-6)
+    stopped = trained(folder, tmp_path / "stopped", config, stop_at=STEPS + 1)
+    assert list(stopped["losses"]) == list(range(1, STEPS + 2))
+    assert stopped["losses"] == pytest.approx(
+        {n: alone["plain"]["losses"][n] for n in stopped["losses"]}, rel=1e-6
+    )
     found = trained(folder, tmp_path / "stopped", CONFIG, resume=True)
-    assert_same(found, alone["plain"], since=4)
+    assert_same(found, alone["plain"], since=STEPS + 2)
 
 
 def traced(*arguments, **options) -> dict:
