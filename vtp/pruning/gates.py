@@ -5,7 +5,7 @@
 """
 
 import copy
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -58,22 +58,35 @@ class GatedLinear(nn.Module):
         """x [..., in_features] to [..., out_features]."""
         return gated_linear(x, self.weight, self.gate, self.bias)
 
-    @torch.no_grad()
     def accumulate_taylor(self, scale: float = 1.0) -> None:
         """Add this step's `(g * dL/dg)**2` from `gate.grad`, the gradient of the task loss alone.
 
         Args:
             scale: factor that undoes a loss scaling, 1 / loss scale.
+
+        Raises:
+            ValueError: the gate has no gradient.
         """
-        if self.gate.grad is None:
-            raise ValueError("gate.grad: got None, expected the gradient of a backward pass")
-        self.taylor += (self.gate * self.gate.grad * scale).square()
-        self.taylor_steps += 1
+        accumulate_taylor([self], scale)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         )
+
+
+@torch.no_grad()
+def accumulate_taylor(layers: Sequence[GatedLinear], scale: float = 1.0) -> None:
+    """`GatedLinear.accumulate_taylor` of several layers, at least one, in launches for all of them together."""
+    gradients = [layer.gate.grad for layer in layers]
+    if any(gradient is None for gradient in gradients):
+        raise ValueError("gate.grad: got None, expected the gradient of a backward pass")
+    products = torch._foreach_mul([layer.gate for layer in layers], gradients)
+    if scale != 1.0:
+        torch._foreach_mul_(products, scale)
+    torch._foreach_mul_(products, products)
+    torch._foreach_add_([layer.taylor for layer in layers], products)
+    torch._foreach_add_([layer.taylor_steps for layer in layers], 1)
 
 
 def insert_gates(model: nn.Module) -> nn.Module:
