@@ -56,7 +56,7 @@ def settle_gates(layers: Sequence[GatedLinear], config: TrainConfig, take_taylor
     """Between backward and update: the Taylor statistics from the gradients of the task loss, if asked, and
     then the penalty's own gradient, `l1 sign(g)`.
 
-    All gates at once, as PyTorch's optimizers take their tensors: on a GPU the host would launch seven kernels
+    All gates at once, as PyTorch's optimizers take their tensors: else the host would launch seven kernels
     for each gate.
     """
     if not layers:
