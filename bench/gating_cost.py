@@ -52,6 +52,7 @@ from vtp.options import positive, thread_count
 from vtp.timing import LEAST_ROUNDS, pairwise_ratio, standard_error, synchronize, take_turns, timed
 from vtp.training.config import TrainConfig
 from vtp.training.sparsity import gate_param_groups, gated_linears, settle_gates
+from vtp_kernels.launching import forced_path
 
 RESULTS = Path(__file__).parent / "results" / "gating_cost.json"
 # Largest relative error (norm of the difference over norm) of the loss and of each gradient. In bfloat16 the
@@ -72,13 +73,15 @@ CONFIG = TrainConfig(lr=1e-5, l1=1e-4, label_smoothing=0.0)
 class Variant:
     """A model with what its training adds to a step.
 
-    penalty: a 0-dim tensor that is added to the loss; after_backward: runs between backward and update.
+    penalty: a 0-dim tensor that is added to the loss; after_backward: runs between backward and update;
+    paths: those of `gated_linear` that its steps are forced to.
     """
 
     model: nn.Module
     gates: list[nn.Parameter] = field(default_factory=list)
     penalty: Callable[[], Tensor] | None = None
     after_backward: Callable[[], None] | None = None
+    paths: tuple[str, ...] = ()
 
 
 class NaiveGatedLinear(nn.Module):
@@ -101,7 +104,11 @@ def ungated(dense: nn.Module) -> Variant:
 
 def gated(dense: nn.Module) -> Variant:
     """The project's gates, with the very function of its training loop between backward and update."""
-    model = vtp.insert_gates(dense)
+    return trained(vtp.insert_gates(dense))
+
+
+def trained(model: nn.Module) -> Variant:
+    """A model with gates, and what sparse training does to them in a step."""
     layers = gated_linears(model)
     # Taylor statistics in every step; a real run takes them in the last third.
     return Variant(
@@ -140,7 +147,8 @@ class Trainee:
     def step(self) -> Tensor:
         """One training step, whose gradients stay until the next. Returns the task loss, 0-dim."""
         losses: list[Tensor] = []
-        self.seconds.append(timed(lambda: losses.append(self._update()), self.images.device))
+        with forced_path("gated_linear", *self.variant.paths):
+            self.seconds.append(timed(lambda: losses.append(self._update()), self.images.device))
         return losses[0]
 
     def _update(self) -> Tensor:

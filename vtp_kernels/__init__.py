@@ -2,7 +2,7 @@
 
 from vtp_kernels.compact_linear import add_linear_, compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
-from vtp_kernels.gated_linear import gated_linear
+from vtp_kernels.gated_linear import fold_gates, gated_linear
 from vtp_kernels.layer_norm_gather import layer_norm_gather
 from vtp_kernels.ragged_attention import ragged_attention
 from vtp_kernels.rotary import rotate_heads, rotate_heads_
@@ -11,6 +11,7 @@ __all__ = [
     "add_linear_",
     "compact_linear",
     "compact_mlp",
+    "fold_gates",
     "gated_linear",
     "layer_norm_gather",
     "ragged_attention",

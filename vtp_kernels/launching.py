@@ -256,11 +256,21 @@ def has_descriptors(device: torch.device) -> bool:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Config, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Mapping[str, Any],
+    config: Config,
+    kinds: tuple | None = None,
+    **constants: Any,
 ):
     """Run `kernel` over `grid`, on the device of its tensors.
 
     Floating-point contraction is on, explicitly: its default changes in Triton 3.10.
+
+    Args:
+        kinds: what tells compilations of the kernel apart beside the configuration, where the caller knows
+            that it is no more: all other dtypes and constants are always the same, pointers start at 16
+            bytes, and integers have 32 bits.
     """
     if _recording is not None:
         _recording.add(kernel, arguments, config, constants)
@@ -269,14 +279,40 @@ def launch(
     device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        kernel[grid](
-            **arguments,
-            **constants,
-            **config.blocks,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
-        )
+        _run(kernel, grid, {**arguments, **constants, **config.blocks}, config, device, kinds)
+
+
+# A kernel, so that nothing else has its id later, and what Triton compiled of it, by what tells that apart.
+_compiled: dict[tuple, tuple[Any, Any]] = {}
+
+
+def _run(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    config: Config,
+    device: torch.device,
+    kinds: tuple | None,
+):
+    """Launch what was compiled for such arguments before, if `kinds` says which; else Triton looks for it.
+
+    To look at 30 arguments takes Triton several times as long as to launch. A compiled kernel takes all
+    arguments of its function in their order, constants included. AMD's are left to Triton, which there also
+    compiles for the size of what pointers point to; and so is its interpreter.
+    """
+    key = None
+    if kinds is not None and torch.version.hip is None and isinstance(kernel, triton.JITFunction):
+        options = config.num_warps, config.num_stages, *config.blocks.values()
+        key = id(kernel), device.index, *options, *kinds
+        if key in _compiled:
+            _, compiled = _compiled[key]
+            compiled[(*grid, 1, 1)[:3]](*[arguments[name] for name in kernel.arg_names])
+            return
+    compiled = kernel[grid](
+        **arguments, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True
+    )
+    if key is not None:
+        _compiled[key] = kernel, compiled
 
 
 class Recording:

@@ -134,11 +134,16 @@ def _training(name: str, case: Record, peak: Record) -> str:
         return "compact over dense: " + "; ".join(said)
     found = case["variants"]
     plain, gated, naive, noise = (found[n] for n in (REFERENCE, "gated", "naive", REPEAT))
+    others = "".join(
+        f", {name.removeprefix('gated, ')} {record['ratio']['median']:.3f}"
+        for name, record in found.items()
+        if name.startswith("gated, ") and not record.get("failed")
+    )
     return (
         f"step {plain['median_seconds'] * 1e3:.1f} ms, gated "
         f"{_beside(gated['ratio']['median'], GATED_OVER_PLAIN, at_most=True)}, memory "
         f"{_beside(gated['peak_ratio'], GATED_MEMORY, at_most=True)}, by hand "
-        f"{naive['ratio']['median']:.3f}, noise {noise['ratio']['median']:.3f}"
+        f"{naive['ratio']['median']:.3f}{others}, noise {noise['ratio']['median']:.3f}"
     )
 
 

@@ -6,6 +6,7 @@ compiled (one compilation for all blocks of a model, as they are alike).
 """
 
 import copy
+import dataclasses
 import functools
 import gc
 import statistics
@@ -15,6 +16,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vtp
@@ -25,6 +27,7 @@ from bench.gpu.models import kernels
 from bench.gpu.numerics import require
 from bench.irregular import cut, gated_model
 from vtp.comparison.comparison import FACTOR, TINY, relative_error
+from vtp.model.architecture import replace_sites
 from vtp.pruning.compact import plain_operators
 from vtp.timing import pairwise_ratio, take_turns
 from vtp_kernels import launching
@@ -46,9 +49,35 @@ def cases(toy: bool) -> list[Case]:
     return found
 
 
+class FoldedByPyTorch(vtp.GatedLinear):
+    """The gate on the weight, as ours, in operators of PyTorch alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.gate, self.bias)
+
+
+def by_pytorch(dense: nn.Module) -> Variant:
+    """Gates that are folded by four launches of PyTorch's more than a plain linear has."""
+    model = copy.deepcopy(dense)
+    replace_sites(model, lambda _, linear: FoldedByPyTorch.from_linear(linear))
+    return gating_cost.trained(model)
+
+
+def one_by_one(dense: nn.Module) -> Variant:
+    """The project's gates, each folded by launches of its own, not a block's together."""
+    return dataclasses.replace(gating_cost.gated(dense), paths=("apart",))
+
+
+# Where the host is what a step waits for, how gates are launched decides: see docs/speed-gpu.md.
+EAGER = {"gated, one by one": one_by_one, "gated, by PyTorch": by_pytorch}
+
+
 def measure(name: str, compiled: bool, context: Context) -> Record:
-    """A step without gates, with ours, with gates by hand, and once more without."""
-    variants = gating_cost.VARIANTS
+    """A step without gates, with ours, with gates by hand, and once more without.
+
+    In eager mode also with other ways to launch ours.
+    """
+    variants = gating_cost.VARIANTS if compiled else {**gating_cost.VARIANTS, **EAGER}
     if compiled:
         variants = {
             label: functools.partial(_compiled, make, context.toy) for label, make in variants.items()

@@ -125,7 +125,9 @@ def run_check(
     recorder = op.launching.Recording(op.__name__, "")
     launch = op.launch
 
-    def recorded_launch(kernel: Any, grid: Any, arguments: Any, config: Any, **constants: Any) -> None:
+    def recorded_launch(
+        kernel: Any, grid: Any, arguments: Any, config: Any, kinds: Any = None, **constants: Any
+    ) -> None:
         recorder.add(kernel, arguments, config, constants)
         launch(kernel, grid, arguments, config, **constants)
 

@@ -124,7 +124,8 @@ class Launch:
 
     def access(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int, is_write: bool) -> None:
         """The program is about to load or store the elements at `pointers` where `mask`."""
-        addresses = pointers[np.broadcast_to(mask, pointers.shape)]
+        # The interpreter's mask is of integers, which would be indices, where a scalar is a part of it.
+        addresses = pointers[np.broadcast_to(mask, pointers.shape).astype(bool)]
         if not addresses.size:
             return
         low, high = int(addresses.min()), int(addresses.max()) + itemsize

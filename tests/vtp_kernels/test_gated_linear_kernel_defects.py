@@ -17,8 +17,10 @@ from tests.vtp_kernels.test_gated_linear_kernels import (
     CHECKS,
     Case,
     check_fold,
+    check_fold_gates,
     check_gate_gradient,
     check_unfold,
+    check_unfold_gates,
     gated_linear,
     prove,
 )
@@ -28,6 +30,7 @@ READ, WRITE, MASK, OTHER, RACE, UNWRITTEN, RAW, VALUE = KINDS
 SMALL = Case(37, 61, 45, "f32")
 SMALL16 = Case(37, 61, 45, "bf16")
 MIXED16 = Case(37, 61, 45, "bf16-f32")
+FOUR = Case(1, 136, 37, "bf16-f32")  # two tiles of columns for the fold, five for the unfold
 
 
 def options(case=SMALL, **kwargs):
@@ -56,6 +59,11 @@ FOLD_STORE = "tl.store(p_folded, (b_w * b_g[None, :]).to(folded.dtype.element_ty
 UNFOLD_LOAD = "b_product = tl.load(product + o_tile, mask=m_tile, other=0.0).to(tl.float32)"
 UNFOLD_LOAD_W = "            else:\n                b_w = tl.load(p_w, mask=m_tile, other=0.0)"
 UNFOLD_LOAD_FOLDED = "b_w = tl.load(folded + o_tile, mask=m_tile, other=0.0)"
+LOAD_BIAS = "b_bias = tl.load(bias + o_bias, mask=m_bias, other=0.0)"
+CAST_STORE = "tl.store(cast + o_bias, b_bias.to(cast.dtype.element_ty), mask=m_bias)"
+FOUR_LOAD_W = "b_weight = load_tile(weight, o_n, o_k, N, K, K, True, True).to(tl.float32)"
+FOUR_LOAD_GATE = "b_gate = tl.load(gate + o_k, mask=m_k, other=0.0)"
+FOUR_STORE_DG = "tl.store(dg + o_k, tl.sum(acc, axis=0), mask=m_k)"
 DIVIDE = "        if FOLDED:  # noqa: SIM102 (known when compiling; `divide` is not)\n            if divide:"
 DIVIDE_ALWAYS = "        if True:\n            if True:"
 UNFOLD_STORE = "tl.store(dw + o_tile, (b_product * b_g[None, :]).to(dw.dtype.element_ty), mask=m_tile)"
@@ -184,8 +192,8 @@ DEFECTS = [
          "m_folded = (o_n[:, None] >= 0)", options(), "folded"),
         (UNWRITTEN, "last-column-not-stored", "poison", FOLD_STORE,
          FOLD_STORE.replace("m_folded)", "m_folded & (o_k[None, :] < K - 1))")),
-        (RACE, "programs-overlap-by-a-row", "race-detection", "o_n = tl.program_id(0) * BLOCK_N +",
-         "o_n = tl.program_id(0) * (BLOCK_N - 1) +"),
+        (RACE, "programs-overlap-by-a-row", "race-detection", "i_n, i_k = tl.program_id(0) * BLOCK_N,",
+         "i_n, i_k = tl.program_id(0) * (BLOCK_N - 1),"),
         (RAW, "gate-times-weight-in-bfloat16", "bfloat16-check", FOLD_STORE,
          FOLD_STORE.replace("b_w * b_g[", "b_w.to(tl.bfloat16) * b_g.to(tl.bfloat16)["),
          options(SMALL16)),
@@ -230,6 +238,47 @@ DEFECTS = [
         (VALUE, "gate-not-applied", "error-rule", "(b_product * b_g[None, :])", "b_product"),
     ),
     *in_kernel(
+        "fold_gates", options(FOUR),
+        (READ, "row-mask-removed", "guard-page", FOLD_LOAD_W,
+         FOLD_LOAD_W.replace("N, K, ", "N + 1, K, "), options(FOUR), "weight_0"),
+        (MASK, "no-mask-on-bias", "guard-page", LOAD_BIAS, "b_bias = tl.load(bias + o_bias)",
+         options(FOUR), "bias_0"),
+        (WRITE, "bias-stored-past-its-end", "guard-page", CAST_STORE,
+         CAST_STORE.replace("m_bias)", "i_k == 0)"), options(FOUR), "cast_0"),
+        (UNWRITTEN, "last-of-the-bias-not-stored", "poison", CAST_STORE,
+         CAST_STORE.replace("m_bias)", "m_bias & (o_bias < N - 1))")),
+        (RACE, "every-column-of-tiles-stores-the-bias", "race-detection", "& (i_k == 0)", "& (i_k >= 0)"),
+        (RAW, "gate-times-weight-in-bfloat16", "bfloat16-check", FOLD_STORE,
+         FOLD_STORE.replace("b_w * b_g[", "b_w.to(tl.bfloat16) * b_g.to(tl.bfloat16)[")),
+        (VALUE, "gate-of-another-linear", "error-rule",
+         "weight_1, gate_1, bias_1, folded_1, cast_1, N_1, K_1, i",
+         "weight_1, gate_0, bias_1, folded_1, cast_1, N_1, K_1, i"),
+        (VALUE, "gate-not-applied", "error-rule", FOLD_STORE, FOLD_STORE.replace(" * b_g[None, :]", "")),
+    ),
+    *in_kernel(
+        "unfold_gates", options(FOUR),
+        (READ, "row-mask-removed", "guard-page", FOUR_LOAD_W,
+         FOUR_LOAD_W.replace("N, K, K", "N + 1, K, K"), options(FOUR), "weight_0"),
+        (MASK, "no-mask-on-gate", "guard-page", FOUR_LOAD_GATE, "b_gate = tl.load(gate + o_k)",
+         options(FOUR), "gate_0"),
+        (WRITE, "row-mask-of-store-removed", "guard-page", "m_dw = (o_n[:, None] < N) & m_k[None, :]",
+         "m_dw = (o_n[:, None] < N + 1) & m_k[None, :]", options(FOUR), "dw_0"),
+        (OTHER, "no-other-on-the-columns", "poison", OTHER_ROWS, "& (o_column[None, :] < readable))"),
+        (UNWRITTEN, "last-gradient-of-a-gate-not-stored", "poison", FOUR_STORE_DG,
+         FOUR_STORE_DG.replace("m_k", "o_k < K - 1")),
+        (RACE, "programs-overlap", "race-detection", "o_k = i * BLOCK_K +", "o_k = i * (BLOCK_K // 2) +"),
+        (RAW, "product-with-weight-in-bfloat16", "bfloat16-check", "acc += b_dfolded * b_weight",
+         "acc += b_dfolded.to(tl.bfloat16) * b_weight.to(tl.bfloat16)"),
+        (VALUE, "last-rows-dropped", "error-rule", "acc += b_dfolded * b_weight",
+         "acc += tl.where(n + BLOCK_N < N, 1.0, 0.0) * b_dfolded * b_weight"),
+        (VALUE, "gate-not-applied", "error-rule", "(b_dfolded * b_gate[None, :])", "b_dfolded"),
+        (VALUE, "weight-of-another-linear", "error-rule",
+         "product_1, weight_1, gate_1, db_1, dw_1, dg_1, dbias_1, N_1, K_1, i",
+         "product_1, weight_0, gate_1, db_1, dw_1, dg_1, dbias_1, N_1, K_1, i"),
+        (VALUE, "sign-of-the-bias-gradient", "error-rule", "tl.store(dbias + o_n, b_db",
+         "tl.store(dbias + o_n, -b_db"),
+    ),
+    *in_kernel(
         "gate_gradient", options(),
         (READ, "row-mask-removed", "guard-page", GATE_LOAD, GATE_LOAD.replace("True, True", "False, True"),
          options(), "partial"),
@@ -257,6 +306,8 @@ PLANTED_IN = {
     **CHECKS,
     "fold": check_fold,
     "unfold": check_unfold,
+    "fold_gates": check_fold_gates,
+    "unfold_gates": check_unfold_gates,
     "gate_gradient": functools.partial(check_gate_gradient, rows=37, l1=0.25),
 }
 
@@ -268,8 +319,9 @@ def test_planted_defect(interpreter, defect):
 
 
 def test_every_kernel_has_planted_defects_of_every_kind():
-    # `fold` is elementwise: what it makes of a masked lane is masked again where it is stored.
-    assert_defects_of_every_kind(DEFECTS, gated_linear, KINDS, but_for=[("fold", OTHER)])
+    # A fold is elementwise: what it makes of a masked lane is masked again where it is stored.
+    folds = [("fold", OTHER), ("fold_gates", OTHER)]
+    assert_defects_of_every_kind(DEFECTS, gated_linear, KINDS, but_for=folds)
 
 
 def test_ids_of_planted_defects_are_distinct():

@@ -179,6 +179,60 @@ def check_unfold(op, data, gates="large", is_folded=False, product16=False, want
             assert_close_to_float64(partial.sum(0), exact, (total * seen).sum(0), "dg")
 
 
+def four_linears(data):
+    """Weights [N, K], gates [K] and biases [N] of four linears; K is a multiple of 8.
+
+    The first has the sizes of the case and one gate of 0; of the others N fills whole tiles.
+    """
+    case, generator = data.case, torch.Generator().manual_seed(2)
+    found = [], [], []
+    for N, K in ((case.N, case.K), (16, case.K), (32, case.K + 8), (48, 16)):
+        gate = torch.empty(K).uniform_(0.5, 1.5, generator=generator)
+        gate *= torch.randn(K, generator=generator).sign()
+        tensors = torch.randn(N, K, generator=generator), gate, torch.randn(N, generator=generator)
+        for tensors_so_far, tensor in zip(found, tensors, strict=True):
+            tensors_so_far.append(tensor)
+    found[1][0][-1] = 0.0
+    return found
+
+
+def at_the_page(tensors, case):
+    return [place_unpadded(t, "aligned", case.side) for t in tensors]
+
+
+def check_fold_gates(op, data, has_bias=True):
+    weights, gates, biases = four_linears(data)
+    dtype = data.tensors["x"].dtype
+    weights_there, gates_there, biases_there = (at_the_page(t, data.case) for t in (weights, gates, biases))
+    made = op._launch_fold_gates(weights_there, gates_there, biases_there if has_bias else None, dtype)
+    assert len(made) == (8 if has_bias else 4)
+    for weight, gate, folded in zip(weights, gates, made[:4], strict=True):
+        exact = weight.double() * gate.double()
+        assert_close_to_float64(folded, exact, (weight * gate).to(dtype), "folded")
+    for bias, cast in zip(biases, made[4:], strict=False):
+        assert_close_to_float64(cast, bias.double(), bias.to(dtype), "bias")
+
+
+def check_unfold_gates(op, data, has_bias=True):
+    weights, gates, _ = four_linears(data)
+    dtype, generator = data.tensors["x"].dtype, torch.Generator().manual_seed(3)
+    products = [torch.randn(w.shape, generator=generator).to(dtype) for w in weights]
+    dbs = [torch.randn(len(w), generator=generator).to(dtype) for w in weights] if has_bias else None
+    made = op._launch_unfold_gates(
+        at_the_page(products, data.case),
+        at_the_page(dbs, data.case) if has_bias else None,
+        at_the_page(weights, data.case),
+        at_the_page(gates, data.case),
+    )
+    assert len(made) == (12 if has_bias else 8) and all(t.dtype == torch.float32 for t in made)
+    for product, weight, gate, dw, dg in zip(products, weights, gates, made[:4], made[4:8], strict=True):
+        assert_close_to_float64(dw, product.double() * gate.double(), product.float() * gate, "dw")
+        exact = (product.double() * weight.double()).sum(0)
+        assert_close_to_float64(dg, exact, (product.float() * weight).sum(0), "dg")
+    for db, dbias in zip(dbs or (), made[8:], strict=True):
+        assert_close_to_float64(dbias, db.double(), db.float(), "db")
+
+
 def check_gate_gradient(op, data, rows, l1):
     gate = data.tensors["gate"].clone()
     gate[0] = 0.0
@@ -439,6 +493,21 @@ def test_unfold_of_other_layouts(interpreter, dtypes, layout):
 )
 def test_gate_gradient(interpreter, rows, K, l1):
     run(interpreter, check_gate_gradient, Case(1, K, 1, "f32", side="begin" if K % 2 else "end"), rows, l1)
+
+
+FOUR = [
+    Case(1, 8, 1, "bf16-f32"),
+    Case(1, 136, 37, "f16-f32", side="begin"),
+    Case(1, 40, 271, "bf16-f32"),
+    Case(1, 264, 115, "f16-f32", side="begin"),
+]
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("case", FOUR, ids=str)
+def test_four_gates_at_once(interpreter, case, has_bias):
+    run(interpreter, check_fold_gates, case, has_bias)
+    run(interpreter, check_unfold_gates, case, has_bias)
 
 
 PASSES = [

@@ -1,6 +1,7 @@
 """Paths that are forced, and the assembler for Hopper."""
 
 import importlib
+import importlib.util
 import threading
 import types
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from vtp_kernels import launching, library
-from vtp_kernels.launching import forced_path, paths, recording
+from vtp_kernels.launching import Config, forced_path, launch, paths, recording
 
 
 @pytest.fixture
@@ -104,3 +105,61 @@ def test_without_a_sound_ptxas_hopper_runs_on_pytorch(monkeypatch, ptxas, ptxas_
     for capability, expected in (((9, 0), f"H100: {reason}"), ((8, 0), None), ((10, 0), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert library.triton_unsupported_reason.__wrapped__(torch.device("cuda")) == expected
+
+
+def matrix(dtype=torch.float32):
+    return torch.zeros(16, 16, dtype=dtype)
+
+
+# What differs from a launch of `_fold_kernel`, and whether that is said to need another compilation.
+LAUNCHES = {
+    "the first": ({}, True),
+    "other tensors": ({"weight": matrix(), "N": 1}, False),
+    "another dtype": ({"folded": matrix(torch.float16), "kinds": (torch.float16,)}, True),
+    "another tile": ({"config": Config.of(4, 1, BLOCK_N=32, BLOCK_K=16)}, True),
+    "other warps": ({"config": Config.of(8, 1, BLOCK_N=16, BLOCK_K=16)}, True),
+    "not said": ({"kinds": None}, None),
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_a_launch_that_is_said_to_be_like_an_earlier_one_is_that_without_triton_s_search(monkeypatch):
+    from tests.support import stand_in_driver
+
+    kernel = importlib.import_module("vtp_kernels.gated_linear")._fold_kernel
+    searches, launches, run = [], [], type(kernel).run
+
+    def counted(self, *args, **kwargs):
+        searches.append(self)
+        return run(self, *args, **kwargs)
+
+    class Launcher(stand_in_driver._Launcher):
+        def __init__(self, source, metadata):
+            self.compilation = metadata.hash
+
+        def __call__(self, *arguments):
+            sizes, values = arguments[:3], arguments[-len(kernel.arg_names) :]
+            launches.append(
+                (self.compilation, sizes, [getattr(v, "data_ptr", lambda v=v: v)() for v in values])
+            )
+
+    monkeypatch.setattr(type(kernel), "run", counted)
+    monkeypatch.setattr(stand_in_driver._Driver, "launcher_cls", Launcher)
+    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
+    base = dict(weight=matrix(), gate=torch.ones(16), folded=matrix(torch.bfloat16), N=16, K=16, stride_w=16)
+    options = dict(config=Config.of(4, 1, BLOCK_N=16, BLOCK_K=16), kinds=(torch.bfloat16,))
+    compilations = set()
+    with stand_in_driver.gpu("sm_90"):
+        for name, (changed, is_new) in LAUNCHES.items():
+            given = {**base, **options, **changed}
+            how = {n: given.pop(n) for n in options}
+            for searched in (True, True) if is_new is None else (is_new, False):
+                searches.clear()
+                launch(kernel, (3, 2), given, **how, ALIGNED=True)
+                assert bool(searches) == searched, name
+            first, second = launches[-2:]
+            assert first == second and first[1] == (3, 2, 1), name
+            assert first[2][:3] == [given[n].data_ptr() for n in ("weight", "gate", "folded")], name
+            assert (first[0] not in compilations) == bool(is_new), name
+            compilations.add(first[0])

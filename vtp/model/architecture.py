@@ -466,6 +466,10 @@ def wrapped_hint(model: nn.Module) -> str:
     return ""
 
 
+# Forward hooks that leave outputs as they are.
+HARMLESS_HOOKS: set[Callable] = set()
+
+
 def refuse_changed_behaviour(model: nn.Module) -> None:
     """Refuse what a module does beyond its class and tensors: a cut, a file and a packed model forget it.
 
@@ -479,6 +483,8 @@ def refuse_changed_behaviour(model: nn.Module) -> None:
         _refuse_replaced_methods(where, module)
         for kind, hooks in (("pre-hook", module._forward_pre_hooks), ("hook", module._forward_hooks)):
             for hook in hooks.values():
+                if hook in HARMLESS_HOOKS:
+                    continue
                 raise UnsupportedModelError(
                     f"{where}: it has a forward {kind}, {_described(hook)}, which gates, a cut or a file "
                     f"would forget; {_how_to_remove(hook)}"

@@ -5,15 +5,18 @@
 """
 
 import copy
-from collections.abc import Mapping, Set
+import operator
+from collections.abc import Mapping, Sequence, Set
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtp.files import fingerprint
-from vtp.model.architecture import describe, on_meta, replace_sites
+from vtp.model.architecture import HARMLESS_HOOKS, describe, on_meta, replace_sites
 from vtp.model.eva import with_fused_sites
-from vtp_kernels import gated_linear
+from vtp.model.widths import SITES
+from vtp_kernels import fold_gates, gated_linear
 
 torch.fx.wrap("gated_linear")  # a traced program has it as one call
 
@@ -27,6 +30,9 @@ class GatedLinear(nn.Module):
     Buffers: `taylor` [in_features] float32, the sum over `taylor_steps` steps of `(g * dL/dg)**2`
     (Molchanov et al., "Importance Estimation for Neural Network Pruning", arXiv 1906.10771).
     """
+
+    # `weight * gate` and the bias for the next call, where the block folds its four gates at once.
+    folded: tuple[Tensor, Tensor | None] | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -56,24 +62,41 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to [..., out_features]."""
+        folded = self.folded
+        if folded is not None:
+            del self.__dict__["folded"]
+            return F.linear(x, *folded)
         return gated_linear(x, self.weight, self.gate, self.bias)
 
-    @torch.no_grad()
     def accumulate_taylor(self, scale: float = 1.0) -> None:
         """Add this step's `(g * dL/dg)**2` from `gate.grad`, the gradient of the task loss alone.
 
         Args:
             scale: factor that undoes a loss scaling, 1 / loss scale.
+
+        Raises:
+            ValueError: the gate has no gradient.
         """
-        if self.gate.grad is None:
-            raise ValueError("gate.grad: got None, expected the gradient of a backward pass")
-        self.taylor += (self.gate * self.gate.grad * scale).square()
-        self.taylor_steps += 1
+        accumulate_taylor([self], scale)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         )
+
+
+@torch.no_grad()
+def accumulate_taylor(layers: Sequence[GatedLinear], scale: float = 1.0) -> None:
+    """`GatedLinear.accumulate_taylor` of several layers, at least one, in launches for all together."""
+    gradients = [layer.gate.grad for layer in layers]
+    if any(gradient is None for gradient in gradients):
+        raise ValueError("gate.grad: got None, expected the gradient of a backward pass")
+    products = torch._foreach_mul([layer.gate for layer in layers], gradients)
+    if scale != 1.0:
+        torch._foreach_mul_(products, scale)
+    torch._foreach_mul_(products, products)
+    torch._foreach_add_([layer.taylor for layer in layers], products)
+    torch._foreach_add_([layer.taylor_steps for layer in layers], 1)
 
 
 def insert_gates(model: nn.Module) -> nn.Module:
@@ -91,7 +114,38 @@ def insert_gates(model: nn.Module) -> nn.Module:
     describe(model)
     gated = with_fused_sites(copy.deepcopy(model))
     replace_sites(gated, lambda _, linear: GatedLinear.from_linear(linear))
+    for block in gated.blocks:
+        block.register_forward_pre_hook(_fold_together)
+        block.register_forward_hook(_forget_folded, always_call=True)
     return gated
+
+
+_layers_of = operator.attrgetter(*SITES)
+
+
+def _fold_together(block: nn.Module, arguments: tuple) -> None:
+    """Give the gated layers of a block the weights that `fold_gates` makes of them, if it makes any."""
+    if torch.compiler.is_compiling() or not arguments:
+        return
+    layers = _layers_of(block)
+    if not all(isinstance(layer, GatedLinear) for layer in layers):
+        return
+    weights, gates = [layer.weight for layer in layers], [layer.gate for layer in layers]
+    folded = fold_gates(arguments[0], weights, gates, [layer.bias for layer in layers])
+    if folded is not None:
+        block.__dict__["folded_layers"] = layers
+        for layer, *pair in zip(layers, *folded, strict=True):
+            layer.__dict__["folded"] = pair
+
+
+def _forget_folded(block: nn.Module, arguments: tuple, output: object) -> None:
+    """A layer still has its weight where the call ended early: by an error, or when recomputed."""
+    if not torch.compiler.is_compiling():
+        for layer in block.__dict__.pop("folded_layers", ()):
+            layer.__dict__.pop("folded", None)
+
+
+HARMLESS_HOOKS.update((_fold_together, _forget_folded))
 
 
 def with_gates(model: nn.Module) -> nn.Module:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from vtp.pruning.gates import GatedLinear
+from vtp.pruning.gates import GatedLinear, accumulate_taylor
 from vtp.training.config import TrainConfig
 
 
@@ -51,15 +51,21 @@ def gate_param_groups(
     return groups
 
 
+@torch.no_grad()
 def settle_gates(layers: Sequence[GatedLinear], config: TrainConfig, take_taylor: bool) -> None:
     """Between backward and update: the Taylor statistics from the gradients of the task loss, if asked, and
-    then the penalty's own gradient, `l1 sign(g)`."""
+    then the penalty's own gradient, `l1 sign(g)`.
+
+    All gates at once, as PyTorch's optimizers take their tensors: else the host would launch seven kernels
+    for each gate.
+    """
+    if not layers:
+        return
     if take_taylor:
-        for layer in layers:
-            layer.accumulate_taylor()
+        accumulate_taylor(layers)
     if config.l1 > 0 and config.l1_mode == "subgradient":
-        for layer in layers:
-            layer.gate.grad.add_(layer.gate.detach().sign(), alpha=config.l1)
+        signs = torch._foreach_sign([layer.gate for layer in layers])
+        torch._foreach_add_([layer.gate.grad for layer in layers], signs, alpha=config.l1)
 
 
 def soft_threshold(gates: Iterable[Tensor], amount: float) -> None:

@@ -136,6 +136,32 @@ def _unfold(a: SimpleNamespace) -> Work:
     return Work(programs, loads, "dw partial")
 
 
+def _linears(a: SimpleNamespace) -> list[tuple[int, int, int]]:
+    """The number, N and K of each of four linears in one launch."""
+    return [(i, getattr(a, f"N_{i}"), getattr(a, f"K_{i}")) for i in range(4)]
+
+
+def _fold_gates(a: SimpleNamespace) -> Work:
+    programs, loads = 0, {}
+    for i, N, K in _linears(a):
+        rows, columns = cdiv(N, a.BLOCK_N), cdiv(K, a.BLOCK_K)
+        programs += rows * columns
+        loads[f"weight_{i}"] = rows * columns, a.BLOCK_N, a.BLOCK_K
+        loads[f"gate_{i}"] = rows * columns, a.BLOCK_K
+        loads[f"bias_{i}"] = rows, a.BLOCK_N
+    return Work(programs, loads, " ".join(f"folded_{i} cast_{i}" for i in range(4)))
+
+
+def _unfold_gates(a: SimpleNamespace) -> Work:
+    programs, loads = 0, {}
+    for i, N, K in _linears(a):
+        rows, columns = cdiv(N, a.BLOCK_N) * a.BLOCK_N, cdiv(K, a.BLOCK_K)
+        programs += columns
+        loads[f"product_{i}"] = loads[f"weight_{i}"] = columns, rows, a.BLOCK_K
+        loads[f"gate_{i}"], loads[f"db_{i}"] = (columns, a.BLOCK_K), (rows,)
+    return Work(programs, loads, " ".join(f"dw_{i} dg_{i} dbias_{i}" for i in range(4)))
+
+
 def _gate_gradient(a: SimpleNamespace) -> Work:
     programs, rows = cdiv(a.K, a.BLOCK_K), cdiv(a.rows, a.BLOCK_R) * a.BLOCK_R
     return Work(programs, {"partial": (programs, rows, a.BLOCK_K), "gate": (programs, a.BLOCK_K)}, "dg")
@@ -229,6 +255,8 @@ KERNELS: dict[str, Callable[[SimpleNamespace], Work]] = {
     "_gated_linear_dw_kernel": _dw,
     "_fold_kernel": _fold,
     "_unfold_kernel": _unfold,
+    "_fold_gates_kernel": _fold_gates,
+    "_unfold_gates_kernel": _unfold_gates,
     "_gate_gradient_kernel": _gate_gradient,
     "_layer_norm_gather_fwd_kernel": _layer_norm_gather,
     "_compact_linear_fwd_kernel": _compact_linear,

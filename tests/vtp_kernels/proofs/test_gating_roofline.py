@@ -41,6 +41,13 @@ DW = dict(dy=DY, x=X, weight=WEIGHT, gate=GATE, dw=WEIGHT, partial=PARTIAL, **SI
 FLOPS = (2 * 5 * 3 * 7, 2 * 8 * 4 * 8)
 
 # Kernel, grid, blocks, arguments; bytes with each operand once; bytes loaded by tiles and stored; FLOPs.
+
+
+def four(**arguments):
+    """The arguments of a launch for four linears that are alike."""
+    return {f"{name}_{i}": value for i in range(4) for name, value in arguments.items()}
+
+
 LAUNCHES = {
     "fwd": (
         op._gated_linear_fwd_kernel, (4,), TILES,
@@ -75,6 +82,18 @@ LAUNCHES = {
     "unfold": (
         op._unfold_kernel, (2, 2), dict(BLOCK_N=2, BLOCK_K=4), UNFOLD,
         42 + 42 + 28 + 84 + 56, 4 * (16 + 16 + 16) + 84 + 56, 0, 0,
+    ),
+    # Four linears of the same sizes, each in four programs; in the second launch, in two.
+    "fold of four": (
+        op._fold_gates_kernel, (16,), dict(BLOCK_N=2, BLOCK_K=4),
+        four(weight=WEIGHT, gate=GATE, bias=torch.empty(3), folded=half(3, 7), cast=half(3), N=3, K=7),
+        4 * (84 + 28 + 12 + 42 + 6), 4 * (4 * (32 + 16) + 2 * 8 + 42 + 6), 0, 0,
+    ),
+    "unfold of four": (
+        op._unfold_gates_kernel, (8,), dict(BLOCK_N=2, BLOCK_K=4),
+        four(product=half(3, 7), weight=WEIGHT, gate=GATE, db=half(3), dw=WEIGHT, dg=GATE,
+             dbias=torch.empty(3), N=3, K=7),
+        4 * (42 + 84 + 28 + 6 + 84 + 28 + 12), 4 * (2 * (32 + 64 + 16) + 8 + 84 + 28 + 12), 0, 0,
     ),
     "gate gradient": (
         op._gate_gradient_kernel, (2,), dict(BLOCK_R=16, BLOCK_K=4),
