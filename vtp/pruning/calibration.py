@@ -391,10 +391,11 @@ def _block_tensors(
     if turns:
         proj, bias = dense.proj
         out = sums.sites["attn.proj"]
+        covariance = out.covariance
         kept = max(1, round(PROBED_SHARE * d))
         energies, projection = [], torch.zeros(H * d, H * d, dtype=torch.float64, device=proj.device)
         for own in (slice(head * d, (head + 1) * d) for head in range(H)):
-            turn, back, energy = turned_values(out.covariance[own, own], proj[:, own])
+            turn, back, energy = turned_values(covariance[own, own], proj[:, own])
             energies.append(energy)
             projection[own, own] = back[:, :kept] @ turn[:, :kept].T
         yield "attn.values", torch.stack(energies)

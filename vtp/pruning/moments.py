@@ -15,6 +15,7 @@ from vtp.group import Group, sum_over
 # samples than anyone has, the estimate of OAS is that nothing is needed, and rounding says something else.
 LEAST_DAMPING = 1e-8
 _ROWS_AT_ONCE = 2048  # of which the products are summed in the rows' own precision
+_COLUMNS_AT_ONCE = 384  # of x' x, of which only what is right of the diagonal, and on it, is computed
 _NOTHING = 1e-60  # a variance: what float32 can hold squared, and far from it
 
 
@@ -65,12 +66,9 @@ class Moments:
         targets = [e for _, e in self._waiting if e is not None]
         self._waiting = []
         self._x += x.sum(0)
-        half = x.shape[1] // 2  # the lower left is the upper right, turned
-        left, right = x[:, :half], x[:, half:]
-        self._xx[:half, :half] += left.T @ left
-        self._xx[:half, half:] += left.T @ right
-        self._xx[half:, half:] += right.T @ right
-        self._xx[half:, :half] = self._xx[:half, half:].T
+        for start in range(0, x.shape[1], _COLUMNS_AT_ONCE):
+            some = slice(start, start + _COLUMNS_AT_ONCE)
+            self._xx[some, start:] += x[:, some].T @ x[:, start:]
         if targets:
             e = torch.cat(targets)
             self._e += e.sum(0)
@@ -114,7 +112,9 @@ class Moments:
         """Of x with itself, float64 [inputs, inputs]."""
         self._take_in()
         mean = self._x / self.count
-        return self._xx / self.count - torch.outer(mean, mean)
+        # Below the diagonal, but for its blocks, there is nothing: the product is symmetric.
+        upper = self._xx.triu()
+        return (upper + upper.triu(1).T) / self.count - torch.outer(mean, mean)
 
     @property
     def raw(self) -> Tensor:
@@ -281,7 +281,8 @@ def obs_curve(covariance: Tensor, weight: Tensor, samples: int, block: int = 128
         order += left[removed].tolist()
         c, d, left = c[:, alive], d[:, alive], left[alive]
         inverse = inverse[alive][:, alive] - c.T @ c
-        gram = gram[alive][:, alive] - c.T @ d - d.T @ c
+        both = c.T @ d
+        gram = gram[alive][:, alive] - both - both.T
     return torch.tensor(order), torch.tensor(errors, dtype=torch.float64)
 
 

@@ -4,7 +4,7 @@ Block by block, each linear layer is fitted by damped least squares on images: f
 into it, as cut and fitted so far, to what the *dense* model has there. Second moments of the dense model
 alone could not do this, as the inputs of a layer change once what is before it is cut. Targets are
 
-    qkv, fc1    the dense layer's outputs
+    qkv, fc1    the dense layer's outputs, by way of its inputs
     proj, fc2   what the residual stream of the cut model lacks: x_dense - x_cut behind the branch. So each
                 branch also mends what those before it left
 
@@ -150,20 +150,20 @@ class _BlockFit:
         alive = hasattr(own, "qkv")
         d, heads = attn.head_dim, range(attn.num_heads)
         inputs = self.kept["attn.qkv"]
+        kept_first = _kept_first(inputs, self.architecture.embed_dim)
         weight, bias = scaled_weight(attn.qkv)
-        weight = weight[:, inputs]
-        sums = Moments(len(inputs), len(weight), self.device)
+        sums = Moments(len(inputs), len(kept_first), self.device)
         out = Moments(attn.proj.in_features, device=self.device)
         queries, keys = ([Moments(d, device=self.device) for _ in heads] for _ in range(2))
         narrow = any(0 < width < d for width in self.keys)
         self._begin_branch()
         for piece, (x, rest) in enumerate(self._pieces()):
-            qkv = attn.qkv(self.block.norm1(x))
-            query, key, value = split_heads(attn, qkv, self.rope)
+            normed = self.block.norm1(x)
+            query, key, value = split_heads(attn, attn.qkv(normed), self.rope)
             heads_out = attend(attn, query, key, value)
             if alive:
-                normed = self.own.norm1(self._thinned(rest, piece))
-                sums.add(normed, self._thinned(qkv, piece) - _linear(normed, weight, bias))
+                given = self.own.norm1(self._thinned(rest, piece))
+                sums.add(given, _missing(self._thinned(normed, piece), given, kept_first))
                 if self.turned:
                     out.add(self._thinned(heads_out, piece))
                 varying = centred(key) if narrow else key
@@ -180,8 +180,10 @@ class _BlockFit:
         for moments in (sums, *([out] if self.turned else ()), *((*queries, *keys) if narrow else ())):
             moments.sum_over(self.group)
         change, shift = ridge(sums, self.damping, attn.qkv.bias is not None)
-        weight, bias = weight + change, bias + shift
+        behind = weight[:, kept_first]
+        weight, bias = weight[:, inputs] + behind @ change, bias + behind @ shift
         rows, columns = [], []
+        of_values = out.covariance if self.turned else None
         for head in heads:
             part = slice(head * d, (head + 1) * d)
             # The softmax does not see the mean of keys, which may be large beside how they vary.
@@ -190,7 +192,7 @@ class _BlockFit:
                 bias[own_keys] = -weight[own_keys] @ sums.mean
             if self.keys[head]:
                 to_query, to_key = self._scores_kept(queries[head], keys[head], self.keys[head])
-                turn, back = self._values_kept(out, proj[:, part], head)
+                turn, back = self._values_kept(of_values, proj[:, part], head)
                 rows.append((to_query, to_key, turn))
                 columns.append(proj[:, part] @ back)
         parts = [t.unflatten(0, (3, attn.num_heads, d)) for t in (weight, bias)]
@@ -212,7 +214,7 @@ class _BlockFit:
                 out = own.attend(own.qkv(self.own.norm1(rest)), None, False, self.rope, on_kernels=False)
                 given = own.norm(out)
                 entered.append(short.keep(given))
-                lack = self._counted(self._lack(piece, x, rest), piece)
+                lack = self._counted_lack(piece, x, rest)
                 counted = self._counted(given, piece)
                 sums.add(counted, lack - _linear(counted, prior, proj_bias))
             self._set(own.proj, self.own.ls1, prior, proj_bias, sums)
@@ -225,30 +227,30 @@ class _BlockFit:
         alive = hasattr(own, "fc1")
         inputs, hidden = self.kept["mlp.fc1"], self.kept["mlp.fc2"]
         made = hidden_rows(hidden, self.architecture)
-        weight, bias = scaled_weight(mlp.fc1)
-        weight, bias = weight[made][:, inputs], bias[made]
-        sums = Moments(len(inputs), len(made), self.device)
+        kept_first = _kept_first(inputs, self.architecture.embed_dim)
+        sums = Moments(len(inputs), len(kept_first), self.device)
         if self.read is not None:  # nothing else is wanted from here on
             self.dense, self.cut = ([piece[:, : self.read] for piece in s] for s in (self.dense, self.cut))
             self.taken = None
         self._begin_branch()
         for piece, (x, rest) in enumerate(self._pieces()):
-            given = mlp.fc1(self.block.norm2(x))
+            normed = self.block.norm2(x)
             if alive:
-                normed = self.own.norm2(self._counted(rest, piece))
-                sums.add(normed, self._counted(given, piece)[:, made] - _linear(normed, weight, bias))
-            x += scaled(mlp.fc2(into_fc2(mlp, given)), self.gammas[1])
+                given = self.own.norm2(self._counted(rest, piece))
+                sums.add(given, _missing(self._counted(normed, piece), given, kept_first))
+            x += scaled(mlp.fc2(into_fc2(mlp, mlp.fc1(normed))), self.gammas[1])
         if not alive:
             own.bias.copy_(self._mean_lack())
             for _, rest in self._pieces():
                 rest += own.bias
             return
-        self._set(own.fc1, nn.Identity(), weight, bias, sums)
+        weight, bias = (part[made] for part in scaled_weight(mlp.fc1))
+        self._set(own.fc1, nn.Identity(), weight[:, inputs], bias, sums, behind=weight[:, kept_first])
         weight, bias = scaled_weight(mlp.fc2, self.gammas[1])
         weight = weight[:, hidden]
         sums = Moments(len(hidden), len(weight), self.device)
         for piece, (x, rest) in enumerate(self._pieces()):
-            lack = self._counted(self._lack(piece, x, rest), piece)
+            lack = self._counted_lack(piece, x, rest)
             given = into_fc2(own, own.fc1(self.own.norm2(self._counted(rest, piece))))
             sums.add(given, lack - _linear(given, weight, bias))
         self._set(own.fc2, self.own.ls2, weight, bias, sums)
@@ -287,6 +289,11 @@ class _BlockFit:
         if not self.feedback:
             self.before = [x - rest for x, rest in self._pieces()]
 
+    def _counted_lack(self, piece: int, x: Tensor, rest: Tensor) -> Tensor:
+        """The rows of `_lack` that count."""
+        lack = self._counted(x, piece) - self._counted(rest, piece)
+        return lack if self.feedback else lack - self._counted(self.before[piece], piece)
+
     def _lack(self, piece: int, x: Tensor, rest: Tensor) -> Tensor:
         """What a branch of the cut model should put out, from the streams behind and before it."""
         return x - rest if self.feedback else x - rest - self.before[piece]
@@ -309,13 +316,16 @@ class _BlockFit:
         to_query, to_key, _ = narrowed_scores(queries.raw, keys.raw)
         return to_query[:, :width], to_key[:, :width]
 
-    def _values_kept(self, out: Moments, proj: Tensor, head: int) -> tuple[Tensor, Tensor]:
-        """(turn, back) [d, kept] of one head: what values meet, and what the columns of proj meet."""
+    def _values_kept(self, covariance: Tensor | None, proj: Tensor, head: int) -> tuple[Tensor, Tensor]:
+        """(turn, back) [d, kept] of one head: what values meet, and what the columns of proj meet.
+
+        covariance: of what goes into the dense proj, where values are turned.
+        """
         d, width = proj.shape[1], self.values[head]
         own = slice(head * d, (head + 1) * d)
         eye = torch.eye(d, dtype=torch.float64, device=self.device)
-        if self.turned and width < d:
-            turn, back, _ = turned_values(out.covariance[own, own], proj)
+        if covariance is not None and width < d:
+            turn, back, _ = turned_values(covariance[own, own], proj)
             return turn[:, :width], back[:, :width]
         kept = self.kept["attn.proj"]
         chosen = kept[(kept >= own.start) & (kept < own.stop)] - own.start
@@ -323,16 +333,45 @@ class _BlockFit:
             return eye, eye[:, chosen]
         return eye[:, chosen], eye[:, chosen]
 
-    def _set(self, layer: nn.Linear, scale: nn.Module, weight: Tensor, bias: Tensor, sums: Moments) -> None:
-        """The layer that has been missing `sums` of its targets; its LayerScale becomes 1."""
+    def _set(
+        self,
+        layer: nn.Linear,
+        scale: nn.Module,
+        weight: Tensor,
+        bias: Tensor,
+        sums: Moments,
+        behind: Tensor | None = None,
+    ) -> None:
+        """The layer that has been missing `sums` of its targets, or what `behind` makes the rest of its
+        targets of; its LayerScale becomes 1."""
         sums.sum_over(self.group)
         change, shift = ridge(sums, self.damping, layer.bias is not None)
+        if behind is not None:
+            change, shift = behind @ change, behind @ shift
         layer.weight.copy_(weight + change)
         if layer.bias is not None:
             layer.bias.copy_(bias + shift)
         take_from_first(self.group, layer.weight, layer.bias)
         if isinstance(scale, LayerScale):
             scale.gamma.fill_(1)
+
+
+def _kept_first(inputs: Tensor, width: int) -> Tensor:
+    """Inputs of a dense layer in an order that begins with those that are kept."""
+    removed = torch.ones(width, dtype=torch.bool, device=inputs.device)
+    removed[inputs] = False
+    return torch.cat([inputs, removed.nonzero()[:, 0]])
+
+
+def _missing(dense: Tensor, cut: Tensor, kept_first: Tensor) -> Tensor:
+    """What rows of a cut layer's inputs [n, kept] lack of the dense one's [n, width], in the order given.
+
+    Times the dense weights it is what the cut layer lacks with those of them that it keeps: few dimensions,
+    where the outputs of qkv or fc1 are many.
+    """
+    missing = dense.index_select(1, kept_first)
+    missing[:, : cut.shape[1]] -= cut
+    return missing
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
