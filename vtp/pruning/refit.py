@@ -25,14 +25,16 @@ from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from vtp.group import Group, refuse_different, sum_over, take_from_first, together
-from vtp.model.architecture import Architecture
 from vtp.model.widths import SITES
 from vtp.pruning.dense_block import (
     attend,
     centred,
+    fast_layers,
     hidden_rows,
     into_fc2,
     layer_scales,
+    linear,
+    read_tokens,
     scaled,
     scaled_weight,
     split_heads,
@@ -43,7 +45,7 @@ from vtp.pruning.streams import Progress, Store, Stream, embedded
 
 # Rows that moments are taken from, spread over all images: so many for each input of the widest layer, and
 # this many at least. Images count, as the tokens of one are alike; more rows take time and add little.
-ROWS_PER_INPUT, LEAST_ROWS = 20, 32_768
+ROWS_PER_INPUT, LEAST_ROWS = 10, 32_768
 # Two thousand are enough (docs/one-shot.md), and all that are read are kept: these take a DeiT-B 20 GB.
 MOST_IMAGES = 16_384
 
@@ -86,25 +88,16 @@ def refit(
         stream = embedded(plain, images, store, progress, most=MOST_IMAGES, group=group)
         with together(group):  # a disk may be full
             cut = [store.keep(piece.clone()) for piece in stream.pieces]
-        for i, (block, own) in enumerate(zip(plain.blocks, small.blocks, strict=True)):
-            if progress is not None:
-                progress(f"block {i + 1} of {len(plain.blocks)}", i / len(plain.blocks))
-            read = _read_tokens(plan.architecture) if i == len(plain.blocks) - 1 else None
-            fit = _BlockFit(plan, i, block, own, stream, cut, read, damping, feedback)
-            fit.attention(store)
-            fit.mlp()
+        with fast_layers(plain, small):
+            for i, (block, own) in enumerate(zip(plain.blocks, small.blocks, strict=True)):
+                if progress is not None:
+                    progress(f"block {i + 1} of {len(plain.blocks)}", i / len(plain.blocks))
+                read = read_tokens(plan.architecture) if i == len(plain.blocks) - 1 else None
+                fit = _BlockFit(plan, i, block, own, stream, cut, read, damping, feedback)
+                fit.attention(store)
+                fit.mlp()
     finally:
         store.close()
-
-
-def _read_tokens(architecture: Architecture) -> int | None:
-    """How many tokens behind the last block, from the first on, the model's output depends on; None for all.
-
-    Without a head, all: who takes features may want those of patches.
-    """
-    if architecture.global_pool != "token" or not architecture.num_classes:
-        return None
-    return 1 + int(architecture.distilled)
 
 
 class _BlockFit:
@@ -153,8 +146,7 @@ class _BlockFit:
         kept_first = _kept_first(inputs, self.architecture.embed_dim)
         weight, bias = scaled_weight(attn.qkv)
         sums = Moments(len(inputs), len(kept_first), self.device)
-        out = Moments(attn.proj.in_features, device=self.device)
-        queries, keys = ([Moments(d, device=self.device) for _ in heads] for _ in range(2))
+        queries, keys, outs = ([Moments(d, device=self.device) for _ in heads] for _ in range(3))
         narrow = any(0 < width < d for width in self.keys)
         self._begin_branch()
         for piece, (x, rest) in enumerate(self._pieces()):
@@ -164,12 +156,11 @@ class _BlockFit:
             if alive:
                 given = self.own.norm1(self._thinned(rest, piece))
                 sums.add(given, _missing(self._thinned(normed, piece), given, kept_first))
+                if narrow:
+                    self._add_heads(queries, query.transpose(1, 2), piece)
+                    self._add_heads(keys, centred(key).transpose(1, 2), piece)
                 if self.turned:
-                    out.add(self._thinned(heads_out, piece))
-                varying = centred(key) if narrow else key
-                for head in heads if narrow else ():
-                    queries[head].add(self._thinned(query[:, head], piece))
-                    keys[head].add(self._thinned(varying[:, head], piece))
+                    self._add_heads(outs, heads_out.unflatten(-1, (attn.num_heads, d)), piece)
             x += scaled(attn.proj(heads_out), self.gammas[0])
         proj, proj_bias = scaled_weight(attn.proj, self.gammas[0])
         if not alive:
@@ -177,13 +168,12 @@ class _BlockFit:
             for _, rest in self._pieces():
                 rest += own.bias
             return
-        for moments in (sums, *([out] if self.turned else ()), *((*queries, *keys) if narrow else ())):
+        for moments in (sums, *(outs if self.turned else ()), *((*queries, *keys) if narrow else ())):
             moments.sum_over(self.group)
         change, shift = ridge(sums, self.damping, attn.qkv.bias is not None)
         behind = weight[:, kept_first]
         weight, bias = weight[:, inputs] + behind @ change, bias + behind @ shift
         rows, columns = [], []
-        of_values = out.covariance if self.turned else None
         for head in heads:
             part = slice(head * d, (head + 1) * d)
             # The softmax does not see the mean of keys, which may be large beside how they vary.
@@ -192,7 +182,7 @@ class _BlockFit:
                 bias[own_keys] = -weight[own_keys] @ sums.mean
             if self.keys[head]:
                 to_query, to_key = self._scores_kept(queries[head], keys[head], self.keys[head])
-                turn, back = self._values_kept(of_values, proj[:, part], head)
+                turn, back = self._values_kept(outs[head], proj[:, part], head)
                 rows.append((to_query, to_key, turn))
                 columns.append(proj[:, part] @ back)
         parts = [t.unflatten(0, (3, attn.num_heads, d)) for t in (weight, bias)]
@@ -278,8 +268,13 @@ class _BlockFit:
         ]
 
     def _thinned(self, x: Tensor, piece: int) -> Tensor:
-        """Some of the rows [n, width] of x [images, tokens, width]; other tokens of each image."""
+        """Some of the rows [n, ...] of x [images, tokens, ...]; other tokens of each image."""
         return x.flatten(0, 1) if self.taken is None else x.flatten(0, 1)[self.taken[piece]]
+
+    def _add_heads(self, sums: list[Moments], x: Tensor, piece: int) -> None:
+        """Take some rows of x [images, tokens, heads, d] into the moments of each head."""
+        for moments, rows in zip(sums, self._thinned(x, piece).unbind(1), strict=True):
+            moments.add(rows)
 
     def _counted(self, x: Tensor, piece: int) -> Tensor:
         """Rows of tokens that what the block puts out is fitted on: some of all, or all of those read."""
@@ -316,16 +311,13 @@ class _BlockFit:
         to_query, to_key, _ = narrowed_scores(queries.raw, keys.raw)
         return to_query[:, :width], to_key[:, :width]
 
-    def _values_kept(self, covariance: Tensor | None, proj: Tensor, head: int) -> tuple[Tensor, Tensor]:
-        """(turn, back) [d, kept] of one head: what values meet, and what the columns of proj meet.
-
-        covariance: of what goes into the dense proj, where values are turned.
-        """
+    def _values_kept(self, out: Moments, proj: Tensor, head: int) -> tuple[Tensor, Tensor]:
+        """(turn, back) [d, kept] of one head: what values meet, and what the columns of proj meet."""
         d, width = proj.shape[1], self.values[head]
         own = slice(head * d, (head + 1) * d)
         eye = torch.eye(d, dtype=torch.float64, device=self.device)
-        if covariance is not None and width < d:
-            turn, back, _ = turned_values(covariance[own, own], proj)
+        if self.turned and width < d:
+            turn, back, _ = turned_values(out.covariance, proj)
             return turn[:, :width], back[:, :width]
         kept = self.kept["attn.proj"]
         chosen = kept[(kept >= own.start) & (kept < own.stop)] - own.start
@@ -375,4 +367,4 @@ def _missing(dense: Tensor, cut: Tensor, kept_first: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(x, weight.to(x), bias.to(x))
+    return linear(x, weight.to(x), bias.to(x))
