@@ -253,7 +253,7 @@ def obs_curve(covariance: Tensor, weight: Tensor, samples: int, block: int = 128
         order: int64 [p], first what is removed first; errors: float64 [p + 1], after so many removals.
     """
     eye = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
-    inverse = torch.linalg.inv(covariance + _positive(covariance, samples) * eye)
+    inverse = _inverse(covariance + _positive(covariance, samples) * eye)
     gram = weight.double().T @ weight.double()  # of the columns of W, which the costs need and nothing else
     left = torch.arange(len(covariance), device=covariance.device)
     order: list[int] = []
@@ -284,6 +284,12 @@ def obs_curve(covariance: Tensor, weight: Tensor, samples: int, block: int = 128
         both = c.T @ d
         gram = gram[alive][:, alive] - both - both.T
     return torch.tensor(order), torch.tensor(errors, dtype=torch.float64)
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """The inverse of a symmetric matrix, faster where rounding has left it positive definite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.inv(matrix) if failed else torch.cholesky_inverse(factor)
 
 
 def _positive(covariance: Tensor, samples: int) -> float:
