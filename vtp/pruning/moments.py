@@ -15,7 +15,7 @@ from vtp.group import Group, sum_over
 # samples than anyone has, the estimate of OAS is that nothing is needed, and rounding says something else.
 LEAST_DAMPING = 1e-8
 _ROWS_AT_ONCE = 2048  # of which the products are summed in the rows' own precision
-_COLUMNS_AT_ONCE = 384  # of x' x, of which only what is right of the diagonal, and on it, is computed
+_LEAST_COLUMNS = 128  # of x' x at once, where an eighth of them is fewer
 _NOTHING = 1e-60  # a variance: what float32 can hold squared, and far from it
 
 
@@ -66,8 +66,9 @@ class Moments:
         targets = [e for _, e in self._waiting if e is not None]
         self._waiting = []
         self._x += x.sum(0)
-        for start in range(0, x.shape[1], _COLUMNS_AT_ONCE):
-            some = slice(start, start + _COLUMNS_AT_ONCE)
+        step = max(_LEAST_COLUMNS, -(-x.shape[1] // 8))
+        for start in range(0, x.shape[1], step):  # what is left of these columns is above them, turned
+            some = slice(start, start + step)
             self._xx[some, start:] += x[:, some].T @ x[:, start:]
         if targets:
             e = torch.cat(targets)

@@ -61,6 +61,7 @@ def refit(
     progress: Progress | None = None,
     damping: float | None = None,
     feedback: bool = True,
+    rows: int | None = None,
     group: Group = None,
 ) -> None:
     """Set the weights of a cut model's blocks, in place. A LayerScale becomes a part of them, and 1.
@@ -74,6 +75,8 @@ def refit(
         progress: called with what is going on and the share that is done.
         damping: as `moments.ridge` takes it.
         feedback: False takes the dense branch's own outputs as the targets of proj and fc2.
+        rows: that moments are taken from, at least, of all that there are; None for `ROWS_PER_INPUT` for each
+            input of the widest layer, and no fewer than `LEAST_ROWS`.
         group: as `vtp.calibrate` takes it. Each process runs its images; sums are over all of them, and what
             is solved from these on the first process goes to all.
 
@@ -88,12 +91,13 @@ def refit(
         stream = embedded(plain, images, store, progress, most=MOST_IMAGES, group=group)
         with together(group):  # a disk may be full
             cut = [store.keep(piece.clone()) for piece in stream.pieces]
+        rows = rows or max(ROWS_PER_INPUT * max(plan.widths.values()), LEAST_ROWS)
         with fast_layers(plain, small):
             for i, (block, own) in enumerate(zip(plain.blocks, small.blocks, strict=True)):
                 if progress is not None:
                     progress(f"block {i + 1} of {len(plain.blocks)}", i / len(plain.blocks))
                 read = read_tokens(plan.architecture) if i == len(plain.blocks) - 1 else None
-                fit = _BlockFit(plan, i, block, own, stream, cut, read, damping, feedback)
+                fit = _BlockFit(plan, i, block, own, stream, cut, read, rows, damping, feedback)
                 fit.attention(store)
                 fit.mlp()
     finally:
@@ -108,6 +112,7 @@ class _BlockFit:
         block, own: it in the dense and in the cut model.
         stream, cut: of the dense model, and the pieces of that of the cut one.
         read: tokens of an image, from the first on, that what the block puts out is fitted on; None for all.
+        rows: as `refit` takes it, but not None.
         damping, feedback: as `refit` takes them.
     """
 
@@ -120,6 +125,7 @@ class _BlockFit:
         stream: Stream,
         cut: list[Tensor],
         read: int | None,
+        rows: int,
         damping: float | None,
         feedback: bool,
     ) -> None:
@@ -127,7 +133,6 @@ class _BlockFit:
         self.rope, self.gammas, self.group = stream.ropes[index], layer_scales(block), stream.group
         self.damping, self.feedback = damping, feedback
         self.device = block.attn.qkv.weight.device
-        rows = max(ROWS_PER_INPUT * max(plan.widths.values()), LEAST_ROWS)
         self.taken = self._rows_taken(stream, every=max(1, stream.images * stream.tokens // rows))
         self.kept = {
             site: torch.tensor(plan.kept[f"blocks.{index}.{site}"], dtype=torch.int64, device=self.device)
