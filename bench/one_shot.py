@@ -7,6 +7,7 @@ the same --out, it goes on where it stopped.
 
     python -m bench.one_shot --out runs/one_shot.json [--original-test FOLDER]
     python -m bench.one_shot --out bench/results/one_shot.json --markdown
+    python -m bench.one_shot --time deit_base_patch16_224 1024   # how long it takes on a larger model
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from matplotlib.figure import Figure
 from timm.models.vision_transformer import Attention
@@ -33,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vtp
 from bench.results_file import add_results_file, check_results_file, print_results
 from vtp.files import write_atomic
-from vtp.machine import commit, description, in_one_line
+from vtp.machine import commit, description, in_one_line, peak_bytes
 from vtp.pruning.gates import with_gates
 from vtp.pruning.refit import refit
 from vtp.pruning.streams import plain_copy
@@ -45,6 +47,7 @@ SHARES = (0.55, 0.354, 0.25)  # of the dense model's MACs; the first two are tho
 IMAGES = 2000
 COUNTS = (128, 512, 2000, 10_000)
 DAMPINGS = (None, 1e-4, 1e-3, 1e-2, 1e-1)  # None: OAS
+ROWS = (5, 10, 20, 80)  # for each input of the widest layer
 RANKS = (16, 8, 4, 2)
 NARROWED = {
     "svd": "whitened SVD",
@@ -295,6 +298,9 @@ def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], tuple[nn.Module,
                 f"damping/{damping}/{share}",
                 lambda d=damping, s=share: optimal(labelled[0], s, damping=d),
             )
+        for rows in ROWS:
+            number = rows * setting.model.blocks[0].mlp.fc2.in_features
+            yield f"rows/{rows}/{share}", lambda n=number, s=share: optimal(labelled[0], s, rows=n)
         yield f"feedback/False/{share}", lambda s=share: optimal(labelled[0], s, feedback=False)
 
     def narrow(rank: int) -> tuple[nn.Module, float]:
@@ -435,6 +441,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines += table(
         "damping", budgets, ((label, [f"{way}/{share}" for share in SHARES[:2]]) for label, way in ways)
     )
+    rows = [(str(n), [f"rows/{n}/{share}" for share in SHARES[:2]]) for n in ROWS]
+    lines += table("rows for each input", budgets, rows)
     lines += table(
         "rank of q and k, of 32",
         map(str, RANKS),
@@ -476,6 +484,36 @@ def draw(results: dict[str, Any], file: Path) -> None:
     write_atomic(file, lambda path: figure.savefig(path, format="png"))
 
 
+def time_stages(name: str, images: int) -> None:
+    """Calibrate a model of timm's, plan 55% of its MACs, cut it with the refit; print what each takes.
+
+    Weights and images are random: time and memory depend on the shapes, and on what the plan leaves of each.
+    """
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    inputs = torch.randn(images, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    macs = SHARES[0] * vtp.count(model).macs
+    made: dict[str, Any] = {}
+    stages: dict[str, Callable[[], Any]] = {
+        "calibration": lambda: vtp.calibrate(model, inputs),
+        "plan": lambda: vtp.make_plan(model, macs=macs, statistics=made["calibration"], scope="optimal"),
+        "cut and refit": lambda: vtp.compact(model, made["plan"], images=inputs),
+    }
+
+    def timed() -> Tensor:
+        for stage, make in stages.items():
+            start = time.perf_counter()
+            made[stage] = make()
+            print(f"{stage}: {time.perf_counter() - start:.1f} s", flush=True)
+        return inputs
+
+    start = time.perf_counter()
+    _, peak = peak_bytes(timed, torch.device("cpu"))
+    memory = "" if peak is None else f", at most {peak / 1e9:.2f} GB in use"
+    print(f"{name}, {images:,} images: {time.perf_counter() - start:.1f} s{memory}")
+    print(in_one_line(description(torch.device("cpu")) | {"commit": commit()}))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, or print what was measured."""
     parser = argparse.ArgumentParser(
@@ -487,7 +525,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--original-test", type=Path, help="folder with the original idx files, tested beside"
     )
     parser.add_argument("--plot", type=Path, help="draw the results file --out as a PNG; measure nothing")
+    parser.add_argument(
+        "--time",
+        nargs=2,
+        metavar=("MODEL", "IMAGES"),
+        help="print the seconds and the memory that a model of timm's takes; write nothing",
+    )
     options = parser.parse_args(arguments)
+    if options.time:
+        name, images = options.time
+        if not timm.is_model(name) or not images.isdecimal() or int(images) < 1:
+            wanted = "a model of timm's and a number of images"
+            parser.error(f"argument --time: got {name} {images}, expected {wanted}")
+        time_stages(name, int(images))
+        return 0
     check_results_file(parser, options)
     if options.plot:
         draw(json.loads(options.out.read_text()), options.plot)

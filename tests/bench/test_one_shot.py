@@ -9,6 +9,7 @@ import torch
 
 import vtp
 from bench import one_shot
+from tests.support.models import build
 from vtp.training.data import open_data
 from vtp.zoo import FASHION_DEIT, open_model
 
@@ -108,3 +109,18 @@ def test_mean_shift_leaves_the_dense_output_where_what_is_removed_is_constant(se
     small = vtp.compact(one_shot.with_mean_shift(flat, plan, images), plan)
     torch.testing.assert_close(small(images), flat(images), rtol=1e-4, atol=1e-4)
     assert (vtp.compact(flat, plan)(images) - flat(images)).abs().max() > 1e-2
+
+
+def test_time_says_what_each_stage_takes(monkeypatch, capsys):
+    monkeypatch.setattr(one_shot.timm, "create_model", lambda name: build())
+    assert one_shot.main(["--time", "vit_tiny_patch16_224", "5"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed[:3]] == ["calibration", "plan", "cut and refit"]
+    assert printed[3].startswith("vit_tiny_patch16_224, 5 images: ")
+
+
+@pytest.mark.parametrize("given", [("no_such_model", "5"), ("vit_tiny_patch16_224", "0")])
+def test_time_of_no_model_or_no_image_is_refused(given, capsys):
+    with pytest.raises(SystemExit):
+        one_shot.main(["--time", *given])
+    assert f"--time: got {' '.join(given)}, expected" in capsys.readouterr().err

@@ -8,6 +8,7 @@ Frantar and Alistarh, "ZipLM", NeurIPS 2023, arXiv 2302.04089, find layer widths
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -160,11 +161,13 @@ def branch_ways(
     # Heads first, at all inputs: what is beaten there is beaten, or nearly, at fewer.
     heads = []
     stay = architecture.scale_attn_norm  # heads, whatever is left of them behind the norm
+    change_of_keys = functools.cache(curves.keys)  # many value levels leave the same heads
     for values in curves.value_levels(round_to, bounds):
+        change_of_values = curves.values(values)
         for level in curves.key_levels(round_to, bounds):
             keys = tuple(key if value or stay else 0 for key, value in zip(level, values, strict=True))
             own = BlockWidths(architecture.embed_dim, values, keys=keys)
-            heads.append(Way(own, cost(own), curves.values(values) + curves.keys(keys)))
+            heads.append(Way(own, cost(own), change_of_values + change_of_keys(keys)))
     attention, mlp = [], []
     if bounds.may_lose_attention:
         attention.append(Way(BlockWidths(), cost(BlockWidths()), curves.values((0,) * curves.heads)))

@@ -30,8 +30,11 @@ from vtp.model.widths import SITES
 from vtp.pruning.dense_block import (
     attend,
     centred,
+    fast_layers,
     into_fc2,
     layer_scales,
+    linear,
+    read_tokens,
     scaled,
     scaled_weight,
     split_heads,
@@ -179,15 +182,18 @@ def calibrate(
     try:
         needed = _images_needed(architecture)
         stream = embedded(plain, images, store, progress, most=needed, group=group)
-        probe = _Probe(plain, stream, multi_label)
         tensors: dict[str, Tensor] = {}
-        for i, block in enumerate(plain.blocks):
-            say(f"block {i + 1} of {architecture.depth}", i / architecture.depth)
-            before = stream.first(probe.images).to(device)
-            dense, narrows = _Block.of(block, stream.ropes[i]), not architecture.whole_keys
-            sums = _gather(dense, stream, device, narrows)
-            for key, value in _block_tensors(dense, sums, before, narrows, partial(probe.change, i)):
-                tensors[f"blocks.{i}.{key}"] = value.cpu().contiguous()
+        with fast_layers(plain):
+            last = _Block.of(plain.blocks[-1], stream.ropes[-1], read_tokens(architecture))
+            probe = _Probe(plain, stream, last, multi_label)
+            for i, block in enumerate(plain.blocks):
+                say(f"block {i + 1} of {architecture.depth}", i / architecture.depth)
+                before = stream.first(probe.images).to(device)
+                dense = last if block is last.block else _Block.of(block, stream.ropes[i])
+                narrows = not architecture.whole_keys
+                sums = _gather(dense, stream, device, narrows)
+                for key, value in _block_tensors(dense, sums, before, narrows, partial(probe.change, i)):
+                    tensors[f"blocks.{i}.{key}"] = value.cpu().contiguous()
         made = Statistics(architecture, parent, stream.images, probe.everyones, probe.unit, tensors)
         # The sums were the same everywhere; what was solved from them, on other hardware, need not be.
         return first_makes(group, lambda: made)
@@ -206,11 +212,13 @@ class _Block:
     """One block of the dense model as weights and products, of which one at a time is replaced.
 
     rope: what rotates its queries and keys; None for none.
+    read: how many tokens of an image, from the first on, are computed; None for all.
     mixes: [H, d, d], which queries meet on their way to the keys; None for none.
     """
 
     block: nn.Module
     rope: Tensor | None
+    read: int | None
     qkv: tuple[Tensor, Tensor]
     proj: tuple[Tensor, Tensor]
     fc1: tuple[Tensor, Tensor]
@@ -218,12 +226,13 @@ class _Block:
     mixes: Tensor | None = None
 
     @classmethod
-    def of(cls, block: nn.Module, rope: Tensor | None) -> "_Block":
+    def of(cls, block: nn.Module, rope: Tensor | None, read: int | None = None) -> "_Block":
         """As it is."""
         gammas = layer_scales(block)
         return cls(
             block,
             rope,
+            read,
             scaled_weight(block.attn.qkv),
             scaled_weight(block.attn.proj, gammas[0]),
             scaled_weight(block.mlp.fc1),
@@ -231,18 +240,19 @@ class _Block:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [images, tokens, embed_dim] to the same shape."""
+        """x [images, tokens, embed_dim] to the same shape, or to [images, read, embed_dim]."""
         attn, mlp = self.block.attn, self.block.mlp
         query, key, value = split_heads(attn, self._linear(self.block.norm1(x), self.qkv), self.rope)
         if self.mixes is not None:
             query = query @ self.mixes.to(query)
+        query, x = query[:, :, : self.read], x[:, : self.read]
         x = x + self._linear(attend(attn, query, key, value), self.proj)
         return x + self._linear(into_fc2(mlp, self._linear(self.block.norm2(x), self.fc1)), self.fc2)
 
     @staticmethod
     def _linear(x: Tensor, layer: tuple[Tensor, Tensor]) -> Tensor:
         weight, bias = layer
-        return F.linear(x, weight.to(x), bias.to(x))
+        return linear(x, weight.to(x), bias.to(x))
 
 
 @dataclasses.dataclass
@@ -292,15 +302,20 @@ class _Probe:
     Attributes:
         images: so many images it is measured on here; everyones: on all processes together.
         unit: of the change, as in `Statistics`.
+
+    Args:
+        plain, stream: the dense model, and what goes into its first block.
+        last: its last block, with the tokens alone that its output depends on.
+        multi_label: as `calibrate` takes it.
     """
 
-    def __init__(self, plain: nn.Module, stream: Stream, multi_label: bool) -> None:
+    def __init__(self, plain: nn.Module, stream: Stream, last: _Block, multi_label: bool) -> None:
         depth = len(plain.blocks)
         # Each block is cut alone seven times and half of the model runs after it: as much as two passes
         # over the images that moments are taken from.
         images = min(max(LEAST_PROBED, int(2 * stream.images / (3.5 * depth))), MOST_PROBED)
         self.images = min(share(images, stream.group), sum(map(len, stream.pieces)))
-        self._model, self._ropes, self._group = plain, stream.ropes, stream.group
+        self._model, self._ropes, self._group, self._last = plain, stream.ropes, stream.group, last
         self.unit = "KL" if plain.num_classes > 1 else "relative error"
         if multi_label and plain.num_classes:
             self.unit = "binary KL"
@@ -344,8 +359,10 @@ class _Probe:
         return self._total(values.square().sum()).item() / (self.everyones * values.shape[1:].numel())
 
     def _output(self, block: int, x: Tensor) -> Tensor:
-        for later, rope in zip(self._model.blocks[block:], self._ropes[block:], strict=True):
+        for later, rope in zip(self._model.blocks[block:-1], self._ropes[block:-1], strict=True):
             x = later(x) if rope is None else later(x, rope=rope)
+        if block < len(self._model.blocks):
+            x = self._last(x)
         return self._model.forward_head(self._model.norm(x))
 
 
@@ -391,10 +408,11 @@ def _block_tensors(
     if turns:
         proj, bias = dense.proj
         out = sums.sites["attn.proj"]
+        covariance = out.covariance
         kept = max(1, round(PROBED_SHARE * d))
         energies, projection = [], torch.zeros(H * d, H * d, dtype=torch.float64, device=proj.device)
         for own in (slice(head * d, (head + 1) * d) for head in range(H)):
-            turn, back, energy = turned_values(out.covariance[own, own], proj[:, own])
+            turn, back, energy = turned_values(covariance[own, own], proj[:, own])
             energies.append(energy)
             projection[own, own] = back[:, :kept] @ turn[:, :kept].T
         yield "attn.values", torch.stack(energies)

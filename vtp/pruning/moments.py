@@ -15,6 +15,7 @@ from vtp.group import Group, sum_over
 # samples than anyone has, the estimate of OAS is that nothing is needed, and rounding says something else.
 LEAST_DAMPING = 1e-8
 _ROWS_AT_ONCE = 2048  # of which the products are summed in the rows' own precision
+_LEAST_COLUMNS = 128  # of x' x at once, where an eighth of them is fewer
 _NOTHING = 1e-60  # a variance: what float32 can hold squared, and far from it
 
 
@@ -65,12 +66,10 @@ class Moments:
         targets = [e for _, e in self._waiting if e is not None]
         self._waiting = []
         self._x += x.sum(0)
-        half = x.shape[1] // 2  # the lower left is the upper right, turned
-        left, right = x[:, :half], x[:, half:]
-        self._xx[:half, :half] += left.T @ left
-        self._xx[:half, half:] += left.T @ right
-        self._xx[half:, half:] += right.T @ right
-        self._xx[half:, :half] = self._xx[:half, half:].T
+        step = max(_LEAST_COLUMNS, -(-x.shape[1] // 8))
+        for start in range(0, x.shape[1], step):  # what is left of these columns is above them, turned
+            some = slice(start, start + step)
+            self._xx[some, start:] += x[:, some].T @ x[:, start:]
         if targets:
             e = torch.cat(targets)
             self._e += e.sum(0)
@@ -114,7 +113,9 @@ class Moments:
         """Of x with itself, float64 [inputs, inputs]."""
         self._take_in()
         mean = self._x / self.count
-        return self._xx / self.count - torch.outer(mean, mean)
+        # Below the diagonal, but for its blocks, there is nothing: the product is symmetric.
+        upper = self._xx.triu()
+        return (upper + upper.triu(1).T) / self.count - torch.outer(mean, mean)
 
     @property
     def raw(self) -> Tensor:
@@ -253,7 +254,7 @@ def obs_curve(covariance: Tensor, weight: Tensor, samples: int, block: int = 128
         order: int64 [p], first what is removed first; errors: float64 [p + 1], after so many removals.
     """
     eye = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
-    inverse = torch.linalg.inv(covariance + _positive(covariance, samples) * eye)
+    inverse = _inverse(covariance + _positive(covariance, samples) * eye)
     gram = weight.double().T @ weight.double()  # of the columns of W, which the costs need and nothing else
     left = torch.arange(len(covariance), device=covariance.device)
     order: list[int] = []
@@ -281,8 +282,15 @@ def obs_curve(covariance: Tensor, weight: Tensor, samples: int, block: int = 128
         order += left[removed].tolist()
         c, d, left = c[:, alive], d[:, alive], left[alive]
         inverse = inverse[alive][:, alive] - c.T @ c
-        gram = gram[alive][:, alive] - c.T @ d - d.T @ c
+        both = c.T @ d
+        gram = gram[alive][:, alive] - both - both.T
     return torch.tensor(order), torch.tensor(errors, dtype=torch.float64)
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """The inverse of a symmetric matrix, faster where rounding has left it positive definite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.inv(matrix) if failed else torch.cholesky_inverse(factor)
 
 
 def _positive(covariance: Tensor, samples: int) -> float:

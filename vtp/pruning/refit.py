@@ -4,7 +4,7 @@ Block by block, each linear layer is fitted by damped least squares on images: f
 into it, as cut and fitted so far, to what the *dense* model has there. Second moments of the dense model
 alone could not do this, as the inputs of a layer change once what is before it is cut. Targets are
 
-    qkv, fc1    the dense layer's outputs
+    qkv, fc1    the dense layer's outputs, by way of its inputs
     proj, fc2   what the residual stream of the cut model lacks: x_dense - x_cut behind the branch. So each
                 branch also mends what those before it left
 
@@ -25,14 +25,16 @@ from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from vtp.group import Group, refuse_different, sum_over, take_from_first, together
-from vtp.model.architecture import Architecture
 from vtp.model.widths import SITES
 from vtp.pruning.dense_block import (
     attend,
     centred,
+    fast_layers,
     hidden_rows,
     into_fc2,
     layer_scales,
+    linear,
+    read_tokens,
     scaled,
     scaled_weight,
     split_heads,
@@ -43,7 +45,7 @@ from vtp.pruning.streams import Progress, Store, Stream, embedded
 
 # Rows that moments are taken from, spread over all images: so many for each input of the widest layer, and
 # this many at least. Images count, as the tokens of one are alike; more rows take time and add little.
-ROWS_PER_INPUT, LEAST_ROWS = 20, 32_768
+ROWS_PER_INPUT, LEAST_ROWS = 10, 32_768
 # Two thousand are enough (docs/one-shot.md), and all that are read are kept: these take a DeiT-B 20 GB.
 MOST_IMAGES = 16_384
 
@@ -59,6 +61,7 @@ def refit(
     progress: Progress | None = None,
     damping: float | None = None,
     feedback: bool = True,
+    rows: int | None = None,
     group: Group = None,
 ) -> None:
     """Set the weights of a cut model's blocks, in place. A LayerScale becomes a part of them, and 1.
@@ -72,6 +75,8 @@ def refit(
         progress: called with what is going on and the share that is done.
         damping: as `moments.ridge` takes it.
         feedback: False takes the dense branch's own outputs as the targets of proj and fc2.
+        rows: that moments are taken from, at least, of all that there are; None for `ROWS_PER_INPUT` for each
+            input of the widest layer, and no fewer than `LEAST_ROWS`.
         group: as `vtp.calibrate` takes it. Each process runs its images; sums are over all of them, and what
             is solved from these on the first process goes to all.
 
@@ -86,25 +91,17 @@ def refit(
         stream = embedded(plain, images, store, progress, most=MOST_IMAGES, group=group)
         with together(group):  # a disk may be full
             cut = [store.keep(piece.clone()) for piece in stream.pieces]
-        for i, (block, own) in enumerate(zip(plain.blocks, small.blocks, strict=True)):
-            if progress is not None:
-                progress(f"block {i + 1} of {len(plain.blocks)}", i / len(plain.blocks))
-            read = _read_tokens(plan.architecture) if i == len(plain.blocks) - 1 else None
-            fit = _BlockFit(plan, i, block, own, stream, cut, read, damping, feedback)
-            fit.attention(store)
-            fit.mlp()
+        rows = rows or max(ROWS_PER_INPUT * max(plan.widths.values()), LEAST_ROWS)
+        with fast_layers(plain, small):
+            for i, (block, own) in enumerate(zip(plain.blocks, small.blocks, strict=True)):
+                if progress is not None:
+                    progress(f"block {i + 1} of {len(plain.blocks)}", i / len(plain.blocks))
+                read = read_tokens(plan.architecture) if i == len(plain.blocks) - 1 else None
+                fit = _BlockFit(plan, i, block, own, stream, cut, read, rows, damping, feedback)
+                fit.attention(store)
+                fit.mlp()
     finally:
         store.close()
-
-
-def _read_tokens(architecture: Architecture) -> int | None:
-    """How many tokens behind the last block, from the first on, the model's output depends on; None for all.
-
-    Without a head, all: who takes features may want those of patches.
-    """
-    if architecture.global_pool != "token" or not architecture.num_classes:
-        return None
-    return 1 + int(architecture.distilled)
 
 
 class _BlockFit:
@@ -115,6 +112,7 @@ class _BlockFit:
         block, own: it in the dense and in the cut model.
         stream, cut: of the dense model, and the pieces of that of the cut one.
         read: tokens of an image, from the first on, that what the block puts out is fitted on; None for all.
+        rows: as `refit` takes it, but not None.
         damping, feedback: as `refit` takes them.
     """
 
@@ -127,6 +125,7 @@ class _BlockFit:
         stream: Stream,
         cut: list[Tensor],
         read: int | None,
+        rows: int,
         damping: float | None,
         feedback: bool,
     ) -> None:
@@ -134,7 +133,6 @@ class _BlockFit:
         self.rope, self.gammas, self.group = stream.ropes[index], layer_scales(block), stream.group
         self.damping, self.feedback = damping, feedback
         self.device = block.attn.qkv.weight.device
-        rows = max(ROWS_PER_INPUT * max(plan.widths.values()), LEAST_ROWS)
         self.taken = self._rows_taken(stream, every=max(1, stream.images * stream.tokens // rows))
         self.kept = {
             site: torch.tensor(plan.kept[f"blocks.{index}.{site}"], dtype=torch.int64, device=self.device)
@@ -150,26 +148,24 @@ class _BlockFit:
         alive = hasattr(own, "qkv")
         d, heads = attn.head_dim, range(attn.num_heads)
         inputs = self.kept["attn.qkv"]
+        kept_first = _kept_first(inputs, self.architecture.embed_dim)
         weight, bias = scaled_weight(attn.qkv)
-        weight = weight[:, inputs]
-        sums = Moments(len(inputs), len(weight), self.device)
-        out = Moments(attn.proj.in_features, device=self.device)
-        queries, keys = ([Moments(d, device=self.device) for _ in heads] for _ in range(2))
+        sums = Moments(len(inputs), len(kept_first), self.device)
+        queries, keys, outs = ([Moments(d, device=self.device) for _ in heads] for _ in range(3))
         narrow = any(0 < width < d for width in self.keys)
         self._begin_branch()
         for piece, (x, rest) in enumerate(self._pieces()):
-            qkv = attn.qkv(self.block.norm1(x))
-            query, key, value = split_heads(attn, qkv, self.rope)
+            normed = self.block.norm1(x)
+            query, key, value = split_heads(attn, attn.qkv(normed), self.rope)
             heads_out = attend(attn, query, key, value)
             if alive:
-                normed = self.own.norm1(self._thinned(rest, piece))
-                sums.add(normed, self._thinned(qkv, piece) - _linear(normed, weight, bias))
+                given = self.own.norm1(self._thinned(rest, piece))
+                sums.add(given, _missing(self._thinned(normed, piece), given, kept_first))
+                if narrow:
+                    self._add_heads(queries, query.transpose(1, 2), piece)
+                    self._add_heads(keys, centred(key).transpose(1, 2), piece)
                 if self.turned:
-                    out.add(self._thinned(heads_out, piece))
-                varying = centred(key) if narrow else key
-                for head in heads if narrow else ():
-                    queries[head].add(self._thinned(query[:, head], piece))
-                    keys[head].add(self._thinned(varying[:, head], piece))
+                    self._add_heads(outs, heads_out.unflatten(-1, (attn.num_heads, d)), piece)
             x += scaled(attn.proj(heads_out), self.gammas[0])
         proj, proj_bias = scaled_weight(attn.proj, self.gammas[0])
         if not alive:
@@ -177,10 +173,11 @@ class _BlockFit:
             for _, rest in self._pieces():
                 rest += own.bias
             return
-        for moments in (sums, *([out] if self.turned else ()), *((*queries, *keys) if narrow else ())):
+        for moments in (sums, *(outs if self.turned else ()), *((*queries, *keys) if narrow else ())):
             moments.sum_over(self.group)
         change, shift = ridge(sums, self.damping, attn.qkv.bias is not None)
-        weight, bias = weight + change, bias + shift
+        behind = weight[:, kept_first]
+        weight, bias = weight[:, inputs] + behind @ change, bias + behind @ shift
         rows, columns = [], []
         for head in heads:
             part = slice(head * d, (head + 1) * d)
@@ -190,7 +187,7 @@ class _BlockFit:
                 bias[own_keys] = -weight[own_keys] @ sums.mean
             if self.keys[head]:
                 to_query, to_key = self._scores_kept(queries[head], keys[head], self.keys[head])
-                turn, back = self._values_kept(out, proj[:, part], head)
+                turn, back = self._values_kept(outs[head], proj[:, part], head)
                 rows.append((to_query, to_key, turn))
                 columns.append(proj[:, part] @ back)
         parts = [t.unflatten(0, (3, attn.num_heads, d)) for t in (weight, bias)]
@@ -212,7 +209,7 @@ class _BlockFit:
                 out = own.attend(own.qkv(self.own.norm1(rest)), None, False, self.rope, on_kernels=False)
                 given = own.norm(out)
                 entered.append(short.keep(given))
-                lack = self._counted(self._lack(piece, x, rest), piece)
+                lack = self._counted_lack(piece, x, rest)
                 counted = self._counted(given, piece)
                 sums.add(counted, lack - _linear(counted, prior, proj_bias))
             self._set(own.proj, self.own.ls1, prior, proj_bias, sums)
@@ -225,30 +222,30 @@ class _BlockFit:
         alive = hasattr(own, "fc1")
         inputs, hidden = self.kept["mlp.fc1"], self.kept["mlp.fc2"]
         made = hidden_rows(hidden, self.architecture)
-        weight, bias = scaled_weight(mlp.fc1)
-        weight, bias = weight[made][:, inputs], bias[made]
-        sums = Moments(len(inputs), len(made), self.device)
+        kept_first = _kept_first(inputs, self.architecture.embed_dim)
+        sums = Moments(len(inputs), len(kept_first), self.device)
         if self.read is not None:  # nothing else is wanted from here on
             self.dense, self.cut = ([piece[:, : self.read] for piece in s] for s in (self.dense, self.cut))
             self.taken = None
         self._begin_branch()
         for piece, (x, rest) in enumerate(self._pieces()):
-            given = mlp.fc1(self.block.norm2(x))
+            normed = self.block.norm2(x)
             if alive:
-                normed = self.own.norm2(self._counted(rest, piece))
-                sums.add(normed, self._counted(given, piece)[:, made] - _linear(normed, weight, bias))
-            x += scaled(mlp.fc2(into_fc2(mlp, given)), self.gammas[1])
+                given = self.own.norm2(self._counted(rest, piece))
+                sums.add(given, _missing(self._counted(normed, piece), given, kept_first))
+            x += scaled(mlp.fc2(into_fc2(mlp, mlp.fc1(normed))), self.gammas[1])
         if not alive:
             own.bias.copy_(self._mean_lack())
             for _, rest in self._pieces():
                 rest += own.bias
             return
-        self._set(own.fc1, nn.Identity(), weight, bias, sums)
+        weight, bias = (part[made] for part in scaled_weight(mlp.fc1))
+        self._set(own.fc1, nn.Identity(), weight[:, inputs], bias, sums, behind=weight[:, kept_first])
         weight, bias = scaled_weight(mlp.fc2, self.gammas[1])
         weight = weight[:, hidden]
         sums = Moments(len(hidden), len(weight), self.device)
         for piece, (x, rest) in enumerate(self._pieces()):
-            lack = self._counted(self._lack(piece, x, rest), piece)
+            lack = self._counted_lack(piece, x, rest)
             given = into_fc2(own, own.fc1(self.own.norm2(self._counted(rest, piece))))
             sums.add(given, lack - _linear(given, weight, bias))
         self._set(own.fc2, self.own.ls2, weight, bias, sums)
@@ -276,8 +273,13 @@ class _BlockFit:
         ]
 
     def _thinned(self, x: Tensor, piece: int) -> Tensor:
-        """Some of the rows [n, width] of x [images, tokens, width]; other tokens of each image."""
+        """Some of the rows [n, ...] of x [images, tokens, ...]; other tokens of each image."""
         return x.flatten(0, 1) if self.taken is None else x.flatten(0, 1)[self.taken[piece]]
+
+    def _add_heads(self, sums: list[Moments], x: Tensor, piece: int) -> None:
+        """Take some rows of x [images, tokens, heads, d] into the moments of each head."""
+        for moments, rows in zip(sums, self._thinned(x, piece).unbind(1), strict=True):
+            moments.add(rows)
 
     def _counted(self, x: Tensor, piece: int) -> Tensor:
         """Rows of tokens that what the block puts out is fitted on: some of all, or all of those read."""
@@ -286,6 +288,11 @@ class _BlockFit:
     def _begin_branch(self) -> None:
         if not self.feedback:
             self.before = [x - rest for x, rest in self._pieces()]
+
+    def _counted_lack(self, piece: int, x: Tensor, rest: Tensor) -> Tensor:
+        """The rows of `_lack` that count."""
+        lack = self._counted(x, piece) - self._counted(rest, piece)
+        return lack if self.feedback else lack - self._counted(self.before[piece], piece)
 
     def _lack(self, piece: int, x: Tensor, rest: Tensor) -> Tensor:
         """What a branch of the cut model should put out, from the streams behind and before it."""
@@ -315,7 +322,7 @@ class _BlockFit:
         own = slice(head * d, (head + 1) * d)
         eye = torch.eye(d, dtype=torch.float64, device=self.device)
         if self.turned and width < d:
-            turn, back, _ = turned_values(out.covariance[own, own], proj)
+            turn, back, _ = turned_values(out.covariance, proj)
             return turn[:, :width], back[:, :width]
         kept = self.kept["attn.proj"]
         chosen = kept[(kept >= own.start) & (kept < own.stop)] - own.start
@@ -323,10 +330,21 @@ class _BlockFit:
             return eye, eye[:, chosen]
         return eye[:, chosen], eye[:, chosen]
 
-    def _set(self, layer: nn.Linear, scale: nn.Module, weight: Tensor, bias: Tensor, sums: Moments) -> None:
-        """The layer that has been missing `sums` of its targets; its LayerScale becomes 1."""
+    def _set(
+        self,
+        layer: nn.Linear,
+        scale: nn.Module,
+        weight: Tensor,
+        bias: Tensor,
+        sums: Moments,
+        behind: Tensor | None = None,
+    ) -> None:
+        """The layer that has been missing `sums` of its targets, or what `behind` makes the rest of its
+        targets of; its LayerScale becomes 1."""
         sums.sum_over(self.group)
         change, shift = ridge(sums, self.damping, layer.bias is not None)
+        if behind is not None:
+            change, shift = behind @ change, behind @ shift
         layer.weight.copy_(weight + change)
         if layer.bias is not None:
             layer.bias.copy_(bias + shift)
@@ -335,5 +353,23 @@ class _BlockFit:
             scale.gamma.fill_(1)
 
 
+def _kept_first(inputs: Tensor, width: int) -> Tensor:
+    """Inputs of a dense layer in an order that begins with those that are kept."""
+    removed = torch.ones(width, dtype=torch.bool, device=inputs.device)
+    removed[inputs] = False
+    return torch.cat([inputs, removed.nonzero()[:, 0]])
+
+
+def _missing(dense: Tensor, cut: Tensor, kept_first: Tensor) -> Tensor:
+    """What rows of a cut layer's inputs [n, kept] lack of the dense one's [n, width], in the order given.
+
+    Times the dense weights it is what the cut layer lacks with those of them that it keeps: few dimensions,
+    where the outputs of qkv or fc1 are many.
+    """
+    missing = dense.index_select(1, kept_first)
+    missing[:, : cut.shape[1]] -= cut
+    return missing
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(x, weight.to(x), bias.to(x))
+    return linear(x, weight.to(x), bias.to(x))

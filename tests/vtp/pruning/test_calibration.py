@@ -21,7 +21,8 @@ from vtp.model.architecture import UnsupportedModelError
 from vtp.model.widths import SITES
 from vtp.pruning import calibration
 from vtp.pruning.calibration import Statistics
-from vtp.pruning.streams import ImagesError, plain_copy
+from vtp.pruning.dense_block import read_tokens
+from vtp.pruning.streams import ImagesError, Store, embedded, plain_copy
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,20 @@ def test_change_of_a_multi_label_model_is_that_of_its_answers_for_each_class(ima
         expected = torch.distributions.kl_divergence(dense, got).sum(1).mean().item()
     _, change = statistics.tensors["blocks.1.mlp.fc2.changes"][0].tolist()
     assert change == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_last_block_with_the_tokens_that_are_read_alone_gives_the_models_output(family):
+    model = build(FAMILIES[family])
+    images = image(model, batch=3)
+    with Store(None, torch.device("cpu")) as store:
+        stream = embedded(model, images, store, most=3)
+        read = read_tokens(vtp.describe(model))
+        last = calibration._Block.of(model.blocks[-1], stream.ropes[-1], read)
+        output = calibration._Probe(model, stream, last, multi_label=False)._dense
+    assert (read is None) == (family in ("average-pool", "fc-norm", "features"))
+    torch.testing.assert_close(output, model(images), rtol=1e-12, atol=1e-12)
 
 
 def test_measured_change_of_narrow_keys_is_that_of_the_model_cut_to_them(model, images, statistics):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vtp.pruning.moments import (
     LEAST_DAMPING,
@@ -349,3 +350,14 @@ def test_a_head_without_variance_narrows_to_weights_that_float32_holds():
     nothing, other = torch.zeros(4, 4, dtype=torch.float64), covariance_of(rows(30, 4))
     for maps in (narrowed_scores(other, nothing)[:2], turned_values(nothing, rows(3, 4))[:2]):
         assert all(tensor.float().isfinite().all() and tensor.abs().max() < 1e3 for tensor in maps)
+
+
+def test_products_of_wide_rows_are_computed_once_on_either_side_of_the_diagonal():
+    width, rows = 1536, 64
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments = Moments(width)
+    with FlopCounterMode(display=False) as counter:
+        moments.add(x)
+        covariance = moments.covariance
+    torch.testing.assert_close(covariance, torch.cov(x.T, correction=0), rtol=1e-12, atol=1e-12)
+    assert counter.get_total_flops() <= 0.65 * 2 * rows * width**2

@@ -8,12 +8,14 @@ import tempfile
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import vtp
 from tests.support.models import FAMILIES, TINY, build, gated, image, relative_error, with_zeros
+from tests.support.numerics import assert_close_to_float64
 from vtp.pruning import refit as refit_module
 from vtp.pruning.compact import ConstantBranch
-from vtp.pruning.dense_block import hidden_rows
+from vtp.pruning.dense_block import fast_layers, hidden_rows, linear
 from vtp.pruning.streams import Store
 
 
@@ -479,3 +481,42 @@ def test_narrow_model_trains(narrowed):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+# -- What it costs -----------------------------------------------------------------------------------------
+
+
+def flops(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def test_refit_fits_qkv_and_fc1_by_their_inputs_and_not_by_their_many_outputs():
+    """In float64, whose products are all counted; all rows are fitted."""
+    model = build(dataclasses.replace(TINY, embed_dim=96, mlp_hidden=192, global_pool="avg"))
+    images = image(model, batch=300)
+    plan = plan_of(model)
+    passes = 2 * flops(lambda: outputs(model, images))
+    assert flops(lambda: vtp.compact(model, plan, images=images)) <= 2.2 * passes
+
+
+@pytest.mark.parametrize("shape", [(37, 61), (3, 5, 61), (0, 61)], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_layers_on_onednn_are_as_exact_as_pytorchs(shape, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=generator) for size in (shape, (115, 61), (115,)))
+    bias = bias if with_bias else None
+    exact = F.linear(x.double(), weight.double(), bias if bias is None else bias.double())
+    got, plain = linear(x, weight, bias), F.linear(x, weight, bias)
+    assert got.shape == plain.shape
+    if x.numel():
+        assert_close_to_float64(got, exact, plain)
+
+
+def test_layers_that_ran_on_onednn_are_plain_ones_again():
+    model = build().float()
+    with pytest.raises(KeyError), fast_layers(model):
+        assert all("forward" in vars(block.mlp.fc1) for block in model.blocks)
+        raise KeyError
+    assert not any("forward" in vars(module) for module in model.modules())
