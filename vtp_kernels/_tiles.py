@@ -1,4 +1,4 @@
-"""Device code that the kernels of several ops share: the order of tiles, and loading one."""
+"""Device code that the kernels of several ops share: the order of tiles, loading one, and pairs of numbers."""
 
 from __future__ import annotations
 
@@ -65,3 +65,43 @@ def load_matrix_tile(
             matrix.source, o_row, o_column, matrix.rows, matrix.columns, matrix.stride,
             MASK_ROWS, MASK_COLUMNS, PADDED,
         )  # fmt: skip
+
+
+@triton.jit
+def load_gate_and_value(z, o_row, o_h, M, hidden, stride_z):
+    """Both halves of z [M, 2 hidden] at columns o_h, 0 beyond hidden; o_row: a column of 64-bit numbers."""
+    p_z = z + o_row * stride_z + o_h[None, :]
+    # Of the gate whole 16 bytes are loaded, which end among values, or in the padding behind few of them.
+    m_gate = (o_row < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)
+    b_gate = tl.load(p_z, mask=m_gate, other=0.0).to(tl.float32)
+    b_value = tl.load(p_z + hidden, mask=(o_row < M) & (o_h[None, :] < hidden), other=0.0).to(tl.float32)
+    return tl.where(o_h[None, :] < hidden, b_gate, 0.0), b_value
+
+
+@triton.jit
+def split_pairs(b_tile):
+    """The numbers of the even columns of a tile, and those of the odd ones."""
+    return tl.split(tl.reshape(b_tile, (b_tile.shape[0], b_tile.shape[1] // 2, 2)))
+
+
+@triton.jit
+def join_pairs(b_first, b_second):
+    """The tile of which `split_pairs` makes these."""
+    return tl.reshape(tl.join(b_first, b_second), (b_first.shape[0], 2 * b_first.shape[1]))
+
+
+@triton.jit
+def rotate_pairs(pairs, table, m_rotated, ADJOINT: tl.constexpr):
+    """Pairs, rotated where m_rotated says so; with ADJOINT by the transpose of that.
+
+    table: sines of the first and of the second numbers, then their cosines.
+    """
+    b_first, b_second = pairs
+    b_sin_first, b_sin_second, b_cos_first, b_cos_second = table
+    if ADJOINT:
+        b_out_first = b_first * b_cos_first + b_second * b_sin_second
+        b_out_second = b_second * b_cos_second - b_first * b_sin_first
+    else:
+        b_out_first = b_first * b_cos_first - b_second * b_sin_first
+        b_out_second = b_second * b_cos_second + b_first * b_sin_second
+    return tl.where(m_rotated, b_out_first, b_first), tl.where(m_rotated, b_out_second, b_second)

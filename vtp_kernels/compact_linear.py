@@ -1,6 +1,7 @@
-"""Linear projection with its epilogue: `out = act(x W^T + b) + residual`, act none or GELU (erf).
+"""Linear projection with its epilogue: `out = act(x W^T + b) + residual`, act none, GELU (erf) or SwiGLU.
 
-x [..., K], W [N, K], b [N], residual [..., N]; M is the number of rows of x. K and N are what pruning left,
+x [..., K], W [N, K], b [N], residual [..., N]; M is the number of rows of x. For SwiGLU W is [2 hidden, K], the
+rows of the gate and then those of the value, and the result silu(gate) * value [..., hidden]. K and N are what pruning left,
 any integers, and cost what they keep: the product is made of full tiles and of two borders in small ones, the
 right border for the last columns and the bottom border for the last rows, and the last inputs in short steps.
 So 461 inputs cost 464, not 512, and 1,411 outputs 1,440, not 1,536.
@@ -9,8 +10,14 @@ With many rows the product is the vendor's GEMM, on widths padded with zeros to 
 `add_linear_` adds `x W^T` to a tensor where it is: the residual is then read and written once, by the product
 itself, which as a pass of its own reads two numbers and writes one for each.
 
+Two epilogues are of pairs of results: SwiGLU, and the rotary embedding of queries and keys (`rotated_linear` in
+rotary.py), in its interleaved or its halved order of pairs. A tile makes the two of a pair side by side, by the
+order in which it takes the rows of W, so that on tensor cores one thread has both in its registers. Where that
+order is not the one in memory, rows of W are loaded by pointer, not by descriptor. With SwiGLU half of the
+numbers are written, and z = x W^T + b is never in memory. Both are for inference.
+
 Numbers: in the kernel, products, bias, GELU and residual are float32; the result is rounded once. The
-vendor's GEMM rounds what it hands on to GELU and residual, as PyTorch does. Where tiles are too few for a GPU
+vendor's GEMM rounds what it hands on to GELU, SwiGLU and residual, as PyTorch does. Where tiles are too few for a GPU
 the inputs are split among programs; each part is a float32 product of its own, and a second kernel adds the
 parts in order. Saved for backward: x, W and, with GELU, z = x W^T + b in the dtype of x.
 
@@ -35,7 +42,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
-from vtp_kernels._tiles import grouped_tile, load_tile
+from vtp_kernels._tiles import (
+    grouped_tile,
+    join_pairs,
+    load_gate_and_value,
+    load_tile,
+    rotate_pairs,
+    split_pairs,
+)
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, cdiv, choice, is_amd, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import (
@@ -61,9 +75,16 @@ def compact_linear_ref(
     residual: Tensor | None = None,
 ) -> Tensor:
     """The definition of `compact_linear` in plain PyTorch: `act(x @ weight.T + bias) + residual`."""
-    y = F.linear(x, weight, bias)
-    y = F.gelu(y) if activation == "gelu" else y
+    y = activated(F.linear(x, weight, bias), activation)
     return y if residual is None else y + residual
+
+
+def activated(z: Tensor, activation: str | None) -> Tensor:
+    """z [..., N] after the activation: None, "gelu", or "swiglu", of which the result has N / 2 columns."""
+    if activation == "swiglu":
+        gate, value = z.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    return F.gelu(z) if activation == "gelu" else z
 
 
 # -------------------------------------------------------------------------------------------------- kernels
@@ -92,6 +113,37 @@ class _Epilogue(NamedTuple):
     stride_out: Any
 
 
+class _Rope(NamedTuple):
+    """Rotary embedding of queries and keys in device code: arguments of the kernel (see `Rotation`)."""
+
+    table: Any
+    heads: Any
+    tokens: Any
+    prefix_tokens: Any
+    table_rows: Any
+
+
+class _Pairs(NamedTuple):
+    """Constants of the pairs that an epilogue is of, as one constexpr; there are none without the first two."""
+
+    SWIGLU: Any
+    HEAD: Any  # None, or the width of the heads that are rotated
+    HALVES: Any  # whether their pairs are columns i and i + HEAD / 2, not 2 i and 2 i + 1
+
+
+@triton.jit
+def _columns_of_tile(i_n, N, heads, TILE_N: tl.constexpr, PAIRS: tl.constexpr):
+    """The columns of the product, rows of W, that a tile makes, those of a pair side by side."""
+    o_n = i_n + tl.arange(0, TILE_N)
+    if PAIRS.SWIGLU:
+        o_n = o_n // 2 + o_n % 2 * (N // 2)
+    elif PAIRS.HALVES:
+        o_d = o_n % PAIRS.HEAD
+        o_half = o_d // 2 + o_d % 2 * (PAIRS.HEAD // 2)
+        o_n = tl.where(o_n < 2 * heads * PAIRS.HEAD, o_n - o_d + o_half, o_n)
+    return o_n
+
+
 @triton.jit
 def _add_product(acc, b_x, b_w, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
     if TRANSPOSED:  # `else`, because what follows a `return` is compiled too
@@ -102,29 +154,33 @@ def _add_product(acc, b_x, b_w, TRANSPOSED: tl.constexpr, PRECISION: tl.constexp
 
 @triton.jit
 def _product_tile(
-    x, weight, i_m, i_n, begin, end,
+    x, weight, i_m, i_n, o_n, begin, end,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
     TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x[i_m:, begin:end] W[i_n:, begin:end]^T, float32 [TILE_M, TILE_N].
+    """x[i_m:, begin:end] W[o_n, begin:end]^T, float32 [TILE_M, TILE_N].
+
+    o_n: TILE_N rows of W, those from i_n on where W has a descriptor.
 
     Tensor cores take 16 rows at least but 8 columns: TRANSPOSED makes W x^T, for a tile of 8 rows.
     """
     # Rows beyond the end read the last row again and are dropped at the store: no mask in the loop.
     r_m = tl.minimum(i_m + tl.arange(0, TILE_M), x.rows - 1)
-    r_n = tl.minimum(i_n + tl.arange(0, TILE_N), weight.rows - 1)
+    r_n = tl.minimum(o_n, weight.rows - 1)
     if TRANSPOSED:
         acc = tl.zeros((TILE_N, TILE_M), dtype=tl.float32)
     else:
         acc = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
     full = begin + (end - begin) // BLOCK_K * BLOCK_K
     for k in range(begin, full, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
         if DESCRIPTORS:  # rows beyond the end are clipped, and filled with 0, by the hardware
             b_x = x.tiles.load([i_m, k])
+        else:
+            b_x = load_tile(x.p, r_m, o_k, x.rows, x.columns, x.stride, False, False)
+        if DESCRIPTORS and weight.tiles is not None:
             b_w = weight.tiles.load([i_n, k])
         else:
-            o_k = k + tl.arange(0, BLOCK_K)
-            b_x = load_tile(x.p, r_m, o_k, x.rows, x.columns, x.stride, False, False)
             b_w = load_tile(weight.p, r_n, o_k, weight.rows, weight.columns, weight.stride, False, False)
         acc = _add_product(acc, b_x, b_w, TRANSPOSED, PRECISION)
     for k in range(full, end, TAIL_K):
@@ -140,13 +196,76 @@ def _product_tile(
 
 
 @triton.jit
-def _store_result(acc, finish, o_m, o_n, M, N, SAVE: tl.constexpr):
-    """out = act(acc + bias) + residual, and with SAVE z = acc + bias; 0 in the padding of both."""
+def _rotated(acc, rope, i_n, o_m, M, PAIRS: tl.constexpr):
+    """A tile of pairs, those of queries and keys rotated behind the prefix tokens of each image."""
+    table, heads, tokens, prefix_tokens, table_rows = rope
+    HEAD: tl.constexpr = PAIRS.HEAD
+    HALF: tl.constexpr = PAIRS.HEAD // 2
+    TILE_N: tl.constexpr = acc.shape[1]
+    o_pair = tl.multiple_of(i_n // 2, TILE_N // 2) + tl.arange(0, TILE_N // 2)
+    o_token = o_m % tokens - prefix_tokens
+    m_token = ((o_m < M) & (o_token >= 0))[:, None]
+    m_rotated = m_token & (o_pair[None, :] < 2 * heads * HALF)
+    if PAIRS.HALVES:
+        row = (o_pair // HALF % heads).to(tl.int64)[None, :] * table_rows + o_token[:, None]
+        p_table = table + row * (2 * HEAD) + (o_pair % HALF)[None, :]
+        b_sin_first = tl.load(p_table, mask=m_rotated, other=0.0).to(tl.float32)
+        b_sin_second = tl.load(p_table + HALF, mask=m_rotated, other=0.0).to(tl.float32)
+        b_cos_first = tl.load(p_table + HEAD, mask=m_rotated, other=0.0).to(tl.float32)
+        b_cos_second = tl.load(p_table + HEAD + HALF, mask=m_rotated, other=0.0).to(tl.float32)
+    else:
+        o_n = i_n + tl.arange(0, TILE_N)
+        row = (o_n // HEAD % heads).to(tl.int64)[None, :] * table_rows + o_token[:, None]
+        p_table = table + row * (2 * HEAD) + (o_n % HEAD)[None, :]
+        m_table = m_token & (o_n[None, :] < 2 * heads * HEAD)
+        b_sin = tl.load(p_table, mask=m_table, other=0.0).to(tl.float32)
+        b_cos = tl.load(p_table + HEAD, mask=m_table, other=0.0).to(tl.float32)
+        b_sin_first, b_sin_second = split_pairs(b_sin)
+        b_cos_first, b_cos_second = split_pairs(b_cos)
+    b_table = b_sin_first, b_sin_second, b_cos_first, b_cos_second
+    b_first, b_second = rotate_pairs(split_pairs(acc), b_table, m_rotated, False)
+    return join_pairs(b_first, b_second)
+
+
+@triton.jit
+def _store_halves(acc, out, stride_out, heads, i_n, o_m, M, N, PAIRS: tl.constexpr):
+    """Store a tile of pairs, of which those of queries and keys lie half a head apart; 0 in the padding."""
+    HALF: tl.constexpr = PAIRS.HEAD // 2
+    TILE_N: tl.constexpr = acc.shape[1]
+    o_n = i_n + tl.arange(0, TILE_N)
+    o_pair = tl.multiple_of(i_n // 2, TILE_N // 2) + tl.arange(0, TILE_N // 2)
+    m_row = o_m[:, None] < M
+    p_row = out + o_m[:, None].to(tl.int64) * stride_out
+    p_pair = p_row + (o_pair + o_pair // HALF * HALF)[None, :]
+    m_pair = m_row & (o_pair[None, :] < 2 * heads * HALF)
+    b_first, b_second = split_pairs(acc)
+    tl.store(p_pair, b_first.to(out.dtype.element_ty), mask=m_pair)
+    tl.store(p_pair + HALF, b_second.to(out.dtype.element_ty), mask=m_pair)
+    b_values = tl.where(o_n[None, :] < N, acc, 0.0).to(out.dtype.element_ty)
+    m_values = m_row & (o_n[None, :] >= 2 * heads * PAIRS.HEAD) & (o_n[None, :] < (N + 7) // 8 * 8)
+    tl.store(p_row + o_n[None, :], b_values, mask=m_values)
+
+
+@triton.jit
+def _store_result(
+    acc, finish, rope, i_n, o_m, o_n, M, N, SAVE: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
+    """out = act(acc + bias) + residual, and with SAVE z = acc + bias; 0 in the padding of both.
+
+    o_n: the columns that acc is of, the same as those from i_n on where there are no pairs.
+    """
     bias, bias_width, gelu, residual, stride_residual, z, out, stride_out = finish
+    acc += tl.load(bias + o_n, mask=o_n < bias_width, other=0.0).to(tl.float32)[None, :]
+    if PAIRS.SWIGLU:
+        b_gate, b_value = split_pairs(acc)
+        acc = b_gate / (1.0 + tl.exp(-b_gate)) * b_value
+        TILE_H: tl.constexpr = acc.shape[1]
+        o_n, N = tl.multiple_of(i_n // 2, TILE_H) + tl.arange(0, TILE_H), N // 2
+    if PAIRS.HEAD is not None:
+        acc = _rotated(acc, rope, i_n, o_m, M, PAIRS)
     m_tile = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)
     m_padding = o_n[None, :] >= N
     o_out = o_m[:, None].to(tl.int64) * stride_out + o_n[None, :]
-    acc += tl.load(bias + o_n, mask=o_n < bias_width, other=0.0).to(tl.float32)[None, :]
     if SAVE:
         tl.store(z + o_out, tl.where(m_padding, 0.0, acc).to(z.dtype.element_ty), mask=m_tile)
     if gelu:
@@ -154,28 +273,32 @@ def _store_result(acc, finish, o_m, o_n, M, N, SAVE: tl.constexpr):
     if residual is not None:
         p_residual = residual + o_m[:, None].to(tl.int64) * stride_residual + o_n[None, :]
         acc += tl.load(p_residual, mask=m_tile, other=0.0).to(tl.float32)
-    tl.store(out + o_out, tl.where(m_padding, 0.0, acc).to(out.dtype.element_ty), mask=m_tile)
+    if PAIRS.HALVES:
+        _store_halves(acc, out, stride_out, rope.heads, i_n, o_m, M, N, PAIRS)
+    else:
+        tl.store(out + o_out, tl.where(m_padding, 0.0, acc).to(out.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
 def _tile_of_result(
-    x, weight, finish, partial, i_m, i_n, i_part, inputs_per_part,
+    x, weight, finish, rope, partial, i_m, i_n, i_part, inputs_per_part,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr, SAVE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SAVE: tl.constexpr, PAIRS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     M, N, K = x.rows, weight.rows, x.columns
-    o_m, o_n = i_m + tl.arange(0, TILE_M), i_n + tl.arange(0, TILE_N)
+    o_m, o_n = i_m + tl.arange(0, TILE_M), _columns_of_tile(i_n, N, rope.heads, TILE_N, PAIRS)
     if partial is None:
         acc = _product_tile(
-            x, weight, i_m, i_n, 0, K, TILE_M=TILE_M, TILE_N=TILE_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
+            x, weight, i_m, i_n, o_n, 0, K, TILE_M=TILE_M, TILE_N=TILE_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
             TRANSPOSED=TRANSPOSED, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
-        _store_result(acc, finish, o_m, o_n, M, N, SAVE)
+        _store_result(acc, finish, rope, i_n, o_m, o_n, M, N, SAVE, PAIRS)
     else:
         begin = i_part * (inputs_per_part // BLOCK_K * BLOCK_K)
         end = tl.minimum(begin + inputs_per_part, K)
         acc = _product_tile(
-            x, weight, i_m, i_n, begin, end, TILE_M=TILE_M, TILE_N=TILE_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
+            x, weight, i_m, i_n, o_n, begin, end, TILE_M=TILE_M, TILE_N=TILE_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
             TRANSPOSED=TRANSPOSED, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
         row = i_part.to(tl.int64) * M + o_m[:, None]
@@ -187,50 +310,55 @@ def _tile_of_result(
     do_not_specialize=[
         "M", "N", "K", "bias_width", "stride_x", "stride_w", "stride_residual", "stride_out", "gelu",
         "rows", "columns", "border", "bottom_columns", "inputs_per_part",
+        "heads", "tokens", "prefix_tokens", "table_rows",
     ]
 )  # fmt: skip
 def _compact_linear_fwd_kernel(
-    x, weight, x_tiles, w_tiles, bias, residual, z, out, partial,
+    x, weight, x_tiles, w_tiles, bias, residual, z, out, partial, table,
     M, N, K, bias_width, stride_x, stride_w, stride_residual, stride_out, gelu,
-    rows, columns, border, bottom_columns, inputs_per_part,
+    rows, columns, border, bottom_columns, inputs_per_part, heads, tokens, prefix_tokens, table_rows,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr,
     BORDER_N: tl.constexpr, BOTTOM_M: tl.constexpr, BOTTOM_N: tl.constexpr,
-    SAVE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    SAVE: tl.constexpr, SWIGLU: tl.constexpr, HEAD: tl.constexpr, HALVES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result: of the interior, of the right border or of the bottom one (see `TileGrid`).
 
     x_tiles and w_tiles are descriptors of tiles of the interior, the borders load by pointer. With `partial`
-    the tile is a sum over `inputs_per_part` inputs, for `_compact_linear_parts_kernel`.
+    the tile is a sum over `inputs_per_part` inputs, for `_compact_linear_parts_kernel`. SWIGLU, HEAD and
+    HALVES, with table and the four sizes behind the tiles': epilogues of pairs, see `_Pairs` and `Rotation`.
     """
     stride_x, stride_w = stride_x // 8 * 8, stride_w // 8 * 8  # tells the compiler that rows are padded
     stride_residual, stride_out = stride_residual // 8 * 8, stride_out // 8 * 8
     x, weight = _Operand(x, x_tiles, M, K, stride_x), _Operand(weight, w_tiles, N, K, stride_w)
     finish = _Epilogue(bias, bias_width, gelu, residual, stride_residual, z, out, stride_out)
+    rope = _Rope(table, heads, tokens, prefix_tokens, table_rows)
+    PAIRS: tl.constexpr = _Pairs(SWIGLU, HEAD, HALVES)
     i_tile, i_part = tl.program_id(0), tl.program_id(1)
     interior = rows * columns
     if i_tile < interior:
         i_m, i_n = grouped_tile(i_tile, rows, columns, 8)
         _tile_of_result(
-            x, weight, finish, partial, i_m * BLOCK_M, i_n * BLOCK_N, i_part, inputs_per_part,
+            x, weight, finish, rope, partial, i_m * BLOCK_M, i_n * BLOCK_N, i_part, inputs_per_part,
             TILE_M=BLOCK_M, TILE_N=BLOCK_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
-            TRANSPOSED=False, SAVE=SAVE, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+            TRANSPOSED=False, SAVE=SAVE, PAIRS=PAIRS, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
     elif i_tile < interior + rows * border:
         i_m, i_n = grouped_tile(i_tile - interior, rows, border, 8)
         i_m, i_n = i_m * BLOCK_M, columns * BLOCK_N + i_n * BORDER_N
         _tile_of_result(
-            x, weight, finish, partial, i_m, i_n, i_part, inputs_per_part,
+            x, weight, finish, rope, partial, i_m, i_n, i_part, inputs_per_part,
             TILE_M=BLOCK_M, TILE_N=BORDER_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
-            TRANSPOSED=False, SAVE=SAVE, DESCRIPTORS=False, PRECISION=PRECISION,
+            TRANSPOSED=False, SAVE=SAVE, PAIRS=PAIRS, DESCRIPTORS=False, PRECISION=PRECISION,
         )  # fmt: skip
     else:
         i_tile -= interior + rows * border
         i_m = rows * BLOCK_M + i_tile // bottom_columns * BOTTOM_M
         i_n = i_tile % bottom_columns * BOTTOM_N
         _tile_of_result(
-            x, weight, finish, partial, i_m, i_n, i_part, inputs_per_part,
+            x, weight, finish, rope, partial, i_m, i_n, i_part, inputs_per_part,
             TILE_M=BOTTOM_M, TILE_N=BOTTOM_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
-            TRANSPOSED=True, SAVE=SAVE, DESCRIPTORS=False, PRECISION=PRECISION,
+            TRANSPOSED=True, SAVE=SAVE, PAIRS=PAIRS, DESCRIPTORS=False, PRECISION=PRECISION,
         )  # fmt: skip
 
 
@@ -244,14 +372,36 @@ def _compact_linear_parts_kernel(
     """The sum of `parts` products in float32, in order, with bias, GELU and residual as in one piece."""
     stride_residual, stride_out = stride_residual // 8 * 8, stride_out // 8 * 8
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_n = tl.program_id(1) * BLOCK_N
+    o_n = i_n + tl.arange(0, BLOCK_N)
     m_tile = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for part in range(parts):
         row = tl.cast(part, tl.int64) * M + o_m[:, None]
         acc += tl.load(partial + row * stride_out + o_n[None, :], mask=m_tile, other=0.0)
     finish = _Epilogue(bias, bias_width, gelu, residual, stride_residual, z, out, stride_out)
-    _store_result(acc, finish, o_m, o_n, M, N, SAVE)
+    NO_PAIRS: tl.constexpr = _Pairs(False, None, False)
+    _store_result(acc, finish, None, i_n, o_m, o_n, M, N, SAVE, NO_PAIRS)
+
+
+@triton.jit(do_not_specialize=["M", "hidden", "stride_z", "stride_h"])
+def _swiglu_fwd_kernel(
+    z, h, M, hidden, stride_z, stride_h,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, HALVES_ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """h = silu(gate) * value of z [M, 2 hidden], 0 in the padding of its rows.
+
+    HALVES_ALIGNED: hidden is a multiple of 8, so that values start at 16 bytes as gates do.
+    """
+    stride_z, stride_h = stride_z // 8 * 8, stride_h // 8 * 8
+    if HALVES_ALIGNED:
+        hidden = hidden // 8 * 8
+    o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    o_row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
+    b_gate, b_value = load_gate_and_value(z, o_row, o_h, M, hidden, stride_z)
+    b_h = b_gate / (1.0 + tl.exp(-b_gate)) * b_value
+    m_h = (o_row < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)
+    tl.store(h + o_row * stride_h + o_h[None, :], b_h.to(h.dtype.element_ty), mask=m_h)
 
 
 @triton.jit(do_not_specialize=["M", "N", "rows_per_program", "stride_dy", "stride_z", "stride_dz"])
@@ -320,6 +470,7 @@ TILES = {
     "ieee": Config.of(4, 2, BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, **_BORDERS),
 }
 _PARTS = Config.of(4, 1, BLOCK_M=4, BLOCK_N=128)
+_SWIGLU_FWD = Config.of(4, 1, BLOCK_M=16, BLOCK_H=128)
 _DZ = Config.of(4, 1, BLOCK_M=16, BLOCK_N=128)
 _DZ_ROWS = 128  # of dY per program: one partial sum of a column for each
 _DB = Config.of(4, 1, BLOCK_R=16, BLOCK_N=64)
@@ -351,6 +502,8 @@ _VENDOR_ROWS = 1024
 # inputs in one piece or split, into parts of as few as one block.
 _PRODUCT = choice("compact_linear", "kernel", "vendor")
 _INPUTS = choice("compact_linear", "whole", "split")
+# And SwiGLU in the epilogue of a product in the op's own kernel, or in a pass behind it.
+_SWIGLU = choice("swiglu", "epilogue", "pass")
 
 
 @dataclass(frozen=True)
@@ -439,16 +592,32 @@ def _epilogue(
     )  # fmt: skip
 
 
+class Rotation(NamedTuple):
+    """Rotary embedding as the epilogue of a product that makes queries, keys and values.
+
+    table: as rope of `rotate_heads`, contiguous and from 16 bytes on. heads: of each of queries and keys.
+    tokens: those of an image, whose rows are side by side. prefix_tokens, rotate_half: as there.
+    """
+
+    table: Tensor
+    heads: int
+    tokens: int
+    prefix_tokens: int
+    rotate_half: bool
+
+
 def _launch_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None, out: Tensor,
-    z: Tensor | None,
+    z: Tensor | None, swiglu: bool = False, rotation: Rotation | None = None,
 ) -> None:  # fmt: skip
-    """Fill out [M, N], and z [M, N] if it is given; all in padded rows, z in those of out."""
+    """Fill out [M, N], with swiglu [M, N / 2], and z [M, N] if it is given; all in padded rows, z in those of
+    out. Epilogues of pairs go with no other, and their inputs are in one piece."""
     (M, K), N = x.shape, weight.shape[0]
     config = _tiles(x)
     block = config.blocks
     grid = tile_grid(M, N, config)
-    inputs = _inputs_per_part(grid.tiles, K, config)
+    of_pairs = swiglu or rotation is not None
+    inputs = K if of_pairs else _inputs_per_part(grid.tiles, K, config)
     parts = cdiv(K, inputs)
     finish = _epilogue(bias, gelu, residual, z, out, weight)
     partial = None
@@ -456,10 +625,10 @@ def _launch_fwd(
         shape = parts, M, out.stride(0)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         unfinished = finish | dict(bias=None, residual=None, z=None, out=None, bias_width=0, gelu=0)
-    elif z is not None and x.element_size() == 2:
-        config = dataclasses.replace(
-            config, num_warps=8
-        )  # two results: with 4 a few registers spill on sm_120
+    elif (z is not None or rotation is not None) and x.element_size() == 2:
+        # Two results, or a table beside one: with 4 a few registers spill on sm_120.
+        config = dataclasses.replace(config, num_warps=8)
+    halves = rotation is not None and rotation.rotate_half
     descriptors = launching.has_descriptors(x.device)
     launch(
         _compact_linear_fwd_kernel,
@@ -467,18 +636,32 @@ def _launch_fwd(
         dict(
             x=x, weight=weight, partial=partial,
             x_tiles=_descriptor(x, block["BLOCK_M"], block["BLOCK_K"]) if descriptors else None,
-            w_tiles=_descriptor(weight, block["BLOCK_N"], block["BLOCK_K"]) if descriptors else None,
+            # Rows of W in another order than that in memory are no tile.
+            w_tiles=_descriptor(weight, block["BLOCK_N"], block["BLOCK_K"])
+            if descriptors and not (swiglu or halves) else None,
             M=M, N=N, K=K, stride_x=x.stride(0), stride_w=weight.stride(0), rows=grid.rows,
             columns=grid.columns, border=grid.border, bottom_columns=grid.bottom_columns,
-            inputs_per_part=inputs, **(finish if partial is None else unfinished),
+            inputs_per_part=inputs, **(finish if partial is None else unfinished), **_rope(rotation),
         ),
         config,
         SAVE=z is not None and partial is None,
+        SWIGLU=swiglu,
+        HEAD=None if rotation is None else rotation.table.shape[-1] // 2,
+        HALVES=halves,
         DESCRIPTORS=descriptors,
         PRECISION=launching.dot_precision(x.dtype),
     )  # fmt: skip
     if partial is not None:
         _launch_parts(partial, M, N, finish)
+
+
+def _rope(rotation: Rotation | None) -> dict:
+    """Arguments of the kernel that say what is rotated."""
+    if rotation is None:
+        return dict(table=None, heads=0, tokens=0, prefix_tokens=0, table_rows=0)
+    table, heads, tokens, prefix_tokens, _ = rotation
+    own = table.shape[1] if table.ndim == 3 else 0
+    return dict(table=table, heads=heads, tokens=tokens, prefix_tokens=prefix_tokens, table_rows=own)
 
 
 def _descriptor(source: Tensor, rows: int, columns: int):
@@ -489,6 +672,21 @@ def _launch_parts(partial: Tensor, M: int, N: int, finish: dict) -> None:
     grid = cdiv(M, _PARTS.blocks["BLOCK_M"]), cdiv(N, _PARTS.blocks["BLOCK_N"])
     arguments = dict(partial=partial, parts=len(partial), M=M, N=N, **finish)
     launch(_compact_linear_parts_kernel, grid, arguments, _PARTS, SAVE=finish["z"] is not None)
+
+
+def launch_swiglu(z: Tensor) -> Tensor:
+    """silu(gate) * value, [M, hidden], of z [M, 2 hidden] with padded rows."""
+    M, hidden = len(z), z.shape[1] // 2
+    block_m, block_h = _SWIGLU_FWD.blocks.values()
+    h = empty_rows(M, hidden, dtype=z.dtype, device=z.device)
+    launch(
+        _swiglu_fwd_kernel,
+        (cdiv(M, block_m), cdiv(hidden, block_h)),
+        dict(z=z, h=h, M=M, hidden=hidden, stride_z=z.stride(0), stride_h=h.stride(0)),
+        _SWIGLU_FWD,
+        HALVES_ALIGNED=hidden % 8 == 0,
+    )
+    return h
 
 
 def _launch_dz(
@@ -558,21 +756,55 @@ def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, a, b, out=out)
 
 
+def takes_own_product(rows: int) -> bool:
+    """Whether a product of so many rows of x is made by the kernel of this op, which can have an epilogue."""
+    return not _PRODUCT.takes("vendor", rows >= _VENDOR_ROWS)
+
+
 def _forward_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None, save: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None, save: bool,
+    swiglu: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     N = len(weight)
     if 0 in (x.numel(), N) or x.dtype == torch.float64:
-        return _forward_plain(x, weight, bias, gelu, residual, save)
+        return _forward_plain(x, weight, bias, gelu, residual, save, swiglu)
     shape = torch.Size((*x.shape[:-1], N))
     x, weight = with_padded_rows(x), with_padded_rows(weight)
     residual = None if residual is None else with_padded_rows(residual)
-    if _PRODUCT.takes("vendor", len(x) >= _VENDOR_ROWS):
+    own = takes_own_product(len(x))
+    if swiglu:
+        return _swiglu_triton(x, weight, bias, own, shape), x.new_empty(0)
+    if not own:
         return _vendor(x, weight, bias, gelu, residual, save, shape)
     out, out_rows = _empty_rows(shape, x.dtype if residual is None else residual.dtype, x.device)
     z, z_rows = _empty_rows(shape, x.dtype, x.device) if save else (x.new_empty(0), None)
     _launch_fwd(x, weight, bias, gelu, residual, out_rows, z_rows)
     return out, z
+
+
+def _swiglu_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, own: bool, shape: torch.Size
+) -> Tensor:  # fmt: skip
+    """silu(gate) * value of z = x W^T + b, which is of this shape; x and W with padded rows."""
+    if own and _SWIGLU.takes("epilogue", True):
+        half = torch.Size((*shape[:-1], shape[-1] // 2))
+        out, rows = _empty_rows(half, x.dtype, x.device)
+        _launch_fwd(x, weight, bias, False, None, rows, None, swiglu=True)
+        return out
+    z, _ = _forward_triton(x, weight, bias, False, None, False)
+    out = launch_swiglu(with_padded_rows(z))
+    return out.view(*shape[:-1], out.shape[1])
+
+
+def rotated_product(x: Tensor, weight: Tensor, bias: Tensor | None, rotation: Rotation) -> Tensor:
+    """`x W^T + b` [..., N] in padded rows, its queries and keys rotated by the epilogue of the kernel.
+
+    The rotation is of the float32 sums. x [..., K] and weight [N, K] have elements, and are not float64.
+    """
+    out, rows = _empty_rows(torch.Size((*x.shape[:-1], len(weight))), x.dtype, x.device)
+    x, weight = with_padded_rows(x), with_padded_rows(weight)
+    _launch_fwd(x, weight, bias, False, None, rows, None, rotation=rotation)
+    return out
 
 
 def _add_triton(residual: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -585,10 +817,10 @@ def _add_triton(residual: Tensor, x: Tensor, weight: Tensor) -> None:
         residual.copy_(_forward_triton(x, weight, None, False, residual, False)[0])
         return None
     x, weight = with_padded_rows(x), with_padded_rows(weight)
-    if _PRODUCT.takes("vendor", len(x) >= _VENDOR_ROWS):
-        rows.addmm_(zero_padded(x), zero_padded(weight).t())
-    else:  # each program reads what it overwrites, and nobody else does
+    if takes_own_product(len(x)):  # each program reads what it overwrites, and nobody else does
         _launch_fwd(x, weight, None, False, rows, rows, None)
+    else:
+        rows.addmm_(zero_padded(x), zero_padded(weight).t())
     return None
 
 
@@ -631,6 +863,15 @@ def variants(target: str) -> Iterator[Variant]:
     yield from found.values()
 
 
+# By the dtype of x those of rope and the widths of heads that usual models have: 64, and 128 in the largest.
+# Others are the same kernel with another value of one constant.
+_ROTATED = {
+    torch.bfloat16: [(torch.float32, 64), (torch.float32, 128), (torch.bfloat16, 64)],
+    torch.float16: [(torch.float32, 64)],
+    torch.float32: [(torch.float32, 64)],
+}
+
+
 def _record(dtype: torch.dtype, inputs: int) -> None:
     """Ask for all that x of this dtype can lead to, at so few rows that none goes to the vendor's GEMM."""
 
@@ -642,6 +883,13 @@ def _record(dtype: torch.dtype, inputs: int) -> None:
     for residual in (None, *of_results):
         _forward_triton(x, weight, bias, True, residual, False)
     _forward_triton(x, weight, bias, True, None, True)
+    for hidden in (64, 61):  # in the epilogue, which takes any width, and where values start at 16 bytes or not
+        _forward_triton(x, weight[: 2 * hidden], None, False, None, False, True)
+        launch_swiglu(empty(64, 2 * hidden))
+    for table, head in _ROTATED.get(dtype, ()):
+        for rotate_half in (False, True):
+            rope = empty(19, 2 * head, dtype=table)
+            rotated_product(x, weight, bias, Rotation(rope, 2, 20, 1, rotate_half))
     for need_weight, need_bias in ((True, True), (True, False), (False, True)):
         _backward_triton(y, x, weight, y, False, need_weight, need_bias)
         for dy in of_results:
@@ -652,10 +900,11 @@ def _record(dtype: torch.dtype, inputs: int) -> None:
 
 
 def _forward_plain(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None, save: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None, save: bool,
+    swiglu: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     z = F.linear(x, weight, bias)
-    out = F.gelu(z) if gelu else z
+    out = activated(z, "swiglu" if swiglu else "gelu" if gelu else None)
     if residual is not None:
         out = out + residual
     return in_padded_rows(out), in_padded_rows(z) if save else x.new_empty(0)
@@ -681,8 +930,8 @@ def _backward_plain(
 # ---------------------------------------------------------------------------------------------- registration
 
 
-def _forward_fake(x, weight, bias, gelu, residual, save):
-    shape = (*x.shape[:-1], weight.shape[0])
+def _forward_fake(x, weight, bias, gelu, residual, save, swiglu=False):
+    shape = (*x.shape[:-1], weight.shape[0] // 2 if swiglu else weight.shape[0])
     out = empty_rows_like(x, *shape, dtype=None if residual is None else residual.dtype)
     return out, empty_rows_like(x, *shape) if save else x.new_empty(0)
 
@@ -694,29 +943,30 @@ def _backward_fake(dy, x, weight, z, need_x, need_weight, need_bias):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, ctx.gelu, _, save = inputs
+    x, weight, _, ctx.gelu, _, save, ctx.swiglu = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, output[1] if ctx.gelu and save else None)
 
 
 def _backward(ctx, dy, _):
+    need_x, need_weight, need_bias, _, need_residual, *others = ctx.needs_input_grad
+    others = (None,) * len(others)  # an argument that has its default is not among them
     if dy is None:  # the result has no part in what is differentiated
-        return (None,) * 6
-    need_x, need_weight, need_bias, _, need_residual, _ = ctx.needs_input_grad
+        return *(None,) * 5, *others
     needs = (need_x, need_weight, need_bias)
     dx = dw = db = None
     if any(needs):
-        if ctx.gelu and ctx.saved_tensors[2] is None:
+        if ctx.swiglu or (ctx.gelu and ctx.saved_tensors[2] is None):
             raise RuntimeError("compact_linear: called with save=False, which has no gradient through GELU")
         gradients = torch.ops.vtp.compact_linear_backward(dy, *ctx.saved_tensors, *needs)
         dx, dw, db = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    return dx, dw, db, None, dy if need_residual else None, None
+    return dx, dw, db, None, dy if need_residual else None, *others
 
 
 define(
-    "compact_linear(Tensor x, Tensor weight, Tensor? bias, bool gelu, Tensor? residual, bool save)"
-    " -> (Tensor, Tensor)",
+    "compact_linear(Tensor x, Tensor weight, Tensor? bias, bool gelu, Tensor? residual, bool save,"
+    " bool swiglu=False) -> (Tensor, Tensor)",
     plain=_forward_plain,
     triton=_forward_triton,
     fake=_forward_fake,
@@ -775,22 +1025,32 @@ def compact_linear(
             `torch.nn.functional.linear` casts them.
         weight: [N, K], in the dtype of x.
         bias: [N], in the dtype of x, or None.
-        activation: None, or "gelu" for `z / 2 * (1 + erf(z / sqrt(2)))`.
-        residual: [..., N], in the dtype of x, or float32 beside a 16-bit x, or None. Autocast leaves it.
+        activation: None; "gelu" for `z / 2 * (1 + erf(z / sqrt(2)))`; or "swiglu" for `silu(gate) * value`,
+            of the two halves of z, where N is even and the result has N / 2 columns.
+        residual: [..., N], in the dtype of x, or float32 beside a 16-bit x, or None. Autocast leaves it. With
+            "swiglu" there is none.
 
     Returns:
-        [..., N] in the dtype of the residual if there is one, else of x; the rows lie in memory a multiple of
-        8 elements apart. Gradients have the dtypes of their inputs. There is no second derivative.
+        [..., N], or with "swiglu" [..., N / 2], in the dtype of the residual if there is one, else of x; the
+        rows lie in memory a multiple of 8 elements apart. Gradients have the dtypes of their inputs. There is
+        no second derivative.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype is not one of those above.
-        ValueError: shapes or devices do not go together, or the activation is not known.
+        ValueError: shapes or devices do not go together, the activation is not known, or "swiglu" has an odd
+            number of rows of weight, or a residual.
     """
     x, weight, bias = _arguments.as_autocast_casts(x, weight, bias)
     _validate(x, weight, bias, activation, residual)
     gelu = activation == "gelu"
     operands = [t for t in (x, weight, bias) if t is not None]
-    save = gelu and torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    if activation == "swiglu":
+        if differentiated:  # `compact_mlp` has kernels for it
+            z, _ = torch.ops.vtp.compact_linear(x, weight, bias, False, None, False)
+            return in_padded_rows(activated(z, activation))
+        return torch.ops.vtp.compact_linear(x, weight, bias, False, None, False, True)[0]
+    save = gelu and differentiated
     if save and residual is not None:  # in no model: not worth compilations that store three results
         return residual + compact_linear(x, weight, bias, activation=activation)
     out, _ = torch.ops.vtp.compact_linear(x, weight, bias, gelu, residual, save)
@@ -837,9 +1097,15 @@ def _validate(
     N = weight.shape[0]
     if bias is not None:
         _arguments.check_shape("bias", bias, (N,))
+    if activation not in (None, "gelu", "swiglu"):
+        raise ValueError(f"activation: got {activation!r}, expected None, 'gelu' or 'swiglu'")
+    if activation == "swiglu":
+        if N % 2:
+            shape = tuple(weight.shape)
+            raise ValueError(f"weight: got shape {shape}, expected [2 * hidden, K], a gate and a value each")
+        if residual is not None:
+            raise ValueError("residual: got a tensor, expected None beside the activation 'swiglu'")
     if residual is not None and residual.shape != (expected := (*x.shape[:-1], N)):
         raise ValueError(
             f"residual: got shape {tuple(residual.shape)}, expected {expected}, that of the result"
         )
-    if activation not in (None, "gelu"):
-        raise ValueError(f"activation: got {activation!r}, expected None or 'gelu'")

@@ -19,20 +19,17 @@ With SwiGLU z = x W1^T + b1 has two halves, z_g and z_v, and with s the logistic
 
     h = z_g s(z_g) z_v    dz_g = dh z_v s(z_g) (1 + z_g (1 - s(z_g)))    dz_v = dh z_g s(z_g)
 
-That is two launches of `compact_linear` and between them a pass over z, one kernel, which reads 2 M hidden
-numbers and writes half as many. An epilogue of the first product would save writing z and reading it. But
-from 1,024 rows on that product is the vendor's, which has none; and with fewer rows z stays in L2, and the
-pass is a launch of a few microseconds (predicted, not measured). It would also need rows of W1 in another
-order, so that one tile has a gate and its value, or two accumulators in each of the three kinds of tiles of
-`compact_linear`. Nor is there one kernel for it all: of the models that have SwiGLU only the smallest,
-EVA-02-Ti, is as narrow as 256. Where hidden is no multiple of 8, values do not start at 16 bytes and are
-loaded, and their gradient is stored, one by one.
+That is two launches of `compact_linear`, the first with SwiGLU as its epilogue, so that z is never in memory.
+Where z is kept, or the first product is the vendor's, from 1,024 rows on, there is a pass over z between them,
+which reads 2 M hidden numbers and writes half as many. Nor is there one kernel for it all: of the models that
+have SwiGLU only the smallest, EVA-02-Ti, is as narrow as 256. Where hidden is no multiple of 8, values do not
+start at 16 bytes and are loaded by a pass, and their gradient is stored, one by one.
 
 Saved for backward: x, z, W1 and W2; h is made again from z, by the kernel that makes dz, in one pass over
 both. The products are the vendor's, of operands padded with zeros to multiples of 8.
 
-Numbers: products and sums are float32; h is rounded once, to the dtype of x. Where z is kept for backward,
-and with SwiGLU always, h is made of the rounded z, in both passes the same.
+Numbers: products and sums are float32; h is rounded once, to the dtype of x. Where z is kept for backward, h
+is made of the rounded z, in both passes the same.
 
 Deterministic: sums over rows are made in two stages of fixed order; there are no atomics.
 """
@@ -48,8 +45,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
-from vtp_kernels._tiles import Matrix, load_matrix_tile
-from vtp_kernels.compact_linear import compact_linear
+from vtp_kernels._tiles import Matrix, load_gate_and_value, load_matrix_tile
+from vtp_kernels.compact_linear import activated, compact_linear, launch_swiglu
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, cdiv, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import (
@@ -75,17 +72,9 @@ def compact_mlp_ref(
     activation: str = "gelu",
 ) -> Tensor:
     """The definition of `compact_mlp` in plain PyTorch, for autograd to differentiate."""
-    h = _activated(F.linear(x, fc1_weight, fc1_bias), activation == "swiglu")
+    h = activated(F.linear(x, fc1_weight, fc1_bias), activation)
     out = F.linear(h, fc2_weight, fc2_bias)
     return out if residual is None else residual + out
-
-
-def _activated(z: Tensor, swiglu: bool) -> Tensor:
-    """h [..., hidden] of z, which is as wide or with SwiGLU twice as wide."""
-    if not swiglu:
-        return F.gelu(z)
-    gate, value = z.chunk(2, dim=-1)
-    return F.silu(gate) * value
 
 
 # -------------------------------------------------------------------------------------------------- kernels
@@ -243,37 +232,6 @@ def _gelu_bwd_kernel(
     tl.store(partial + tl.program_id(0).to(tl.int64) * hidden + o_h, b_sum, mask=o_h < hidden)
 
 
-@triton.jit
-def _load_gate_and_value(z, o_row, o_h, M, hidden, stride_z):
-    """Both halves of z at columns o_h, 0 beyond hidden; o_row is a column of 64-bit numbers."""
-    p_z = z + o_row * stride_z + o_h[None, :]
-    # Of the gate whole 16 bytes are loaded, which end among values, or in the padding behind few of them.
-    m_gate = (o_row < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)
-    b_gate = tl.load(p_z, mask=m_gate, other=0.0).to(tl.float32)
-    b_value = tl.load(p_z + hidden, mask=(o_row < M) & (o_h[None, :] < hidden), other=0.0).to(tl.float32)
-    return tl.where(o_h[None, :] < hidden, b_gate, 0.0), b_value
-
-
-@triton.jit(do_not_specialize=["M", "hidden", "stride_z", "stride_h"])
-def _swiglu_fwd_kernel(
-    z, h, M, hidden, stride_z, stride_h,
-    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, HALVES_ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """h = silu(gate) * value of z [M, 2 hidden], 0 in the padding of its rows.
-
-    HALVES_ALIGNED: hidden is a multiple of 8, so that values start at 16 bytes as gates do.
-    """
-    stride_z, stride_h = stride_z // 8 * 8, stride_h // 8 * 8
-    if HALVES_ALIGNED:
-        hidden = hidden // 8 * 8
-    o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    o_row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
-    b_gate, b_value = _load_gate_and_value(z, o_row, o_h, M, hidden, stride_z)
-    b_h = b_gate / (1.0 + tl.exp(-b_gate)) * b_value
-    m_h = (o_row < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)
-    tl.store(h + o_row * stride_h + o_h[None, :], b_h.to(h.dtype.element_ty), mask=m_h)
-
-
 @triton.jit(
     do_not_specialize=["M", "hidden", "rows_per_program", "stride_dh", "stride_z", "stride_dz", "stride_h"]
 )
@@ -300,7 +258,7 @@ def _swiglu_bwd_kernel(
     for row in range(begin, tl.minimum(M, begin + rows_per_program), BLOCK_M):
         o_row = (row + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
         m_row = o_row < M
-        b_gate, b_value = _load_gate_and_value(z, o_row, o_h, M, hidden, stride_z)
+        b_gate, b_value = load_gate_and_value(z, o_row, o_h, M, hidden, stride_z)
         p_dh = dh + o_row * stride_dh + o_h[None, :]
         b_dh = tl.load(p_dh, mask=m_row & m_padded, other=0.0).to(tl.float32)
         b_dh = tl.where(m_own, b_dh, 0.0)
@@ -349,7 +307,6 @@ _LAUNCHES = choice("compact_mlp", "fused", "two_launches")  # what `launching.fo
 
 _GELU_BWD = Config.of(4, 1, BLOCK_M=16, BLOCK_H=128)
 _BWD_ROWS = 128  # per program: one partial sum of a column for each
-_SWIGLU_FWD = Config.of(4, 1, BLOCK_M=16, BLOCK_H=128)
 # By whether both halves of z are aligned. With 4 warps some registers spill on sm_80. Where values are loaded
 # one by one, so many addresses take registers that only one block of 16 rows fits on sm_100.
 _SWIGLU_BWD = {
@@ -425,21 +382,6 @@ def _launch_gelu_bwd(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return dz, h, partial
 
 
-def _launch_swiglu_fwd(z: Tensor) -> Tensor:
-    """h [M, hidden] of z [M, 2 hidden] with padded rows."""
-    M, hidden = len(z), z.shape[1] // 2
-    block_m, block_h = _SWIGLU_FWD.blocks.values()
-    h = empty_rows(M, hidden, dtype=z.dtype, device=z.device)
-    launch(
-        _swiglu_fwd_kernel,
-        (cdiv(M, block_m), cdiv(hidden, block_h)),
-        dict(z=z, h=h, M=M, hidden=hidden, stride_z=z.stride(0), stride_h=h.stride(0)),
-        _SWIGLU_FWD,
-        HALVES_ALIGNED=hidden % 8 == 0,
-    )
-    return h
-
-
 def _launch_swiglu_bwd(dh: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dz [M, 2 hidden], h [M, hidden], partial [programs, 2 hidden]; dh and z with padded rows."""
     M, hidden = dh.shape
@@ -484,17 +426,20 @@ def _two_launches(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
     residual: Tensor | None, keep_z: bool, swiglu: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """And with SwiGLU a pass between them."""
+    """And where z is kept a pass between them."""
+    activation = "swiglu" if swiglu else "gelu"
     with torch.no_grad():  # so that compact_linear keeps nothing
-        z = compact_linear(x, fc1_weight, fc1_bias, activation=None if keep_z or swiglu else "gelu")
+        made = compact_linear(x, fc1_weight, fc1_bias, activation=None if keep_z else activation)
         # With its padding, which is 0, so that its width is one that every GEMM takes.
-        if swiglu:
-            h = whole_rows(_launch_swiglu_fwd(with_padded_rows(z)))
+        if not keep_z:
+            h = whole_rows(made)
+        elif swiglu:
+            h = whole_rows(launch_swiglu(with_padded_rows(made)))
             h = h.view(*x.shape[:-1], h.shape[1])
         else:
-            h = F.gelu(whole_rows(z)) if keep_z else whole_rows(z)
+            h = F.gelu(whole_rows(made))
         out = compact_linear(h, zero_padded(fc2_weight), fc2_bias, residual=residual)
-        return out, z if keep_z else x.new_empty(0)
+        return out, made if keep_z else x.new_empty(0)
 
 
 def _backward_triton(
@@ -564,7 +509,7 @@ def _forward_plain(
     residual: Tensor | None, keep_z: bool, swiglu: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     z = F.linear(x, fc1_weight, fc1_bias)
-    out = F.linear(_activated(z, swiglu), fc2_weight, fc2_bias)
+    out = F.linear(activated(z, "swiglu" if swiglu else "gelu"), fc2_weight, fc2_bias)
     if residual is not None:
         out = residual + out
     return in_padded_rows(out), in_padded_rows(z) if keep_z else x.new_empty(0)
@@ -581,7 +526,7 @@ def _backward_plain(
     db2 = dy.sum(0).to(x.dtype) if need_fc2_bias else None
     dy, z = dy.to(x.dtype), z.reshape(M, units)
     if need_fc2:
-        dw2 = in_padded_rows(dy.t() @ _activated(z, swiglu))
+        dw2 = in_padded_rows(dy.t() @ activated(z, "swiglu" if swiglu else "gelu"))
     if need_x or need_fc1 or need_fc1_bias:
         dz = _activation_backward(dy @ fc2_weight, z, swiglu)
         db1 = dz.sum(0) if need_fc1_bias else None

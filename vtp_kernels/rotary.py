@@ -17,33 +17,48 @@ gradient of out, the gradients are
 with sums over images, over query and key, and over heads where these share a table. Prefix tokens and values
 are left, or copied, bit for bit. Saved for backward: rope, and qkv if rope needs a gradient.
 
-A pass of its own, in place where nothing needs a gradient: in 16 bits it moves 8 H d bytes a token, queries
-and keys in and out; for a ViT-B with 201 tokens 1.2 MB an image and layer, 0.37 us of an H100's bandwidth.
-Attention could rotate what it loads and save these bytes. But each of its programs, one for 64 queries of a
-head, would rotate all keys again: 4 times for 201 tokens, 10 times for 577. The arithmetic is little, 3 d
-FLOPs a key beside 256 d of the products. The table is not: 8 d bytes of float32 a key, beside the 4 d bytes
-of key and value, so that a program would load three times as much; with 128 images that is 650 MB more from
-L2 a layer, against 160 MB that the pass moves. Keys, which go to shared memory as they are, would have to
-pass through registers, and so would they in both kernels of the backward pass, which have none to spare. The
-epilogue of the product that makes qkv would cost no byte; but from 1,024 rows on that is the vendor's. In
-training, where the input must stay, the pass writes a copy, values with it: 4 H d + 2 V bytes a token in and
-as many out, forward and backward. All this is predicted, not measured.
+Where nothing needs a gradient there are two ways. `rotated_linear` makes qkv and rotates it in the epilogue of
+that product, which costs no byte but those of the table: with few rows, of one to four images, where a launch
+is what costs. A tile of 64 rows and 128 columns then loads, at its end, 32 KB of float32 sines and as many
+cosines, half of it a second time from L1 where heads share a table, beside the 147 KB of operands of 384 inputs
+(of a ViT-S; 295 KB of a ViT-B). From 1,024 rows on the product is the vendor's, which has no such epilogue, and
+`rotate_heads_` is a pass of its own, in place: in 16 bits it moves 8 H d bytes a token, queries and keys in and
+out; for a ViT-B with 201 tokens 1.2 MB an image and layer, 0.37 us of an H100's bandwidth. In training, where
+the input must stay, the pass writes a copy, values with it: 4 H d + 2 V bytes a token in and as many out,
+forward and backward.
 
-There are no matrix products, so nothing for PyTorch's FLOP counter.
+Attention could rotate what it loads and save these bytes. Pairs are no obstacle: a score is the sum of that of
+the first numbers and that of the second, q_1 k_1 + q_2 k_2, so that each half can be loaded, rotated and
+multiplied apart, and no number has to change places. But each of its programs, one for 64 queries of a head,
+would rotate all keys again: 4 times for 201 tokens, 10 times for 577. The arithmetic is little, 3 d FLOPs a key
+beside 256 d of the products. The table is not: 8 d bytes of float32 a key, beside the 4 d bytes of key and
+value, so that a program would load three times as much; with 128 images that is 650 MB more from L2 a layer,
+against 160 MB that the pass moves; with one image 5 MB, against nothing in the epilogue. Keys, which go to
+shared memory as they are, would have to pass through registers, and so would they in both kernels of the
+backward pass, which have none to spare. And where heads are padded for PyTorch's fused attention, in 16 bits
+most of them, there is no attention of ours to rotate in. So it does not. All this is predicted, not measured.
 
-Numbers: float32, rounded once. Deterministic: a sum is made by one program in one order; no atomics.
+Rotation has no matrix products, so nothing for PyTorch's FLOP counter but the product of `rotated_linear`.
+
+Numbers: float32, rounded once; in the epilogue the product is not rounded before it is rotated, so that results
+are at least as exact as those of the pass. Deterministic: a sum is made by one program in one order; no
+atomics.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
-from vtp_kernels.launching import Config, Variant, cdiv, launch, tl, triton
+from vtp_kernels._tiles import join_pairs, rotate_pairs, split_pairs
+from vtp_kernels.compact_linear import Rotation, rotated_product, takes_own_product
+from vtp_kernels.launching import Config, Variant, cdiv, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
 from vtp_kernels.rows import clear_padding, empty_rows_like, padded_width, with_padded_rows
 
@@ -94,7 +109,7 @@ def _load_pairs(p_row, m_row, PAIRS: tl.constexpr):
     else:
         o_d = tl.arange(0, 2 * PAIRS.BLOCK)[None, :]
         b_tile = tl.load(p_row + o_d, mask=m_row & (o_d < 2 * PAIRS.COUNT), other=0.0).to(tl.float32)
-        return tl.split(tl.reshape(b_tile, (p_row.shape[0], PAIRS.BLOCK, 2)))
+        return split_pairs(b_tile)
 
 
 @triton.jit
@@ -108,7 +123,7 @@ def _store_pairs(p_row, m_row, pairs, PAIRS: tl.constexpr):
         tl.store(p_row + PAIRS.COUNT + o_pair, b_second.to(p_row.dtype.element_ty), mask=m_tile)
     else:
         o_d = tl.arange(0, 2 * PAIRS.BLOCK)[None, :]
-        b_tile = tl.reshape(tl.join(b_first, b_second), (p_row.shape[0], 2 * PAIRS.BLOCK))
+        b_tile = join_pairs(b_first, b_second)
         tl.store(p_row + o_d, b_tile.to(p_row.dtype.element_ty), mask=m_row & (o_d < 2 * PAIRS.COUNT))
 
 
@@ -120,20 +135,6 @@ def _load_table(rope, head, o_n, m_row, prefix_tokens, table_rows, PAIRS: tl.con
     b_sin_first, b_sin_second = _load_pairs(p_row, m_row, PAIRS)
     b_cos_first, b_cos_second = _load_pairs(p_row + 2 * PAIRS.COUNT, m_row, PAIRS)
     return b_sin_first, b_sin_second, b_cos_first, b_cos_second
-
-
-@triton.jit
-def _rotate(pairs, table, m_rotated, ADJOINT: tl.constexpr):
-    """Pairs, rotated where m_rotated says so; with ADJOINT by the transpose of that."""
-    b_first, b_second = pairs
-    b_sin_first, b_sin_second, b_cos_first, b_cos_second = table
-    if ADJOINT:
-        b_out_first = b_first * b_cos_first + b_second * b_sin_second
-        b_out_second = b_second * b_cos_second - b_first * b_sin_first
-    else:
-        b_out_first = b_first * b_cos_first - b_second * b_sin_first
-        b_out_second = b_second * b_cos_second + b_first * b_sin_second
-    return tl.where(m_rotated, b_out_first, b_first), tl.where(m_rotated, b_out_second, b_second)
 
 
 @triton.jit(
@@ -176,8 +177,8 @@ def _rotate_heads_kernel(
             p_query, p_key = p_row + i * d, p_row + (H + i) * d
             query, key = _load_pairs(p_query, m_row, PAIRS), _load_pairs(p_key, m_row, PAIRS)
             table = _load_table(rope, i, o_n, m_rotated, prefix_tokens, table_rows, PAIRS)
-            query = _rotate(query, table, m_rotated, ADJOINT)
-            key = _rotate(key, table, m_rotated, ADJOINT)
+            query = rotate_pairs(query, table, m_rotated, ADJOINT)
+            key = rotate_pairs(key, table, m_rotated, ADJOINT)
             if COPY:
                 p_query, p_key = p_target + i * d, p_target + (H + i) * d
             _store_pairs(p_query, m_row, query, PAIRS)
@@ -238,6 +239,8 @@ TILES = {
     64: Config.of(4, 1, BLOCK_M=8, BLOCK_P=64, HEADS=2, COLUMNS=256),
     128: Config.of(4, 1, BLOCK_M=4, BLOCK_P=128, HEADS=2, COLUMNS=512),
 }
+# What `launching.forced_path` can force in `rotated_linear`, where its product has an epilogue.
+_ROTATION = choice("rotated_linear", "epilogue", "pass")
 DROPE_TILES = {block: Config.of(4, 1, BLOCK_M=512 // block, BLOCK_P=block) for block in TILES}
 
 
@@ -336,6 +339,20 @@ def _rotate_triton(qkv: Tensor, rope: Tensor, heads: int, prefix_tokens: int, ro
         qkv.copy_(rows.view(qkv.shape))
 
 
+def _linear_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rope: Tensor, heads: int, prefix_tokens: int,
+    rotate_half: bool,
+) -> Tensor:  # fmt: skip
+    rows, tokens = math.prod(x.shape[:-1]), x.shape[-2]
+    is_for_kernels = x.dtype != torch.float64 and 0 not in (x.numel(), rope.numel())
+    if is_for_kernels and takes_own_product(rows) and _ROTATION.takes("epilogue", True):
+        rotation = Rotation(_table(rope, x), heads, tokens, prefix_tokens, rotate_half)
+        return rotated_product(x, weight, bias, rotation)
+    qkv, _ = torch.ops.vtp.compact_linear(x, weight, bias, False, None, False)
+    _rotate_triton(qkv, rope, heads, prefix_tokens, rotate_half)
+    return qkv
+
+
 def _backward_triton(
     dout: Tensor, rope: Tensor, qkv: Tensor | None, heads: int, prefix_tokens: int, rotate_half: bool,
     need_qkv: bool,
@@ -421,6 +438,15 @@ def _forward_plain(qkv: Tensor, rope: Tensor, heads: int, prefix_tokens: int, ro
     return out
 
 
+def _linear_plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rope: Tensor, heads: int, prefix_tokens: int,
+    rotate_half: bool,
+) -> Tensor:  # fmt: skip
+    qkv, _ = torch.ops.vtp.compact_linear(x, weight, bias, False, None, False)
+    _rotate_plain(qkv, rope, heads, prefix_tokens, rotate_half)
+    return qkv
+
+
 def _backward_plain(
     dout: Tensor, rope: Tensor, qkv: Tensor | None, heads: int, prefix_tokens: int, rotate_half: bool,
     need_qkv: bool,
@@ -444,6 +470,10 @@ def _backward_plain(
 
 def _forward_fake(qkv, rope, heads, prefix_tokens, rotate_half):
     return empty_rows_like(qkv, *qkv.shape)
+
+
+def _linear_fake(x, weight, bias, rope, heads, prefix_tokens, rotate_half):
+    return empty_rows_like(x, *x.shape[:-1], weight.shape[0])
 
 
 def _backward_fake(dout, rope, qkv, heads, prefix_tokens, rotate_half, need_qkv):
@@ -475,6 +505,13 @@ define(
     fake=lambda *_: None,
 )
 define(
+    "rotated_linear(Tensor x, Tensor weight, Tensor? bias, Tensor rope, int heads, int prefix_tokens,"
+    " bool rotate_half) -> Tensor",
+    plain=_linear_plain,
+    triton=_linear_triton,
+    fake=_linear_fake,
+)
+define(
     "rotate_heads_backward(Tensor dout, Tensor rope, Tensor? qkv, int heads, int prefix_tokens,"
     " bool rotate_half, bool need_qkv) -> (Tensor, Tensor)",
     plain=_backward_plain,
@@ -482,6 +519,11 @@ define(
     fake=_backward_fake,
 )
 define_gradient("rotate_heads", by="rotate_heads_backward", backward=_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.vtp.rotated_linear)
+def _linear_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 # ------------------------------------------------------------------------------------------ public functions
@@ -545,10 +587,58 @@ def rotate_heads_(
     return qkv
 
 
+def rotated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rope: Tensor, key_widths: Sequence[int],
+    prefix_tokens: int, rotate_half: bool,
+) -> Tensor:  # fmt: skip
+    """Queries and keys with rotary embedding, and values: `rotate_heads(x @ weight.T + bias, ...)` in inference.
+
+    Args:
+        x: [..., N, K], float32, bfloat16, float16 or float64; any strides. Autocast leaves it.
+        weight: [2 * sum(key_widths) + V, K], in the dtype of x.
+        bias: as many as weight has rows, in the dtype of x, or None.
+        rope, key_widths, prefix_tokens, rotate_half: as `rotate_heads` takes them.
+
+    Returns:
+        [..., N, 2 * sum(key_widths) + V] in the dtype of x; its rows are padded to a multiple of 8 elements.
+        With few rows of x the float32 sums of the product are rotated and then rounded, with many their
+        roundings.
+
+    Raises:
+        TypeError: an argument is not of the type, or a tensor not of a dtype above.
+        ValueError: the shapes do not go together, key widths differ or are odd, or the tensors are on two
+            devices.
+        RuntimeError: a gradient is asked for; take `compact_linear` and `rotate_heads`.
+    """
+    tensors = _arguments.check_tensors({"x": x, "weight": weight}, {"bias": bias})
+    _arguments.check_dtypes(tensors)
+    _arguments.check_inputs(x, weight)
+    if x.ndim < 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., N, {weight.shape[1]}]")
+    if bias is not None:
+        _arguments.check_shape("bias", bias, (len(weight),))
+    _arguments.check_tensors({"x": x, "rope": rope})
+    _validate_rotation((*x.shape[:-1], len(weight)), "weight", rope, key_widths, prefix_tokens, rotate_half)
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("rope", rope)):
+        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"{name}: needs a gradient, and rotated_linear has none: use compact_linear and rotate_heads"
+            )
+    return torch.ops.vtp.rotated_linear(x, weight, bias, rope, len(key_widths), prefix_tokens, rotate_half)
+
+
 def _validate(
     qkv: Tensor, rope: Tensor, key_widths: Sequence[int], prefix_tokens: int, rotate_half: bool
 ) -> None:
     _arguments.check_tensors({"qkv": qkv, "rope": rope})
+    _validate_rotation(qkv.shape, "qkv", rope, key_widths, prefix_tokens, rotate_half)
+
+
+def _validate_rotation(
+    shape: Sequence[int], name: str, rope: Tensor, key_widths: Sequence[int], prefix_tokens: int,
+    rotate_half: bool,
+) -> None:  # fmt: skip
+    """Check what is to be rotated of a qkv of this shape, which comes from the argument `name`."""
     _arguments.check_tensors({"rope": rope})  # its dtype
     if not isinstance(key_widths, (tuple, list)) or not all(isinstance(w, int) for w in key_widths):
         raise TypeError(f"key_widths: got {key_widths!r}, expected a tuple of integers")
@@ -557,20 +647,19 @@ def _validate(
             f"key_widths: got {tuple(key_widths)}, expected one even width for all heads: they are rotated in"
             " pairs, by one embedding"
         )
-    for name, value, kind in (("prefix_tokens", prefix_tokens, int), ("rotate_half", rotate_half, bool)):
+    for argument, value, kind in (("prefix_tokens", prefix_tokens, int), ("rotate_half", rotate_half, bool)):
         if not isinstance(value, kind):
-            raise TypeError(f"{name}: got {value!r}, expected {'an' if kind is int else 'a'} {kind.__name__}")
+            article = "an" if kind is int else "a"
+            raise TypeError(f"{argument}: got {value!r}, expected {article} {kind.__name__}")
     H, d = len(key_widths), key_widths[0]
-    if qkv.ndim < 2 or qkv.shape[-1] < 2 * H * d:
+    if len(shape) < 2 or shape[-1] < 2 * H * d:
         raise ValueError(
-            f"qkv: got shape {tuple(qkv.shape)}, expected [..., N, columns] with {H * d} columns of queries,"
+            f"{name}: got shape {tuple(shape)}, expected [..., N, columns] with {H * d} columns of queries,"
             f" as many of keys, and those of values behind them"
         )
-    tokens = qkv.shape[-2] - prefix_tokens
-    if not 0 <= prefix_tokens <= qkv.shape[-2]:
-        raise ValueError(
-            f"prefix_tokens: got {prefix_tokens}, expected 0 to {qkv.shape[-2]}, the tokens of qkv"
-        )
+    tokens = shape[-2] - prefix_tokens
+    if not 0 <= prefix_tokens <= shape[-2]:
+        raise ValueError(f"prefix_tokens: got {prefix_tokens}, expected 0 to {shape[-2]}, the tokens of {name}")
     if rope.ndim not in (2, 3) or rope.shape != (*(H,) * (rope.ndim - 2), tokens, 2 * d):
         raise ValueError(
             f"rope: got shape {tuple(rope.shape)}, expected [{tokens}, {2 * d}], or [{H}, {tokens}, {2 * d}]"

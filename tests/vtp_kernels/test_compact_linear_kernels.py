@@ -25,8 +25,10 @@ from tests.support.kernel_proofs import (
 )
 from tests.support.numerics import assert_close_to_float64
 from tests.support.triton_harness import programs
+from tests.vtp_kernels import test_rotary
 from tests.vtp_kernels.test_compact_linear import DTYPES, EPILOGUES, inputs, leaves, run
 from vtp_kernels.library import TritonSides
+from vtp_kernels.rotary import rotate_heads_ref
 from vtp_kernels.rows import empty_rows
 
 MODULE = "vtp_kernels.compact_linear"
@@ -39,6 +41,7 @@ PATHS = {
     "split": {"forced": ("compact_linear", "split")},
     "vendor": {"forced": ("compact_linear", "vendor")},
     "amd": {"attributes": {"is_amd": lambda device: True}},
+    "pass": {"forced": ("swiglu", "pass")},
 }
 
 
@@ -58,6 +61,31 @@ class Case:
     def __str__(self):
         flags = [self.layout] * (self.layout != "padded") + ["nobias"] * (not self.bias)
         return "-".join([f"M{self.M}-K{self.K}-N{self.N}-{self.dtypes}-{self.epilogue}-{self.side}", *flags])
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """A product that makes qkv [B, N, 2 H d + V] of K inputs, and how it is rotated."""
+
+    B: int
+    N: int
+    prefix: int
+    H: int
+    d: int
+    V: int
+    K: int
+    dtypes: str = "f32"
+    own_tables: bool = False
+    rotate_half: bool = False
+    layout: str = "padded"
+    side: str = "end"
+    bias: bool = True
+
+    def __str__(self):
+        flags = [self.layout] * (self.layout != "padded") + ["nobias"] * (not self.bias)
+        flags += ["own-tables"] * self.own_tables + ["halves"] * self.rotate_half
+        sizes = f"B{self.B}-N{self.N}-P{self.prefix}-H{self.H}-d{self.d}-V{self.V}-K{self.K}"
+        return "-".join([sizes, self.dtypes, self.side, *flags])
 
 
 # -- In the worker ------------------------------------------------------------------------------------------
@@ -94,13 +122,41 @@ class Data:
         return [place(t, layout, side, align_vectors=16) for t, layout in zip(tensors, layouts, strict=True)]
 
 
+class RotatedData:
+    """The tensors of a product whose queries and keys are rotated, and what should come out."""
+
+    def __init__(self, case):
+        self.case, is_tf32 = case, case.dtypes == "tf32"
+        dtype, table = test_rotary.DTYPES["f32" if is_tf32 else case.dtypes]
+        M, outputs = case.B * case.N, 2 * case.H * case.d + case.V
+        x, weight, bias, *_ = inputs(M, case.K, outputs, dtype, dtype)
+        bias = bias if case.bias else None
+        self.tensors = x, weight, bias
+        shape = *(case.H,) * case.own_tables, case.N - case.prefix, 2 * case.d
+        self.rope = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(table)
+        multiplied = (*map(to_tf32, (x, weight)), bias) if is_tf32 else self.tensors
+        doubles = [None if t is None else t.double() for t in self.tensors]
+        self.exact = self._defined(doubles, self.rope.double())
+        self.same_dtype = self._defined(multiplied, self.rope)
+
+    def _defined(self, tensors, rope):
+        case = self.case
+        qkv = F.linear(*tensors).unflatten(0, (case.B, case.N))
+        rotated = rotate_heads_ref(qkv, rope, (case.d,) * case.H, case.prefix, case.rotate_half)
+        return rotated.flatten(0, 1)
+
+    def placed(self):
+        return [place(t, self.case.layout, self.case.side, align_vectors=16) for t in self.tensors]
+
+
 def prove(check, case, *args, replacements=(), path="whole", **conditions):
     """`check(op, data, ...)` under the case's conditions; keys of the variants that it launched."""
     op = loaded(MODULE, replacements)
     conditions = dict(conditions, **PATHS[path], tf32=case.dtypes == "tf32")
+    data = RotatedData(case) if isinstance(case, Rotated) else Data(case)
     # Rows gigabytes apart are too much memory to note every element of.
     with programs(races=case.layout != "far"):
-        return run_check(check, op, Data(case), *args, **conditions)
+        return run_check(check, op, data, *args, **conditions)
 
 
 def check_forward(op, data, save=False):
@@ -115,6 +171,52 @@ def check_forward(op, data, save=False):
     if save:
         assert_close_to_float64(found[1].reshape(out.shape), *data.z, "z")
         assert_padding_is_zero("z", found[1])
+
+
+def check_swiglu(op, data):
+    """The whole pass with SwiGLU: N / 2 hidden units."""
+    x, weight, bias, _ = data.placed(*data.tensors)
+    arguments = x, weight, bias, False, None, False, True
+    found = op._forward_triton(*arguments)
+    assert_like(found, op._forward_fake(*arguments))
+    exact, same_dtype = (op.activated(z, "swiglu") for z in data.z)
+    assert_close_to_float64(found[0].reshape(exact.shape), exact, same_dtype, "out")
+    assert_padding_is_zero("out", found[0])
+
+
+def check_rotated(op, data):
+    """The product with rotation as its epilogue; prefix tokens and values are those without."""
+    case, (x, weight, bias) = data.case, data.placed()
+    rope = guarded(data.rope, case.side, align=16)
+    out = op.rotated_product(x, weight, bias, op.Rotation(rope, case.H, case.N, case.prefix, case.rotate_half))
+    assert_like([out], [empty_rows(*data.exact.shape, dtype=x.dtype, device=x.device)])
+    assert_close_to_float64(out, data.exact, data.same_dtype, "out")
+    assert_padding_is_zero("out", out)
+    product, _ = op._forward_triton(x, weight, bias, False, None, False)
+    left = (t.unflatten(0, (case.B, case.N)) for t in (out, product))
+    for a, b in zip(*((t[:, : case.prefix], t[..., 2 * case.H * case.d :]) for t in left), strict=True):
+        assert torch.equal(a, b)
+
+
+def halves_of_z(data):
+    """z [M, N], which here need not come from any product, with N / 2 gates and as many values.
+
+    Values are of like size: silu has a zero, where what PyTorch rounds depends on whether it was compiled to
+    fused multiply-adds, and the product must not be far larger there than elsewhere.
+    """
+    g = torch.Generator().manual_seed(1)
+    gate, value = torch.randn(2, data.case.M, data.case.N // 2, generator=g)
+    value = value.sign() * (0.5 + torch.rand(value.shape, generator=g))
+    return torch.cat([gate, value], dim=-1).to(data.tensors[0].dtype)
+
+
+def check_swiglu_fwd(op, data):
+    """The pass of its own."""
+    z = halves_of_z(data)
+    h = op.launch_swiglu(place(z, data.case.layout, data.case.side))
+    exact, same_dtype = (op.activated(t, "swiglu") for t in (z.double(), z))
+    assert_close_to_float64(h, exact, same_dtype, "h")
+    assert_padding_is_zero("h", h)
 
 
 def check_add(op, data):
@@ -260,6 +362,7 @@ def run_in(interpreter, check, case, *args, descriptors=False, path="whole", **k
 
 
 def kernels(launched):
+    """Names of the kernels among the keys of variants."""
     return {key[0].removeprefix("_compact_linear_").removesuffix("_kernel") for key in launched}
 
 
@@ -298,6 +401,94 @@ ODD_CASES = [
 @pytest.mark.parametrize("case", ODD_CASES, ids=str)
 def test_forward_at_odd_widths(interpreter, case, descriptors):
     run_in(interpreter, check_forward, case, descriptors=descriptors)
+
+
+# Hidden units of SwiGLU are half of the outputs: values that start at 16 bytes, and that do not; columns of
+# results in tiles of each kind, in several of them, and padding behind the last.
+SWIGLU_CASES = [
+    Case(*shape, _NAMES[i % 4], side=("end", "begin")[i % 2], bias=i % 3 > 0)
+    for i, shape in enumerate(
+        [
+            (1, 17, 2),
+            (5, 461, 2 * 37),
+            (8, 37, 2 * 61),
+            (17, 115, 2 * 15),
+            (69, 61, 2 * 115),
+            (64, 15, 2 * 64),
+            (69, 197, 2 * 17),
+            (197, 1, 2 * 197),
+            (37, 115, 2 * 461),
+            (9, 64, 2 * 136),
+        ]
+    )
+]
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("case", SWIGLU_CASES, ids=str)
+def test_swiglu_at_odd_widths(interpreter, case, descriptors):
+    launched = run_in(interpreter, check_swiglu, case, descriptors=descriptors)
+    assert kernels(launched) == {"fwd"}
+
+
+@pytest.mark.parametrize("layout", ["tight", "wide", "misaligned", "transposed", "images"])
+@pytest.mark.parametrize("path", ["whole", "split", "vendor", "amd", "pass"])
+def test_swiglu_on_every_path_in_every_layout(interpreter, path, layout):
+    """Where the product is not the op's own, or a pass is forced, there is a pass over z behind it."""
+    case = Case(69, 37, 2 * 61, ("f32", "bf16", "f16")[len(layout) % 3], layout=layout)
+    launched = run_in(interpreter, check_swiglu, case, path=path)
+    expected = {"vendor": {"_swiglu_fwd"}, "pass": {"fwd", "_swiglu_fwd"}}
+    assert kernels(launched) == expected.get(path, {"fwd"})
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("case", [*SWIGLU_CASES, Case(9, 1, 2 * 61, "bf16", layout="wide"),
+                                  Case(9, 1, 2 * 64, "bf16", layout="far")], ids=str)  # fmt: skip
+def test_pass_of_swiglu(interpreter, case):
+    run_in(interpreter, check_swiglu_fwd, case)
+
+
+# As in test_rotary_kernels.py, with heads whose width is no multiple of a tile's, pairs in every kind of
+# tile, and values that begin within one; batches whose images begin within a tile of rows.
+_ROTATED = [
+    (2, 1, 0, 1, 2, 1, 17),
+    (3, 17, 1, 2, 6, 15, 37),
+    (2, 37, 5, 3, 16, 61, 115),
+    (1, 61, 1, 3, 30, 197, 61),
+    (3, 15, 0, 2, 32, 17, 461),
+    (1, 197, 1, 1, 64, 15, 15),
+    (2, 37, 5, 2, 80, 0, 197),
+]
+ROTATED_CASES = [
+    Rotated(*shape, [*test_rotary.DTYPES, "tf32"][(i + 3 * turn) % 6], bool((i + turn) % 2), bool(turn),
+            side=("end", "begin")[turn], bias=(i + turn) % 3 > 0)
+    for i, shape in enumerate(_ROTATED)
+    for turn in (0, 1)
+]  # fmt: skip
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("case", ROTATED_CASES, ids=str)
+def test_rotation_at_odd_widths(interpreter, case, descriptors):
+    interpreter.run(prove, check_rotated, case, descriptors=descriptors)
+
+
+@pytest.mark.parametrize("rotate_half", [False, True], ids=["interleaved", "halves"])
+@pytest.mark.parametrize("layout", ["tight", "wide", "misaligned", "transposed"])
+def test_rotation_in_every_layout(interpreter, layout, rotate_half):
+    case = Rotated(2, 9, 1, 3, 6, 5, 37, "bf16-f32", True, rotate_half, layout)
+    interpreter.run(prove, check_rotated, case, path="amd")
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("rotate_half", [False, True], ids=["interleaved", "halves"])
+@pytest.mark.parametrize("dtypes", ["f32", "tf32", "bf16-f32", "bf16", "f16-f32"])
+def test_rotation_of_usual_models_is_compiled_ahead_of_time(interpreter, dtypes, rotate_half, descriptors):
+    case = Rotated(1, 70, 5, 2, 64, 40, 70, dtypes, rotate_half=rotate_half)
+    run_in(interpreter, check_rotated, case, descriptors=descriptors)
 
 
 @pytest.mark.parametrize("path", ["whole", "split"])

@@ -22,7 +22,7 @@ from vtp.pruning.padded import attend_padded, heads_are_faster_padded
 from vtp_kernels.compact_linear import add_linear_, compact_linear
 from vtp_kernels.compact_mlp import WIDEST_FUSED, compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
-from vtp_kernels.rotary import rotate_heads_
+from vtp_kernels.rotary import rotated_linear
 from vtp_kernels.rows import padded_width, whole_rows
 
 
@@ -71,8 +71,15 @@ class PackedLinear(nn.Module):
         self.storage, self.bias = (torch.cat(parts) for parts in zip(*padded, strict=True))
         self.out_features = len(self.bias)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [..., in] to [..., out]; where the bias is left to others, in the place of the residual."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, rotation: tuple | None = None
+    ) -> Tensor:  # fmt: skip
+        """x [..., in] to [..., out]; where the bias is left to others, in the place of the residual.
+
+        rotation: of queries and keys, what `rotated_linear` takes behind the bias.
+        """
+        if rotation is not None:
+            return rotated_linear(x, self.weight, self.bias, *rotation)[..., : self.out_features]
         if residual is not None and self.bias is None:
             return add_linear_(residual, x, self.weight)
         return compact_linear(x, self.weight, self.bias, residual=residual)[..., : self.out_features]
@@ -188,9 +195,10 @@ class PackedAttention(nn.Module):
         return heads_are_faster_padded(keys, values, tokens, self.qkv.in_features, self.proj.out_features)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None) -> Tensor:
-        qkv = self.qkv(self.norm(x))
-        if rope is not None and self.heads.rotates_by_op(rope):  # in place: nobody else has seen it
-            qkv, rope = rotate_heads_(qkv, *self.heads.rotation(rope)), None
+        rotation = None
+        if rope is not None and self.heads.rotates_by_op(rope):
+            rotation, rope = self.heads.rotation(rope), None
+        qkv = self.qkv(self.norm(x), rotation=rotation)
         if self.padded_head:
             heads, scale = self.heads.num_heads, self.heads.scale
             out = attend_padded(*qkv.chunk(3, dim=-1), heads, attn_mask, is_causal=is_causal, scale=scale)
