@@ -235,7 +235,7 @@ def _store_halves(acc, out, stride_out, heads, i_n, o_m, M, N, PAIRS: tl.constex
     o_n = i_n + tl.arange(0, TILE_N)
     o_pair = tl.multiple_of(i_n // 2, TILE_N // 2) + tl.arange(0, TILE_N // 2)
     m_row = o_m[:, None] < M
-    p_row = out + o_m[:, None].to(tl.int64) * stride_out
+    p_row = out + o_m.to(tl.int64)[:, None] * stride_out
     p_pair = p_row + (o_pair + o_pair // HALF * HALF)[None, :]
     m_pair = m_row & (o_pair[None, :] < 2 * heads * HALF)
     b_first, b_second = split_pairs(acc)
@@ -252,7 +252,7 @@ def _store_result(
 ):  # fmt: skip
     """out = act(acc + bias) + residual, and with SAVE z = acc + bias; 0 in the padding of both.
 
-    o_n: the columns that acc is of, the same as those from i_n on where there are no pairs.
+    o_n: the columns that acc is of; i_n, rope: of pairs alone, the first column of the tile, and the table.
     """
     bias, bias_width, gelu, residual, stride_residual, z, out, stride_out = finish
     acc += tl.load(bias + o_n, mask=o_n < bias_width, other=0.0).to(tl.float32)[None, :]
@@ -372,8 +372,7 @@ def _compact_linear_parts_kernel(
     """The sum of `parts` products in float32, in order, with bias, GELU and residual as in one piece."""
     stride_residual, stride_out = stride_residual // 8 * 8, stride_out // 8 * 8
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    i_n = tl.program_id(1) * BLOCK_N
-    o_n = i_n + tl.arange(0, BLOCK_N)
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_tile = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for part in range(parts):
@@ -381,7 +380,7 @@ def _compact_linear_parts_kernel(
         acc += tl.load(partial + row * stride_out + o_n[None, :], mask=m_tile, other=0.0)
     finish = _Epilogue(bias, bias_width, gelu, residual, stride_residual, z, out, stride_out)
     NO_PAIRS: tl.constexpr = _Pairs(False, None, False)
-    _store_result(acc, finish, None, i_n, o_m, o_n, M, N, SAVE, NO_PAIRS)
+    _store_result(acc, finish, None, None, o_m, o_n, M, N, SAVE, NO_PAIRS)
 
 
 @triton.jit(do_not_specialize=["M", "hidden", "stride_z", "stride_h"])
@@ -616,8 +615,8 @@ def _launch_fwd(
     config = _tiles(x)
     block = config.blocks
     grid = tile_grid(M, N, config)
-    of_pairs = swiglu or rotation is not None
-    inputs = K if of_pairs else _inputs_per_part(grid.tiles, K, config)
+    operands = launching.operands(x.dtype)
+    inputs = K if swiglu or rotation is not None else _inputs_per_part(grid.tiles, K, config)
     parts = cdiv(K, inputs)
     finish = _epilogue(bias, gelu, residual, z, out, weight)
     partial = None
@@ -625,8 +624,8 @@ def _launch_fwd(
         shape = parts, M, out.stride(0)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         unfinished = finish | dict(bias=None, residual=None, z=None, out=None, bias_width=0, gelu=0)
-    elif (z is not None or rotation is not None) and x.element_size() == 2:
-        # Two results, or a table beside one: with 4 a few registers spill on sm_120.
+    elif rotation is not None or (swiglu and operands != "tf32") or (z is not None and operands == "16"):
+        # With 4 a few registers spill: for two results on sm_120, in pairs on sm_80; of TF32 with 8.
         config = dataclasses.replace(config, num_warps=8)
     halves = rotation is not None and rotation.rotate_half
     descriptors = launching.has_descriptors(x.device)

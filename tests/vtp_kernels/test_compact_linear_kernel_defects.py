@@ -18,11 +18,15 @@ from tests.support.kernel_proofs import (
 )
 from tests.vtp_kernels.test_compact_linear_kernels import (
     Case,
+    Rotated,
     check_db,
     check_dz,
     check_far,
     check_forward,
     check_parts,
+    check_rotated,
+    check_swiglu,
+    check_swiglu_fwd,
     op_module,
     prove,
 )
@@ -64,6 +68,33 @@ DZ_STORE = "tl.store(p_dz, b_dz.to(dz.dtype.element_ty), mask=m_tile)"
 DZ_PARTIAL = "partial + tl.program_id(0).to(tl.int64) * width + o_n, b_db, mask=o_n < width"
 DB_MASK = "mask=(o_r[:, None] < rows) & (o_n[None, :] < width), other=0.0"
 DB_STORE = "tl.store(db + o_n, tl.sum(acc, axis=0).to(db.dtype.element_ty), mask=o_n < N)"
+GATE_MASK = "m_gate = (o_row < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)"
+GATE_CLEAR = "return tl.where(o_h[None, :] < hidden, b_gate, 0.0), b_value"
+VALUE_LOAD = "tl.load(p_z + hidden, mask=(o_row < M) & (o_h[None, :] < hidden), other=0.0)"
+SWIGLU_H = "b_h = b_gate / (1.0 + tl.exp(-b_gate)) * b_value"
+H_MASK = "m_h = (o_row < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)"
+SWIGLU_ROW = "o_row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)"
+SWIGLU = Case(37, 37, 90, "f32", "swiglu")
+SWIGLU16 = Case(37, 37, 90, "bf16", "swiglu")
+SWIGLU_ORDER = "o_n = o_n // 2 + o_n % 2 * (N // 2)"
+SWIGLU_RESULT = "acc = b_gate / (1.0 + tl.exp(-b_gate)) * b_value"
+SWIGLU_COLUMNS = "o_n, N = tl.multiple_of(i_n // 2, TILE_H) + tl.arange(0, TILE_H), N // 2"
+# Images that begin within a tile of rows, heads of no power of two, values that begin within a tile.
+ROTATED = Rotated(3, 15, 2, 2, 6, 21, 37)
+HALVES = Rotated(3, 15, 2, 2, 6, 21, 37, rotate_half=True)
+OWN, HALF_OWN = (Rotated(3, 15, 2, 2, 6, 21, 37, own_tables=True, rotate_half=half) for half in (False, True))
+ROTATED_BEFORE, HALVES_BEFORE = (Rotated(3, 15, 2, 2, 6, 21, 37, rotate_half=half, side="begin")
+                                 for half in (False, True))  # fmt: skip
+TOKEN = "o_token = o_m % tokens - prefix_tokens"
+M_TOKEN = "m_token = ((o_m < M) & (o_token >= 0))[:, None]"
+M_ROTATED = "m_rotated = m_token & (o_pair[None, :] < 2 * heads * HALF)"
+ROW_OF_HALVES = "row = (o_pair // HALF % heads).to(tl.int64)[None, :] * table_rows"
+ROW_OF_NEIGHBOURS = "row = (o_n // HEAD % heads).to(tl.int64)[None, :] * table_rows"
+HALVES_ORDER = "o_half = o_d // 2 + o_d % 2 * (PAIRS.HEAD // 2)"
+M_PAIR = "m_pair = m_row & (o_pair[None, :] < 2 * heads * HALF)"
+M_VALUES = "m_values = m_row & (o_n[None, :] >= 2 * heads * PAIRS.HEAD) & (o_n[None, :] < (N + 7) // 8 * 8)"
+STORE_SECOND = "tl.store(p_pair + HALF, b_second.to(out.dtype.element_ty), mask=m_pair)"
+OUT_FIRST = "b_out_first = b_first * b_cos_first - b_second * b_sin_first"
 ONLY_DB = (("wanted", ((True, False, True),)),)
 ROWS_OF_DZ = Case(261, 1, 37, "f32")
 
@@ -74,8 +105,7 @@ DEFECTS = [
         (READ, "row-clamp-of-x-removed", "guard-page", "tl.minimum(i_m + tl.arange(0, TILE_M), x.rows - 1)",
          "i_m + tl.arange(0, TILE_M)", options(), "x"),
         (READ, "row-clamp-of-weight-removed", "guard-page",
-         "tl.minimum(i_n + tl.arange(0, TILE_N), weight.rows - 1)", "i_n + tl.arange(0, TILE_N)", options(),
-         "weight"),
+         "tl.minimum(o_n, weight.rows - 1)", "o_n", options(), "weight"),
         (READ, "no-mask-on-the-tail", "guard-page", f", {TAIL_MASK}", "", options(), "weight"),
         (READ, "no-mask-on-bias", "guard-page", "bias + o_n, mask=o_n < bias_width, other=0.0", "bias + o_n",
          options(), "bias"),
@@ -154,6 +184,98 @@ DEFECTS = [
          options(Case(64, 525, 45, "bf16"))),
     ),
     *in_kernel(
+        "fwd", options(SWIGLU),
+        (READ, "order-of-halves-and-no-clamp", "guard-page", "tl.minimum(o_n, weight.rows - 1)", "o_n",
+         options(SWIGLU), "weight"),
+        (RACE, "as-many-columns-of-swiglu-as-of-z", "race-detection", SWIGLU_COLUMNS,
+         SWIGLU_COLUMNS.replace("N // 2", "N")),
+        (UNWRITTEN, "last-columns-of-swiglu-not-stored", "poison", SWIGLU_COLUMNS,
+         SWIGLU_COLUMNS.replace("N // 2", "N // 16 * 8")),
+        (RACE, "tiles-of-swiglu-overlap", "race-detection", SWIGLU_COLUMNS,
+         SWIGLU_COLUMNS.replace("i_n // 2, TILE_H)", "i_n // 4, 1)"), options(Case(37, 37, 170, "f32", "swiglu"))),
+        (RAW, "product-of-swiglu-in-bfloat16", "bfloat16-check", SWIGLU_RESULT,
+         "acc = b_gate.to(tl.bfloat16) * b_value.to(tl.bfloat16)", options(SWIGLU16)),
+        (VALUE, "halves-of-swiglu-swapped", "error-rule", SWIGLU_RESULT,
+         "acc = b_value / (1.0 + tl.exp(-b_value)) * b_gate"),
+        (VALUE, "sign-of-the-exponent", "error-rule", SWIGLU_RESULT, SWIGLU_RESULT.replace("-b_gate", "b_gate")),
+        (VALUE, "rows-of-w-in-their-own-order", "error-rule", SWIGLU_ORDER, "o_n += 0"),
+        (VALUE, "rows-of-w-by-descriptor-in-their-own-order", "error-rule",
+         "if descriptors and not (swiglu or halves) else None", "if descriptors else None",
+         options(Case(64, 37, 180, "f32", "swiglu"), descriptors=True)),
+        (VALUE, "swiglu-before-bias", "error-rule", (ADD_BIAS, SWIGLU_RESULT),
+         ("", SWIGLU_RESULT + "\n        acc += tl.load(bias + i_n // 2 + tl.arange(0, acc.shape[1]))[None, :]"),
+         options(Case(37, 37, 256, "f32", "swiglu"))),
+    ),
+    *in_kernel(
+        "fwd", options(ROTATED),
+        (READ, "prefix-rows-of-the-table-read", "guard-page", M_TOKEN,
+         "m_token = (o_m < M)[:, None]", options(ROTATED_BEFORE), "table"),
+        (READ, "prefix-rows-of-the-table-of-halves-read", "guard-page", M_TOKEN,
+         "m_token = (o_m < M)[:, None]", options(HALVES_BEFORE), "table"),
+        (WRITE, "rows-of-halves-not-masked", "guard-page", M_PAIR, M_PAIR.replace("m_row", "(o_m[:, None] >= 0)"),
+         options(HALVES), "out"),
+        (WRITE, "values-beside-halves-not-masked", "guard-page", M_VALUES,
+         M_VALUES.replace("m_row", "(o_m[:, None] >= 0)"), options(HALVES), "out"),
+        (VALUE, "values-beside-halves-stored-from-the-first-column-on", "error-rule", M_VALUES,
+         M_VALUES.replace(">= 2 * heads * PAIRS.HEAD", ">= 0"), options(HALVES)),
+        (UNWRITTEN, "second-half-not-stored", "poison", STORE_SECOND, "pass", options(HALVES)),
+        (PAD_OUT, "padding-beside-halves-not-written", "zero-padding", M_VALUES,
+         M_VALUES.replace("(N + 7) // 8 * 8", "N"), options(HALVES)),
+        (OFFSET, "rows-of-halves-in-32-bits", "overflow-check", "p_row = out + o_m.to(tl.int64)[:, None] * stride_out",
+         "p_row = out + o_m[:, None] * stride_out",
+         options(Rotated(1, 5, 1, 1, 2, 3, 5, rotate_half=True, layout="far"))),
+        (VALUE, "sign-of-the-first-sine", "error-rule", OUT_FIRST, OUT_FIRST.replace(" - ", " + ")),
+        (VALUE, "rotated-before-bias", "error-rule", (ADD_BIAS, "        acc = _rotated(acc, rope, i_n, o_m, M, PAIRS)\n"),
+         ("", "        acc = _rotated(acc, rope, i_n, o_m, M, PAIRS)\n" + ADD_BIAS)),
+        (VALUE, "values-rotated", "error-rule", M_ROTATED, "m_rotated = m_token & (o_pair[None, :] >= 0)"),
+        (VALUE, "tokens-of-the-first-image-for-all", "error-rule", TOKEN,
+         "o_token = tl.minimum(o_m, tokens - 1) - prefix_tokens"),
+        (VALUE, "prefix-tokens-rotated-as-the-first-behind-them", "error-rule", TOKEN,
+         "o_token = tl.maximum(o_m % tokens - prefix_tokens, 0)", options(HALVES)),
+        (VALUE, "table-of-the-first-head", "error-rule", ROW_OF_NEIGHBOURS, ROW_OF_NEIGHBOURS.replace("% heads", "* 0"),
+         options(OWN)),
+        (VALUE, "table-of-the-first-head-of-halves", "error-rule", ROW_OF_HALVES,
+         ROW_OF_HALVES.replace("% heads", "* 0"), options(HALF_OWN)),
+        (VALUE, "pairs-of-halves-in-their-own-order", "error-rule", HALVES_ORDER, "o_half = o_d",
+         options(HALVES)),
+        (VALUE, "halves-by-descriptor-in-their-own-order", "error-rule",
+         "if descriptors and not (swiglu or halves) else None", "if descriptors else None",
+         options(Rotated(2, 37, 2, 8, 8, 21, 70, rotate_half=True), descriptors=True)),
+    ),
+    *in_kernel(
+        "swiglu_fwd", options(SWIGLU),
+        (READ, "row-mask-removed", "guard-page", GATE_MASK,
+         GATE_MASK.replace("(o_row < M)", "(o_row >= 0)"), options(SWIGLU), "z"),
+        (READ, "no-mask-on-values", "guard-page", VALUE_LOAD, "tl.load(p_z + hidden)", options(SWIGLU), "z"),
+        (WRITE, "row-mask-of-store-removed", "guard-page", H_MASK,
+         H_MASK.replace("(o_row < M)", "(o_row >= 0)"), options(SWIGLU), "h"),
+        (RACE, "programs-overlap", "race-detection", SWIGLU_ROW,
+         SWIGLU_ROW.replace("* BLOCK_M", "* (BLOCK_M - 1)")),
+        (UNWRITTEN, "last-columns-not-stored", "poison", H_MASK,
+         H_MASK.replace("(hidden + 7) // 8", "hidden // 8")),
+        (UNWRITTEN, "last-rows-not-launched", "poison", "(cdiv(M, block_m), cdiv(hidden, block_h))",
+         "(M // block_m, cdiv(hidden, block_h))"),
+        (OTHER, "no-other-on-values", "zero-padding", VALUE_LOAD, VALUE_LOAD.replace(", other=0.0", "")),
+        (RAW, "product-in-bfloat16", "bfloat16-check", SWIGLU_H,
+         "b_h = b_gate.to(tl.bfloat16) * b_value.to(tl.bfloat16)", options(SWIGLU16)),
+        (PAD_IN, "padding-of-values-used", "zero-padding", VALUE_LOAD,
+         VALUE_LOAD.replace("< hidden)", "< (hidden + 7) // 8 * 8)")),
+        (PAD_IN, "padding-of-gates-used", "zero-padding", GATE_CLEAR, "return b_gate, b_value",
+         options(Case(37, 1, 2, "f32"))),
+        (PAD_OUT, "padding-not-written", "zero-padding", H_MASK,
+         H_MASK.replace("(hidden + 7) // 8 * 8", "hidden")),
+        (OFFSET, "rows-in-32-bits", "overflow-check", SWIGLU_ROW,
+         SWIGLU_ROW.replace(".to(tl.int64)", ""), options(Case(9, 1, 90, "bf16", layout="far"))),
+        (VALUE, "halves-swapped", "error-rule", SWIGLU_H,
+         "b_h = b_value / (1.0 + tl.exp(-b_value)) * b_gate"),
+        (VALUE, "sign-of-the-exponent", "error-rule", SWIGLU_H, SWIGLU_H.replace("-b_gate", "b_gate")),
+        (VALUE, "gate-not-multiplied", "error-rule", SWIGLU_H, SWIGLU_H.replace("b_gate / (", "1.0 / (")),
+        (VALUE, "silu-rounded-to-bfloat16", "error-rule", SWIGLU_H,
+         "b_h = (b_gate / (1.0 + tl.exp(-b_gate))).to(tl.bfloat16).to(tl.float32) * b_value"),
+        (VALUE, "odd-widths-taken-for-aligned", "poison", "HALVES_ALIGNED=hidden % 8 == 0",
+         "HALVES_ALIGNED=True"),
+    ),
+    *in_kernel(
         "parts", options(),
         (READ, "mask-of-parts-removed", "guard-page", LOAD_PART,
          LOAD_PART.replace(", mask=m_tile, other=0.0", ""), options(), "partial"),
@@ -227,6 +349,7 @@ DEFECTS = [
 # fmt: on
 PLANTED_IN = {
     "fwd": check_forward,
+    "swiglu_fwd": check_swiglu_fwd,
     "parts": check_parts,
     "dz": check_dz,
     "db": functools.partial(check_db, rows=37),
@@ -234,8 +357,12 @@ PLANTED_IN = {
 
 
 def check_for(defect):
-    is_far = dict(defect.options)["case"].layout == "far"
-    return check_far if is_far and defect.kernel == "fwd" else PLANTED_IN[defect.kernel]
+    case = dict(defect.options)["case"]
+    if isinstance(case, Rotated):
+        return check_rotated
+    if defect.kernel == "fwd" and case.epilogue == "swiglu":
+        return check_swiglu
+    return check_far if defect.kernel == "fwd" and case.layout == "far" else PLANTED_IN[defect.kernel]
 
 
 @pytest.mark.covering(1, by=lambda defect: (defect.kernel, defect.kind))
