@@ -618,7 +618,7 @@ def rotated_linear(
     if bias is not None:
         _arguments.check_shape("bias", bias, (len(weight),))
     _arguments.check_tensors({"x": x, "rope": rope})
-    _validate_rotation((*x.shape[:-1], len(weight)), "weight", rope, key_widths, prefix_tokens, rotate_half)
+    _validate_rotation((*x.shape[:-1], len(weight)), "x @ weight.T", rope, key_widths, prefix_tokens, rotate_half)
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("rope", rope)):
         if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
             raise RuntimeError(

@@ -17,11 +17,12 @@ from vtp.runtime.optimize import pack_for_ops
 from vtp.runtime.packed import PackedLinear
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
+from vtp_kernels import launching
 from vtp_kernels.launching import cdiv
 from vtp_kernels.layer_norm_gather import layer_norm_gather
 from vtp_kernels.proofs.roofline import Recorder, total
 from vtp_kernels.ragged_attention import ragged_attention
-from vtp_kernels.rotary import rotate_heads, rotate_heads_
+from vtp_kernels.rotary import rotate_heads, rotate_heads_, rotated_linear
 
 
 def half(*shape):
@@ -101,6 +102,38 @@ def test_swiglu_reads_both_halves_and_writes_one_between_its_products():
     assert [record.name for record in records].count("mm") == 2
     assert found.dram_bytes == 2 * M * (928 + 464)  # 922 and 461, rows padded to multiples of 8
     assert found.flops == 0 and sum(record.flops for record in records) >= 2 * M * hidden * (2 * K + N)
+
+
+def test_swiglu_as_an_epilogue_writes_half_of_what_the_product_makes_and_no_more():
+    M, K, hidden = 201, 384, 1536
+    x, weight, bias = half(M, K), half(2 * hidden, K), half(2 * hidden)
+    (found,) = recorded(lambda: compact_linear(x, weight, bias, activation="swiglu"))
+    product = 2 * (M * K + 2 * hidden * (K + 1))
+    assert found.dram_bytes == product + 2 * M * hidden
+    assert found.flops == 2 * M * 2 * hidden * K
+    with launching.forced_path("swiglu", "pass"):
+        records = recorded(lambda: compact_linear(x, weight, bias, activation="swiglu"))
+    assert [r.name for r in records] == ["compact_linear_fwd", "swiglu_fwd"]
+    assert total(records) == found.dram_bytes + 2 * 2 * M * 2 * hidden  # z written and read
+    assert records[0].tiled_flops == found.tiled_flops
+
+
+@pytest.mark.parametrize("own_tables", [False, True], ids=["one-table", "own-tables"])
+def test_rotation_as_an_epilogue_moves_the_table_alone(own_tables):
+    N, K, H, d = 201, 384, 6, 64
+    x, weight = half(1, N, K), half(3 * H * d, K)
+    rope = torch.empty(*(H,) * own_tables, N - 5, 2 * d, device="meta")
+    arguments = x, weight, None, rope, (d,) * H, 5, True
+    (found,) = recorded(lambda: rotated_linear(*arguments))
+    (product,) = recorded(lambda: compact_linear(x, weight))
+    assert found.dram_bytes - product.dram_bytes == rope.numel() * 4
+    assert found.flops == product.flops and found.tiled_flops == product.tiled_flops
+    # A tile of 128 columns is of two heads, which find a table that they share in L1 the second time.
+    assert found.tile_bytes - product.tile_bytes == 4 * N * 2 * d * (2 * H if own_tables else H)
+    with launching.forced_path("rotated_linear", "pass"):
+        records = recorded(lambda: rotated_linear(*arguments))
+    assert [r.name for r in records] == ["compact_linear_fwd", "rotate_heads"]
+    assert total(records) - found.dram_bytes == 8 * H * d * N  # queries and keys read and written again
 
 
 @pytest.mark.parametrize("own_tables", [False, True], ids=["one-table", "own-tables"])

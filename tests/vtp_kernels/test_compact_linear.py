@@ -156,6 +156,67 @@ def test_there_is_no_second_derivative_and_it_says_so(activation):
         dx.sum().backward()
 
 
+class TestSwiglu:
+    """The activation "swiglu": silu(gate) * value of the two halves of what the product makes."""
+
+    @pytest.mark.parametrize("dtypes", ["f32", "bf16", "f16"])
+    @pytest.mark.parametrize(("M", "K", "hidden"), SHAPES, ids=lambda v: str(v))
+    def test_values_and_all_gradients_are_within_the_error_rule(self, M, K, hidden, dtypes):
+        *tensors, _, dy = inputs(M, K, 2 * hidden, *DTYPES[dtypes])
+        dy, tensors = dy[:, :hidden], [*tensors, None]
+        with torch.no_grad():
+            inference = compact_linear(*tensors[:3], activation="swiglu")
+        result, *gradients = run(compact_linear, leaves(tensors), dy, "swiglu")
+        doubles = [None if t is None else t.double() for t in tensors]
+        exact, same_dtype = (run(compact_linear_ref, leaves(t), dy, "swiglu") for t in (doubles, tensors))
+        for name, out, ref64, torchs in zip(
+            ("out", *NAMES[:4]), (inference, result, *gradients[:3]), (exact[0], *exact[:4]),
+            (same_dtype[0], *same_dtype[:4]), strict=True,
+        ):  # fmt: skip
+            assert_close_to_float64(out, ref64, torchs, name)
+        rows = torch.empty(M, -(-hidden // 8) * 8)[:, :hidden].stride()
+        assert inference.stride() == result.stride() == rows
+
+    @pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (0, 5), (2, 0, 5), (3, 0)], ids=str)
+    def test_any_leading_shape_even_an_empty_one(self, shape):
+        x, weight = torch.ones(shape), torch.ones(14, shape[-1])
+        out = compact_linear(x, weight, None, activation="swiglu")
+        torch.testing.assert_close(out, compact_linear_ref(x, weight, None, "swiglu"))
+
+    def test_without_units(self):
+        assert compact_linear(torch.ones(3, 5), torch.ones(0, 5), activation="swiglu").shape == (3, 0)
+
+    def test_opcheck(self):
+        x, weight, bias, *_ = inputs(6, 5, 18, *DTYPES["f32"])
+        torch.library.opcheck(torch.ops.vtp.compact_linear, (x, weight, bias, False, None, False, True))
+
+    def test_the_op_itself_has_no_gradient_and_says_so(self):
+        x, weight, bias = leaves(inputs(6, 5, 18, *DTYPES["f32"])[:3])
+        out, _ = torch.ops.vtp.compact_linear(x, weight, bias, False, None, False, True)
+        with pytest.raises(RuntimeError, match="no gradient through"):
+            out.sum().backward()
+
+    @torch.no_grad()
+    def test_exports_with_a_dynamic_batch(self):
+        class Layer(nn.Linear):
+            def forward(self, x):
+                return compact_linear(x, self.weight, self.bias, activation="swiglu")
+
+        check_export(Layer(6, 14).eval(), (3, 6))
+
+    def test_its_products_are_counted(self):
+        with FlopCounterMode(display=False) as counter:
+            compact_linear(torch.ones(64, 32), torch.ones(96, 32), activation="swiglu")
+        assert counter.get_total_flops() == 2 * 64 * 32 * 96
+
+    def test_bad_input_is_refused_by_name(self):
+        x = torch.ones(3, 5)
+        with pytest.raises(ValueError, match=r"weight: got shape \(7, 5\), expected \[2 \* hidden, K\]"):
+            compact_linear(x, torch.ones(7, 5), activation="swiglu")
+        with pytest.raises(ValueError, match="residual: got a tensor, expected None"):
+            compact_linear(x, torch.ones(8, 5), activation="swiglu", residual=torch.ones(3, 4))
+
+
 class TestTransforms:
     """Autocast, compilation, export."""
 
@@ -234,7 +295,7 @@ BAD = {
         r"residual: got shape \(7,\), expected \(3, 7\)",
     ),
     "residual-dtype": (dict(residual=torch.ones(3, 7).half()), TypeError, r"residual: got torch.float16"),
-    "activation": (dict(activation="relu"), ValueError, r"activation: got 'relu', expected None or 'gelu'"),
+    "activation": (dict(activation="relu"), ValueError, r"activation: got 'relu', expected None, 'gelu' or"),
 }
 
 

@@ -1,13 +1,14 @@
-"""The op `rotate_heads` as users call it: values, gradients, layouts, in place, and PyTorch's transforms."""
+"""The op `rotate_heads` as users call it, in place and of a product: values, gradients, layouts, transforms."""
 
 import pytest
 import torch
 from timm.layers import apply_rot_embed_cat
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.numerics import assert_close_to_float64
 from tests.support.op_checks import LAYOUTS, check_compilation, check_export, leaves, saved_by, with_layout
-from vtp_kernels import rotate_heads, rotate_heads_
+from vtp_kernels import compact_linear, rotate_heads, rotate_heads_, rotated_linear
 from vtp_kernels.rotary import rotate_heads_ref
 
 NAMES = ("out", "dqkv", "drope")
@@ -234,6 +235,99 @@ class TestInPlace:
         qkv, rope, _ = inputs(1, 3, 1, 2, 6, 5)
         with pytest.raises(ValueError, match=r"qkv: got strides \(0, 29, 1\)"):
             rotate_heads_(qkv.expand(2, -1, -1), rope, (6, 6), 1, False)
+
+
+def operands(B, N, prefix, H, d, V, dtypes="f32", own_tables=False, K=17):
+    """x, weight, bias and rope of a product that makes such a qkv."""
+    g = torch.Generator().manual_seed(1)
+    dtype, _ = DTYPES[dtypes]
+    _, rope, _ = inputs(B, N, prefix, H, d, V, dtypes, own_tables)
+    shapes = (B, N, K), (2 * H * d + V, K), (2 * H * d + V,)
+    return *(torch.randn(shape, generator=g).to(dtype) for shape in shapes), rope
+
+
+class TestOfAProduct:
+    """`rotated_linear`."""
+
+    @ROTATE_HALF
+    @OWN_TABLES
+    @pytest.mark.parametrize("dtypes", DTYPES)
+    @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+    def test_it_is_a_product_and_its_rotation(self, shape, dtypes, own_tables, rotate_half):
+        x, weight, bias, rope = operands(*shape, dtypes, own_tables)
+        _, _, prefix, H, d, V = shape
+        for given in (bias, None):
+            expected = rotate_heads(
+                compact_linear(x, weight, given), rope, (d,) * H, prefix, rotate_half
+            )  # fmt: skip
+            out = rotated_linear(x, weight, given, rope, (d,) * H, prefix, rotate_half)
+            assert torch.equal(out, expected) and out.stride() == expected.stride()
+
+    @pytest.mark.parametrize("lead", [(), (2, 3), (0,)], ids=str)
+    def test_any_leading_shape_even_an_empty_one(self, lead):
+        _, weight, bias, rope = operands(1, 7, 1, 2, 6, 5)
+        x = torch.ones(*lead, 7, 17)
+        expected = rotate_heads(compact_linear(x, weight, bias), rope, (6, 6), 1, True)
+        assert torch.equal(rotated_linear(x, weight, bias, rope, (6, 6), 1, True), expected)
+
+    def test_a_gradient_is_refused_by_name(self):
+        given = operands(1, 7, 1, 2, 6, 5)
+        for i, name in enumerate(("x", "weight", "bias", "rope")):
+            leaf = [t.clone().requires_grad_(i == j) for j, t in enumerate(given)]
+            with pytest.raises(RuntimeError, match=f"{name}: needs a gradient"):
+                rotated_linear(*leaf, (6, 6), 1, True)
+            with torch.no_grad():
+                rotated_linear(*leaf, (6, 6), 1, True)
+
+    @OWN_TABLES
+    def test_opcheck(self, own_tables):
+        given = operands(2, 7, 1, 2, 6, 5, "bf16-f32", own_tables)
+        torch.library.opcheck(torch.ops.vtp.rotated_linear, (*given, 2, 1, True))
+
+    def test_compiles_without_breaks_and_without_recompiling_for_the_batch(self):
+        def results(f, batch):
+            return (f(*operands(batch, 7, 1, 2, 6, 5), (6, 6), 1, True),)
+
+        check_compilation(rotated_linear, results)
+
+    @torch.no_grad()
+    def test_exports_with_a_dynamic_batch(self):
+        class Layer(nn.Module):
+            def __init__(self):
+                super().__init__()
+                _, *tensors = operands(1, 7, 1, 2, 6, 5)
+                for name, tensor in zip(("weight", "bias", "rope"), tensors, strict=True):
+                    self.register_buffer(name, tensor)
+
+            def forward(self, x):
+                return rotated_linear(x, self.weight, self.bias, self.rope, (6, 6), 1, True)
+
+        check_export(Layer(), (7, 17))
+
+    def test_its_product_is_counted(self):
+        with FlopCounterMode(display=False) as counter:
+            rotated_linear(*operands(2, 7, 1, 2, 6, 5), (6, 6), 1, True)
+        assert counter.get_total_flops() == 2 * 14 * 17 * 29
+
+    @pytest.mark.parametrize(
+        ("change", "error", "says"),
+        [
+            (dict(x=[1.0]), TypeError, "x: got list, expected a tensor"),
+            (dict(x=torch.ones(17)), ValueError, r"x: got shape \(17,\), expected \[..., N, 17\]"),
+            (dict(x=torch.ones(2, 7, 16)), ValueError, r"x: got shape \(2, 7, 16\), expected \[..., 17\]"),
+            (dict(weight=torch.ones(29, 17).half()), TypeError, "weight: got torch.float16"),
+            (dict(weight=torch.ones(23, 17), bias=None), ValueError, r"x @ weight.T: got shape \(2, 7, 23\)"),
+            (dict(bias=torch.ones(28)), ValueError, r"bias: got shape \(28,\), expected \[29\]"),
+            (dict(rope=torch.ones(7, 12)), ValueError, r"rope: got shape \(7, 12\), expected \[6, 12\]"),
+            (dict(key_widths=(5, 5)), ValueError, r"key_widths: got \(5, 5\)"),
+            (dict(prefix_tokens=8), ValueError, "prefix_tokens: got 8, expected 0 to 7"),
+        ],
+    )
+    def test_bad_input_is_refused_by_name(self, change, error, says):
+        names = "x", "weight", "bias", "rope", "key_widths", "prefix_tokens", "rotate_half"
+        good = dict(zip(names, (*operands(2, 7, 1, 2, 6, 5), (6, 6), 1, True), strict=True))
+        with pytest.raises(error, match=says):
+            rotated_linear(**good | change)
 
 
 class Rotation(nn.Module):

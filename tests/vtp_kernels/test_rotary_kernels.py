@@ -4,6 +4,7 @@ The kernels run, through their launchers and through whole passes, next to prote
 outputs and NaN in the padding of every input, and are compared with float64.
 """
 
+import contextlib
 import importlib
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from tests.support.kernel_proofs import (
 )
 from tests.support.numerics import assert_close_to_float64
 from tests.vtp_kernels.test_rotary import DTYPES, NAMES, inputs, references
+from vtp_kernels.library import TritonSides
 
 MODULE = "vtp_kernels.rotary"
 op_module = importlib.import_module(MODULE)
@@ -224,6 +226,29 @@ def test_models_of_any_widths_of_values_and_batches_of_any_size_share_two_compil
             op_module._rotate_triton(qkv, rope, H, prefix, True)
             op_module._backward_triton(qkv, rope, None, H, prefix, True, True)
     assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("images", "dtype", "forced", "expected"),
+    [
+        (1, torch.bfloat16, (), ["_compact_linear_fwd_kernel"]),
+        (5, torch.float32, (), ["_compact_linear_fwd_kernel"]),
+        (5, torch.bfloat16, ("rotated_linear", "pass"), ["_compact_linear_fwd_kernel", "_rotate_heads_kernel"]),
+        (6, torch.bfloat16, (), ["_rotate_heads_kernel"]),
+        (6, torch.bfloat16, ("rotated_linear", "epilogue"), ["_rotate_heads_kernel"]),
+        (6, torch.bfloat16, ("compact_linear", "kernel"), ["_compact_linear_fwd_kernel"]),
+        (1, torch.float64, (), []),
+    ],
+)
+def test_the_product_rotates_where_it_is_the_ops_own(images, dtype, forced, expected):
+    """As from 1,024 rows on it is not."""
+    x, weight = (torch.empty(s, dtype=dtype, device="meta") for s in ((images, 201, 64), (420, 64)))
+    rope, launching = torch.empty(196, 128, device="meta"), op_module.launching
+    path = launching.forced_path(*forced) if forced else contextlib.nullcontext()
+    with path, launching.recording("rotary", "sm_90") as found, TritonSides():
+        out = op_module.rotated_linear(x, weight, None, rope, (64, 64), 5, True)
+    assert [key[0] for key in found] == expected
+    assert out.shape == (images, 201, 420) and out.dtype == dtype
 
 
 def test_what_the_kernels_do_not_take_is_left_to_pytorch():

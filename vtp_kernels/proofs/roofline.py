@@ -192,6 +192,10 @@ def _compact_linear(a: SimpleNamespace) -> Work:
     if a.bias_width:  # what stands for no bias is not read
         loads["bias"] = (w_rows,)
     loads["residual"] = a.M, a.N
+    if a.table is not None:  # sines and cosines; those that heads share, once for each tile of columns
+        rotated = 2 * a.heads * a.HEAD
+        tiles = cdiv(rotated, a.BLOCK_N)
+        loads["table"] = a.M, 2 * (rotated if a.table_rows else tiles * min(a.HEAD, a.BLOCK_N))
     return Work(grid.tiles, loads, "out z", 2 * a.M * a.N * a.K, tiled)
 
 

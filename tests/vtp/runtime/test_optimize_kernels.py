@@ -209,13 +209,19 @@ def launches_of_blocks(rows, blocks=1):
     return 8 * blocks + 1 if rows >= MANY_ROWS else 7 * blocks
 
 
+@pytest.mark.parametrize("way", ["epilogue", "pass"])
 @pytest.mark.parametrize("batch", [1, 64])
-def test_a_rotary_block_with_swiglu_is_a_launch_more(batch):
-    launched, _, noted = recorded(compact_model("rotary-swiglu", depth=1), torch.bfloat16, batch)
+def test_rotation_and_swiglu_are_launches_only_of_many_rows_or_where_forced(batch, way):
+    small = compact_model("rotary-swiglu", depth=1)
+    with launching.forced_path("rotated_linear", way), launching.forced_path("swiglu", way):
+        launched, _, noted = recorded(small, torch.bfloat16, batch)
     others = [name for name in noted if name not in FREE and not name.startswith("vtp::")]
-    assert launched.count("_rotate_heads_kernel") == 1
+    passes = 197 * batch >= MANY_ROWS or way == "pass"
+    assert launched.count("_rotate_heads_kernel") == launched.count("_swiglu_fwd_kernel") == passes
     assert set(others) <= VENDOR, others
-    assert len(launched) + len(others) <= launches_of_blocks(197 * batch) + 1 + (197 * batch < MANY_ROWS)
+    # Of many rows SwiGLU takes the place of GELU, which is a pass too.
+    more = passes + (passes and 197 * batch < MANY_ROWS)
+    assert len(launched) + len(others) == launches_of_blocks(197 * batch) + more
 
 
 @functools.cache
