@@ -1,4 +1,4 @@
-"""Device code that the kernels of several ops share: the order of tiles, loading one, and pairs of numbers."""
+"""Device code that the kernels of several ops share: the order of tiles, loading one, pairs of numbers."""
 
 from __future__ import annotations
 

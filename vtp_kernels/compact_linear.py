@@ -1,25 +1,25 @@
 """Linear projection with its epilogue: `out = act(x W^T + b) + residual`, act none, GELU (erf) or SwiGLU.
 
-x [..., K], W [N, K], b [N], residual [..., N]; M is the number of rows of x. For SwiGLU W is [2 hidden, K], the
-rows of the gate and then those of the value, and the result silu(gate) * value [..., hidden]. K and N are what pruning left,
-any integers, and cost what they keep: the product is made of full tiles and of two borders in small ones, the
-right border for the last columns and the bottom border for the last rows, and the last inputs in short steps.
-So 461 inputs cost 464, not 512, and 1,411 outputs 1,440, not 1,536.
+x [..., K], W [N, K], b [N], residual [..., N]; M is the number of rows of x. For SwiGLU W is [2 hidden, K],
+the rows of the gate and then those of the value, and the result silu(gate) * value [..., hidden]. K and N are
+what pruning left, any integers, and cost what they keep: the product is made of full tiles and of two borders
+in small ones, the right border for the last columns and the bottom border for the last rows, and the last
+inputs in short steps. So 461 inputs cost 464, not 512, and 1,411 outputs 1,440, not 1,536.
 
 With many rows the product is the vendor's GEMM, on widths padded with zeros to multiples of 8.
 `add_linear_` adds `x W^T` to a tensor where it is: the residual is then read and written once, by the product
 itself, which as a pass of its own reads two numbers and writes one for each.
 
-Two epilogues are of pairs of results: SwiGLU, and the rotary embedding of queries and keys (`rotated_linear` in
-rotary.py), in its interleaved or its halved order of pairs. A tile makes the two of a pair side by side, by the
-order in which it takes the rows of W, so that on tensor cores one thread has both in its registers. Where that
-order is not the one in memory, rows of W are loaded by pointer, not by descriptor. With SwiGLU half of the
-numbers are written, and z = x W^T + b is never in memory. Both are for inference.
+Two epilogues are of pairs of results: SwiGLU, and the rotary embedding of queries and keys (`rotated_linear`
+in rotary.py), in its interleaved or its halved order of pairs. A tile makes the two of a pair side by side,
+by the order in which it takes the rows of W, so that on tensor cores one thread has both in its registers.
+Where that order is not the one in memory, rows of W are loaded by pointer, not by descriptor. With SwiGLU
+half of the numbers are written, and z = x W^T + b is never in memory. Both are for inference.
 
 Numbers: in the kernel, products, bias, GELU and residual are float32; the result is rounded once. The
-vendor's GEMM rounds what it hands on to GELU, SwiGLU and residual, as PyTorch does. Where tiles are too few for a GPU
-the inputs are split among programs; each part is a float32 product of its own, and a second kernel adds the
-parts in order. Saved for backward: x, W and, with GELU, z = x W^T + b in the dtype of x.
+vendor's GEMM rounds what it hands on to GELU, SwiGLU and residual, as PyTorch does. Where tiles are too few
+for a GPU the inputs are split among programs; each part is a float32 product of its own, and a second kernel
+adds the parts in order. Saved for backward: x, W and, with GELU, z = x W^T + b in the dtype of x.
 
     dz = dY gelu'(z)    dx = dz W    dW = dz^T x    db = sum_m dz[m]    d residual = dY
 
@@ -124,7 +124,7 @@ class _Rope(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """Constants of the pairs that an epilogue is of, as one constexpr; there are none without the first two."""
+    """Constants of the pairs that an epilogue is of, as one constexpr; none without the first two."""
 
     SWIGLU: Any
     HEAD: Any  # None, or the width of the heads that are rotated
@@ -298,7 +298,8 @@ def _tile_of_result(
         begin = i_part * (inputs_per_part // BLOCK_K * BLOCK_K)
         end = tl.minimum(begin + inputs_per_part, K)
         acc = _product_tile(
-            x, weight, i_m, i_n, o_n, begin, end, TILE_M=TILE_M, TILE_N=TILE_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
+            x, weight, i_m, i_n, o_n, begin, end,
+            TILE_M=TILE_M, TILE_N=TILE_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
             TRANSPOSED=TRANSPOSED, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
         row = i_part.to(tl.int64) * M + o_m[:, None]
@@ -882,7 +883,10 @@ def _record(dtype: torch.dtype, inputs: int) -> None:
     for residual in (None, *of_results):
         _forward_triton(x, weight, bias, True, residual, False)
     _forward_triton(x, weight, bias, True, None, True)
-    for hidden in (64, 61):  # in the epilogue, which takes any width, and where values start at 16 bytes or not
+    for hidden in (
+        64,
+        61,
+    ):  # in the epilogue, which takes any width, and where values start at 16 bytes or not
         _forward_triton(x, weight[: 2 * hidden], None, False, None, False, True)
         launch_swiglu(empty(64, 2 * hidden))
     for table, head in _ROTATED.get(dtype, ()):
@@ -903,7 +907,10 @@ def _forward_plain(
     swiglu: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     z = F.linear(x, weight, bias)
-    out = activated(z, "swiglu" if swiglu else "gelu" if gelu else None)
+    out = F.gelu(z) if gelu else z
+    if swiglu:
+        gate, value = z.chunk(2, dim=-1)
+        out = F.silu(gate) * value
     if residual is not None:
         out = out + residual
     return in_padded_rows(out), in_padded_rows(z) if save else x.new_empty(0)

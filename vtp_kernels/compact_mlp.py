@@ -20,10 +20,10 @@ With SwiGLU z = x W1^T + b1 has two halves, z_g and z_v, and with s the logistic
     h = z_g s(z_g) z_v    dz_g = dh z_v s(z_g) (1 + z_g (1 - s(z_g)))    dz_v = dh z_g s(z_g)
 
 That is two launches of `compact_linear`, the first with SwiGLU as its epilogue, so that z is never in memory.
-Where z is kept, or the first product is the vendor's, from 1,024 rows on, there is a pass over z between them,
-which reads 2 M hidden numbers and writes half as many. Nor is there one kernel for it all: of the models that
-have SwiGLU only the smallest, EVA-02-Ti, is as narrow as 256. Where hidden is no multiple of 8, values do not
-start at 16 bytes and are loaded by a pass, and their gradient is stored, one by one.
+Where z is kept, or the first product is the vendor's, from 1,024 rows on, there is a pass over z between
+them, which reads 2 M hidden numbers and writes half as many. Nor is there one kernel for it all: of the
+models that have SwiGLU only the smallest, EVA-02-Ti, is as narrow as 256. Where hidden is no multiple of 8,
+values do not start at 16 bytes and are loaded by a pass, and their gradient is stored, one by one.
 
 Saved for backward: x, z, W1 and W2; h is made again from z, by the kernel that makes dz, in one pass over
 both. The products are the vendor's, of operands padded with zeros to multiples of 8.

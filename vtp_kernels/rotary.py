@@ -17,32 +17,32 @@ gradient of out, the gradients are
 with sums over images, over query and key, and over heads where these share a table. Prefix tokens and values
 are left, or copied, bit for bit. Saved for backward: rope, and qkv if rope needs a gradient.
 
-Where nothing needs a gradient there are two ways. `rotated_linear` makes qkv and rotates it in the epilogue of
-that product, which costs no byte but those of the table: with few rows, of one to four images, where a launch
-is what costs. A tile of 64 rows and 128 columns then loads, at its end, 32 KB of float32 sines and as many
-cosines, half of it a second time from L1 where heads share a table, beside the 147 KB of operands of 384 inputs
-(of a ViT-S; 295 KB of a ViT-B). From 1,024 rows on the product is the vendor's, which has no such epilogue, and
-`rotate_heads_` is a pass of its own, in place: in 16 bits it moves 8 H d bytes a token, queries and keys in and
-out; for a ViT-B with 201 tokens 1.2 MB an image and layer, 0.37 us of an H100's bandwidth. In training, where
-the input must stay, the pass writes a copy, values with it: 4 H d + 2 V bytes a token in and as many out,
-forward and backward.
+Where nothing needs a gradient there are two ways. `rotated_linear` makes qkv and rotates it in the epilogue
+of that product, which costs no byte but those of the table: with few rows, of one to four images, where a
+launch is what costs. A tile of 64 rows and 128 columns then loads, at its end, 32 KB of float32 sines and as
+many cosines, half of it a second time from L1 where heads share a table, beside the 147 KB of operands of 384
+inputs (of a ViT-S; 295 KB of a ViT-B). From 1,024 rows on the product is the vendor's, which has no such
+epilogue, and `rotate_heads_` is a pass of its own, in place: in 16 bits it moves 8 H d bytes a token, queries
+and keys in and out; for a ViT-B with 201 tokens 1.2 MB an image and layer, 0.37 us of an H100's bandwidth. In
+training, where the input must stay, the pass writes a copy, values with it: 4 H d + 2 V bytes a token in and
+as many out, forward and backward.
 
-Attention could rotate what it loads and save these bytes. Pairs are no obstacle: a score is the sum of that of
-the first numbers and that of the second, q_1 k_1 + q_2 k_2, so that each half can be loaded, rotated and
+Attention could rotate what it loads and save these bytes. Pairs are no obstacle: a score is the sum of that
+of the first numbers and that of the second, q_1 k_1 + q_2 k_2, so that each half can be loaded, rotated and
 multiplied apart, and no number has to change places. But each of its programs, one for 64 queries of a head,
-would rotate all keys again: 4 times for 201 tokens, 10 times for 577. The arithmetic is little, 3 d FLOPs a key
-beside 256 d of the products. The table is not: 8 d bytes of float32 a key, beside the 4 d bytes of key and
-value, so that a program would load three times as much; with 128 images that is 650 MB more from L2 a layer,
-against 160 MB that the pass moves; with one image 5 MB, against nothing in the epilogue. Keys, which go to
-shared memory as they are, would have to pass through registers, and so would they in both kernels of the
+would rotate all keys again: 4 times for 201 tokens, 10 times for 577. The arithmetic is little, 3 d FLOPs a
+key beside 256 d of the products. The table is not: 8 d bytes of float32 a key, beside the 4 d bytes of key
+and value, so that a program would load three times as much; with 128 images that is 650 MB more from L2 a
+layer, against 160 MB that the pass moves; with one image 5 MB, against 1.2 MB in the epilogue. Keys, which go
+to shared memory as they are, would have to pass through registers, and so would they in both kernels of the
 backward pass, which have none to spare. And where heads are padded for PyTorch's fused attention, in 16 bits
 most of them, there is no attention of ours to rotate in. So it does not. All this is predicted, not measured.
 
 Rotation has no matrix products, so nothing for PyTorch's FLOP counter but the product of `rotated_linear`.
 
-Numbers: float32, rounded once; in the epilogue the product is not rounded before it is rotated, so that results
-are at least as exact as those of the pass. Deterministic: a sum is made by one program in one order; no
-atomics.
+Numbers: float32, rounded once; in the epilogue the product is not rounded before it is rotated, so that
+results are at least as exact as those of the pass. Deterministic: a sum is made by one program in one order;
+no atomics.
 """
 
 from __future__ import annotations
@@ -591,7 +591,7 @@ def rotated_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, rope: Tensor, key_widths: Sequence[int],
     prefix_tokens: int, rotate_half: bool,
 ) -> Tensor:  # fmt: skip
-    """Queries and keys with rotary embedding, and values: `rotate_heads(x @ weight.T + bias, ...)` in inference.
+    """Queries and keys with rotary embedding, and values, for inference: `rotate_heads(x @ weight.T + bias)`.
 
     Args:
         x: [..., N, K], float32, bfloat16, float16 or float64; any strides. Autocast leaves it.
@@ -618,7 +618,9 @@ def rotated_linear(
     if bias is not None:
         _arguments.check_shape("bias", bias, (len(weight),))
     _arguments.check_tensors({"x": x, "rope": rope})
-    _validate_rotation((*x.shape[:-1], len(weight)), "x @ weight.T", rope, key_widths, prefix_tokens, rotate_half)
+    _validate_rotation(
+        (*x.shape[:-1], len(weight)), "x @ weight.T", rope, key_widths, prefix_tokens, rotate_half
+    )
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("rope", rope)):
         if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
             raise RuntimeError(
@@ -659,7 +661,9 @@ def _validate_rotation(
         )
     tokens = shape[-2] - prefix_tokens
     if not 0 <= prefix_tokens <= shape[-2]:
-        raise ValueError(f"prefix_tokens: got {prefix_tokens}, expected 0 to {shape[-2]}, the tokens of {name}")
+        raise ValueError(
+            f"prefix_tokens: got {prefix_tokens}, expected 0 to {shape[-2]}, the tokens of {name}"
+        )
     if rope.ndim not in (2, 3) or rope.shape != (*(H,) * (rope.ndim - 2), tokens, 2 * d):
         raise ValueError(
             f"rope: got shape {tuple(rope.shape)}, expected [{tokens}, {2 * d}], or [{H}, {tokens}, {2 * d}]"

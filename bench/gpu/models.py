@@ -45,7 +45,11 @@ IMAGES = 8  # that differ; a larger batch repeats them
 ROUNDS, ROUNDS_SECONDS = 30, 4.0
 PROFILED_REPLAYS, MOST_KERNELS = 5, 25
 KEPT_SECONDS = ROUNDS_SECONDS + 4  # of a case, for its rounds: preparing ends before
-MODELS = {"DeiT-S": "deit_small_patch16_224", "DeiT-B": "deit_base_patch16_224"}
+MODELS = {
+    "DeiT-S": "deit_small_patch16_224",
+    "DeiT-B": "deit_base_patch16_224",
+    "DINOv3-S+": "vit_small_plus_patch16_dinov3",  # with rotary embedding and SwiGLU
+}
 
 # In order of value: the largest batch and single images, which have bars of their own, then what is between.
 SIZES = (
@@ -53,6 +57,7 @@ SIZES = (
     ("DeiT-B", 8), ("DeiT-S", 8), ("DeiT-B", 128), ("DeiT-S", 128),
 )  # fmt: skip
 PROFILED_SIZES = SIZES[:2]
+PAIRED_SIZES = (("DINOv3-S+", 1), ("DINOv3-S+", 3))  # with so few rows that a product can have an epilogue
 AUTOTUNED_SIZES = (("DeiT-B", 32), ("DeiT-B", 1), ("DeiT-S", 1))
 
 
@@ -77,6 +82,10 @@ OTHERWISE = (
     Runtime("ours, padded heads", "compact", forced=(("packed_attention", "padded"),)),
     Runtime("ours, products of the vendor", "compact", forced=(("compact_linear", "vendor"),)),
     Runtime("ours, products of our own", "compact", forced=(("compact_linear", "kernel"),)),
+)
+PASSES = (
+    Runtime("ours, rotation in a pass", "compact", forced=(("rotated_linear", "pass"),)),
+    Runtime("ours, SwiGLU in a pass", "compact", forced=(("swiglu", "pass"),)),
 )
 DEFAULT, AUTOTUNED = "default", "max-autotune-no-cudagraphs"  # the graph is captured here, as everyone's
 RUNTIMES = (  # those that take longest to compile last
@@ -104,6 +113,9 @@ def cases(toy: bool) -> list[Case]:
             run = functools.partial(measure, name, batch, (OURS, *OTHERWISE))
             found.append(Case(f"{name}, batch {batch}, otherwise", run, 30))
             found.append(Case(f"{name}, batch {batch}, profile", functools.partial(profile, name, batch), 20))
+    for name, batch in PAIRED_SIZES[: 1 if toy else None]:
+        run = functools.partial(measure, name, batch, (OURS, *PASSES))
+        found.append(Case(f"{name}, batch {batch}, epilogues", run, 30))
     for name, batch in AUTOTUNED_SIZES[: 1 if toy else None]:
         run = functools.partial(measure, name, batch, AUTOTUNED_RUNTIMES)
         found.append(Case(f"{name}, batch {batch}, max-autotune", run, 90))

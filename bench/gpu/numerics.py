@@ -46,6 +46,7 @@ MODELS = {
     "DeiT-S": ("deit_small_patch16_224", {}),
     "DeiT-B": ("deit_base_patch16_224", {}),
     "DINOv2-S": ("vit_small_patch14_dinov2", {"img_size": 224, "num_classes": 1000}),
+    "DINOv3-S+": ("vit_small_plus_patch16_dinov3", {"img_size": 224, "num_classes": 1000}),
 }
 STEPS = 20
 

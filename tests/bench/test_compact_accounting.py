@@ -15,9 +15,9 @@ from tests.support.models import TINY, build, gated
 from vtp.files import FileError
 from vtp.runtime.optimize import pack_for_ops
 from vtp.runtime.packed import PackedLinear
+from vtp_kernels import launching
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
-from vtp_kernels import launching
 from vtp_kernels.launching import cdiv
 from vtp_kernels.layer_norm_gather import layer_norm_gather
 from vtp_kernels.proofs.roofline import Recorder, total

@@ -15,7 +15,7 @@ from vtp_kernels.compact_linear import add_linear_, compact_linear, compact_line
 from vtp_kernels.compact_mlp import compact_mlp, compact_mlp_ref
 from vtp_kernels.layer_norm_gather import layer_norm_gather, layer_norm_gather_ref
 from vtp_kernels.ragged_attention import ragged_attention, ragged_attention_ref
-from vtp_kernels.rotary import rotate_heads, rotate_heads_, rotate_heads_ref
+from vtp_kernels.rotary import rotate_heads, rotate_heads_, rotate_heads_ref, rotated_linear
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -141,6 +141,22 @@ def test_compact_mlp_with_swiglu(device, dtype, M, K, hidden, N):
     check(device, dtype, ours, reference, *given)
 
 
+@DTYPES
+@pytest.mark.parametrize(
+    ("M", "K", "hidden"), [(1, 61, 37), (201, 384, 1536), (577, 461, 705), (8, 64, 61), (1200, 61, 64)]
+)
+def test_swiglu_in_inference(device, dtype, M, K, hidden):
+    x, weight, bias = (
+        t.to(device, dtype)
+        for t in (normal(M, K), normal(2 * hidden, K, seed=1, scale=K**-0.5), normal(2 * hidden, seed=2))
+    )
+    out = compact_linear(x, weight, bias, activation="swiglu")
+    exact, torchs = (
+        compact_linear_ref(x.to(d), weight.to(d), bias.to(d), "swiglu") for d in (torch.float64, dtype)
+    )
+    assert_close_to_float64(out, exact, torchs, "out")
+
+
 ROTATIONS = pytest.mark.parametrize("rotate_half", [False, True], ids=["interleaved", "halves"])
 
 
@@ -155,6 +171,31 @@ def test_rotate_heads(device, dtype, N, prefix, d, own_tables, rotate_half):
         device, dtype, lambda qkv, rope: rotate_heads(qkv, rope, *arguments),
         lambda qkv, rope: rotate_heads_ref(qkv, rope, *arguments), *given,
     )  # fmt: skip
+
+
+@DTYPES
+@ROTATIONS
+@pytest.mark.parametrize("own_tables", [False, True], ids=["one-table", "own-tables"])
+@pytest.mark.parametrize(
+    ("B", "N", "prefix", "H", "d", "V"),
+    [(1, 201, 5, 6, 64, 301), (3, 197, 1, 3, 30, 61), (9, 201, 5, 3, 64, 64)],
+)
+def test_rotated_linear(device, dtype, B, N, prefix, H, d, V, own_tables, rotate_half):
+    outputs = 2 * H * d + V
+    x, weight, bias, rope = (
+        t.to(device, dtype)
+        for t in (
+            normal(B, N, 115), normal(outputs, 115, seed=1, scale=115**-0.5), normal(outputs, seed=2),
+            normal(*(H,) * own_tables, N - prefix, 2 * d, seed=3),
+        )
+    )  # fmt: skip
+    arguments = (d,) * H, prefix, rotate_half
+    out = rotated_linear(x, weight, bias, rope, *arguments)
+    exact, torchs = (
+        rotate_heads_ref(compact_linear_ref(x.to(t), weight.to(t), bias.to(t)), rope.to(t), *arguments)
+        for t in (torch.float64, dtype)
+    )
+    assert_close_to_float64(out, exact, torchs, "out")
 
 
 @DTYPES

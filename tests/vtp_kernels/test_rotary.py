@@ -1,4 +1,4 @@
-"""The op `rotate_heads` as users call it, in place and of a product: values, gradients, layouts, transforms."""
+"""The op `rotate_heads` as users call it, in place, of a product: values, gradients, layouts, transforms."""
 
 import pytest
 import torch
@@ -255,7 +255,7 @@ class TestOfAProduct:
     @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
     def test_it_is_a_product_and_its_rotation(self, shape, dtypes, own_tables, rotate_half):
         x, weight, bias, rope = operands(*shape, dtypes, own_tables)
-        _, _, prefix, H, d, V = shape
+        _, _, prefix, H, d, _ = shape
         for given in (bias, None):
             expected = rotate_heads(
                 compact_linear(x, weight, given), rope, (d,) * H, prefix, rotate_half

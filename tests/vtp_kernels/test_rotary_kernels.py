@@ -233,7 +233,12 @@ def test_models_of_any_widths_of_values_and_batches_of_any_size_share_two_compil
     [
         (1, torch.bfloat16, (), ["_compact_linear_fwd_kernel"]),
         (5, torch.float32, (), ["_compact_linear_fwd_kernel"]),
-        (5, torch.bfloat16, ("rotated_linear", "pass"), ["_compact_linear_fwd_kernel", "_rotate_heads_kernel"]),
+        (
+            5,
+            torch.bfloat16,
+            ("rotated_linear", "pass"),
+            ["_compact_linear_fwd_kernel", "_rotate_heads_kernel"],
+        ),
         (6, torch.bfloat16, (), ["_rotate_heads_kernel"]),
         (6, torch.bfloat16, ("rotated_linear", "epilogue"), ["_rotate_heads_kernel"]),
         (6, torch.bfloat16, ("compact_linear", "kernel"), ["_compact_linear_fwd_kernel"]),

@@ -9,7 +9,8 @@ stream before. A block is then six or seven launches:
     layer_norm_gather, compact_linear (fc1 + GELU), add_linear_ (fc2)
 
 of which the last two are one `compact_mlp` where the residual stream is narrow. With many rows GELU is one
-more. On a GPU heads are padded instead for PyTorch's fused attention where that is predicted to be faster.
+more. Rotary embedding and SwiGLU are epilogues of the products before them, and with many rows a launch each.
+On a GPU heads are padded instead for PyTorch's fused attention where that is predicted to be faster.
 
 A product of few rows and 4,096 inputs or more, the hidden units of an uncut ViT-L, adds one: its inputs are
 split among programs.

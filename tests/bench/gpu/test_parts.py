@@ -18,6 +18,7 @@ from vtp_kernels.proofs import compilations
 QUICK = {
     "numerics": [
         "optimized DINOv2-S",
+        "optimized DINOv3-S+",
         "torch.compile(fullgraph=True)",
         f"fine-tuning, {numerics.STEPS} steps",
     ],
