@@ -88,20 +88,3 @@ def split_pairs(b_tile):
 def join_pairs(b_first, b_second):
     """The tile of which `split_pairs` makes these."""
     return tl.reshape(tl.join(b_first, b_second), (b_first.shape[0], 2 * b_first.shape[1]))
-
-
-@triton.jit
-def rotate_pairs(pairs, table, m_rotated, ADJOINT: tl.constexpr):
-    """Pairs, rotated where m_rotated says so; with ADJOINT by the transpose of that.
-
-    table: sines of the first and of the second numbers, then their cosines.
-    """
-    b_first, b_second = pairs
-    b_sin_first, b_sin_second, b_cos_first, b_cos_second = table
-    if ADJOINT:
-        b_out_first = b_first * b_cos_first + b_second * b_sin_second
-        b_out_second = b_second * b_cos_second - b_first * b_sin_first
-    else:
-        b_out_first = b_first * b_cos_first - b_second * b_sin_first
-        b_out_second = b_second * b_cos_second + b_first * b_sin_second
-    return tl.where(m_rotated, b_out_first, b_first), tl.where(m_rotated, b_out_second, b_second)

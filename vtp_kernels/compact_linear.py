@@ -12,7 +12,7 @@ itself, which as a pass of its own reads two numbers and writes one for each.
 
 Two epilogues are of pairs of results: SwiGLU, and the rotary embedding of queries and keys (`rotated_linear`
 in rotary.py), in its interleaved or its halved order of pairs. A tile makes the two of a pair side by side,
-by the order in which it takes the rows of W, so that on tensor cores one thread has both in its registers.
+by the order in which it takes the rows of W, so that on NVIDIA's tensor cores one thread makes both.
 Where that order is not the one in memory, rows of W are loaded by pointer, not by descriptor. With SwiGLU
 half of the numbers are written, and z = x W^T + b is never in memory. Both are for inference.
 
@@ -47,7 +47,6 @@ from vtp_kernels._tiles import (
     join_pairs,
     load_gate_and_value,
     load_tile,
-    rotate_pairs,
     split_pairs,
 )
 from vtp_kernels.launching import Config, TensorDescriptor, Variant, cdiv, choice, is_amd, launch, tl, triton
@@ -196,35 +195,37 @@ def _product_tile(
 
 
 @triton.jit
+def _turned(b_own, b_other, p_sin, m_rotated, HEAD: tl.constexpr):
+    """own * cos + other * sin where m_rotated says so; p_sin: sines, HEAD numbers before their cosines."""
+    b_sin = tl.load(p_sin, mask=m_rotated, other=0.0).to(tl.float32)
+    b_cos = tl.load(p_sin + HEAD, mask=m_rotated, other=0.0).to(tl.float32)
+    return tl.where(m_rotated, b_own * b_cos + b_other * b_sin, b_own)
+
+
+@triton.jit
 def _rotated(acc, rope, i_n, o_m, M, PAIRS: tl.constexpr):
     """A tile of pairs, those of queries and keys rotated behind the prefix tokens of each image."""
     table, heads, tokens, prefix_tokens, table_rows = rope
     HEAD: tl.constexpr = PAIRS.HEAD
-    HALF: tl.constexpr = PAIRS.HEAD // 2
     TILE_N: tl.constexpr = acc.shape[1]
-    o_pair = tl.multiple_of(i_n // 2, TILE_N // 2) + tl.arange(0, TILE_N // 2)
     o_token = o_m % tokens - prefix_tokens
     m_token = ((o_m < M) & (o_token >= 0))[:, None]
-    m_rotated = m_token & (o_pair[None, :] < 2 * heads * HALF)
-    if PAIRS.HALVES:
+    b_first, b_second = split_pairs(acc)
+    if PAIRS.HALVES:  # one number of each pair after the other, for fewer registers
+        HALF: tl.constexpr = HEAD // 2
+        o_pair = tl.multiple_of(i_n // 2, TILE_N // 2) + tl.arange(0, TILE_N // 2)
         row = (o_pair // HALF % heads).to(tl.int64)[None, :] * table_rows + o_token[:, None]
-        p_table = table + row * (2 * HEAD) + (o_pair % HALF)[None, :]
-        b_sin_first = tl.load(p_table, mask=m_rotated, other=0.0).to(tl.float32)
-        b_sin_second = tl.load(p_table + HALF, mask=m_rotated, other=0.0).to(tl.float32)
-        b_cos_first = tl.load(p_table + HEAD, mask=m_rotated, other=0.0).to(tl.float32)
-        b_cos_second = tl.load(p_table + HEAD + HALF, mask=m_rotated, other=0.0).to(tl.float32)
+        p_sin = table + row * (2 * HEAD) + (o_pair % HALF)[None, :]
+        m_rotated = m_token & (o_pair[None, :] < 2 * heads * HALF)
+        b_out_first = _turned(b_first, -b_second, p_sin, m_rotated, HEAD)
+        b_out_second = _turned(b_second, b_first, p_sin + HALF, m_rotated, HEAD)
+        return join_pairs(b_out_first, b_out_second)
     else:
         o_n = i_n + tl.arange(0, TILE_N)
         row = (o_n // HEAD % heads).to(tl.int64)[None, :] * table_rows + o_token[:, None]
-        p_table = table + row * (2 * HEAD) + (o_n % HEAD)[None, :]
-        m_table = m_token & (o_n[None, :] < 2 * heads * HEAD)
-        b_sin = tl.load(p_table, mask=m_table, other=0.0).to(tl.float32)
-        b_cos = tl.load(p_table + HEAD, mask=m_table, other=0.0).to(tl.float32)
-        b_sin_first, b_sin_second = split_pairs(b_sin)
-        b_cos_first, b_cos_second = split_pairs(b_cos)
-    b_table = b_sin_first, b_sin_second, b_cos_first, b_cos_second
-    b_first, b_second = rotate_pairs(split_pairs(acc), b_table, m_rotated, False)
-    return join_pairs(b_first, b_second)
+        p_sin = table + row * (2 * HEAD) + (o_n % HEAD)[None, :]
+        m_rotated = m_token & (o_n[None, :] < 2 * heads * HEAD)
+        return _turned(acc, join_pairs(-b_second, b_first), p_sin, m_rotated, HEAD)
 
 
 @triton.jit

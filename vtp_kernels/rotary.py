@@ -56,7 +56,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
-from vtp_kernels._tiles import join_pairs, rotate_pairs, split_pairs
+from vtp_kernels._tiles import join_pairs, split_pairs
 from vtp_kernels.compact_linear import Rotation, rotated_product, takes_own_product
 from vtp_kernels.launching import Config, Variant, cdiv, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
@@ -137,6 +137,20 @@ def _load_table(rope, head, o_n, m_row, prefix_tokens, table_rows, PAIRS: tl.con
     return b_sin_first, b_sin_second, b_cos_first, b_cos_second
 
 
+@triton.jit
+def _rotate(pairs, table, m_rotated, ADJOINT: tl.constexpr):
+    """Pairs, rotated where m_rotated says so; with ADJOINT by the transpose of that."""
+    b_first, b_second = pairs
+    b_sin_first, b_sin_second, b_cos_first, b_cos_second = table
+    if ADJOINT:
+        b_out_first = b_first * b_cos_first + b_second * b_sin_second
+        b_out_second = b_second * b_cos_second - b_first * b_sin_first
+    else:
+        b_out_first = b_first * b_cos_first - b_second * b_sin_first
+        b_out_second = b_second * b_cos_second + b_first * b_sin_second
+    return tl.where(m_rotated, b_out_first, b_first), tl.where(m_rotated, b_out_second, b_second)
+
+
 @triton.jit(
     do_not_specialize=[
         "N", "H", "width", "prefix_tokens", "first", "table_rows", "stride_source", "stride_target",
@@ -177,8 +191,8 @@ def _rotate_heads_kernel(
             p_query, p_key = p_row + i * d, p_row + (H + i) * d
             query, key = _load_pairs(p_query, m_row, PAIRS), _load_pairs(p_key, m_row, PAIRS)
             table = _load_table(rope, i, o_n, m_rotated, prefix_tokens, table_rows, PAIRS)
-            query = rotate_pairs(query, table, m_rotated, ADJOINT)
-            key = rotate_pairs(key, table, m_rotated, ADJOINT)
+            query = _rotate(query, table, m_rotated, ADJOINT)
+            key = _rotate(key, table, m_rotated, ADJOINT)
             if COPY:
                 p_query, p_key = p_target + i * d, p_target + (H + i) * d
             _store_pairs(p_query, m_row, query, PAIRS)

@@ -88,14 +88,14 @@ ROTATED_BEFORE, HALVES_BEFORE = (Rotated(3, 15, 2, 2, 6, 21, 37, rotate_half=hal
 TOKEN = "o_token = o_m % tokens - prefix_tokens"
 M_TOKEN = "m_token = ((o_m < M) & (o_token >= 0))[:, None]"
 ROTATE = "        acc = _rotated(acc, rope, i_n, o_m, M, PAIRS)\n"
-M_ROTATED = "m_rotated = m_token & (o_pair[None, :] < 2 * heads * HALF)"
+M_ROTATED = "m_rotated = m_token & (o_n[None, :] < 2 * heads * HEAD)"
 ROW_OF_HALVES = "row = (o_pair // HALF % heads).to(tl.int64)[None, :] * table_rows"
 ROW_OF_NEIGHBOURS = "row = (o_n // HEAD % heads).to(tl.int64)[None, :] * table_rows"
 HALVES_ORDER = "o_half = o_d // 2 + o_d % 2 * (PAIRS.HEAD // 2)"
 M_PAIR = "m_pair = m_row & (o_pair[None, :] < 2 * heads * HALF)"
 M_VALUES = "m_values = m_row & (o_n[None, :] >= 2 * heads * PAIRS.HEAD) & (o_n[None, :] < (N + 7) // 8 * 8)"
 STORE_SECOND = "tl.store(p_pair + HALF, b_second.to(out.dtype.element_ty), mask=m_pair)"
-OUT_FIRST = "b_out_first = b_first * b_cos_first - b_second * b_sin_first"
+TURNED = "b_own * b_cos + b_other * b_sin"
 ONLY_DB = (("wanted", ((True, False, True),)),)
 ROWS_OF_DZ = Case(261, 1, 37, "f32")
 
@@ -227,9 +227,17 @@ DEFECTS = [
         (OFFSET, "rows-of-halves-in-32-bits", "overflow-check",
          "p_row = out + o_m.to(tl.int64)[:, None] * stride_out", "p_row = out + o_m[:, None] * stride_out",
          options(Rotated(1, 5, 1, 1, 2, 3, 5, rotate_half=True, layout="far"))),
-        (VALUE, "sign-of-the-first-sine", "error-rule", OUT_FIRST, OUT_FIRST.replace(" - ", " + ")),
+        (VALUE, "sign-of-the-first-sine", "error-rule", "join_pairs(-b_second", "join_pairs(b_second"),
+        (VALUE, "sign-of-the-first-sine-of-halves", "error-rule", "_turned(b_first, -b_second",
+         "_turned(b_first, b_second", options(HALVES)),
+        (VALUE, "table-of-the-first-half", "error-rule", "p_sin + HALF, m_rotated", "p_sin, m_rotated",
+         options(HALVES)),
+        (VALUE, "sines-and-cosines-swapped", "error-rule", TURNED, "b_own * b_sin + b_other * b_cos"),
+        (RAW, "rotated-in-bfloat16", "bfloat16-check", TURNED,
+         "(b_own.to(tl.bfloat16) * b_cos.to(tl.bfloat16)).to(tl.float32) + b_other * b_sin",
+         options(Rotated(3, 15, 2, 2, 6, 21, 37, "bf16"))),
         (VALUE, "rotated-before-bias", "error-rule", (ADD_BIAS, ROTATE), ("", ROTATE + ADD_BIAS)),
-        (VALUE, "values-rotated", "error-rule", M_ROTATED, "m_rotated = m_token & (o_pair[None, :] >= 0)"),
+        (VALUE, "values-rotated", "error-rule", M_ROTATED, "m_rotated = m_token & (o_n[None, :] >= 0)"),
         (VALUE, "tokens-of-the-first-image-for-all", "error-rule", TOKEN,
          "o_token = tl.minimum(o_m, tokens - 1) - prefix_tokens"),
         (VALUE, "prefix-tokens-rotated-as-the-first-behind-them", "error-rule", TOKEN,

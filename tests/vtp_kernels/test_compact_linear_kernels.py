@@ -437,6 +437,7 @@ def test_swiglu_at_odd_widths(interpreter, case, descriptors):
     assert kernels(launched) == {"fwd"}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("layout", ["tight", "wide", "misaligned", "transposed", "images"])
 @pytest.mark.parametrize("path", ["whole", "split", "vendor", "amd", "pass"])
 def test_swiglu_on_every_path_in_every_layout(interpreter, path, layout):
@@ -480,6 +481,7 @@ def test_rotation_at_odd_widths(interpreter, case, descriptors):
     interpreter.run(prove, check_rotated, case, descriptors=descriptors)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("rotate_half", [False, True], ids=["interleaved", "halves"])
 @pytest.mark.parametrize("layout", ["tight", "wide", "misaligned", "transposed"])
 def test_rotation_in_every_layout(interpreter, layout, rotate_half):
