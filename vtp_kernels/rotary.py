@@ -253,9 +253,9 @@ TILES = {
     64: Config.of(4, 1, BLOCK_M=8, BLOCK_P=64, HEADS=2, COLUMNS=256),
     128: Config.of(4, 1, BLOCK_M=4, BLOCK_P=128, HEADS=2, COLUMNS=512),
 }
+DROPE_TILES = {block: Config.of(4, 1, BLOCK_M=512 // block, BLOCK_P=block) for block in TILES}
 # What `launching.forced_path` can force in `rotated_linear`, where its product has an epilogue.
 _ROTATION = choice("rotated_linear", "epilogue", "pass")
-DROPE_TILES = {block: Config.of(4, 1, BLOCK_M=512 // block, BLOCK_P=block) for block in TILES}
 
 
 # ------------------------------------------------------------------------------------------------- launchers
@@ -608,7 +608,8 @@ def rotated_linear(
     """Queries and keys with rotary embedding, and values, for inference: `rotate_heads(x @ weight.T + bias)`.
 
     Args:
-        x: [..., N, K], float32, bfloat16, float16 or float64; any strides. Autocast leaves it.
+        x: [..., N, K], float32, bfloat16, float16 or float64; any strides. Under autocast x, weight and bias
+            are cast to its dtype, as `torch.nn.functional.linear` casts them.
         weight: [2 * sum(key_widths) + V, K], in the dtype of x.
         bias: as many as weight has rows, in the dtype of x, or None.
         rope, key_widths, prefix_tokens, rotate_half: as `rotate_heads` takes them.
@@ -624,6 +625,7 @@ def rotated_linear(
             devices.
         RuntimeError: a gradient is asked for; take `compact_linear` and `rotate_heads`.
     """
+    x, weight, bias = _arguments.as_autocast_casts(x, weight, bias)
     tensors = _arguments.check_tensors({"x": x, "weight": weight}, {"bias": bias})
     _arguments.check_dtypes(tensors)
     _arguments.check_inputs(x, weight)

@@ -304,6 +304,13 @@ class TestOfAProduct:
 
         check_export(Layer(), (7, 17))
 
+    def test_autocast_computes_in_its_dtype(self):
+        x, weight, bias, rope = operands(2, 7, 1, 2, 6, 5)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = rotated_linear(x, weight, bias, rope, (6, 6), 1, True)
+        expected = rotated_linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), rope, (6, 6), 1, True)
+        assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+
     def test_its_product_is_counted(self):
         with FlopCounterMode(display=False) as counter:
             rotated_linear(*operands(2, 7, 1, 2, 6, 5), (6, 6), 1, True)

@@ -71,9 +71,7 @@ class PackedLinear(nn.Module):
         self.storage, self.bias = (torch.cat(parts) for parts in zip(*padded, strict=True))
         self.out_features = len(self.bias)
 
-    def forward(
-        self, x: Tensor, residual: Tensor | None = None, rotation: tuple | None = None
-    ) -> Tensor:  # fmt: skip
+    def forward(self, x: Tensor, residual: Tensor | None = None, rotation: tuple | None = None) -> Tensor:
         """x [..., in] to [..., out]; where the bias is left to others, in the place of the residual.
 
         rotation: of queries and keys, what `rotated_linear` takes behind the bias.
