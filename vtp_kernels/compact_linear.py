@@ -248,25 +248,38 @@ def _store_halves(acc, out, stride_out, heads, i_n, o_m, M, N, PAIRS: tl.constex
 
 
 @triton.jit
+def _swiglu(b_gate, b_value):
+    return b_gate / (1.0 + tl.exp(-b_gate)) * b_value
+
+
+@triton.jit
+def _store_swiglu(acc, finish, i_n, o_m, o_z, M, hidden):
+    """silu(gate) * value of a tile of pairs, columns o_z of z without the bias; 0 in the padding."""
+    TILE_H: tl.constexpr = acc.shape[1] // 2
+    o_h = tl.multiple_of(i_n // 2, TILE_H) + tl.arange(0, TILE_H)
+    acc += tl.load(finish.bias + o_z, mask=o_z < finish.bias_width, other=0.0).to(tl.float32)[None, :]
+    b_gate, b_value = split_pairs(acc)
+    b_h = tl.where(o_h[None, :] < hidden, _swiglu(b_gate, b_value), 0.0)
+    m_tile = (o_m[:, None] < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)
+    p_h = finish.out + o_m[:, None].to(tl.int64) * finish.stride_out + o_h[None, :]
+    tl.store(p_h, b_h.to(finish.out.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
 def _store_result(
     acc, finish, rope, i_n, o_m, o_n, M, N, SAVE: tl.constexpr, PAIRS: tl.constexpr
 ):  # fmt: skip
     """out = act(acc + bias) + residual, and with SAVE z = acc + bias; 0 in the padding of both.
 
-    o_n: the columns that acc is of; i_n, rope: of pairs alone, the first column of the tile, and the table.
+    o_n: the columns that acc is of; rope, i_n: where they are rotated, how, and the first column of the tile.
     """
     bias, bias_width, gelu, residual, stride_residual, z, out, stride_out = finish
-    acc += tl.load(bias + o_n, mask=o_n < bias_width, other=0.0).to(tl.float32)[None, :]
-    if PAIRS.SWIGLU:
-        b_gate, b_value = split_pairs(acc)
-        acc = b_gate / (1.0 + tl.exp(-b_gate)) * b_value
-        TILE_H: tl.constexpr = acc.shape[1]
-        o_n, N = tl.multiple_of(i_n // 2, TILE_H) + tl.arange(0, TILE_H), N // 2
-    if PAIRS.HEAD is not None:
-        acc = _rotated(acc, rope, i_n, o_m, M, PAIRS)
     m_tile = (o_m[:, None] < M) & (o_n[None, :] < (N + 7) // 8 * 8)
     m_padding = o_n[None, :] >= N
     o_out = o_m[:, None].to(tl.int64) * stride_out + o_n[None, :]
+    acc += tl.load(bias + o_n, mask=o_n < bias_width, other=0.0).to(tl.float32)[None, :]
+    if PAIRS.HEAD is not None:
+        acc = _rotated(acc, rope, i_n, o_m, M, PAIRS)
     if SAVE:
         tl.store(z + o_out, tl.where(m_padding, 0.0, acc).to(z.dtype.element_ty), mask=m_tile)
     if gelu:
@@ -294,7 +307,10 @@ def _tile_of_result(
             x, weight, i_m, i_n, o_n, 0, K, TILE_M=TILE_M, TILE_N=TILE_N, BLOCK_K=BLOCK_K, TAIL_K=TAIL_K,
             TRANSPOSED=TRANSPOSED, DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
-        _store_result(acc, finish, rope, i_n, o_m, o_n, M, N, SAVE, PAIRS)
+        if PAIRS.SWIGLU:
+            _store_swiglu(acc, finish, i_n, o_m, o_n, M, N // 2)
+        else:
+            _store_result(acc, finish, rope, i_n, o_m, o_n, M, N, SAVE, PAIRS)
     else:
         begin = i_part * (inputs_per_part // BLOCK_K * BLOCK_K)
         end = tl.minimum(begin + inputs_per_part, K)
@@ -400,7 +416,7 @@ def _swiglu_fwd_kernel(
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     o_row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
     b_gate, b_value = load_gate_and_value(z, o_row, o_h, M, hidden, stride_z)
-    b_h = b_gate / (1.0 + tl.exp(-b_gate)) * b_value
+    b_h = _swiglu(b_gate, b_value)
     m_h = (o_row < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)
     tl.store(h + o_row * stride_h + o_h[None, :], b_h.to(h.dtype.element_ty), mask=m_h)
 

@@ -71,14 +71,18 @@ DB_STORE = "tl.store(db + o_n, tl.sum(acc, axis=0).to(db.dtype.element_ty), mask
 GATE_MASK = "m_gate = (o_row < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)"
 GATE_CLEAR = "return tl.where(o_h[None, :] < hidden, b_gate, 0.0), b_value"
 VALUE_LOAD = "tl.load(p_z + hidden, mask=(o_row < M) & (o_h[None, :] < hidden), other=0.0)"
-SWIGLU_H = "b_h = b_gate / (1.0 + tl.exp(-b_gate)) * b_value"
+SWIGLU_H = "return b_gate / (1.0 + tl.exp(-b_gate)) * b_value"
 H_MASK = "m_h = (o_row < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)"
 SWIGLU_ROW = "o_row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)"
 SWIGLU = Case(37, 37, 90, "f32", "swiglu")
 SWIGLU16 = Case(37, 37, 90, "bf16", "swiglu")
 SWIGLU_ORDER = "o_n = o_n // 2 + o_n % 2 * (N // 2)"
-SWIGLU_RESULT = "acc = b_gate / (1.0 + tl.exp(-b_gate)) * b_value"
-SWIGLU_COLUMNS = "o_n, N = tl.multiple_of(i_n // 2, TILE_H) + tl.arange(0, TILE_H), N // 2"
+SWIGLU_BIAS = (
+    "    acc += tl.load(finish.bias + o_z, mask=o_z < finish.bias_width, other=0.0).to(tl.float32)[None, :]\n"
+)
+SWIGLU_MASK = "m_tile = (o_m[:, None] < M) & (o_h[None, :] < (hidden + 7) // 8 * 8)"
+SWIGLU_CLEAR = "b_h = tl.where(o_h[None, :] < hidden, _swiglu(b_gate, b_value), 0.0)"
+SWIGLU_COLUMNS = "o_h = tl.multiple_of(i_n // 2, TILE_H) + tl.arange(0, TILE_H)"
 # Images that begin within a tile of rows, heads of no power of two, values that begin within a tile.
 ROTATED = Rotated(3, 15, 2, 2, 6, 21, 37)
 HALVES = Rotated(3, 15, 2, 2, 6, 21, 37, rotate_half=True)
@@ -188,26 +192,29 @@ DEFECTS = [
         "fwd", options(SWIGLU),
         (READ, "order-of-halves-and-no-clamp", "guard-page", "tl.minimum(o_n, weight.rows - 1)", "o_n",
          options(SWIGLU), "weight"),
-        (RACE, "as-many-columns-of-swiglu-as-of-z", "race-detection", SWIGLU_COLUMNS,
-         SWIGLU_COLUMNS.replace("N // 2", "N")),
-        (UNWRITTEN, "last-columns-of-swiglu-not-stored", "poison", SWIGLU_COLUMNS,
-         SWIGLU_COLUMNS.replace("N // 2", "N // 16 * 8")),
+        (READ, "no-mask-on-bias-of-swiglu", "guard-page",
+         "finish.bias + o_z, mask=o_z < finish.bias_width, other=0.0", "finish.bias + o_z",
+         options(SWIGLU), "bias"),
+        (WRITE, "rows-of-swiglu-not-masked", "guard-page", SWIGLU_MASK, SWIGLU_MASK.replace("< M", ">= 0"),
+         options(SWIGLU), "out"),
+        (UNWRITTEN, "last-columns-of-swiglu-not-stored", "poison", SWIGLU_MASK,
+         SWIGLU_MASK.replace("(hidden + 7) // 8", "hidden // 8")),
+        (PAD_OUT, "padding-of-swiglu-not-written", "zero-padding", SWIGLU_MASK,
+         SWIGLU_MASK.replace("(hidden + 7) // 8 * 8", "hidden")),
+        (PAD_OUT, "columns-behind-swiglu-kept", "zero-padding", SWIGLU_CLEAR,
+         "b_h = _swiglu(b_gate, b_value)"),
         (RACE, "tiles-of-swiglu-overlap", "race-detection", SWIGLU_COLUMNS,
          SWIGLU_COLUMNS.replace("i_n // 2, TILE_H)", "i_n // 4, 1)"),
          options(Case(37, 37, 170, "f32", "swiglu"))),
-        (RAW, "product-of-swiglu-in-bfloat16", "bfloat16-check", SWIGLU_RESULT,
-         "acc = b_gate.to(tl.bfloat16) * b_value.to(tl.bfloat16)", options(SWIGLU16)),
-        (VALUE, "halves-of-swiglu-swapped", "error-rule", SWIGLU_RESULT,
-         "acc = b_value / (1.0 + tl.exp(-b_value)) * b_gate"),
-        (VALUE, "sign-of-the-exponent", "error-rule", SWIGLU_RESULT,
-         SWIGLU_RESULT.replace("-b_gate", "b_gate")),
+        (RAW, "product-of-swiglu-in-bfloat16", "bfloat16-check", SWIGLU_H,
+         "return b_gate.to(tl.bfloat16) * b_value.to(tl.bfloat16)", options(SWIGLU16)),
+        (VALUE, "halves-of-swiglu-swapped", "error-rule", "_swiglu(b_gate, b_value), 0.0",
+         "_swiglu(b_value, b_gate), 0.0"),
         (VALUE, "rows-of-w-in-their-own-order", "error-rule", SWIGLU_ORDER, "o_n += 0"),
         (VALUE, "rows-of-w-by-descriptor-in-their-own-order", "error-rule",
          "if descriptors and not (swiglu or halves) else None", "if descriptors else None",
          options(Case(64, 37, 180, "f32", "swiglu"), descriptors=True)),
-        (VALUE, "swiglu-before-bias", "error-rule", (ADD_BIAS, SWIGLU_RESULT),
-         ("", SWIGLU_RESULT + "\n        acc += tl.load(bias + tl.arange(0, acc.shape[1]))[None, :]"),
-         options(Case(37, 37, 256, "f32", "swiglu"))),
+        (VALUE, "bias-of-swiglu-not-added", "error-rule", SWIGLU_BIAS, ""),
     ),
     *in_kernel(
         "fwd", options(ROTATED),
@@ -267,7 +274,7 @@ DEFECTS = [
          "(M // block_m, cdiv(hidden, block_h))"),
         (OTHER, "no-other-on-values", "zero-padding", VALUE_LOAD, VALUE_LOAD.replace(", other=0.0", "")),
         (RAW, "product-in-bfloat16", "bfloat16-check", SWIGLU_H,
-         "b_h = b_gate.to(tl.bfloat16) * b_value.to(tl.bfloat16)", options(SWIGLU16)),
+         "return b_gate.to(tl.bfloat16) * b_value.to(tl.bfloat16)", options(SWIGLU16)),
         (PAD_IN, "padding-of-values-used", "zero-padding", VALUE_LOAD,
          VALUE_LOAD.replace("< hidden)", "< (hidden + 7) // 8 * 8)")),
         (PAD_IN, "padding-of-gates-used", "zero-padding", GATE_CLEAR, "return b_gate, b_value",
@@ -277,11 +284,11 @@ DEFECTS = [
         (OFFSET, "rows-in-32-bits", "overflow-check", SWIGLU_ROW,
          SWIGLU_ROW.replace(".to(tl.int64)", ""), options(Case(9, 1, 90, "bf16", layout="far"))),
         (VALUE, "halves-swapped", "error-rule", SWIGLU_H,
-         "b_h = b_value / (1.0 + tl.exp(-b_value)) * b_gate"),
+         "return b_value / (1.0 + tl.exp(-b_value)) * b_gate"),
         (VALUE, "sign-of-the-exponent", "error-rule", SWIGLU_H, SWIGLU_H.replace("-b_gate", "b_gate")),
         (VALUE, "gate-not-multiplied", "error-rule", SWIGLU_H, SWIGLU_H.replace("b_gate / (", "1.0 / (")),
         (VALUE, "silu-rounded-to-bfloat16", "error-rule", SWIGLU_H,
-         "b_h = (b_gate / (1.0 + tl.exp(-b_gate))).to(tl.bfloat16).to(tl.float32) * b_value"),
+         "return (b_gate / (1.0 + tl.exp(-b_gate))).to(tl.bfloat16).to(tl.float32) * b_value"),
         (VALUE, "odd-widths-taken-for-aligned", "poison", "HALVES_ALIGNED=hidden % 8 == 0",
          "HALVES_ALIGNED=True"),
     ),
