@@ -176,11 +176,11 @@ def full_results():
     }  # fmt: skip
 
 
-def test_the_table_of_a_whole_run_has_a_line_for_each_case_and_at_most_100():
+def test_the_table_of_a_whole_run_has_a_line_for_each_case_and_at_most_110():
     results = full_results()
     lines = table(results)
     cases = sum(len(part["cases"]) for part in results["parts"].values())
-    assert len(lines) == 2 + len(PARTS) + cases <= MOST_LINES == 100
+    assert len(lines) == 2 + len(PARTS) + cases <= MOST_LINES == 110
     assert "8 of 9 kernels found compiled, 1 compiled" in lines[1]
     (line,) = [line for line in lines if line.startswith("  DeiT-B, batch 256:")]
     # 256 images in 1 ms at 1 GMAC are 0.512 TFLOP in 1 ms: 64% of 800 TFLOP/s.
@@ -188,7 +188,7 @@ def test_the_table_of_a_whole_run_has_a_line_for_each_case_and_at_most_100():
     assert "0.75 (misses 0.85) of the 2.00 that MACs promise" in line
     results["parts"]["ops"]["cases"] |= {f"more {i}": {"status": NOT_MEASURED} for i in range(40)}
     lines = table(results)
-    assert len(lines) == 100 and lines[-1].startswith("...") and "in the results file" in lines[-1]
+    assert len(lines) == MOST_LINES and lines[-1].startswith("...") and "in the results file" in lines[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
