@@ -642,8 +642,9 @@ def _launch_fwd(
         shape = parts, M, out.stride(0)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         unfinished = finish | dict(bias=None, residual=None, z=None, out=None, bias_width=0, gelu=0)
-    elif rotation is not None or (swiglu and operands != "tf32") or (z is not None and operands == "16"):
-        # With 4 a few registers spill: for two results on sm_120, in pairs on sm_80; of TF32 with 8.
+    elif rotation is not None or (swiglu and operands == "ieee") or (z is not None and operands == "16"):
+        # With 4 a few registers spill: for two results on sm_120, of pairs on sm_80. SwiGLU of other
+        # operands spills some with 8, on sm_80 and sm_100.
         config = dataclasses.replace(config, num_warps=8)
     halves = rotation is not None and rotation.rotate_half
     descriptors = launching.has_descriptors(x.device)
