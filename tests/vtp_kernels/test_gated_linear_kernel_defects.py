@@ -162,7 +162,7 @@ DEFECTS = [
         (MASK, "no-mask-on-weight", "guard-page", DW_LOAD_W, DW_LOAD_W.replace("True, True", "False, False"),
          options(wanted=((False, True),)), "weight"),
         (WRITE, "row-mask-of-store-removed", "guard-page",
-         "m_dw = (o_n[:, None] < N)", "m_dw = (o_n[:, None] >= 0)", options(), "dw"),
+         "m_dw = (o_n[:, None] < N) & (o_k", "m_dw = (o_n[:, None] >= 0) & (o_k", options(), "dw"),
         (OTHER, "no-other-on-tail", "poison", OTHER_ROWS, "& (o_column[None, :] < readable))",
          options(wanted=((True, False),))),
         (UNWRITTEN, "last-column-not-stored", "poison", DW_STORE,
