@@ -9,8 +9,11 @@ import torch
 
 from tests.support.covering import pytest_collection_modifyitems, pytest_configure  # noqa: F401
 
-# Side by side, one worker of pytest-xdist takes a core; alone, a run takes two.
+# Side by side, one worker of pytest-xdist takes a core, with all that it starts; alone, a run takes two.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for library in ("OMP", "OPENBLAS"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 GIB = 2**30
 # The process itself, its interpreter of Triton kernels, and one that a test starts, 1 GiB each and some room.

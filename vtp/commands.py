@@ -412,7 +412,7 @@ def _bench(options: argparse.Namespace) -> None:
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = small.float().eval().to(device)
-    budget = Budget(rounds=options.rounds, seconds=options.seconds, warm_up_seconds=5.0)
+    budget = Budget(options.rounds, options.seconds, warm_up_seconds=min(5.0, options.seconds))
     with _console.status("") as status:
         record = own_model.compare(
             small, options.batch, options.dtypes, budget, compilers=options.compile, report=status.update
