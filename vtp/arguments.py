@@ -5,6 +5,7 @@ arguments of `make_plan`, of several that belong together; `as_typed` names the 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import re
@@ -417,7 +418,8 @@ def budget_of(options: argparse.Namespace, *, calibrated: bool = False) -> dict[
 
 # What an error's text begins with: a setting or an argument, of what it is.
 _SETTING = re.compile(r"(?:(?P<of>\w+)\.)?(?P<name>\w+)(?=: )")
-_TYPED_SETTING = re.compile(rf"(?:--set=)?(?P<stage>{'|'.join(STAGES)})\.(?P<name>\w+)=")
+_TYPED_SETTING = re.compile(rf"(?:--set=)?(?P<stage>{'|'.join(STAGES)})\.(?P<name>\w+)=(?P<value>.*)")
+_GOT = re.compile(r": got (?P<value>[^,\s]+)")
 _OTHER_NAMES = {"protect": "--keep", "k": "--knn"}
 
 
@@ -431,8 +433,20 @@ def as_typed(text: str, arguments: Sequence[str]) -> str:
     if found is None or found["of"] not in (None, "TrainConfig", "config", *STAGES):
         return text
     name, rest = found["name"], text[found.end() :]
+    got = _GOT.match(rest)
     for setting in filter(None, map(_TYPED_SETTING.match, arguments)):
-        if setting["name"] == name and found["of"] in (None, "TrainConfig", "config", setting["stage"]):
+        if found["of"] in STAGES:
+            meant = setting["stage"] == found["of"]
+        else:  # an error does not always name the stage: others may have other values
+            meant = got is None or _are_equal(setting["value"], got["value"])
+        if setting["name"] == name and meant:
             return f"--set {setting['stage']}.{name}{rest}"
     option = _OTHER_NAMES.get(name, f"--{name.replace('_', '-')}")
     return option + rest if option in {each.partition("=")[0] for each in arguments} else text
+
+
+def _are_equal(typed: str, got: str) -> bool:
+    """Whether a setting as it was typed is what an error got: 0 is 0.0, and a text may be in quotes."""
+    with contextlib.suppress(ValueError):
+        return float(typed) == float(got) or typed == got
+    return typed == got.strip("'")

@@ -113,6 +113,7 @@ def inherit_description(model: nn.Module, parent: nn.Module) -> None:
 
 def without_source(config: dict[str, Any]) -> dict[str, Any]:
     """A `pretrained_cfg` with which timm finds no weights, as its `save_for_hf` writes it."""
+    config = config if isinstance(config, dict) else config.to_dict()  # timm's own class, set by hand
     found = filter_pretrained_cfg(config, remove_source=True, remove_null=False)
     return {name: value for name, value in found.items() if name not in ("state_dict", "custom_load")}
 

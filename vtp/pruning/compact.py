@@ -43,6 +43,7 @@ from vtp.pruning.padded import (
     attend_padded,
     filled_up,
     heads_are_faster_padded,
+    is_plain_linear,
     padded_linear,
     rounded_up,
     trains_padded,
@@ -84,8 +85,8 @@ def _on_kernels(x: Tensor) -> bool:
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`; a module that someone put in the place of a linear keeps its own forward."""
-    if _on_kernels(x) and type(layer) is nn.Linear:
+    """`layer(x)`; what someone put in the place of a linear, or hung on it, is called."""
+    if _on_kernels(x) and is_plain_linear(layer):
         return compact_linear(x, layer.weight, layer.bias)
     return layer(x)
 
@@ -391,7 +392,7 @@ class CompactMlp(Mlp):
         if self.trains_padded(x):
             return self._forward_padded(x)
         dropout = self.drop1.p if self.training else 0.0
-        linears = type(self.fc1) is type(self.fc2) is nn.Linear
+        linears = is_plain_linear(self.fc1) and is_plain_linear(self.fc2)
         if _on_kernels(x) and linears and has_op(self) and not dropout:
             weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
             return self.drop2(compact_mlp(x, *weights, None, "swiglu" if self.glu else "gelu"))

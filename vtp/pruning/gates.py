@@ -5,7 +5,7 @@
 """
 
 import copy
-import operator
+import threading
 from collections.abc import Mapping, Sequence, Set
 
 import torch
@@ -30,9 +30,6 @@ class GatedLinear(nn.Module):
     Buffers: `taylor` [in_features] float32, the sum over `taylor_steps` steps of `(g * dL/dg)**2`
     (Molchanov et al., "Importance Estimation for Neural Network Pruning", arXiv 1906.10771).
     """
-
-    # `weight * gate` and the bias for the next call, where the block folds its four gates at once.
-    folded: tuple[Tensor, Tensor | None] | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -62,9 +59,7 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to [..., out_features]."""
-        folded = self.folded
-        if folded is not None:
-            del self.__dict__["folded"]
+        if not torch.compiler.is_compiling() and (folded := _folded.of.pop(self, None)) is not None:
             return F.linear(x, *folded)
         return gated_linear(x, self.weight, self.gate, self.bias)
 
@@ -120,29 +115,49 @@ def insert_gates(model: nn.Module) -> nn.Module:
     return gated
 
 
-_layers_of = operator.attrgetter(*SITES)
+class _Folded(threading.local):
+    """What the block that a thread is in has folded: of a layer `weight * gate` and the bias, for its call.
+
+    Not in the layers themselves, which other threads call too, and which are copied.
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[GatedLinear, tuple[Tensor, Tensor | None]] = {}
+
+
+_folded = _Folded()
 
 
 def _fold_together(block: nn.Module, arguments: tuple) -> None:
     """Give the gated layers of a block the weights that `fold_gates` makes of them, if it makes any."""
-    if torch.compiler.is_compiling() or not arguments:
+    if torch.compiler.is_compiling():
         return
-    layers = _layers_of(block)
-    if not all(isinstance(layer, GatedLinear) for layer in layers):
+    _folded.of.clear()  # of a block that Ctrl-C has ended, where PyTorch calls no hook
+    layers = _gated_layers(block)
+    if not arguments or layers is None:
         return
     weights, gates = [layer.weight for layer in layers], [layer.gate for layer in layers]
     folded = fold_gates(arguments[0], weights, gates, [layer.bias for layer in layers])
     if folded is not None:
-        block.__dict__["folded_layers"] = layers
-        for layer, *pair in zip(layers, *folded, strict=True):
-            layer.__dict__["folded"] = pair
+        _folded.of.update(zip(layers, zip(*folded, strict=True), strict=True))
+
+
+def _gated_layers(block: nn.Module) -> list[GatedLinear] | None:
+    """The four of a block; None where one is another module by now, or gets its weight only when it is
+    called, as from `torch.nn.utils.prune`."""
+    layers = []
+    for branch, name in (site.split(".") for site in SITES):
+        layer = getattr(getattr(block, branch, None), name, None)
+        if not isinstance(layer, GatedLinear) or layer._forward_pre_hooks or not layer.weight.is_leaf:
+            return None
+        layers.append(layer)
+    return layers
 
 
 def _forget_folded(block: nn.Module, arguments: tuple, output: object) -> None:
     """A layer still has its weight where the call ended early: by an error, or when recomputed."""
     if not torch.compiler.is_compiling():
-        for layer in block.__dict__.pop("folded_layers", ()):
-            layer.__dict__.pop("folded", None)
+        _folded.of.clear()
 
 
 HARMLESS_HOOKS.update((_fold_together, _forget_folded))

@@ -43,10 +43,16 @@ def rounded_up(*own: int) -> Sections:
     return Sections(own, tuple(map(padded_width, own)))
 
 
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a call of the layer is a product with its weight and nothing else: no other class, no hooks."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return type(layer) is nn.Linear and not any(hooks)
+
+
 def trains_padded(x: Tensor, *linears: nn.Module) -> bool:
     """Whether a branch that begins and ends with these layers is trained on padded widths: where gradients
     are recorded, the layers are ordinary, and what they multiply has 16 bits."""
-    if not torch.is_grad_enabled() or any(type(linear) is not nn.Linear for linear in linears):
+    if not torch.is_grad_enabled() or not all(map(is_plain_linear, linears)):
         return False
     fits = linears[-1].out_features % 8 == 0  # the width of the residual stream
     return fits and _TRAINING.takes("padded", _dtype(x, linears[0]).itemsize == 2)
@@ -142,7 +148,7 @@ def _places(sections: Sections, device: torch.device) -> Tensor:
     if key in _known_places:
         return _known_places[key]
     places = _find_places(sections, device)
-    if type(places) is Tensor:  # nothing of a mode that only pretends to compute
+    if type(places) is Tensor and not places.is_inference():  # nor of a mode that only pretends to compute
         if len(_known_places) == _MOST_PLACES:
             _known_places.clear()
         _known_places[key] = places

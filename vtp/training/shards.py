@@ -45,6 +45,8 @@ CACHE_VERSION = 2  # 1 took the first of two images under one key
 _SAMPLE = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 _END = bytes(tarfile.BLOCKSIZE)
+# At an end: two blocks, and what fills up the last record.
+_MOST_ZEROS = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE - tarfile.BLOCKSIZE
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -77,7 +79,11 @@ def find_shards(folder: Path) -> dict[str, ShardSplit]:
         if (folder / name).is_file() and (said := _from_info(folder / name)):
             return said
     folders = [folder / name for name in ("train", *TEST_SPLITS) if (folder / name).is_dir()]
-    paths = [path for each in (folder, *folders) for path in each.glob("*.tar") if path.is_file()]
+    paths = [path for each in (folder, *folders) for path in each.glob("*.tar") if not path.is_dir()]
+    if gone := [str(path) for path in paths if not path.is_file()]:
+        raise DataError(
+            f"data: got {counted(len(gone), 'shard')} with no file behind it: {in_short(gone, 4)}"
+        )
     compressed = [str(path) for each in (folder, *folders) for path in each.iterdir() if _is_compressed(path)]
     if paths and compressed:
         raise DataError(
@@ -289,12 +295,12 @@ def _samples(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     files[ending] = file.read(member.size)
             # tarfile takes for the end a header that it cannot read or that is zeros, and a file that stops.
             file.seek(tar.offset)
-            rest = file.read(tarfile.RECORDSIZE + 1)
-            if len(rest) < len(_END) or len(rest) > tarfile.RECORDSIZE or any(rest):
+            rest = file.read(_MOST_ZEROS + 1)
+            if not len(_END) <= len(rest) <= _MOST_ZEROS or any(rest):
                 raise DataError(
                     f"{path}: damaged or cut short, or several in one, after {key or 'its beginning'}: "
                     f"expected the mark of the end of a tar file at byte {tar.offset:,}, and at most "
-                    f"{tarfile.RECORDSIZE:,} bytes of zeros from there on"
+                    f"{_MOST_ZEROS:,} bytes of zeros from there on"
                 )
     except DataError:
         raise
@@ -332,7 +338,7 @@ def _label(path: str, key: str, files: Mapping[str, bytes], label_field: str | N
         if isinstance(found, bool) or float(found) != label or abs(label) >= 2**31:
             raise ValueError(f"got {found!r}")
         return label
-    except (KeyError, ValueError, TypeError, OverflowError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         field = f"the number of a class in field {label_field or LABEL_FIELD!r} of a .json"
         expected = field if label_field else f"a number in a .cls, or {field}"
         raise DataError(f"{path}: {key}: has no class, expected {expected} ({error!r})") from error

@@ -127,6 +127,18 @@ def test_one_shot_run_takes_the_short_recipe_of_its_kind_of_data(tmp_path):
         ("config.l1: got 1", ["--set=dense.l1=1"], "--set dense.l1: got 1"),
         ("finetune.lr: got 1", ["--set=dense.lr=1", "--set=finetune.lr=1"], "--set finetune.lr: got 1"),
         ("TrainConfig.batch_size: got 0", ["--batch-size=0"], "--batch-size: got 0"),
+        (
+            "TrainConfig.epochs: got 0, expected 1",
+            ["--set", "sparse.epochs=5", "--set", "dense.epochs=0"],
+            "--set dense.epochs: got 0, expected 1",
+        ),
+        (
+            "TrainConfig.batch_size: got 0",
+            ["--batch-size", "0", "--set", "finetune.batch_size=4"],
+            "--batch-size: got 0",
+        ),
+        ("TrainConfig.opt: got 'x'", ["--set", "dense.opt=x"], "--set dense.opt: got 'x'"),
+        ("TrainConfig.lr: got -1.0,", ["--set", "dense.lr=-1"], "--set dense.lr: got -1.0,"),
         ("min_keep: got -1.0", ["--min-keep", "-1"], "--min-keep: got -1.0"),
         ("protect: got 'head'", ["--keep", "head"], "--keep: got 'head'"),
         ("k: got 20", ["--knn"], "--knn: got 20"),

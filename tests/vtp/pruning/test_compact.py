@@ -10,6 +10,7 @@ import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from timm.models import PretrainedCfg
 
 import vtp
 from tests.support.engine_cases import NotedOperators, assert_gradients_close_to_float64
@@ -529,6 +530,10 @@ def test_cut_model_does_not_say_that_the_dense_models_weights_are_its_own():
     assert dense.pretrained_cfg == about | source
     with pytest.raises(RuntimeError, match="No pretrained weights"):
         timm.models.load_pretrained(small)
+    dense.pretrained_cfg = PretrainedCfg(url=source["url"], architecture=about["architecture"])
+    small = vtp.compact(dense, vtp.make_plan(vtp.insert_gates(dense), rate=0.3))
+    assert small.pretrained_cfg["architecture"] == about["architecture"]
+    assert "url" not in small.pretrained_cfg
 
 
 def test_plan_of_the_same_model_with_gates_without_or_folded_is_no_other_one(recwarn):

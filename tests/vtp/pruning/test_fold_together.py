@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import vtp
 from tests.support.models import FAMILIES, TINY, build
@@ -86,7 +88,7 @@ def test_with_checkpointed_blocks_they_are_too(folds):
     folds.clear()
     assert_same(step(model), expected)
     assert len(folds) == 4 and None not in folds
-    assert not any(layer.folded for layer in sites(model).values())
+    assert not gates._folded.of
 
 
 def test_a_compiled_block_has_neither_breaks_nor_folds(folds):
@@ -109,13 +111,70 @@ def test_a_call_that_fails_leaves_no_weight_behind(folds):
     with pytest.raises(RuntimeError, match="out of memory"):
         step(model)
     handle.remove()
-    assert not any(layer.folded for layer in sites(model).values())
+    assert not gates._folded.of
     copy.deepcopy(model)
     with torch.no_grad():
         for layer in sites(model).values():
             layer.gate.add_(1.0)
     expected = apart(model)
     assert_same(step(model), expected)
+
+
+def test_a_call_that_ctrl_c_ends_changes_neither_later_calls_nor_copies(folds):
+    model = gated_model()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.blocks[1].mlp.act.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        step(model)
+    handle.remove()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in sites(model).values():
+            layer.gate.add_(1.0)
+        model.eval()(images())  # float32, after bfloat16
+    assert_same(step(model.train()), apart(model))
+    assert_same(step(copied), apart(copied))
+
+
+def test_threads_take_nothing_from_each_other(folds):
+    model = gated_model()
+    expected = apart(model)[0].detach()
+    wrong = []
+
+    def work():
+        for _ in range(10):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(images())
+            try:
+                torch.autograd.grad(out.float().sum(), model.blocks[1].mlp.fc2.gate)
+            except RuntimeError as error:
+                wrong.append(error)
+            if not torch.equal(out, expected):
+                wrong.append(out)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_weight_that_its_layer_gets_when_called_is_that_one(folds):
+    model = gated_model()
+    prune.random_unstructured(model.blocks[0].mlp.fc1, "weight", 0.5)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight_orig.mul_(2.0)
+    assert_same(step(model), apart(model))
+
+
+def test_a_branch_may_be_replaced():
+    model = gated_model()
+    model.blocks[0].mlp = nn.Identity()
+    assert model(images()).isfinite().all()
 
 
 def test_no_more_is_saved_for_the_backward_pass_than_without_gates(folds):

@@ -417,6 +417,28 @@ def test_subclasses_that_were_swapped_in_are_given_what_is_kept():
     assert_equal_to_1e_12(got, expected)
 
 
+@pytest.mark.parametrize("training", ["padded", "narrow"])
+@pytest.mark.parametrize("layer", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+def test_hooks_on_a_layer_are_called(layer, training):
+    small, calls = model(), []
+    small.blocks[0].get_submodule(layer).register_forward_hook(lambda *_: calls.append(layer))
+    with on_padded_widths(training=training):
+        small(image(small))
+        assert calls == [layer]
+        small.blocks[0].get_submodule(layer).register_forward_hook(lambda *of: 2 * of[2])
+        got = small(image(small))
+    assert (got - small(image(small))).abs().max() <= 1e-12 * got.abs().max()
+
+
+def test_a_call_in_inference_mode_does_not_spoil_later_steps(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("vtp.pruning.padded"), "_known_places", {})
+    small = model()
+    with on_padded_widths():
+        with torch.inference_mode(), torch.enable_grad(), contextlib.suppress(RuntimeError):
+            small(image(small))
+        step(small, image(small))
+
+
 def test_without_gradients_and_in_float32_nothing_is_padded():
     small, x = model().float(), image(model()).float()
     module = importlib.import_module("vtp.pruning.compact")

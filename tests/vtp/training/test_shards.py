@@ -260,6 +260,20 @@ def test_compressed_shard_beside_others_is_refused(folder: Path, name: str) -> N
         open_data(folder)
 
 
+def test_shard_of_any_size_is_whole(tmp_path: Path) -> None:
+    image, label = ("a.png", encoded(noise(0))), ("a.cls", b"0")
+    for split in ("train", "val"):
+        for i in range(20):  # what fills up its last record is all that there can be
+            write_tar(tmp_path / split / f"{i}.tar", [image, label, ("a.txt", b"x" * 512 * i)])
+    assert len(open_data(tmp_path).train) == 20
+
+
+def test_link_that_leads_nowhere_is_no_shard_fewer(folder: Path) -> None:
+    (folder / "train" / "99.tar").symlink_to(folder / "missing.tar")
+    with pytest.raises(DataError, match=r"got 1 shard with no file behind it: .*99\.tar"):
+        open_data(folder)
+
+
 def test_folder_that_cannot_be_written_is_no_obstacle(folder: Path, cache: Path) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_text("a file where the folder would be")
@@ -324,6 +338,7 @@ def test_damaged_image_is_named_with_its_shard_before_the_first_step(tmp_path: P
         ([("a.png", b"x"), ("a.cls", b"9" * 30)], r"train-0\.tar: a: has no class.*got '999"),
         ([("a.png", b"x"), ("a.cls", b"\xff")], r"train-0\.tar: a: has no class"),
         ([("a.png", b"x"), ("a.json", b"{")], r"train-0\.tar: a: has no class"),
+        ([("a.png", b"x"), ("a.json", b"[" * 100_000)], r"train-0\.tar: a: has no class"),
         ([("a.png", b"x"), ("a.png", b"x"), ("a.cls", b"0")], r"train-0\.tar: a: has two files \.png"),
         (
             [("a.png", b"x"), ("a.cls", b"0"), ("a.jpg", b"x")],
