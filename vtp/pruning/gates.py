@@ -133,8 +133,10 @@ def _fold_together(block: nn.Module, arguments: tuple) -> None:
     if torch.compiler.is_compiling():
         return
     _folded.of.clear()  # of a block that Ctrl-C has ended, where PyTorch calls no hook
+    if not arguments or not isinstance(arguments[0], Tensor):  # called by name, or traced
+        return
     layers = _gated_layers(block)
-    if not arguments or layers is None:
+    if layers is None:
         return
     weights, gates = [layer.weight for layer in layers], [layer.gate for layer in layers]
     folded = fold_gates(arguments[0], weights, gates, [layer.bias for layer in layers])
