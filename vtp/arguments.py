@@ -442,7 +442,9 @@ def as_typed(text: str, arguments: Sequence[str]) -> str:
         if setting["name"] == name and meant:
             return f"--set {setting['stage']}.{name}{rest}"
     option = _OTHER_NAMES.get(name, f"--{name.replace('_', '-')}")
-    return option + rest if option in {each.partition("=")[0] for each in arguments} else text
+    typed = {each.partition("=")[0] for each in arguments if each.startswith("--")}
+    # Or a beginning of it, which the parser takes where no other option begins so.
+    return option + rest if any(option.startswith(each) for each in typed - {"--"}) else text
 
 
 def _are_equal(typed: str, got: str) -> bool:

@@ -139,7 +139,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     except (OSError, SafetensorError) as error:
         raise FileError(f"path: {path} is no safetensors file, or it is cut off ({error})") from error
     if "vtp" not in header:
-        raise FileError(f"path: {path} is a safetensors file, but not one that vtp wrote")
+        what = "statistics of vtp.calibrate" if "vtp_statistics" in header else "not one that vtp wrote"
+        raise FileError(f"path: {path} is a safetensors file, but {what}")
     try:
         description = json.loads(header["vtp"])
         found = description["format_version"]

@@ -1129,7 +1129,8 @@ def fold_gates(
     For eager mixed precision on a GPU, where a step waits for the host: `F.linear(x, folded, bias)` under
     autocast is then `gated_linear(x, weight, gate, bias)`. A block has two launches for its gates, forward
     and backward, instead of twelve, and none of the sixteen casts of a block without gates. The gradients of
-    weights, gates and biases are there when all four linears have had theirs.
+    weights, gates and biases are there when all four linears have had theirs; those of a linear that takes no
+    part in the loss are then 0, not None.
 
     Args:
         x: what the block is given, of any shape; its device counts, and the dtype of autocast there.

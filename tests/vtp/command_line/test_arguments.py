@@ -127,6 +127,7 @@ def test_one_shot_run_takes_the_short_recipe_of_its_kind_of_data(tmp_path):
         ("config.l1: got 1", ["--set=dense.l1=1"], "--set dense.l1: got 1"),
         ("finetune.lr: got 1", ["--set=dense.lr=1", "--set=finetune.lr=1"], "--set finetune.lr: got 1"),
         ("TrainConfig.batch_size: got 0", ["--batch-size=0"], "--batch-size: got 0"),
+        ("TrainConfig.effective_batch: got -7", ["--eff", "-7"], "--effective-batch: got -7"),
         (
             "TrainConfig.epochs: got 0, expected 1",
             ["--set", "sparse.epochs=5", "--set", "dense.epochs=0"],

@@ -596,3 +596,10 @@ def test_weights_on_the_meta_device_are_refused_before_anything(model, images, t
         with pytest.raises(ValueError, match=r"^model: \S+ is on the meta device, .*expected weights"):
             call()
     assert not list(tmp_path.iterdir())
+
+
+def test_statistics_are_no_model_and_say_so(tmp_path):
+    model = build(dtype=torch.float32)
+    vtp.calibrate(model, image(model, batch=4)).save(tmp_path / "statistics.safetensors")
+    with pytest.raises(FileError, match=r"a safetensors file, but statistics of vtp\.calibrate"):
+        vtp.load(tmp_path / "statistics.safetensors")
