@@ -103,7 +103,7 @@ DEFECTS = [
         (VALUE, "gate-applied-twice", "error-rule", FWD_FOLD,
          FWD_FOLD[:-1] + " * b_g.to(tl.float32)[None, :])"),
         (VALUE, "gate-not-applied", "error-rule", FWD_FOLD, "b_w.to(tl.float32)"),
-        (VALUE, "bias-not-added", "error-rule", "    if HAS_BIAS:", "    if False:"),
+        (VALUE, "bias-not-added", "error-rule", "    if HAS_BIAS:\n        acc", "    if False:\n        acc"),
         (VALUE, "tf32-in-ieee", "error-rule", "tl.trans(b_folded), acc, input_precision=PRECISION",
          'tl.trans(b_folded), acc, input_precision="tf32"'),
         (VALUE, "sums-in-bfloat16", "error-rule", "tl.trans(b_folded), acc, input_precision=PRECISION)",
