@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 # What schedulers send some time before they kill: Slurm's --signal often is USR1. Windows has no such signal.
 FROM_SCHEDULERS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+STOPPING = (signal.SIGINT, *FROM_SCHEDULERS)
 
 
 class Terminated(BaseException):
@@ -44,7 +45,7 @@ def deferred_signals() -> Iterator[Signals]:
         signals.received = number
         restore()
 
-    with _handled((signal.SIGINT, *FROM_SCHEDULERS), note) as restore:
+    with _handled(STOPPING, note) as restore:
         yield signals
 
 
@@ -94,17 +95,28 @@ def _handled(numbers: tuple[int, ...], handler: Any) -> Iterator[Callable[[], No
 
 
 def shielded(loader: DataLoader) -> DataLoader:
-    """Put the loader's worker processes out of reach of signals to the group of this process.
+    """Put the loader's worker processes out of reach of signals that are for the main process.
 
-    Ctrl-C in a shell goes to the whole group. The main process decides what to do then, and to finish its
-    step it needs workers that live; it still ends them by a signal of its own.
+    Ctrl-C in a shell goes to the whole group, a signal of Slurm's to every process of a task. The main process
+    decides what to do then, and to finish its step it needs workers that live; it still ends them by a signal
+    of its own.
     """
     loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
     return loader
 
 
 def _init_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    if hasattr(os, "setpgid"):  # not on Windows
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # in threads to come too
+        threading.Thread(target=_heed_parent, daemon=True).start()
+    elif hasattr(os, "setpgid"):  # macOS: of Ctrl-C at least
         os.setpgid(0, 0)
     if then is not None:
         then(worker)
+
+
+def _heed_parent() -> None:
+    """End this process by the first signal of STOPPING that its parent sends; those of others pass."""
+    while signal.sigwaitinfo(STOPPING).si_pid != os.getppid():
+        pass
+    os._exit(0)
