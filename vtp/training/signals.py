@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 # What schedulers send some time before they kill: Slurm's --signal often is USR1. Windows has no such signal.
 FROM_SCHEDULERS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 STOPPING = (signal.SIGINT, *FROM_SCHEDULERS)
+REPEATED = 5.0  # seconds
 
 
 class Terminated(BaseException):
@@ -37,13 +39,20 @@ class Signals:
 def deferred_signals() -> Iterator[Signals]:
     """Note the first SIGINT, SIGTERM or SIGUSR1 instead of dying by it; a second one acts as it did before.
 
-    Python handles signals in the main thread alone: elsewhere nothing is changed.
+    SIGTERM or SIGUSR1 again within REPEATED seconds is the same one: a scheduler that signals every process of
+    a job also signals torchrun, which hands it on. Python handles signals in the main thread alone: elsewhere
+    nothing is changed.
     """
     signals = Signals()
+    noted = 0.0
 
     def note(number: int, frame: object) -> None:
-        signals.received = number
-        restore()
+        nonlocal noted
+        if signals.received is None:
+            signals.received, noted = number, time.monotonic()
+        elif number == signal.SIGINT or time.monotonic() - noted > REPEATED:
+            restore()
+            signal.raise_signal(number)
 
     with _handled(STOPPING, note) as restore:
         yield signals
