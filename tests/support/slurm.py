@@ -1,8 +1,9 @@
-"""A Slurm of two machines, each a network namespace with a name of its own, for as long as a test needs it."""
+"""A Slurm of two machines, each a network namespace with a name of its own, as long as a test needs it."""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -56,9 +57,9 @@ class Slurm:
 
     def command(self, *arguments: str, node: int = 1, **environment: str) -> str:
         """What a command prints on a machine. Raises CalledProcessError, with all its output, if it fails."""
-        inside = ["unshare", "--uts", "--mount", "bash", "-c", ON_NODE.format(root=self.root, number=node), "-"]
+        inside = ["unshare", "--uts", "--mount", "bash", "-c", ON_NODE.format(root=self.root, number=node)]
         done = subprocess.run(
-            ["ip", "netns", "exec", self.namespaces[node - 1], *inside, *arguments],
+            ["ip", "netns", "exec", self.namespaces[node - 1], *inside, "-", *arguments],
             env=os.environ | {"SLURM_CONF": str(self.root / "slurm.conf")} | environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30, check=True,
         )  # fmt: skip
@@ -66,16 +67,18 @@ class Slurm:
 
     def state(self, job: str) -> str:
         """Of a job, such as PENDING or COMPLETED."""
-        fields = dict(field.split("=", 1) for field in self.command("scontrol", "-o", "show", "job", job).split() if "=" in field)
-        return fields["JobState"]
+        found = re.search(r"JobState=(\w+)", self.command("scontrol", "show", "job", job))
+        return found[1] if found else "unknown"
 
 
 @contextmanager
 def slurm(namespaces: list[str], addresses: list[str]) -> Iterator[Slurm]:
-    """Slurm on two network namespaces that reach each other under these addresses; needs the daemons and root."""
+    """Slurm on two network namespaces that reach each other by these addresses; needs DAEMONS, and root."""
     root = Path(tempfile.mkdtemp(prefix="slurm"))  # short: it holds a socket
     (root / "slurm.conf").write_text(CONFIG.format(root=root))
-    (root / "gres.conf").write_text("NodeName=node[1-2] Name=gpu File=/dev/tty[0-7]\n")  # no GPUs, but that many
+    for number in range(8):  # GPUs, in name
+        (root / f"gpu{number}").touch()
+    (root / "gres.conf").write_text(f"NodeName=node[1-2] Name=gpu File={root}/gpu[0-7]\n")
     (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")  # of which none is used
     names = "".join(f"{address} node{number}\n" for number, address in enumerate(addresses, start=1))
     (root / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
@@ -86,8 +89,8 @@ def slurm(namespaces: list[str], addresses: list[str]) -> Iterator[Slurm]:
         (root / name).mkdir()
     cluster = Slurm(root, namespaces)
     try:
-        files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-        munged = ["munged", "--force", *(f"--{name}={root}/munge.{end}" for name, end in files.items())]
+        files = ("key-file", "socket", "pid-file", "log-file", "seed-file")
+        munged = ["munged", "--force", *(f"--{f}={root}/munge.{f.removesuffix('-file')}" for f in files)]
         subprocess.run(munged, check=True, capture_output=True, timeout=30)
         cluster.command("slurmctld")
         for node in (1, 2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from typing import Any
 
 import pytest
@@ -57,14 +58,16 @@ def pods(kind: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     (container,) = pod["containers"]
     assert job["name"] == container["name"] == "node"  # as torch-distributed calls them
     trainer = spec["trainer"]
-    return pod, container | {"command": trainer["command"], "resources": trainer["resourcesPerNode"]}, trainer["numNodes"]
+    return pod, container | {name: trainer[name] for name in ("command", "env")}, trainer["numNodes"]
 
 
 @pytest.mark.parametrize("kind", ["Job", "TrainJob"])
 def test_a_manifest_starts_a_run_with_time_to_save_and_room_for_data_workers(kind):
     pod, container, number = pods(kind)
     options = torchrun(container["command"])
-    assert options.shutdown_timeout < pod["terminationGracePeriodSeconds"]
+    (timeout,) = container["env"]
+    assert timeout["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    assert 60 <= int(timeout["value"]) < pod["terminationGracePeriodSeconds"]
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory"}
@@ -86,3 +89,26 @@ def test_the_manifests_are_what_the_schemas_of_kubernetes_and_kubeflow_take():
         kubernetes_validate.validate(manifest(kind), kubernetes_validate.latest_version(), strict=True)
     job = manifest("TrainJob")
     assert models.TrainerV1alpha1TrainJob.from_dict(job).to_dict() == job  # no field is unknown
+
+
+def script(start: str) -> str:
+    (found,) = [
+        block
+        for block in re.findall(r"^```\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+        if block.startswith(start)
+    ]
+    return found.replace("\\\n", " ")
+
+
+def test_the_scripts_for_slurm_are_what_bash_torchrun_and_the_command_line_take():
+    for start in ("#!/bin/bash\n", "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC"):
+        text = script(start)
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        (line,) = [line for line in text.splitlines() if line.startswith("srun ")]
+        words = shlex.split(line)
+        if "torchrun" in words:
+            options = torchrun(words[words.index("torchrun") :])
+            assert (options.rdzv_endpoint, options.nproc_per_node) == ("$head:29400", "8")
+        else:
+            arguments = with_settings(words[words.index("vtp.cli") + 1 :])
+            assert make_parser().parse_args(arguments).resume

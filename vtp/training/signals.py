@@ -39,9 +39,9 @@ class Signals:
 def deferred_signals() -> Iterator[Signals]:
     """Note the first SIGINT, SIGTERM or SIGUSR1 instead of dying by it; a second one acts as it did before.
 
-    SIGTERM or SIGUSR1 again within REPEATED seconds is the same one: a scheduler that signals every process of
-    a job also signals torchrun, which hands it on. Python handles signals in the main thread alone: elsewhere
-    nothing is changed.
+    SIGTERM or SIGUSR1 again within REPEATED seconds is the same one: a scheduler that signals every process
+    of a job also signals torchrun, which hands it on. Python handles signals in the main thread alone:
+    elsewhere nothing is changed.
     """
     signals = Signals()
     noted = 0.0
@@ -106,9 +106,9 @@ def _handled(numbers: tuple[int, ...], handler: Any) -> Iterator[Callable[[], No
 def shielded(loader: DataLoader) -> DataLoader:
     """Put the loader's worker processes out of reach of signals that are for the main process.
 
-    Ctrl-C in a shell goes to the whole group, a signal of Slurm's to every process of a task. The main process
-    decides what to do then, and to finish its step it needs workers that live; it still ends them by a signal
-    of its own.
+    Ctrl-C in a shell goes to the whole group, a signal of Slurm's to every process of a task. The main
+    process decides what to do then, and to finish its step it needs workers that live; it still ends them by
+    a signal of its own.
     """
     loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
     return loader

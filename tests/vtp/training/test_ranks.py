@@ -661,7 +661,8 @@ def test_ranks_on_a_machine_that_the_network_has_lost_end_within_the_stated_time
 # ---------------------------------------------------------------------------------------------------------
 # Slurm
 
-# `vtp` of its arguments, in which the second task has Slurm signal the job in the second epoch of its first start.
+# `vtp` of its arguments, in which the second task has Slurm signal the job, in the second epoch, unless the
+# job was queued again.
 SIGNALLED = """
 import os, subprocess, sys, time
 from vtp import cli

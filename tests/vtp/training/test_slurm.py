@@ -12,12 +12,13 @@ from vtp.training.slurm import first_host
 
 # As Slurm 22.05 sets them for the last of two tasks each on two machines.
 TASK = {
-    "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[07-08]",
-    "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_GTIDS": "2,3", "SLURM_NTASKS": "4",
+    "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_GTIDS": "2,3",
 }  # fmt: skip
 # As it sets them for the script that sbatch has sent.
 SCRIPT = {
-    "SLURM_JOB_ID": "1234", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_GTIDS": "0", "SLURM_NTASKS": "4",
+    "SLURM_JOB_ID": "1234", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+    "SLURM_GTIDS": "0",
 }  # fmt: skip
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RANK = dict(zip(NAMES, ("3", "1", "4", "2", "gpu07", "64341"), strict=True))
@@ -30,7 +31,9 @@ def told(monkeypatch):
     def told(environment: dict[str, str]) -> dict[str, str]:
         found = {}
         monkeypatch.setattr(
-            commands, "run", lambda *_, **__: found.update({n: os.environ[n] for n in NAMES if n in os.environ})
+            commands,
+            "run",
+            lambda *_, **__: found.update({n: os.environ[n] for n in NAMES if n in os.environ}),
         )
         with monkeypatch.context() as context:
             for name in [n for n in os.environ if n in (*NAMES, *WORLD_SIZES) or n.startswith("SLURM_")]:
