@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -115,17 +116,18 @@ def shielded(loader: DataLoader) -> DataLoader:
 
 
 def _init_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    if hasattr(signal, "sigwaitinfo"):
+    main = multiprocessing.parent_process()
+    if main is not None and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # in threads to come too
-        threading.Thread(target=_heed_parent, daemon=True).start()
+        threading.Thread(target=_heed, args=(main.pid,), daemon=True).start()
     elif hasattr(os, "setpgid"):  # macOS: of Ctrl-C at least
         os.setpgid(0, 0)
     if then is not None:
         then(worker)
 
 
-def _heed_parent() -> None:
-    """End this process by the first signal of STOPPING that its parent sends; those of others pass."""
-    while signal.sigwaitinfo(STOPPING).si_pid != os.getppid():
+def _heed(pid: int) -> None:
+    """End this process by the first signal of STOPPING that process `pid` sends; those of others pass."""
+    while signal.sigwaitinfo(STOPPING).si_pid != pid:
         pass
     os._exit(0)

@@ -329,7 +329,6 @@ def _stopped_with_its_workers(folder: Path, config: TrainConfig, name: str) -> N
     [
         pytest.param("INT", id="Ctrl-C to the group of the process"),
         pytest.param("TERM", id="SIGTERM to each process"),  # as Slurm may
-        pytest.param("USR1", id="SIGUSR1 to each process"),
     ],
 )
 def test_a_signal_to_workers_too_does_not_break_the_step_by_killing_them(tmp_path, name):
