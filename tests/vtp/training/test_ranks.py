@@ -702,7 +702,7 @@ def test_the_script_for_slurm_queues_a_stopped_run_again_which_continues_to_the_
         job = cluster.command(
             "sbatch", "--parsable", f"--output={output}", *size, str(tmp_path / "job"), **ENVIRONMENT
         ).strip()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while (state := cluster.state(job)) in ("PENDING", "RUNNING", "COMPLETING"):
             assert time.monotonic() < deadline, output.read_text()
             time.sleep(0.5)
