@@ -6,16 +6,29 @@
 #include <new>
 #include <thread>
 
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
+
 #include "bfloat16.h"
 
 namespace vtp_cpu {
 
 namespace {
 
-// For 512 KB of second-level cache a core (AMD Zen 3); 100 to 200 rows and 4 to 8 panels were equally fast
-// there.
-constexpr int64_t kRowsAtOnce = 200;    // of A in one tile: a chunk of 256 inputs of them fills 200 KB
-constexpr int64_t kPanelsAtOnce = 4;    // of W in one tile
+// A task reads W's panels from beyond the second-level cache once for its rows, and A's rows, where they do not
+// all stay in the cache, once for its panels. Of both there are as many as leave half of the cache to what passes
+// by: a chunk of each row's inputs, which is read again for each panel, and the row's sums stay in the other half.
+constexpr int64_t kChunkBytes = 1024;      // of a row: 256 inputs in float32, 512 in bfloat16 for tiles
+constexpr int64_t kSumBytes = kPanel * 4;  // of a row and a panel
+// Up to 1 MB: with 512 KB (AMD Zen 3) 100 to 200 rows and 4 to 8 panels were equally fast. Larger caches have more
+// of both, in proportion: for processors with tiles, whose cores have 2 MB, what is beyond it is far away.
+constexpr int64_t kRowsAtOnce = 200;
+constexpr int64_t kPanelsAtOnce = 4;
+constexpr int64_t kMegabyte = 1 << 20;
+constexpr int64_t kLeastCache = kMegabyte / 8;
+constexpr int64_t kMostCache = 4 * kMegabyte;  // what is larger several cores have in common
+
 constexpr int64_t kTasksPerThread = 4;  // wanted of a stage, so that threads end together
 constexpr int64_t kChunkRows = 400;  // tokens per thread between reading all weights and reading them again
 constexpr int64_t kNormRows = 16;    // of a task
@@ -30,6 +43,23 @@ int64_t row_stride(int64_t width, int64_t bytes) {
 }
 
 }  // namespace
+
+Blocks blocks_for(int64_t cache) {
+  const int64_t usable = std::clamp(cache, kLeastCache, kMostCache), size = std::max(usable, kMegabyte);
+  const int64_t panels = kPanelsAtOnce * (size / kMegabyte);
+  return {std::min(kRowsAtOnce * size / kMegabyte, usable / 2 / (kChunkBytes + panels * kSumBytes)), panels};
+}
+
+int64_t second_level_cache() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const int64_t known = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (known > 0) return known;
+#endif
+    return kMegabyte;
+  }();
+  return bytes;
+}
 
 struct Stage {
   enum Kind {
@@ -86,7 +116,8 @@ char* Workspace::bytes(size_t size) {
 
 class Engine {
  public:
-  Engine(Workspace& workspace, const Call& call, int64_t threads) : Engine(workspace, threads) {
+  Engine(Workspace& workspace, const Call& call, int64_t threads, int64_t cache)
+      : Engine(workspace, threads, cache) {
     call_ = call;
     tokens_ = m_.from_images ? m_.tokens : call.tokens;
     chunk_ = std::min(call.images, std::max<int64_t>(1, kChunkRows * threads / tokens_));
@@ -94,12 +125,13 @@ class Engine {
   }
 
   // Of the workspace's model, its dtype alone is used.
-  Engine(Workspace& workspace, int64_t threads)
+  Engine(Workspace& workspace, int64_t threads, int64_t cache)
       : w_(workspace),
         m_(workspace.model),
         k_(kernels(m_.dtype)),
         threads_(threads),
-        scratch_stride_((kRowsAtOnce + 2 * k_.row_step) * kPanelsAtOnce * kPanel) {}
+        most_(blocks_for(cache)),
+        scratch_stride_((most_.rows + 2 * k_.row_step) * most_.panels * kPanel) {}
 
   void run(const Linear& layer, const void* x, int64_t rows, float* out, Parallel parallel) {
     scratch_ = reinterpret_cast<float*>(w_.bytes(static_cast<size_t>(threads_ * scratch_stride_ * 4)));
@@ -245,10 +277,14 @@ class Engine {
     s.to_stride = to_stride;
     s.to_float = to_float;
     s.rows = rows;
-    s.panel_block = std::min(kPanelsAtOnce, layer.panels());
+    int64_t blocks = divide_up(rows, most_.rows), panels = most_.panels;
+    const auto too_few = [&] {
+      return blocks * divide_up(layer.panels(), panels) < kTasksPerThread * threads_;
+    };
+    if (too_few()) panels = kPanelsAtOnce;
+    while (too_few() && rows / blocks > 8 * k_.row_step) blocks *= 2;
+    s.panel_block = std::min(panels, layer.panels());
     const int64_t columns = divide_up(layer.panels(), s.panel_block);
-    int64_t blocks = divide_up(rows, kRowsAtOnce);
-    while (blocks * columns < kTasksPerThread * threads_ && rows / blocks > 8 * k_.row_step) blocks *= 2;
     s.row_block = round_up(divide_up(rows, blocks), k_.row_step);
     s.tasks = divide_up(rows, s.row_block) * columns;
     return s;
@@ -516,6 +552,7 @@ class Engine {
   const Kernels& k_;
   Call call_{};
   const int64_t threads_;
+  const Blocks most_;
   int64_t tokens_ = 0, chunk_ = 0, images_ = 0, first_image_ = 0;
   int64_t x_stride_, input_stride_, hidden_stride_, logits_stride_, scratch_stride_;
   float *x_, *logits_, *scratch_;  // the residual stream; the head's results; a part for each worker
@@ -527,12 +564,12 @@ void run_linear(Workspace& workspace, Dtype dtype, const Linear& layer, const vo
                 float* out, int64_t threads, Parallel parallel) {
   if (rows == 0) return;
   workspace.model.dtype = dtype;
-  Engine(workspace, threads).run(layer, x, rows, out, parallel);
+  Engine(workspace, threads, second_level_cache()).run(layer, x, rows, out, parallel);
 }
 
-void run(Workspace& workspace, const Call& call, int64_t threads, Parallel parallel) {
+void run(Workspace& workspace, const Call& call, int64_t threads, Parallel parallel, int64_t cache) {
   if (call.images == 0) return;
-  Engine(workspace, call, threads).run(parallel);
+  Engine(workspace, call, threads, cache).run(parallel);
 }
 
 }  // namespace vtp_cpu

@@ -147,7 +147,7 @@ def test_a_model_agrees_with_plain_loops_and_stays_in_its_memory(memory_checked)
 
 
 @pytest.mark.thorough  # of which every pair of widths, of shapes and dtypes occurs above
-@pytest.mark.parametrize("group", ["kernels", "models"])
+@pytest.mark.parametrize("group", ["kernels", "models", "blocks"])
 def test_so_it_is_for_every_combination(memory_checked, group):
     check(memory_checked, group, "everything")
 
@@ -160,6 +160,10 @@ def test_an_image_has_the_same_logits_alone_and_in_a_batch(memory_checked):
 @pytest.mark.thorough  # likewise
 def test_threads_that_are_few_or_late_change_no_bit(memory_checked):
     check(memory_checked, "threads")
+
+
+def test_blocks_for_a_larger_or_smaller_cache_change_no_bit(memory_checked):
+    check(memory_checked, "blocks")
 
 
 def test_a_steady_stream_of_calls_takes_no_memory(memory_checked):
