@@ -81,11 +81,12 @@ DKDV_TILES = {
     "16": Config.of(8, 1, BLOCK_M=32, BLOCK_N=16),
     "tf32": Config.of(8, 2, BLOCK_M=32, BLOCK_N=16),
 }
-# Where queries and keys are rotated as they are loaded, heads of up to `WIDEST_ROTATED`. Keys then pass through
-# registers beside their sines and cosines, in float32 eight numbers for each pair of a key: twice the warps.
+# Where queries and keys are rotated as they are loaded, heads of up to `WIDEST_ROTATED`: keys then pass through
+# registers beside their sines and cosines, six numbers of float32 for each pair. Beside whole rows of scores
+# some would spill, if there were not twice the warps, and else beside more keys.
 ONE_PASS_ROTATED_TILES = Config.of(8, 2, BLOCK_M=64)
 ONLINE_ROTATED_TILES = {
-    "16": Config.of(8, 1, BLOCK_M=64, BLOCK_N=32),
+    "16": Config.of(4, 2, BLOCK_M=64, BLOCK_N=32),
     "tf32": Config.of(8, 1, BLOCK_M=64, BLOCK_N=32),
     "ieee": Config.of(8, 1, BLOCK_M=32, BLOCK_N=32),
 }
