@@ -81,9 +81,9 @@ DKDV_TILES = {
     "16": Config.of(8, 1, BLOCK_M=32, BLOCK_N=16),
     "tf32": Config.of(8, 2, BLOCK_M=32, BLOCK_N=16),
 }
-# Where queries and keys are rotated as they are loaded, heads of up to `WIDEST_ROTATED`: keys then pass through
-# registers beside their sines and cosines, six numbers of float32 for each pair. Beside whole rows of scores
-# some would spill, if there were not twice the warps, and else beside more keys.
+# Where queries and keys are rotated as they are loaded, in heads of up to `WIDEST_ROTATED`: keys pass through
+# registers then, beside their sines and cosines, six numbers of float32 for each pair. Beside whole rows of
+# scores some would spill if there were not twice the warps, and over tiles beside more keys.
 ONE_PASS_ROTATED_TILES = Config.of(8, 2, BLOCK_M=64)
 ONLINE_ROTATED_TILES = {
     "16": Config.of(4, 2, BLOCK_M=64, BLOCK_N=32),
@@ -226,7 +226,7 @@ def attend(
     (B, N, _), V, rows = qkv.shape, sum(value_widths), with_padded_rows(qkv)
     out, lse = _results(qkv, value_widths, need_lse)
     constants = {**_constants(key_widths, qkv.dtype), "PAIRS": None}
-    rotation = dict(rope=rope, prefix_tokens=None, table_rows=None)
+    rotation: dict[str, Any] = dict(rope=rope, prefix_tokens=None, table_rows=None)
     if rope is not None:
         rotation |= dict(prefix_tokens=prefix_tokens, table_rows=rope.shape[1] if rope.ndim == 3 else 0)
         constants["PAIRS"] = "halves" if rotate_half else "neighbours"
@@ -306,8 +306,9 @@ def tiled_flops(
 
 
 def variants(target: str) -> Iterator[Variant]:
-    """The compilations that `ragged_attention` asks for on `target` in usual models: those of `_COMPILED`; and
-    those that `rotated_attention` asks for, of `_ROTATED`.
+    """The compilations that `ragged_attention` asks for on `target` in usual models: those of `_COMPILED`.
+
+    And those that `rotated_attention` asks for: of `_ROTATED`.
 
     Others are the same kernels with other values of a few constants: the key width, where all heads have the
     same, and the tokens rounded up to 16 where they are 256 or fewer.

@@ -14,9 +14,9 @@ compilation all widths. The backward kernels hold a head's queries and keys, in 
 the products of those that it does not have. Queries start at 16 bytes, keys and values do if K is a multiple
 of 8; where it is not, these are loaded element by element.
 
-A forward kernel may rotate queries and keys as it loads them (`rotated_attention`, see `rotary.py`). A score is
-q_1 k_1 + q_2 k_2, with the first numbers of all pairs and the second: two products over d / 2, so that no number
-has to change places between its load and its product, whichever columns make a pair.
+A forward kernel may rotate queries and keys as it loads them (`rotated_attention`, see `rotary.py`). A score
+is q_1 k_1 + q_2 k_2, with the first numbers of all pairs and the second: two products over d / 2, so that no
+number has to change places between its load and its product, whichever columns make a pair.
 """
 
 from __future__ import annotations
@@ -143,8 +143,10 @@ def _load_head(matrix, o_row, HEAD: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def _load_factors(matrix, o_row, head, rope, HEAD: tl.constexpr, MASK: tl.constexpr):
-    """Queries or keys of one head, as a tuple of what scores are sums of products of: one tile; or, rotated, the
-    first numbers of all pairs and the second, rounded as `rotate_heads` rounds them."""
+    """Queries or keys of one head, as a tuple whose products with one another scores are the sums of.
+
+    One tile; or, rotated, the first numbers of all pairs and the second, rounded as by `rotate_heads`.
+    """
     if HEAD.PAIRS is None:
         return (_load_head(matrix, o_row, HEAD, MASK),)
     else:
@@ -288,8 +290,10 @@ def _multiply_chunks(
 
 @triton.jit
 def _scores(b_q, queries, keys, o_m, o_n, unit, rope, HEAD: tl.constexpr, MASK: tl.constexpr):
-    """Queries at o_m by keys at o_n, [rows, keys], not scaled. b_q: what `_load_factors` gives of the queries,
-    None if HEAD has no DIM."""
+    """Queries at o_m by keys at o_n, [rows, keys], not scaled.
+
+    b_q: what `_load_factors` gives of the queries, None if HEAD has no DIM.
+    """
     if HEAD.DIM is None:
         zeros = tl.zeros((o_m.shape[0], o_n.shape[0]), dtype=tl.float32)
         begin, end = unit.key_begin, unit.key_end
@@ -452,13 +456,13 @@ def _attend_online(
     full = N // BLOCK_N * BLOCK_N
     for n in range(0, full, BLOCK_N):
         acc_wide, acc_narrow, highest, total = _online_step(
-            b_q, acc_wide, acc_narrow, highest, total, queries, keys, values, r_m, n, column, unit, rope, factor,
-            HEAD=HEAD, BLOCK_N=BLOCK_N, MASK=False, WIDE=WIDE, NARROW=NARROW,
+            b_q, acc_wide, acc_narrow, highest, total, queries, keys, values, r_m, n, column, unit, rope,
+            factor, HEAD=HEAD, BLOCK_N=BLOCK_N, MASK=False, WIDE=WIDE, NARROW=NARROW,
         )  # fmt: skip
     for n in range(full, N, 16):
         acc_wide, acc_narrow, highest, total = _online_step(
-            b_q, acc_wide, acc_narrow, highest, total, queries, keys, values, r_m, n, column, unit, rope, factor,
-            HEAD=HEAD, BLOCK_N=16, MASK=True, WIDE=WIDE, NARROW=NARROW,
+            b_q, acc_wide, acc_narrow, highest, total, queries, keys, values, r_m, n, column, unit, rope,
+            factor, HEAD=HEAD, BLOCK_N=16, MASK=True, WIDE=WIDE, NARROW=NARROW,
         )  # fmt: skip
     if lse is not None:
         m_lse = o_m < tl.where(begin == unit.head_begin, N, 0)  # written once, by the first group

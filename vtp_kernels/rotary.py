@@ -17,7 +17,7 @@ gradient of out, the gradients are
 with sums over images, over query and key, and over heads where these share a table. Prefix tokens and values
 are left, or copied, bit for bit. Saved for backward: rope, and qkv if rope needs a gradient.
 
-Where nothing needs a gradient there are two ways. `rotated_linear` makes qkv and rotates it in the epilogue
+Where nothing needs a gradient there are three ways. `rotated_linear` makes qkv and rotates it in the epilogue
 of that product, which costs no byte but those of the table: with few rows, of one to four images, where a
 launch is what costs. A tile of 64 rows and 128 columns then loads, at its end, 32 KB of float32 sines and as
 many cosines, half of it a second time from L1 where heads share a table, beside the 147 KB of operands of 384
@@ -27,22 +27,30 @@ and keys in and out; for a ViT-B with 201 tokens 1.2 MB an image and layer, 0.37
 training, where the input must stay, the pass writes a copy, values with it: 4 H d + 2 V bytes a token in and
 as many out, forward and backward.
 
-Attention could rotate what it loads and save these bytes. Pairs are no obstacle: a score is the sum of that
-of the first numbers and that of the second, q_1 k_1 + q_2 k_2, so that each half can be loaded, rotated and
-multiplied apart, and no number has to change places. But each of its programs, one for 64 queries of a head,
-would rotate all keys again: 4 times for 201 tokens, 10 times for 577. The arithmetic is little, 3 d FLOPs a
-key beside 256 d of the products. The table is not: 8 d bytes of float32 a key, beside the 4 d bytes of key
-and value, so that a program would load three times as much; with 128 images that is 650 MB more from L2 a
-layer, against 160 MB that the pass moves; with one image 5 MB, against 1.2 MB in the epilogue. Keys, which go
-to shared memory as they are, would have to pass through registers, and so would they in both kernels of the
-backward pass, which have none to spare. And where heads are padded for PyTorch's fused attention, in 16 bits
-most of them, there is no attention of ours to rotate in. So it does not. All this is predicted, not measured.
+The third is `rotated_attention`, which rotates queries and keys as attention loads them and saves the pass.
+It is the default nowhere: packed models take it where `forced_path("rotated_linear", "attention")` says so.
+Pairs are no obstacle: a score is the sum of that of the first numbers and that of the second, q_1 k_1 + q_2
+k_2, so that each half is loaded, rotated and multiplied apart, and no number has to change places. But each
+of its programs, one for 64 queries of a head, rotates all keys again: 4 times for 201 tokens, 10 times for
+577. The arithmetic is little, 3 d FLOPs a key beside 256 d of the products. The table is not: 8 d bytes of
+float32 a key, beside the 4 d bytes of key and value, so that a program loads three times as much; with 128
+images of a ViT-B that is 820 MB more from L2 a layer, those beside queries included, against 160 MB that the
+pass moves; with one image 6.4 MB, against 1.2 MB in the epilogue. (A table in 16 bits would be half of that,
+but angles rounded a second time. One that is in the dtype of qkv already is read as it is.) Keys, which go to
+shared memory as they are, have to pass through registers beside the table: with whole rows of scores on chip
+that takes eight warps instead of four, else tiles of 32 keys instead of 64. In both kernels of the backward
+pass, which have no registers to spare, it would be the same, so training keeps the pass. And where heads are
+padded for PyTorch's fused attention, in 16 bits most of them, there is no attention of ours to rotate in. So
+by its bytes it is the slowest of the three. That is predicted; which is the fastest, and of how many rows,
+waits for a figure (`bench/gpu/models.py` times all three).
 
-Rotation has no matrix products, so nothing for PyTorch's FLOP counter but the product of `rotated_linear`.
+Rotation has no matrix products, so nothing for PyTorch's FLOP counter but the product of `rotated_linear` and
+those of `rotated_attention`.
 
 Numbers: float32, rounded once; in the epilogue the product is not rounded before it is rotated, so that
-results are at least as exact as those of the pass. Deterministic: a sum is made by one program in one order;
-no atomics.
+results are at least as exact as those of the pass. In attention queries and keys are rounded behind their
+rotation as the pass rounds them, since in 16 bits tensor cores take no more; the sums of scores are made in
+another order. Deterministic: a sum is made by one program in one order; no atomics.
 """
 
 from __future__ import annotations
@@ -348,8 +356,10 @@ def _attention_triton(
 
 
 def rotates_in_attention() -> bool:
-    """Whether queries and keys are to be rotated by `rotated_attention`, of those who have the choice: only as
-    `launching.forced_path` says. It is predicted to be slower, and measured by nobody."""
+    """Whether whoever has the choice is to leave rotation to `rotated_attention`: only as `forced_path` says.
+
+    It is predicted to be slower, and not measured.
+    """
     return _ROTATION.takes("attention", False)
 
 
@@ -667,14 +677,14 @@ def rotated_attention(
         key_widths, rope, prefix_tokens, rotate_half: as `rotate_heads` takes them.
 
     Returns:
-        [B, N, sum(value_widths)] in the dtype of qkv; its rows are padded to a multiple of 8 elements. Queries
-        and keys are rounded to that dtype once, behind their rotation in float32, as `rotate_heads` rounds
-        them.
+        [B, N, sum(value_widths)] in the dtype of qkv; its rows are padded to a multiple of 8 elements.
+        Queries and keys are rounded to that dtype once, behind their rotation in float32, as `rotate_heads`
+        rounds them. Heads wider than 128 are rotated by that op.
 
     Raises:
         TypeError: an argument is not of the type, or a tensor not of a dtype that these ops take.
-        ValueError: the shapes do not go together, key widths differ or are odd, a value width is not from 1 to
-            256, scale is not finite, or the tensors are on two devices.
+        ValueError: the shapes do not go together, key widths differ or are odd, a value width is not from 1
+            to 256, scale is not finite, or the tensors are on two devices.
         RuntimeError: a gradient is asked for; take `rotate_heads` and `ragged_attention`.
     """
     (qkv,) = _arguments.as_autocast_casts(qkv)

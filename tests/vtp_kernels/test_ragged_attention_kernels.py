@@ -159,8 +159,7 @@ def assert_padded_rows(name, t):
 
 
 def prove(check, case, replacements=(), make=Data, **kwargs):
-    """`check(op, data, ...)` under the case's conditions, with what `make` makes of it; keys of the variants that
-    it launched."""
+    """`check(op, make(case), ...)` under the case's conditions; keys of the variants that it launched."""
     op = loaded(MODULE, replacements)
     units = op._units
 

@@ -1,10 +1,9 @@
-"""What the forward kernels of attention compute where they rotate queries and keys, proved in the interpreter.
+"""What the kernels of attention compute where they rotate queries and keys, proved in the interpreter.
 
 The proofs are those of test_ragged_attention_kernels.py; the second half plants defects in what rotates.
 """
 
 import dataclasses
-import functools
 import importlib
 
 import pytest
@@ -46,13 +45,13 @@ class Case(attention.Case):
 
 
 class Data(attention.Data):
-    """The same, of heads whose queries and keys are rotated: by float64 exactly, else by `rotate_heads_ref` in
-    the dtype of the case, which rounds them as the pass does."""
+    """The same, of heads whose queries and keys are rotated: for `exact` in float64, else in the dtype of the
+    case, which rounds them as the pass does."""
 
     def __init__(self, case):
         heads, tokens = (len(case.widths),) * case.own_tables, case.N - case.prefix
         generator = torch.Generator().manual_seed(1)
-        # Any numbers, but as large as sines and cosines: scores are then as in the tests of `ragged_attention`.
+        # Any numbers, but as large as sines and cosines: scores then are those of `ragged_attention`'s tests.
         rope = torch.randn(*heads, tokens, 2 * case.head_dim, generator=generator) * 0.5**0.5
         self.rope = rope.to(attention.DTYPES[case.table])
         super().__init__(case)
@@ -104,7 +103,7 @@ def prove(check, case, replacements=(), **kwargs):
 # -- Correct kernels pass -----------------------------------------------------------------------------------
 
 # Tokens around the tiles; none that is rotated, and prefix tokens alone in the first tile; pairs around the
-# blocks of 16; values of any width; in one pass and online, which float32 and heads of more than 64 always are.
+# blocks of 16; values of any width; in one pass and online, as float32 and heads of more than 64 always are.
 SHAPES = [
     Case(1, (37, 1), "bf16", head_dim=2, B=3),
     Case(5, (7,), "f32", head_dim=2, B=2, prefix=5),
@@ -253,7 +252,8 @@ DEFECTS = [
         (VALUE, "keys-not-rotated", "error-rule", KEYS, KEYS.replace("rope,", f"{UNROTATED},")),
         (VALUE, "queries-not-rotated", "error-rule", QUERIES, QUERIES.replace("rope,", f"{UNROTATED},"),
          NEIGHBOURS, "", 2),
-        (VALUE, "last-prefix-token-rotated", "poison", ROTATED, ROTATED.replace("tokens)", "tokens - 1)"), OWN),
+        (VALUE, "last-prefix-token-rotated", "poison", ROTATED,
+         ROTATED.replace("tokens)", "tokens - 1)"), OWN),
         (VALUE, "first-token-behind-the-prefix-left-out", "error-rule", ROTATED, ROTATED.replace(">=", ">")),
         (VALUE, "table-of-the-token-before", "error-rule", TABLE_ROW,
          "tl.maximum(o_n[:, None] - 1 - prefix_tokens, 0)"),
@@ -265,7 +265,8 @@ DEFECTS = [
         (VALUE, "second-numbers-by-the-first", "error-rule", SECOND, SECOND.replace("b_q[1]", "b_q[0]")),
         (VALUE, "rounded-before-the-rotation", "error-rule", "b_first, b_second = rotate_pairs(pairs,",
          "b_first, b_second = rotate_pairs((pairs[0].to(tl.float8e5).to(tl.float32), pairs[1]),"),
-        (VALUE, "pairs-of-the-other-layout", "error-rule", '"halves" if rotate_half', '"halves" if not rotate_half'),
+        (VALUE, "pairs-of-the-other-layout", "error-rule", '"halves" if rotate_half',
+         '"halves" if not rotate_half'),
     ),
     *planted(
         ONLINE,
