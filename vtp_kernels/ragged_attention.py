@@ -240,8 +240,8 @@ def attend(
         (len(table) * B * len(row_tiles(N, config.blocks["BLOCK_M"])),),
         dict(
             qkv=rows, table=table, out=out, lse=lse if need_lse else None, B=B, N=N, H=len(value_widths),
-            V=V, K=sum(key_widths), stride_qkv=rows.stride(0), stride_out=out.stride(1),
-            factor=scale * math.log2(math.e), **rotation,
+            V=V, K=sum(key_widths), stride_qkv=rows.stride(0), stride_out=out.stride(1), **rotation,
+            factor=scale * math.log2(math.e),
         ),
         config,
         **constants,
