@@ -83,7 +83,7 @@ DKDV_TILES = {
 }
 # Where queries and keys are rotated as they are loaded, in heads of up to `WIDEST_ROTATED`: keys pass through
 # registers then, beside their sines and cosines, six numbers of float32 for each pair. Beside whole rows of
-# scores some would spill if there were not twice the warps, and over tiles beside more keys.
+# scores some would spill if there were not twice the warps; over tiles, in heads of 128, beside 64 keys.
 ONE_PASS_ROTATED_TILES = Config.of(8, 2, BLOCK_M=64)
 ONLINE_ROTATED_TILES = {
     "16": Config.of(4, 2, BLOCK_M=64, BLOCK_N=32),

@@ -189,6 +189,13 @@ def test_batches_and_models_of_any_size_share_one_compilation():
     assert len(set.union(*found)) == 1
 
 
+@pytest.mark.parametrize("d", [2, 16, 30, 80])
+def test_each_half_of_a_head_is_a_product_of_16_columns_at_least(d):
+    """Fewer are no product of tensor cores, which the interpreter does not mind."""
+    (key,) = recorded(torch.bfloat16, torch.float32, 21, d, True)
+    assert dict(key[2])["BLOCK_D"] // 2 >= max(16, d // 2)
+
+
 @pytest.mark.parametrize(
     ("dtype", "N", "d", "prefix"),
     [(torch.float64, 9, 6, 1), (torch.float32, 3, 6, 3), (torch.float32, 0, 6, 0)],
