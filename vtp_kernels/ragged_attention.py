@@ -86,9 +86,10 @@ DKDV_TILES = {
 # scores some would spill if there were not twice the warps; over tiles, in heads of 128, beside 64 keys.
 ONE_PASS_ROTATED_TILES = Config.of(8, 2, BLOCK_M=64)
 ONLINE_ROTATED_TILES = {
-    "16": Config.of(4, 2, BLOCK_M=64, BLOCK_N=32),
+    "16": Config.of(4, 2, BLOCK_M=64, BLOCK_N=64),
+    "16, wide": Config.of(4, 2, BLOCK_M=64, BLOCK_N=32),  # heads of more than 64
     "tf32": Config.of(8, 1, BLOCK_M=64, BLOCK_N=32),
-    "ieee": Config.of(8, 1, BLOCK_M=32, BLOCK_N=32),
+    "ieee": Config.of(8, 2, BLOCK_M=32, BLOCK_N=32),
 }
 WIDEST_ROTATED = 128
 # Columns of values that a head may have.
@@ -200,6 +201,7 @@ def _choice(
         return _ragged_attention_fwd_kernel, ONE_PASS_ROTATED_TILES if rotated else ONE_PASS_TILES, True
     products = launching.operands(dtype)
     if rotated:
+        products = "16, wide" if products == "16" and max(key_widths) > 64 else products
         return _ragged_attention_online_kernel, ONLINE_ROTATED_TILES[products], False
     if products == "ieee" and not _are_equal(key_widths):
         products = "ieee in blocks"

@@ -38,11 +38,11 @@ images of a ViT-B that is 820 MB more from L2 a layer, those beside queries incl
 pass moves; with one image 6.4 MB, against 1.2 MB in the epilogue. (A table in 16 bits would be half of that,
 but angles rounded a second time. One that is in the dtype of qkv already is read as it is.) Keys, which go to
 shared memory as they are, have to pass through registers beside the table: with whole rows of scores on chip
-that takes eight warps instead of four, else tiles of 32 keys instead of 64. In both kernels of the backward
-pass, which have no registers to spare, it would be the same, so training keeps the pass. And where heads are
-padded for PyTorch's fused attention, in 16 bits most of them, there is no attention of ours to rotate in. So
-by its bytes it is the slowest of the three. That is predicted; which is the fastest, and of how many rows,
-waits for a figure (`bench/gpu/models.py` times all three).
+that takes eight warps instead of four, in heads of more than 64 tiles of 32 keys instead of 64. In both
+kernels of the backward pass, which have no registers to spare, it would be the same, so training keeps the
+pass. And where heads are padded for PyTorch's fused attention, in 16 bits most of them, there is no attention
+of ours to rotate in. So by its bytes it is the slowest of the three. That is predicted; which is the fastest,
+and of how many rows, waits for a figure (`bench/gpu/models.py` times all three).
 
 Rotation has no matrix products, so nothing for PyTorch's FLOP counter but the product of `rotated_linear` and
 those of `rotated_attention`.
