@@ -5,7 +5,7 @@ from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.gated_linear import fold_gates, gated_linear
 from vtp_kernels.layer_norm_gather import layer_norm_gather
 from vtp_kernels.ragged_attention import ragged_attention
-from vtp_kernels.rotary import rotate_heads, rotate_heads_, rotated_linear
+from vtp_kernels.rotary import rotate_heads, rotate_heads_, rotated_attention, rotated_linear
 
 __all__ = [
     "add_linear_",
@@ -17,5 +17,6 @@ __all__ = [
     "ragged_attention",
     "rotate_heads",
     "rotate_heads_",
+    "rotated_attention",
     "rotated_linear",
 ]

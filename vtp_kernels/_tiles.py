@@ -88,3 +88,53 @@ def split_pairs(b_tile):
 def join_pairs(b_first, b_second):
     """The tile of which `split_pairs` makes these."""
     return tl.reshape(tl.join(b_first, b_second), (b_first.shape[0], 2 * b_first.shape[1]))
+
+
+class Pairs(NamedTuple):
+    """Constants of the pairs of a head in device code, as one constexpr."""
+
+    COUNT: Any  # d / 2
+    BLOCK: Any  # COUNT rounded up to a power of two, or more
+    HALVES: Any  # whether pairs are columns i and i + d / 2, not 2 i and 2 i + 1
+
+
+@triton.jit
+def load_pairs(p_row, m_row, PAIRS: tl.constexpr):
+    """Both numbers of each pair in d columns, float32 [rows, BLOCK] each."""
+    if PAIRS.HALVES:
+        o_pair = tl.arange(0, PAIRS.BLOCK)[None, :]
+        m_tile = m_row & (o_pair < PAIRS.COUNT)
+        b_first = tl.load(p_row + o_pair, mask=m_tile, other=0.0).to(tl.float32)
+        b_second = tl.load(p_row + PAIRS.COUNT + o_pair, mask=m_tile, other=0.0).to(tl.float32)
+        return b_first, b_second
+    else:
+        o_d = tl.arange(0, 2 * PAIRS.BLOCK)[None, :]
+        b_tile = tl.load(p_row + o_d, mask=m_row & (o_d < 2 * PAIRS.COUNT), other=0.0).to(tl.float32)
+        return split_pairs(b_tile)
+
+
+@triton.jit
+def load_sines(rope, head, o_n, m_row, prefix_tokens, table_rows, PAIRS: tl.constexpr):
+    """Sines and then cosines of the pairs of tokens o_n; m_row: those of them that are rotated.
+
+    table_rows: how many rows of rope a head has to itself, 0 where all share one table.
+    """
+    row = tl.cast(head, tl.int64) * table_rows + (o_n[:, None] - prefix_tokens)
+    p_row = rope + row * (4 * PAIRS.COUNT)
+    b_sin_first, b_sin_second = load_pairs(p_row, m_row, PAIRS)
+    b_cos_first, b_cos_second = load_pairs(p_row + 2 * PAIRS.COUNT, m_row, PAIRS)
+    return b_sin_first, b_sin_second, b_cos_first, b_cos_second
+
+
+@triton.jit
+def rotate_pairs(pairs, sines, m_rotated, ADJOINT: tl.constexpr):
+    """Pairs, rotated where m_rotated says so; with ADJOINT by the transpose of that."""
+    b_first, b_second = pairs
+    b_sin_first, b_sin_second, b_cos_first, b_cos_second = sines
+    if ADJOINT:
+        b_out_first = b_first * b_cos_first + b_second * b_sin_second
+        b_out_second = b_second * b_cos_second - b_first * b_sin_first
+    else:
+        b_out_first = b_first * b_cos_first - b_second * b_sin_first
+        b_out_second = b_second * b_cos_second + b_first * b_sin_second
+    return tl.where(m_rotated, b_out_first, b_first), tl.where(m_rotated, b_out_second, b_second)

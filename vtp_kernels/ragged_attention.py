@@ -81,6 +81,17 @@ DKDV_TILES = {
     "16": Config.of(8, 1, BLOCK_M=32, BLOCK_N=16),
     "tf32": Config.of(8, 2, BLOCK_M=32, BLOCK_N=16),
 }
+# Where queries and keys are rotated as they are loaded, in heads of up to `WIDEST_ROTATED`: keys pass through
+# registers then, beside their sines and cosines, six numbers of float32 for each pair. Beside whole rows of
+# scores some would spill if there were not twice the warps; over tiles, in heads of 128, beside 64 keys.
+ONE_PASS_ROTATED_TILES = Config.of(8, 2, BLOCK_M=64)
+ONLINE_ROTATED_TILES = {
+    "16": Config.of(4, 2, BLOCK_M=64, BLOCK_N=64),
+    "16, wide": Config.of(4, 2, BLOCK_M=64, BLOCK_N=32),  # heads of more than 64
+    "tf32": Config.of(8, 1, BLOCK_M=64, BLOCK_N=32),
+    "ieee": Config.of(8, 2, BLOCK_M=32, BLOCK_N=32),
+}
+WIDEST_ROTATED = 128
 # Columns of values that a head may have.
 _MOST_VALUES = 256
 # Tokens up to which a row of scores is on chip at once.
@@ -178,15 +189,20 @@ def key_columns(key_widths: Sequence[int]) -> list[int]:
     return [_round_up(end - (end - w) // 8 * 8, 16) for w, end in zip(key_widths, ends, strict=True)]
 
 
-def _choice(N: int, key_widths: Sequence[int], dtype: torch.dtype) -> tuple[object, Config, bool]:
+def _choice(
+    N: int, key_widths: Sequence[int], dtype: torch.dtype, rotated: bool = False
+) -> tuple[object, Config, bool]:
     """The forward kernel for N tokens, its configuration, and whether it takes them in one pass.
 
     Rows of scores have no room beside float32 weights, nor beside queries and keys wider than 64.
     """
     has_room = N <= _MOST_KEYS and max(key_widths) <= 64 and dtype.itemsize == 2
     if has_room and _KEYS.takes("one_pass", True):
-        return _ragged_attention_fwd_kernel, ONE_PASS_TILES, True
+        return _ragged_attention_fwd_kernel, ONE_PASS_ROTATED_TILES if rotated else ONE_PASS_TILES, True
     products = launching.operands(dtype)
+    if rotated:
+        products = "16, wide" if products == "16" and max(key_widths) > 64 else products
+        return _ragged_attention_online_kernel, ONLINE_ROTATED_TILES[products], False
     if products == "ieee" and not _are_equal(key_widths):
         products = "ieee in blocks"
     return _ragged_attention_online_kernel, ONLINE_TILES[products], False
@@ -197,10 +213,27 @@ def _forward_triton(
 ) -> tuple[Tensor, Tensor]:
     if not qkv.numel() or qkv.dtype == torch.float64:
         return _forward_plain(qkv, key_widths, value_widths, scale, need_lse)
+    return attend(qkv, key_widths, value_widths, scale, need_lse)
+
+
+def attend(
+    qkv: Tensor, key_widths: Sequence[int], value_widths: Sequence[int], scale: float, need_lse: bool,
+    rope: Tensor | None = None, prefix_tokens: int = 0, rotate_half: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out and lse by a forward kernel, with rope of queries and keys rotated as `rotate_heads` takes it.
+
+    qkv has elements and is not float64. rope is contiguous, from 16 bytes on; with it keys are all as wide as
+    one another, of an even width of `WIDEST_ROTATED` at most.
+    """
     (B, N, _), V, rows = qkv.shape, sum(value_widths), with_padded_rows(qkv)
     out, lse = _results(qkv, value_widths, need_lse)
-    constants = _constants(key_widths, qkv.dtype)
-    kernel, config, one_pass = _choice(N, key_widths, qkv.dtype)
+    constants = {**_constants(key_widths, qkv.dtype), "PAIRS": None}
+    rotation: dict[str, Any] = dict(rope=rope, prefix_tokens=None, table_rows=None)
+    if rope is not None:
+        rotation |= dict(prefix_tokens=prefix_tokens, table_rows=rope.shape[1] if rope.ndim == 3 else 0)
+        constants["PAIRS"] = "halves" if rotate_half else "neighbours"
+        constants["BLOCK_D"] = max(32, constants["BLOCK_D"])  # each half is a product of 16 at least
+    kernel, config, one_pass = _choice(N, key_widths, qkv.dtype, rope is not None)
     if one_pass:
         constants["KEYS"] = _round_up(N, 16)
     table = _table(tuple(key_widths), tuple(value_widths), not one_pass, _round_up(V, 8), qkv.device)
@@ -209,7 +242,7 @@ def _forward_triton(
         (len(table) * B * len(row_tiles(N, config.blocks["BLOCK_M"])),),
         dict(
             qkv=rows, table=table, out=out, lse=lse if need_lse else None, B=B, N=N, H=len(value_widths),
-            V=V, K=sum(key_widths), stride_qkv=rows.stride(0), stride_out=out.stride(1),
+            V=V, K=sum(key_widths), stride_qkv=rows.stride(0), stride_out=out.stride(1), **rotation,
             factor=scale * math.log2(math.e),
         ),
         config,
@@ -277,6 +310,8 @@ def tiled_flops(
 def variants(target: str) -> Iterator[Variant]:
     """The compilations that `ragged_attention` asks for on `target` in usual models: those of `_COMPILED`.
 
+    And those that `rotated_attention` asks for: of `_ROTATED`.
+
     Others are the same kernels with other values of a few constants: the key width, where all heads have the
     same, and the tokens rounded up to 16 where they are 256 or fewer.
     """
@@ -284,6 +319,9 @@ def variants(target: str) -> Iterator[Variant]:
         for dtype, precision, key_widths, N in _COMPILED:
             with launching.matmul_precision(precision):
                 _record(dtype, key_widths, N)
+        for dtype, precision, table, d, N, rotate_half in _ROTATED:
+            with launching.matmul_precision(precision):
+                _record_rotated(dtype, table, d, N, rotate_half)
     yield from found.values()
 
 
@@ -315,6 +353,27 @@ def _record(dtype: torch.dtype, key_widths: tuple[int, int], N: int) -> None:
     for need_lse in (False, True):
         out, lse = _forward_triton(qkv, *arguments, need_lse)
     _backward_triton(out, qkv, out, lse, *arguments)
+
+
+# Of rotated heads: of 64 as above and wider, whose pairs are halves, with a table of float32 (DINOv3), or
+# neighbours, with one in the dtype of the model (EVA-02, learned angles).
+_ROTATED = [
+    (torch.bfloat16, "highest", torch.float32, 64, 197, True),
+    (torch.bfloat16, "highest", torch.float32, 64, 577, True),
+    (torch.bfloat16, "highest", torch.bfloat16, 64, 197, False),
+    (torch.bfloat16, "highest", torch.float32, 128, 577, True),
+    (torch.float16, "highest", torch.float32, 64, 197, True),
+    (torch.float32, "high", torch.float32, 64, 197, True),
+    (torch.float32, "highest", torch.float32, 64, 197, False),
+]
+
+
+def _record_rotated(dtype: torch.dtype, table: torch.dtype, d: int, N: int, rotate_half: bool) -> None:
+    """The same of two rotated heads of d and a table of this dtype."""
+    columns = 4 * d + 237
+    qkv = torch.empty((2, N, _round_up(columns, 8)), dtype=dtype, device="meta")[..., :columns]
+    rope = torch.empty((N - 1, 2 * d), dtype=table, device="meta")
+    attend(qkv, (d, d), (37, 200), d**-0.5, False, rope, 1, rotate_half)
 
 
 # ---------------------------------------------------------------------------------- plain PyTorch, any device
@@ -447,6 +506,11 @@ define_gradient(
 
 @register_flop_formula(torch.ops.vtp.ragged_attention)
 def _forward_flops(qkv_shape, key_widths, value_widths, *_, out_shape=None, **__) -> int:
+    return forward_flops(qkv_shape, key_widths, value_widths)
+
+
+def forward_flops(qkv_shape: Sequence[int], key_widths: Sequence[int], value_widths: Sequence[int]) -> int:
+    """FLOPs of both products of attention, as the counter of PyTorch counts."""
     B, N, _ = qkv_shape
     return 2 * B * N * N * (sum(key_widths) + sum(value_widths))
 
@@ -488,13 +552,13 @@ def ragged_attention(
             widths, one is not positive or a value width above 256, or scale is not finite.
     """
     (qkv,) = _arguments.as_autocast_casts(qkv)
-    key_widths = _validated(qkv, key_widths, value_widths, scale)
+    key_widths = check_attention(qkv, key_widths, value_widths, scale)
     need_lse = torch.is_grad_enabled() and qkv.requires_grad
     out, _ = torch.ops.vtp.ragged_attention(qkv, key_widths, value_widths, float(scale), need_lse)
     return out
 
 
-def _validated(
+def check_attention(
     qkv: Tensor, key_widths: int | Sequence[int], value_widths: Sequence[int], scale: float
 ) -> Sequence[int]:
     """The key width of each head, once all arguments are found to be good."""

@@ -13,13 +13,17 @@ power of two that the widest fills. One launch does all heads, as there may be f
 compilation all widths. The backward kernels hold a head's queries and keys, in up to five blocks, and skip
 the products of those that it does not have. Queries start at 16 bytes, keys and values do if K is a multiple
 of 8; where it is not, these are loaded element by element.
+
+A forward kernel may rotate queries and keys as it loads them (`rotated_attention`, see `rotary.py`). A score
+is q_1 k_1 + q_2 k_2, with the first numbers of all pairs and the second: two products over d / 2, so that no
+number has to change places between its load and its product, whichever columns make a pair.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from vtp_kernels._tiles import Matrix, load_tile
+from vtp_kernels._tiles import Matrix, Pairs, load_pairs, load_sines, load_tile, rotate_pairs
 from vtp_kernels.launching import tl, triton
 
 
@@ -31,6 +35,7 @@ class _Head(NamedTuple):
     BLOCKS: Any  # of the widest head, where blocks are held
     ALIGNED: Any  # in blocks: whether keys and values start at 16 bytes where a row does
     PRECISION: Any
+    PAIRS: Any = None  # "halves" or "neighbours", where queries and keys are rotated as they are loaded
 
 
 class _Sizes(NamedTuple):
@@ -47,6 +52,14 @@ class _Rows(NamedTuple):
 
     p: Any
     stride: Any
+
+
+class _Rope(NamedTuple):
+    """What `load_sines` takes in device code, where HEAD.PAIRS says which columns are pairs."""
+
+    table: Any
+    prefix_tokens: Any
+    table_rows: Any
 
 
 class _Unit(NamedTuple):
@@ -126,6 +139,24 @@ def _load_head(matrix, o_row, HEAD: tl.constexpr, MASK: tl.constexpr):
     return load_tile(
         matrix.source, o_row, o_d, matrix.rows, HEAD.DIM, matrix.stride, MASK, HEAD.DIM < HEAD.BLOCK
     )
+
+
+@triton.jit
+def _load_factors(matrix, o_row, head, rope, HEAD: tl.constexpr, MASK: tl.constexpr):
+    """Queries or keys of one head, as a tuple whose products with one another scores are the sums of.
+
+    One tile; or, rotated, the first numbers of all pairs and the second, rounded as by `rotate_heads`.
+    """
+    if HEAD.PAIRS is None:
+        return (_load_head(matrix, o_row, HEAD, MASK),)
+    else:
+        PAIRS: tl.constexpr = Pairs(HEAD.DIM // 2, HEAD.BLOCK // 2, HEAD.PAIRS == "halves")
+        m_row = o_row[:, None] < matrix.rows
+        m_rotated = m_row & (o_row[:, None] >= rope.prefix_tokens)
+        pairs = load_pairs(matrix.source + o_row[:, None].to(tl.int64) * matrix.stride, m_row, PAIRS)
+        sines = load_sines(rope.table, head, o_row, m_rotated, rope.prefix_tokens, rope.table_rows, PAIRS)
+        b_first, b_second = rotate_pairs(pairs, sines, m_rotated, False)
+        return b_first.to(matrix.source.dtype.element_ty), b_second.to(matrix.source.dtype.element_ty)
 
 
 @triton.jit
@@ -258,15 +289,21 @@ def _multiply_chunks(
 
 
 @triton.jit
-def _scores(b_q, queries, keys, o_m, o_n, unit, HEAD: tl.constexpr, MASK: tl.constexpr):
-    """Queries at o_m by keys at o_n, [rows, keys], not scaled. b_q: the queries, None if HEAD has no DIM."""
+def _scores(b_q, queries, keys, o_m, o_n, unit, rope, HEAD: tl.constexpr, MASK: tl.constexpr):
+    """Queries at o_m by keys at o_n, [rows, keys], not scaled.
+
+    b_q: what `_load_factors` gives of the queries, None if HEAD has no DIM.
+    """
     if HEAD.DIM is None:
         zeros = tl.zeros((o_m.shape[0], o_n.shape[0]), dtype=tl.float32)
         begin, end = unit.key_begin, unit.key_end
         return _multiply_chunks(zeros, queries, o_m, keys, o_n, begin, end, MASK, HEAD.BLOCK, HEAD.PRECISION)
     else:
-        b_k = _load_head(keys, o_n, HEAD, MASK)
-        return tl.dot(b_q, tl.trans(b_k), input_precision=HEAD.PRECISION)
+        b_k = _load_factors(keys, o_n, unit.head, rope, HEAD, MASK)
+        acc = tl.dot(b_q[0], tl.trans(b_k[0]), input_precision=HEAD.PRECISION)
+        if HEAD.PAIRS is not None:
+            acc = tl.dot(b_q[1], tl.trans(b_k[1]), acc, input_precision=HEAD.PRECISION)
+        return acc
 
 
 @triton.jit
@@ -295,7 +332,7 @@ def _value_columns(
 
 @triton.jit
 def _attend(
-    qkv, out, lse, unit, first, sizes, factor,
+    qkv, out, lse, unit, rope, first, sizes, factor,
     HEAD: tl.constexpr, KEYS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one head, in one pass: the scores of all keys are on chip at once.
@@ -307,13 +344,13 @@ def _attend(
     # Rows beyond the end read the last row again and are dropped at the store.
     r_m = tl.minimum(o_m, N - 1)
     queries, keys = _queries(qkv, unit, sizes, HEAD), _keys(qkv, unit, sizes, HEAD)
-    b_q = None if HEAD.DIM is None else _load_head(queries, r_m, HEAD, False)
+    b_q = None if HEAD.DIM is None else _load_factors(queries, r_m, unit.head, rope, HEAD, False)
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     scores = ()
     for i in tl.static_range(5):
         if KEYS & (256 >> i):
             o_n = _keys_of_piece(KEYS, 256 >> i)
-            b_s = _scores(b_q, queries, keys, r_m, o_n, unit, HEAD, KEYS % (256 >> i) == 0) * factor
+            b_s = _scores(b_q, queries, keys, r_m, o_n, unit, rope, HEAD, KEYS % (256 >> i) == 0) * factor
             if KEYS % (256 >> i) == 0:
                 b_s = tl.where(o_n[None, :] < N, b_s, float("-inf"))
             highest = tl.maximum(highest, tl.max(b_s, axis=1))
@@ -338,11 +375,13 @@ def _attend(
         _value_columns(weights, total, values, out, o_m, c, unit, sizes, HEAD, KEYS, 32)
 
 
-@triton.jit(do_not_specialize=["B", "N", "H", "V", "K", "stride_qkv", "stride_out"])
+@triton.jit(
+    do_not_specialize=["B", "N", "H", "V", "K", "prefix_tokens", "table_rows", "stride_qkv", "stride_out"]
+)
 def _ragged_attention_fwd_kernel(
-    qkv, table, out, lse, B, N, H, V, K, stride_qkv, stride_out, factor,
+    qkv, table, out, lse, rope, B, N, H, V, K, prefix_tokens, table_rows, stride_qkv, stride_out, factor,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, KEYS_ALIGNED: tl.constexpr, KEYS: tl.constexpr,
-    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Rows of one head with N <= KEYS <= 256; `factor` is the scale times log2(e)."""
     # Tells the compiler that rows start at 16 bytes: `multiple_of` has no effect on arguments.
@@ -355,18 +394,19 @@ def _ragged_attention_fwd_kernel(
     if lse is not None:
         lse += (i_batch * H + head) * N
     qkv, out = _Rows(qkv, stride_qkv), _Rows(out, stride_out)
-    HEAD: tl.constexpr = _Head(HEAD_DIM, BLOCK_D, None, KEYS_ALIGNED, PRECISION)
+    HEAD: tl.constexpr = _Head(HEAD_DIM, BLOCK_D, None, KEYS_ALIGNED, PRECISION, PAIRS)
     key_begin, key_end = _key_columns(p_unit, HEAD)
     unit, sizes = _Unit(head, begin, end, None, None, key_begin, key_end), _Sizes(N, H, V, K)
+    rope = _Rope(rope, prefix_tokens, table_rows)
     if is_full:
-        _attend(qkv, out, lse, unit, first, sizes, factor, HEAD, KEYS, BLOCK_M)
+        _attend(qkv, out, lse, unit, rope, first, sizes, factor, HEAD, KEYS, BLOCK_M)
     else:
-        _attend(qkv, out, lse, unit, first, sizes, factor, HEAD, KEYS, 16)
+        _attend(qkv, out, lse, unit, rope, first, sizes, factor, HEAD, KEYS, 16)
 
 
 @triton.jit
 def _online_step(
-    b_q, acc_wide, acc_narrow, highest, total, queries, keys, values, r_m, n, column, unit, factor,
+    b_q, acc_wide, acc_narrow, highest, total, queries, keys, values, r_m, n, column, unit, rope, factor,
     HEAD: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: the accumulators, the highest scores and the sums of weights that follow.
@@ -375,7 +415,7 @@ def _online_step(
     """
     N, readable, stride_qkv = values.rows, values.columns, values.stride
     o_n = n + tl.arange(0, BLOCK_N)
-    b_s = _scores(b_q, queries, keys, r_m, o_n, unit, HEAD, MASK) * factor
+    b_s = _scores(b_q, queries, keys, r_m, o_n, unit, rope, HEAD, MASK) * factor
     if MASK:
         b_s = tl.where(o_n[None, :] < N, b_s, float("-inf"))
     higher = tl.maximum(highest, tl.max(b_s, axis=1))
@@ -397,7 +437,7 @@ def _online_step(
 
 @triton.jit
 def _attend_online(
-    qkv, out, lse, unit, first, sizes, factor,
+    qkv, out, lse, unit, rope, first, sizes, factor,
     HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
@@ -406,7 +446,7 @@ def _attend_online(
     o_m = first + tl.arange(0, BLOCK_M)
     r_m = tl.minimum(o_m, N - 1)
     queries, keys = _queries(qkv, unit, sizes, HEAD), _keys(qkv, unit, sizes, HEAD)
-    b_q = None if HEAD.DIM is None else _load_head(queries, r_m, HEAD, False)
+    b_q = None if HEAD.DIM is None else _load_factors(queries, r_m, unit.head, rope, HEAD, False)
     p_values, column = qkv.p + _before_values(sizes, HEAD), begin // 8 * 8
     values = Matrix(p_values, N, _readable(V, HEAD), qkv.stride)
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -416,13 +456,13 @@ def _attend_online(
     full = N // BLOCK_N * BLOCK_N
     for n in range(0, full, BLOCK_N):
         acc_wide, acc_narrow, highest, total = _online_step(
-            b_q, acc_wide, acc_narrow, highest, total, queries, keys, values, r_m, n, column, unit, factor,
-            HEAD=HEAD, BLOCK_N=BLOCK_N, MASK=False, WIDE=WIDE, NARROW=NARROW,
+            b_q, acc_wide, acc_narrow, highest, total, queries, keys, values, r_m, n, column, unit, rope,
+            factor, HEAD=HEAD, BLOCK_N=BLOCK_N, MASK=False, WIDE=WIDE, NARROW=NARROW,
         )  # fmt: skip
     for n in range(full, N, 16):
         acc_wide, acc_narrow, highest, total = _online_step(
-            b_q, acc_wide, acc_narrow, highest, total, queries, keys, values, r_m, n, column, unit, factor,
-            HEAD=HEAD, BLOCK_N=16, MASK=True, WIDE=WIDE, NARROW=NARROW,
+            b_q, acc_wide, acc_narrow, highest, total, queries, keys, values, r_m, n, column, unit, rope,
+            factor, HEAD=HEAD, BLOCK_N=16, MASK=True, WIDE=WIDE, NARROW=NARROW,
         )  # fmt: skip
     if lse is not None:
         m_lse = o_m < tl.where(begin == unit.head_begin, N, 0)  # written once, by the first group
@@ -435,11 +475,13 @@ def _attend_online(
         _store_rows(out.p, acc_narrow / total[:, None], o_m, o_narrow, begin, end, N, V, padded, out.stride)
 
 
-@triton.jit(do_not_specialize=["B", "N", "H", "V", "K", "stride_qkv", "stride_out"])
+@triton.jit(
+    do_not_specialize=["B", "N", "H", "V", "K", "prefix_tokens", "table_rows", "stride_qkv", "stride_out"]
+)
 def _ragged_attention_online_kernel(
-    qkv, table, out, lse, B, N, H, V, K, stride_qkv, stride_out, factor,
+    qkv, table, out, lse, rope, B, N, H, V, K, prefix_tokens, table_rows, stride_qkv, stride_out, factor,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, KEYS_ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Rows of a group of up to 80 columns of one head, for any N, with accumulators for what is kept."""
     stride_qkv, stride_out = stride_qkv // 8 * 8, stride_out // 8 * 8
@@ -455,20 +497,21 @@ def _ragged_attention_online_kernel(
     last = tl.where(end == V, (V + 7) // 8 * 8, end)
     width = last - begin // 8 * 8
     qkv, out = _Rows(qkv, stride_qkv), _Rows(out, stride_out)
-    HEAD: tl.constexpr = _Head(HEAD_DIM, BLOCK_D, None, KEYS_ALIGNED, PRECISION)
+    HEAD: tl.constexpr = _Head(HEAD_DIM, BLOCK_D, None, KEYS_ALIGNED, PRECISION, PAIRS)
     key_begin, key_end = _key_columns(p_unit, HEAD)
     unit, sizes = _Unit(head, begin, end, head_begin, None, key_begin, key_end), _Sizes(N, H, V, K)
+    rope = _Rope(rope, prefix_tokens, table_rows)
     if is_full:
         if width <= 32:
-            _attend_online(qkv, out, lse, unit, first, sizes, factor, HEAD, BLOCK_M, BLOCK_N, 32, 0)
+            _attend_online(qkv, out, lse, unit, rope, first, sizes, factor, HEAD, BLOCK_M, BLOCK_N, 32, 0)
         elif width <= 48:
-            _attend_online(qkv, out, lse, unit, first, sizes, factor, HEAD, BLOCK_M, BLOCK_N, 32, 16)
+            _attend_online(qkv, out, lse, unit, rope, first, sizes, factor, HEAD, BLOCK_M, BLOCK_N, 32, 16)
         elif width <= 64:
-            _attend_online(qkv, out, lse, unit, first, sizes, factor, HEAD, BLOCK_M, BLOCK_N, 64, 0)
+            _attend_online(qkv, out, lse, unit, rope, first, sizes, factor, HEAD, BLOCK_M, BLOCK_N, 64, 0)
         else:
-            _attend_online(qkv, out, lse, unit, first, sizes, factor, HEAD, BLOCK_M, BLOCK_N, 64, 16)
+            _attend_online(qkv, out, lse, unit, rope, first, sizes, factor, HEAD, BLOCK_M, BLOCK_N, 64, 16)
     else:
-        _attend_online(qkv, out, lse, unit, first, sizes, factor, HEAD, 16, BLOCK_N, 64, 16)
+        _attend_online(qkv, out, lse, unit, rope, first, sizes, factor, HEAD, 16, BLOCK_N, 64, 16)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ gradient of out, the gradients are
 with sums over images, over query and key, and over heads where these share a table. Prefix tokens and values
 are left, or copied, bit for bit. Saved for backward: rope, and qkv if rope needs a gradient.
 
-Where nothing needs a gradient there are two ways. `rotated_linear` makes qkv and rotates it in the epilogue
+Where nothing needs a gradient there are three ways. `rotated_linear` makes qkv and rotates it in the epilogue
 of that product, which costs no byte but those of the table: with few rows, of one to four images, where a
 launch is what costs. A tile of 64 rows and 128 columns then loads, at its end, 32 KB of float32 sines and as
 many cosines, half of it a second time from L1 where heads share a table, beside the 147 KB of operands of 384
@@ -27,39 +27,53 @@ and keys in and out; for a ViT-B with 201 tokens 1.2 MB an image and layer, 0.37
 training, where the input must stay, the pass writes a copy, values with it: 4 H d + 2 V bytes a token in and
 as many out, forward and backward.
 
-Attention could rotate what it loads and save these bytes. Pairs are no obstacle: a score is the sum of that
-of the first numbers and that of the second, q_1 k_1 + q_2 k_2, so that each half can be loaded, rotated and
-multiplied apart, and no number has to change places. But each of its programs, one for 64 queries of a head,
-would rotate all keys again: 4 times for 201 tokens, 10 times for 577. The arithmetic is little, 3 d FLOPs a
-key beside 256 d of the products. The table is not: 8 d bytes of float32 a key, beside the 4 d bytes of key
-and value, so that a program would load three times as much; with 128 images that is 650 MB more from L2 a
-layer, against 160 MB that the pass moves; with one image 5 MB, against 1.2 MB in the epilogue. Keys, which go
-to shared memory as they are, would have to pass through registers, and so would they in both kernels of the
-backward pass, which have none to spare. And where heads are padded for PyTorch's fused attention, in 16 bits
-most of them, there is no attention of ours to rotate in. So it does not. All this is predicted, not measured.
+The third is `rotated_attention`, which rotates queries and keys as attention loads them and saves the pass.
+It is the default nowhere: packed models take it where `forced_path("rotated_linear", "attention")` says so.
+Pairs are no obstacle: a score is the sum of that of the first numbers and that of the second, q_1 k_1 + q_2
+k_2, so that each half is loaded, rotated and multiplied apart, and no number has to change places. But each
+of its programs, one for 64 queries of a head, rotates all keys again: 4 times for 201 tokens, 10 times for
+577. The arithmetic is little, 3 d FLOPs a key beside 256 d of the products. The table is not: 8 d bytes of
+float32 a key, beside the 4 d bytes of key and value, so that a program loads three times as much; with 128
+images of a ViT-B that is 820 MB more from L2 a layer, those beside queries included, against 160 MB that the
+pass moves; with one image 6.4 MB, against 1.2 MB in the epilogue. (A table in 16 bits would be half of that,
+but angles rounded a second time. One that is in the dtype of qkv already is read as it is.) Keys, which go to
+shared memory as they are, have to pass through registers beside the table: with whole rows of scores on chip
+that takes eight warps instead of four, in heads of more than 64 tiles of 32 keys instead of 64. In both
+kernels of the backward pass, which have no registers to spare, it would be the same, so training keeps the
+pass. And where heads are padded for PyTorch's fused attention, in 16 bits most of them, there is no attention
+of ours to rotate in. So by its bytes it is the slowest of the three. That is predicted; which is the fastest,
+and of how many rows, waits for a figure (`bench/gpu/models.py` times all three).
 
-Rotation has no matrix products, so nothing for PyTorch's FLOP counter but the product of `rotated_linear`.
+Rotation has no matrix products, so nothing for PyTorch's FLOP counter but the product of `rotated_linear` and
+those of `rotated_attention`.
 
 Numbers: float32, rounded once; in the epilogue the product is not rounded before it is rotated, so that
-results are at least as exact as those of the pass. Deterministic: a sum is made by one program in one order;
-no atomics.
+results are at least as exact as those of the pass. In attention queries and keys are rounded behind their
+rotation as the pass rounds them, since in 16 bits tensor cores take no more; the sums of scores are made in
+another order. Deterministic: a sum is made by one program in one order; no atomics.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vtp_kernels import _arguments, launching, library
-from vtp_kernels._tiles import join_pairs, split_pairs
+from vtp_kernels._tiles import Pairs, join_pairs, load_pairs, load_sines, rotate_pairs
 from vtp_kernels.compact_linear import Rotation, rotated_product, takes_own_product
 from vtp_kernels.launching import Config, Variant, cdiv, choice, launch, tl, triton
 from vtp_kernels.library import define, define_gradient
+from vtp_kernels.ragged_attention import (
+    WIDEST_ROTATED,
+    attend,
+    check_attention,
+    forward_flops,
+    ragged_attention_ref,
+)
 from vtp_kernels.rows import clear_padding, empty_rows_like, padded_width, with_padded_rows
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -78,6 +92,15 @@ def rotate_heads_ref(
     return torch.cat([heads.flatten(-3), qkv[..., 2 * H * d :]], dim=-1)
 
 
+def rotated_attention_ref(
+    qkv: Tensor, key_widths: Sequence[int], value_widths: Sequence[int], scale: float, rope: Tensor,
+    prefix_tokens: int, rotate_half: bool,
+) -> Tensor:  # fmt: skip
+    """The definition of `rotated_attention` in plain PyTorch."""
+    rotated = rotate_heads_ref(qkv, rope, key_widths, prefix_tokens, rotate_half)
+    return ragged_attention_ref(rotated, key_widths, value_widths, scale)
+
+
 def _turned(x: Tensor, rotate_half: bool) -> Tensor:
     """x [..., d] with -x_2 in place of the first number of each pair and x_1 in place of the second."""
     if rotate_half:
@@ -89,32 +112,9 @@ def _turned(x: Tensor, rotate_half: bool) -> Tensor:
 # -------------------------------------------------------------------------------------------------- kernels
 
 
-class _Pairs(NamedTuple):
-    """Constants of the pairs of a head in device code, as one constexpr."""
-
-    COUNT: Any  # d / 2
-    BLOCK: Any  # COUNT rounded up to a power of two
-    HALVES: Any  # whether pairs are columns i and i + d / 2, not 2 i and 2 i + 1
-
-
-@triton.jit
-def _load_pairs(p_row, m_row, PAIRS: tl.constexpr):
-    """Both numbers of each pair in d columns, float32 [rows, BLOCK] each."""
-    if PAIRS.HALVES:
-        o_pair = tl.arange(0, PAIRS.BLOCK)[None, :]
-        m_tile = m_row & (o_pair < PAIRS.COUNT)
-        b_first = tl.load(p_row + o_pair, mask=m_tile, other=0.0).to(tl.float32)
-        b_second = tl.load(p_row + PAIRS.COUNT + o_pair, mask=m_tile, other=0.0).to(tl.float32)
-        return b_first, b_second
-    else:
-        o_d = tl.arange(0, 2 * PAIRS.BLOCK)[None, :]
-        b_tile = tl.load(p_row + o_d, mask=m_row & (o_d < 2 * PAIRS.COUNT), other=0.0).to(tl.float32)
-        return split_pairs(b_tile)
-
-
 @triton.jit
 def _store_pairs(p_row, m_row, pairs, PAIRS: tl.constexpr):
-    """What `_load_pairs` loads."""
+    """What `load_pairs` loads."""
     b_first, b_second = pairs
     if PAIRS.HALVES:
         o_pair = tl.arange(0, PAIRS.BLOCK)[None, :]
@@ -125,30 +125,6 @@ def _store_pairs(p_row, m_row, pairs, PAIRS: tl.constexpr):
         o_d = tl.arange(0, 2 * PAIRS.BLOCK)[None, :]
         b_tile = join_pairs(b_first, b_second)
         tl.store(p_row + o_d, b_tile.to(p_row.dtype.element_ty), mask=m_row & (o_d < 2 * PAIRS.COUNT))
-
-
-@triton.jit
-def _load_table(rope, head, o_n, m_row, prefix_tokens, table_rows, PAIRS: tl.constexpr):
-    """Sines and then cosines of the pairs of tokens o_n; m_row: those of them that are rotated."""
-    row = tl.cast(head, tl.int64) * table_rows + (o_n[:, None] - prefix_tokens)
-    p_row = rope + row * (4 * PAIRS.COUNT)
-    b_sin_first, b_sin_second = _load_pairs(p_row, m_row, PAIRS)
-    b_cos_first, b_cos_second = _load_pairs(p_row + 2 * PAIRS.COUNT, m_row, PAIRS)
-    return b_sin_first, b_sin_second, b_cos_first, b_cos_second
-
-
-@triton.jit
-def _rotate(pairs, table, m_rotated, ADJOINT: tl.constexpr):
-    """Pairs, rotated where m_rotated says so; with ADJOINT by the transpose of that."""
-    b_first, b_second = pairs
-    b_sin_first, b_sin_second, b_cos_first, b_cos_second = table
-    if ADJOINT:
-        b_out_first = b_first * b_cos_first + b_second * b_sin_second
-        b_out_second = b_second * b_cos_second - b_first * b_sin_first
-    else:
-        b_out_first = b_first * b_cos_first - b_second * b_sin_first
-        b_out_second = b_second * b_cos_second + b_first * b_sin_second
-    return tl.where(m_rotated, b_out_first, b_first), tl.where(m_rotated, b_out_second, b_second)
 
 
 @triton.jit(
@@ -169,7 +145,7 @@ def _rotate_heads_kernel(
     """
     stride_source, stride_target = stride_source // 8 * 8, stride_target // 8 * 8  # rows are padded
     COPY: tl.constexpr = target is not None
-    PAIRS: tl.constexpr = _Pairs(COUNT, BLOCK_P, HALVES)
+    PAIRS: tl.constexpr = Pairs(COUNT, BLOCK_P, HALVES)
     d: tl.constexpr = 2 * COUNT
     groups = tl.cdiv(H, HEADS)
     units = groups
@@ -189,10 +165,10 @@ def _rotate_heads_kernel(
         for i in range(i_unit * HEADS, tl.minimum(i_unit * HEADS + HEADS, H)):
             # Both loads stand before a store, as the compiler moves none past another to the same memory.
             p_query, p_key = p_row + i * d, p_row + (H + i) * d
-            query, key = _load_pairs(p_query, m_row, PAIRS), _load_pairs(p_key, m_row, PAIRS)
-            table = _load_table(rope, i, o_n, m_rotated, prefix_tokens, table_rows, PAIRS)
-            query = _rotate(query, table, m_rotated, ADJOINT)
-            key = _rotate(key, table, m_rotated, ADJOINT)
+            query, key = load_pairs(p_query, m_row, PAIRS), load_pairs(p_key, m_row, PAIRS)
+            table = load_sines(rope, i, o_n, m_rotated, prefix_tokens, table_rows, PAIRS)
+            query = rotate_pairs(query, table, m_rotated, ADJOINT)
+            key = rotate_pairs(key, table, m_rotated, ADJOINT)
             if COPY:
                 p_query, p_key = p_target + i * d, p_target + (H + i) * d
             _store_pairs(p_query, m_row, query, PAIRS)
@@ -212,7 +188,7 @@ def _rotate_heads_drope_kernel(
 ):  # fmt: skip
     """drope [H, N - prefix_tokens, 2 d]: BLOCK_M tokens of one head, summed over images, query and key."""
     stride_dout, stride_qkv = stride_dout // 8 * 8, stride_qkv // 8 * 8
-    PAIRS: tl.constexpr = _Pairs(COUNT, BLOCK_P, HALVES)
+    PAIRS: tl.constexpr = Pairs(COUNT, BLOCK_P, HALVES)
     d: tl.constexpr = 2 * COUNT
     tokens = N - prefix_tokens
     tiles = tl.cdiv(tokens, BLOCK_M)
@@ -226,8 +202,8 @@ def _rotate_heads_drope_kernel(
     for i in range(2 * B):  # of each image the query, then the key
         row = (tl.cast(i // 2, tl.int64) * N + o_n)[:, None]
         column = (i % 2 * H + head) * d
-        b_g_first, b_g_second = _load_pairs(dout + row * stride_dout + column, m_row, PAIRS)
-        b_first, b_second = _load_pairs(qkv + row * stride_qkv + column, m_row, PAIRS)
+        b_g_first, b_g_second = load_pairs(dout + row * stride_dout + column, m_row, PAIRS)
+        b_first, b_second = load_pairs(qkv + row * stride_qkv + column, m_row, PAIRS)
         b_sin_first -= b_g_first * b_second
         b_sin_second += b_g_second * b_first
         b_cos_first += b_g_first * b_first
@@ -254,8 +230,9 @@ TILES = {
     128: Config.of(4, 1, BLOCK_M=4, BLOCK_P=128, HEADS=2, COLUMNS=512),
 }
 DROPE_TILES = {block: Config.of(4, 1, BLOCK_M=512 // block, BLOCK_P=block) for block in TILES}
-# What `launching.forced_path` can force in `rotated_linear`, where its product has an epilogue.
-_ROTATION = choice("rotated_linear", "epilogue", "pass")
+# What `launching.forced_path` can force: in `rotated_linear`, where its product has an epilogue; and whether
+# attention is to rotate, for those who may leave it to `rotated_attention`.
+_ROTATION = choice("rotated_linear", "epilogue", "pass", "attention")
 
 
 # ------------------------------------------------------------------------------------------------- launchers
@@ -367,6 +344,25 @@ def _linear_triton(
     return qkv
 
 
+def _attention_triton(
+    qkv: Tensor, key_widths: Sequence[int], value_widths: Sequence[int], scale: float, rope: Tensor,
+    prefix_tokens: int, rotate_half: bool,
+) -> Tensor:  # fmt: skip
+    if not _is_for_kernels(qkv, rope) or key_widths[0] > WIDEST_ROTATED:
+        return _attention_plain(qkv, key_widths, value_widths, scale, rope, prefix_tokens, rotate_half)
+    table = _table(rope, qkv)
+    out, _ = attend(qkv, key_widths, value_widths, scale, False, table, prefix_tokens, rotate_half)
+    return out
+
+
+def rotates_in_attention() -> bool:
+    """Whether whoever has the choice is to leave rotation to `rotated_attention`: only as `forced_path` says.
+
+    It is predicted to be slower, and not measured.
+    """
+    return _ROTATION.takes("attention", False)
+
+
 def _backward_triton(
     dout: Tensor, rope: Tensor, qkv: Tensor | None, heads: int, prefix_tokens: int, rotate_half: bool,
     need_qkv: bool,
@@ -461,6 +457,15 @@ def _linear_plain(
     return qkv
 
 
+def _attention_plain(
+    qkv: Tensor, key_widths: Sequence[int], value_widths: Sequence[int], scale: float, rope: Tensor,
+    prefix_tokens: int, rotate_half: bool,
+) -> Tensor:  # fmt: skip
+    qkv = torch.ops.vtp.rotate_heads(qkv, rope, len(key_widths), prefix_tokens, rotate_half)
+    out, _ = torch.ops.vtp.ragged_attention(qkv, key_widths, value_widths, scale, False)
+    return out
+
+
 def _backward_plain(
     dout: Tensor, rope: Tensor, qkv: Tensor | None, heads: int, prefix_tokens: int, rotate_half: bool,
     need_qkv: bool,
@@ -488,6 +493,10 @@ def _forward_fake(qkv, rope, heads, prefix_tokens, rotate_half):
 
 def _linear_fake(x, weight, bias, rope, heads, prefix_tokens, rotate_half):
     return empty_rows_like(x, *x.shape[:-1], weight.shape[0])
+
+
+def _attention_fake(qkv, key_widths, value_widths, scale, rope, prefix_tokens, rotate_half):
+    return empty_rows_like(qkv, *qkv.shape[:-1], sum(value_widths))
 
 
 def _backward_fake(dout, rope, qkv, heads, prefix_tokens, rotate_half, need_qkv):
@@ -526,6 +535,13 @@ define(
     fake=_linear_fake,
 )
 define(
+    "rotated_attention(Tensor qkv, int[] key_widths, int[] value_widths, float scale, Tensor rope,"
+    " int prefix_tokens, bool rotate_half) -> Tensor",
+    plain=_attention_plain,
+    triton=_attention_triton,
+    fake=_attention_fake,
+)
+define(
     "rotate_heads_backward(Tensor dout, Tensor rope, Tensor? qkv, int heads, int prefix_tokens,"
     " bool rotate_half, bool need_qkv) -> (Tensor, Tensor)",
     plain=_backward_plain,
@@ -538,6 +554,11 @@ define_gradient("rotate_heads", by="rotate_heads_backward", backward=_backward, 
 @register_flop_formula(torch.ops.vtp.rotated_linear)
 def _linear_flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
     return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.vtp.rotated_attention)
+def _attention_flops(qkv_shape, key_widths, value_widths, *_, out_shape=None, **__) -> int:
+    return forward_flops(qkv_shape, key_widths, value_widths)
 
 
 # ------------------------------------------------------------------------------------------ public functions
@@ -643,6 +664,41 @@ def rotated_linear(
                 f"{name}: needs a gradient, and rotated_linear has none: use compact_linear and rotate_heads"
             )
     return torch.ops.vtp.rotated_linear(x, weight, bias, rope, len(key_widths), prefix_tokens, rotate_half)
+
+
+def rotated_attention(
+    qkv: Tensor, key_widths: Sequence[int], value_widths: Sequence[int], scale: float, rope: Tensor,
+    prefix_tokens: int, rotate_half: bool,
+) -> Tensor:  # fmt: skip
+    """`ragged_attention(rotate_heads(qkv))` for inference, rotated as attention loads queries and keys.
+
+    Args:
+        qkv, value_widths, scale: as `ragged_attention` takes them. Under autocast qkv is cast to its dtype.
+        key_widths, rope, prefix_tokens, rotate_half: as `rotate_heads` takes them.
+
+    Returns:
+        [B, N, sum(value_widths)] in the dtype of qkv; its rows are padded to a multiple of 8 elements.
+        Queries and keys are rounded to that dtype once, behind their rotation in float32, as `rotate_heads`
+        rounds them. Heads wider than 128 are rotated by that op.
+
+    Raises:
+        TypeError: an argument is not of the type, or a tensor not of a dtype that these ops take.
+        ValueError: the shapes do not go together, key widths differ or are odd, a value width is not from 1
+            to 256, scale is not finite, or the tensors are on two devices.
+        RuntimeError: a gradient is asked for; take `rotate_heads` and `ragged_attention`.
+    """
+    (qkv,) = _arguments.as_autocast_casts(qkv)
+    _validate(qkv, rope, key_widths, prefix_tokens, rotate_half)
+    check_attention(qkv, key_widths, value_widths, scale)
+    for name, tensor in (("qkv", qkv), ("rope", rope)):
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise RuntimeError(
+                f"{name}: needs a gradient, and rotated_attention has none: use rotate_heads and"
+                " ragged_attention"
+            )
+    return torch.ops.vtp.rotated_attention(
+        qkv, key_widths, value_widths, float(scale), rope, prefix_tokens, rotate_half
+    )
 
 
 def _validate(

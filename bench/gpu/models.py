@@ -58,6 +58,7 @@ SIZES = (
 )  # fmt: skip
 PROFILED_SIZES = SIZES[:2]
 PAIRED_SIZES = (("DINOv3-S+", 1), ("DINOv3-S+", 3))  # with so few rows that a product can have an epilogue
+ROTATED_SIZES = (("DINOv3-S+", 128),)  # with so many that rotation is a pass, which attention would save
 AUTOTUNED_SIZES = (("DeiT-B", 32), ("DeiT-B", 1), ("DeiT-S", 1))
 
 
@@ -87,6 +88,15 @@ PASSES = (
     Runtime("ours, rotation in a pass", "compact", forced=(("rotated_linear", "pass"),)),
     Runtime("ours, SwiGLU in a pass", "compact", forced=(("swiglu", "pass"),)),
 )
+# Rotation in attention is in our own: beside it the other two ways, by the rows, with our own too.
+IN_ATTENTION = (
+    OTHERWISE[0],
+    Runtime(
+        "ours, ragged heads that attention rotates",
+        "compact",
+        forced=(("packed_attention", "ragged"), ("rotated_linear", "attention")),
+    ),
+)
 DEFAULT, AUTOTUNED = "default", "max-autotune-no-cudagraphs"  # the graph is captured here, as everyone's
 RUNTIMES = (  # those that take longest to compile last
     OURS,
@@ -114,8 +124,11 @@ def cases(toy: bool) -> list[Case]:
             found.append(Case(f"{name}, batch {batch}, otherwise", run, 30))
             found.append(Case(f"{name}, batch {batch}, profile", functools.partial(profile, name, batch), 20))
     for name, batch in PAIRED_SIZES[: 1 if toy else None]:
-        run = functools.partial(measure, name, batch, (OURS, *PASSES))
+        run = functools.partial(measure, name, batch, (OURS, *PASSES, *IN_ATTENTION))
         found.append(Case(f"{name}, batch {batch}, epilogues", run, 30))
+    for name, batch in ROTATED_SIZES:
+        run = functools.partial(measure, name, batch, (OURS, *IN_ATTENTION))
+        found.append(Case(f"{name}, batch {batch}, rotation", run, 30))
     for name, batch in AUTOTUNED_SIZES[: 1 if toy else None]:
         run = functools.partial(measure, name, batch, AUTOTUNED_RUNTIMES)
         found.append(Case(f"{name}, batch {batch}, max-autotune", run, 90))

@@ -31,7 +31,7 @@ from bench.gpu.stopwatch import Captured
 from bench.irregular import cut, gated_model
 from vtp.comparison.comparison import CEILINGS, FACTOR, TINY, relative_error
 from vtp.pruning.compact import CompactViT, plain_operators
-from vtp_kernels import ragged_attention
+from vtp_kernels import ragged_attention, rotated_attention
 from vtp_kernels.library import TritonSides
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +56,8 @@ STEPS = 20
 # equal keys and in heads with keys of their own.
 TOKENS = (1, 17, 197, 257, 577)
 KEYS = ((64, 64), (64, 40))
+# And of so many that rotates, prefix tokens among them, heads of a width, in pairs that are halves or not.
+ROTATED = ((201, 5, 64, True), (201, 1, 64, False), (17, 0, 30, True), (577, 1, 64, False))
 
 
 def launches() -> dict[str, Callable[[], None]]:
@@ -72,7 +74,15 @@ def launches() -> dict[str, Callable[[], None]]:
                 with TritonSides():
                     out.sum().backward()
 
-    return {"ragged_attention": attend}
+    def attend_rotated() -> None:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for tokens, prefix, d, rotate_half in ROTATED:
+                qkv = torch.empty((2, tokens, 4 * d + 109), dtype=dtype, device="meta")
+                rope = torch.empty((tokens - prefix, 2 * d), device="meta")
+                with TritonSides():
+                    rotated_attention(qkv, (d, d), (61, 48), d**-0.5, rope, prefix, rotate_half)
+
+    return {"ragged_attention": attend, "rotated_attention": attend_rotated}
 
 
 def cases(toy: bool) -> list[Case]:

@@ -22,7 +22,7 @@ from vtp_kernels.launching import cdiv
 from vtp_kernels.layer_norm_gather import layer_norm_gather
 from vtp_kernels.proofs.roofline import Recorder, total
 from vtp_kernels.ragged_attention import ragged_attention
-from vtp_kernels.rotary import rotate_heads, rotate_heads_, rotated_linear
+from vtp_kernels.rotary import rotate_heads, rotate_heads_, rotated_attention, rotated_linear
 
 
 def half(*shape):
@@ -134,6 +134,22 @@ def test_rotation_as_an_epilogue_moves_the_table_alone(own_tables):
         records = recorded(lambda: rotated_linear(*arguments))
     assert [r.name for r in records] == ["compact_linear_fwd", "rotate_heads"]
     assert total(records) - found.dram_bytes == 8 * H * d * N  # queries and keys read and written again
+
+
+@pytest.mark.parametrize("own_tables", [False, True], ids=["one-table", "own-tables"])
+def test_rotation_in_attention_moves_the_table_alone_and_loads_it_beside_every_key(own_tables):
+    B, N, H, d = 128, 201, 12, 64
+    qkv = half(B, N, 3 * H * d)
+    rope = torch.empty(*(H,) * own_tables, N - 5, 2 * d, device="meta")
+    arguments = qkv, (d,) * H, (d,) * H, d**-0.5
+    (found,) = recorded(lambda: rotated_attention(*arguments, rope, 5, True))
+    (alone,) = recorded(lambda: ragged_attention(*arguments))
+    assert found.dram_bytes - alone.dram_bytes == rope.numel() * 4
+    assert found.flops == alone.flops and found.tiled_flops == alone.tiled_flops
+    # Four tiles of rows load the 208 keys of a head, and each its own queries: what `rotary.py` counts.
+    assert found.tile_bytes - alone.tile_bytes == B * H * (208 + 4 * 208) * 2 * d * 4
+    (rotation,) = recorded(lambda: rotate_heads_(qkv, rope, (d,) * H, 5, True))
+    assert rotation.dram_bytes - rope.numel() * 4 == 8 * H * d * B * N
 
 
 @pytest.mark.parametrize("own_tables", [False, True], ids=["one-table", "own-tables"])

@@ -15,7 +15,14 @@ from vtp_kernels.compact_linear import add_linear_, compact_linear, compact_line
 from vtp_kernels.compact_mlp import compact_mlp, compact_mlp_ref
 from vtp_kernels.layer_norm_gather import layer_norm_gather, layer_norm_gather_ref
 from vtp_kernels.ragged_attention import ragged_attention, ragged_attention_ref
-from vtp_kernels.rotary import rotate_heads, rotate_heads_, rotate_heads_ref, rotated_linear
+from vtp_kernels.rotary import (
+    rotate_heads,
+    rotate_heads_,
+    rotate_heads_ref,
+    rotated_attention,
+    rotated_attention_ref,
+    rotated_linear,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -226,6 +233,27 @@ def test_ragged_attention(device, dtype, N, widths, keys):
     )  # fmt: skip
 
 
+def check_rotated_attention(device, dtype, N, prefix, d, rotate_half, own_tables):
+    """By the error rule, with a table of float32; the other two ways in one op."""
+    qkv = normal(2, N, 4 * d + 109).to(device, dtype)
+    rope = normal(*(2,) * own_tables, N - prefix, 2 * d, seed=1, scale=0.5**0.5).to(device).float()
+    arguments = (d, d), (61, 48), d**-0.5
+    out = rotated_attention(qkv, *arguments, rope, prefix, rotate_half)
+    exact = rotated_attention_ref(qkv.double(), *arguments, rope.double(), prefix, rotate_half)
+    torchs = rotated_attention_ref(qkv, *arguments, rope, prefix, rotate_half)
+    assert_close_to_float64(out, exact, torchs, "out")
+
+
+@DTYPES
+@pytest.mark.parametrize("own_tables", [False, True], ids=["one-table", "own-tables"])
+@pytest.mark.parametrize(
+    ("N", "prefix", "d", "rotate_half"),
+    [(201, 5, 64, True), (201, 1, 64, False), (17, 0, 30, True), (577, 1, 64, False)],
+)
+def test_rotated_attention(device, dtype, N, prefix, d, rotate_half, own_tables):
+    check_rotated_attention(device, dtype, N, prefix, d, rotate_half, own_tables)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @DTYPES
 def test_the_optimized_model_equals_the_compact_one(device, name, dtype):
@@ -327,3 +355,4 @@ def test_few_small_shapes_that_run_every_kernel(device, dtype):
         in_place = qkv.to(device, dtype), rope.to(device, dtype)
         expected = rotate_heads(*in_place, *arguments)
         assert torch.equal(rotate_heads_(*in_place, *arguments), expected)
+        check_rotated_attention(device, dtype, 17, 0, 30, True, own_tables)

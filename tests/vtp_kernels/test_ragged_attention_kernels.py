@@ -158,8 +158,8 @@ def assert_padded_rows(name, t):
     assert_padding_is_zero(name, t)
 
 
-def prove(check, case, replacements=(), **kwargs):
-    """`check(op, data, ...)` under the case's conditions; keys of the variants that it launched."""
+def prove(check, case, replacements=(), make=Data, **kwargs):
+    """`check(op, make(case), ...)` under the case's conditions; keys of the variants that it launched."""
     op = loaded(MODULE, replacements)
     units = op._units
 
@@ -168,7 +168,7 @@ def prove(check, case, replacements=(), **kwargs):
         return guarded(table, case.side)
 
     attributes = {"_table": guarded_table}
-    return run_check(check, op, Data(case), attributes=attributes, tf32=case.dtype == "tf32", **kwargs)
+    return run_check(check, op, make(case), attributes=attributes, tf32=case.dtype == "tf32", **kwargs)
 
 
 def check_forward(op, data, needs=(True, False)):
@@ -529,7 +529,7 @@ DEFECTS = [
         (UNWRITTEN, "tail-of-columns-dropped", "poison", "for c in range(column, last, 32):",
          "for c in range(column, last - 31, 32):"),
         (RAW, "sum-of-rounded-weights", "bfloat16-check", "total += tl.sum(b_p, axis=1)",
-         "total += tl.sum(b_p.to(b_q.dtype), axis=1)"),
+         "total += tl.sum(b_p.to(b_q[0].dtype), axis=1)"),
         (VALUE, "keys-beyond-the-end-count", "error-rule",
          'b_s = tl.where(o_n[None, :] < N, b_s, float("-inf"))\n            h', "b_s = b_s\n            h"),
         (VALUE, "padding-not-zeroed", "zero-padding", "acc = tl.where(o_column[None, :] < V, acc, 0.0)",
@@ -547,14 +547,14 @@ DEFECTS = [
     *defects_of(
         "online", TILES, *COMMON, *FULL_TILES, *overrun(STORE_ROWS, "out"),
         (READ, "query-clamp-removed", "guard-page", CLAMP, "r_m = o_m", dict(count=3, argument="qkv")),
-        (MASK, "no-mask-on-keys", "guard-page", "unit, HEAD, MASK) * factor", "unit, HEAD, False) * factor",
+        (MASK, "no-mask-on-keys", "guard-page", "rope, HEAD, MASK) * factor", "rope, HEAD, False) * factor",
          dict(argument="qkv")),
         (MASK, "no-mask-on-values", "guard-page", ONLINE_VALUES, ONLINE_VALUES.replace("MASK", "False"),
          dict(argument="qkv")),
         (RACE, "log-sum-exp-by-every-group", "race-detection",
          "tl.where(begin == unit.head_begin, N, 0)", "N", dict(case=WIDE)),
         (RAW, "sum-of-rounded-weights", "bfloat16-check", "total * shrink + tl.sum(b_p, axis=1)",
-         "total * shrink + tl.sum(b_p.to(b_q.dtype), axis=1)", dict(case=Case(257, (5,), "bf16"))),
+         "total * shrink + tl.sum(b_p.to(b_q[0].dtype), axis=1)", dict(case=Case(257, (5,), "bf16"))),
         (VALUE, "keys-beyond-the-end-count", "error-rule",
          'b_s = tl.where(o_n[None, :] < N, b_s, float("-inf"))\n    h', "b_s = b_s\n    h"),
         (VALUE, "tail-of-keys-dropped", "error-rule", "range(full, N, 16):\n        acc_wide",

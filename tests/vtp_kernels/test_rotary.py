@@ -8,8 +8,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.numerics import assert_close_to_float64
 from tests.support.op_checks import LAYOUTS, check_compilation, check_export, leaves, saved_by, with_layout
-from vtp_kernels import compact_linear, rotate_heads, rotate_heads_, rotated_linear
-from vtp_kernels.rotary import rotate_heads_ref
+from vtp_kernels import (
+    compact_linear,
+    ragged_attention,
+    rotate_heads,
+    rotate_heads_,
+    rotated_attention,
+    rotated_linear,
+)
+from vtp_kernels.rotary import rotate_heads_ref, rotated_attention_ref
 
 NAMES = ("out", "dqkv", "drope")
 # Of qkv, and of rope.
@@ -335,6 +342,114 @@ class TestOfAProduct:
         good = dict(zip(names, (*operands(2, 7, 1, 2, 6, 5), (6, 6), 1, True), strict=True))
         with pytest.raises(error, match=says):
             rotated_linear(**good | change)
+
+
+# Columns of values of each head.
+VALUES = {1: (1,), 2: (9, 6), 3: (20, 1, 16)}
+
+
+def of_attention(B, N, prefix, H, d, dtypes="f32", own_tables=False):
+    """What `rotated_attention` takes, but for rotate_half."""
+    widths = VALUES[H]
+    qkv, rope, _ = inputs(B, N, prefix, H, d, sum(widths), dtypes, own_tables)
+    return qkv, (d,) * H, widths, 0.3 * d**-0.5, rope, prefix
+
+
+class TestOfAttention:
+    """`rotated_attention`."""
+
+    @ROTATE_HALF
+    @OWN_TABLES
+    @pytest.mark.parametrize("dtypes", DTYPES)
+    @pytest.mark.parametrize("shape", [(2, 1, 0, 1, 2), (3, 17, 1, 2, 6), (2, 15, 5, 3, 16)], ids=str)
+    def test_it_is_attention_behind_the_rotation(self, shape, dtypes, own_tables, rotate_half):
+        qkv, keys, widths, scale, rope, prefix = given = of_attention(*shape, dtypes, own_tables)
+        out = rotated_attention(*given, rotate_half)
+        rotated = rotate_heads(qkv, rope, keys, prefix, rotate_half)
+        expected = ragged_attention(rotated, keys, widths, scale)
+        assert torch.equal(out, expected) and out.stride() == expected.stride()
+        exact = rotated_attention_ref(qkv.double(), keys, widths, scale, rope.double(), prefix, rotate_half)
+        assert_close_to_float64(out, exact, rotated_attention_ref(*given, rotate_half))
+
+    @pytest.mark.parametrize(("B", "N", "prefix"), [(0, 7, 1), (2, 0, 0), (2, 3, 3)], ids=str)
+    def test_without_images_tokens_or_any_that_is_rotated(self, B, N, prefix):
+        qkv, keys, widths, scale, *rotation = of_attention(B, N, prefix, 2, 6)
+        out = rotated_attention(qkv, keys, widths, scale, *rotation, True)
+        assert torch.equal(out, ragged_attention(qkv, keys, widths, scale))
+
+    @pytest.mark.parametrize("kind", LAYOUTS)
+    def test_layouts_of_qkv_change_nothing(self, kind):
+        qkv, *others = of_attention(3, 9, 1, 2, 6)
+        expected = rotated_attention(qkv, *others, False)
+        torch.testing.assert_close(rotated_attention(with_layout(kind, qkv), *others, False), expected)
+
+    def test_a_gradient_is_refused_by_name(self):
+        given = of_attention(1, 7, 1, 2, 6)
+        for i, name in ((0, "qkv"), (4, "rope")):
+            leaf = [t.clone().requires_grad_() if i == j else t for j, t in enumerate(given)]
+            with pytest.raises(RuntimeError, match=f"{name}: needs a gradient"):
+                rotated_attention(*leaf, True)
+            with torch.no_grad():
+                rotated_attention(*leaf, True)
+
+    @OWN_TABLES
+    def test_opcheck(self, own_tables):
+        given = of_attention(2, 7, 1, 2, 6, "bf16-f32", own_tables)
+        torch.library.opcheck(torch.ops.vtp.rotated_attention, (*given, True))
+
+    def test_compiles_without_breaks_and_without_recompiling_for_the_batch(self):
+        def results(f, batch):
+            return (f(*of_attention(batch, 7, 1, 2, 6), True),)
+
+        check_compilation(rotated_attention, results)
+
+    @torch.no_grad()
+    def test_exports_with_a_dynamic_batch(self):
+        class Layer(nn.Module):
+            def __init__(self):
+                super().__init__()
+                _, *self.how, rope, self.prefix = of_attention(1, 7, 1, 2, 6)
+                self.register_buffer("rope", rope)
+
+            def forward(self, qkv):
+                return rotated_attention(qkv, *self.how, self.rope, self.prefix, True)
+
+        check_export(Layer(), (7, 39))
+
+    def test_autocast_computes_in_its_dtype(self):
+        qkv, *others = of_attention(2, 7, 1, 2, 6)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = rotated_attention(qkv, *others, True)
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, rotated_attention(qkv.bfloat16(), *others, True))
+
+    def test_its_products_are_counted(self):
+        with FlopCounterMode(display=False) as counter:
+            rotated_attention(*of_attention(2, 7, 1, 2, 6), True)
+        assert counter.get_total_flops() == 2 * 2 * 7 * 7 * (2 * 6 + 15)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "says"),
+        [
+            (dict(qkv=[1.0]), TypeError, "qkv: got list, expected a tensor"),
+            (dict(qkv=torch.ones(7, 39)), ValueError, r"qkv: got shape \(7, 39\), expected \[B, N, 39\]"),
+            (dict(qkv=torch.ones(2, 7, 38)), ValueError, r"qkv: got shape \(2, 7, 38\), expected \[B, N, 3"),
+            (dict(key_widths=6), TypeError, "key_widths: got 6, expected a tuple of integers"),
+            (dict(key_widths=(8, 4)), ValueError, r"key_widths: got \(8, 4\), expected one even width"),
+            (dict(key_widths=(6,)), ValueError, r"key_widths: got \(6,\), expected a positive number"),
+            (dict(value_widths=(15, 0)), ValueError, r"value_widths: got \(15, 0\)"),
+            (dict(scale=float("nan")), ValueError, "scale: got nan"),
+            (dict(rope=None), TypeError, "rope: got NoneType"),
+            (dict(rope=torch.ones(7, 12)), ValueError, r"rope: got shape \(7, 12\), expected \[6, 12\]"),
+            (dict(prefix_tokens=8), ValueError, "prefix_tokens: got 8, expected 0 to 7"),
+            (dict(rotate_half=1), TypeError, "rotate_half: got 1, expected a bool"),
+        ],
+    )
+    def test_bad_input_is_refused_by_name(self, change, error, says):
+        names = "qkv", "key_widths", "value_widths", "scale", "rope", "prefix_tokens", "rotate_half"
+        good = dict(zip(names, (*of_attention(2, 7, 1, 2, 6), True), strict=True))
+        with pytest.raises(error, match=says):
+            rotated_attention(**good | change)
 
 
 class Rotation(nn.Module):

@@ -52,7 +52,7 @@ COLUMN_OF_PAIRS = "mask=m_row & (o_d < 2 * PAIRS.COUNT)"
 LOAD_COLUMNS, STORE_COLUMNS = f"{COLUMN_OF_PAIRS}, other", f"{COLUMN_OF_PAIRS})"
 ANY_COLUMN = "mask=m_row & (o_d >= 0)"
 VALUES_CLEAR = "b_tile = tl.where(o_c < width, b_tile, tl.zeros_like(b_tile))"
-LOAD_OWN_TABLE = "_load_table(rope, i, o_n"
+LOAD_OWN_TABLE = "load_sines(rope, i, o_n"
 ROW = "row = (i_image.to(tl.int64) * N + o_n)[:, None]"
 DROPE_ROWS = "m_row = o_n[:, None] < N\n    b_sin_first"
 DROPE_COS = "_store_pairs(p_row + d, m_row, (b_cos_first, b_cos_second), PAIRS)"
@@ -65,10 +65,10 @@ DEFECTS = [
         "rotate_heads", options(),
         (READ, "rows-of-the-table-not-masked", "guard-page", ROTATED,
          "m_rotated = o_n[:, None] >= prefix_tokens", options(), "rope"),
-        (READ, "prefix-rows-of-the-table-read", "guard-page", "table = _load_table(rope, i, o_n, m_rotated,",
-         "table = _load_table(rope, i, o_n, m_row,", options(BEFORE), "rope"),
+        (READ, "prefix-rows-of-the-table-read", "guard-page", "table = load_sines(rope, i, o_n, m_rotated,",
+         "table = load_sines(rope, i, o_n, m_row,", options(BEFORE), "rope"),
         (READ, "rows-of-queries-not-masked", "guard-page",
-         "_load_pairs(p_query, m_row, PAIRS)", "_load_pairs(p_query, m_row | (row >= 0), PAIRS)", options(),
+         "load_pairs(p_query, m_row, PAIRS)", "load_pairs(p_query, m_row | (row >= 0), PAIRS)", options(),
          "source"),
         (MASK, "no-mask-on-values", "guard-page", VALUES_LOAD,
          "tl.load(p_row + o_c)", options(), "source"),
@@ -116,10 +116,10 @@ DEFECTS = [
          ROTATED.replace("prefix_tokens)", "prefix_tokens - 1)"), options(OWN)),
         (VALUE, "table-of-the-token-before", "error-rule", TABLE_ROW,
          TABLE_ROW.replace("(o_n[:, None]", "tl.maximum(o_n[:, None] - 1").replace("tokens)", "tokens, 0)")),
-        (VALUE, "table-of-the-first-head", "error-rule", LOAD_OWN_TABLE, "_load_table(rope, 0, o_n",
+        (VALUE, "table-of-the-first-head", "error-rule", LOAD_OWN_TABLE, "load_sines(rope, 0, o_n",
          options(HALF_OWN)),
         (VALUE, "table-of-the-head-before-in-place", "error-rule", LOAD_OWN_TABLE,
-         "_load_table(rope, tl.maximum(i - 1, 0), o_n", IN_PLACE(OWN)),
+         "load_sines(rope, tl.maximum(i - 1, 0), o_n", IN_PLACE(OWN)),
         (VALUE, "pairs-of-the-other-layout", "error-rule", "HALVES=rotate_half,\n        ADJOINT",
          "HALVES=not rotate_half,\n        ADJOINT"),
         (VALUE, "keys-not-rotated-in-place", "error-rule", "_store_pairs(p_key, m_row, key, PAIRS)", "pass",

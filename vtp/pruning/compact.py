@@ -56,7 +56,7 @@ from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
 from vtp_kernels.ragged_attention import ragged_attention
-from vtp_kernels.rotary import rotate_heads
+from vtp_kernels.rotary import rotate_heads, rotated_attention, rotates_in_attention
 from vtp_kernels.rows import padded_width
 
 _ERF_GELUS = (nn.GELU, get_act_layer("gelu"))
@@ -258,15 +258,20 @@ class CompactAttention(Attention):
     ) -> Tensor:
         """The attention alone, without a norm before proj: qkv as it is put out to [B, N, sum(value_widths)].
 
-        With `on_kernels` it is one op, and another before it that rotates; but masks, active dropout and
-        norms of queries and keys stay on PyTorch's operators.
+        With `on_kernels` it is one op, and another before it that rotates, or in inference, where that is
+        forced, one that does both; but masks, active dropout and norms of queries and keys stay on PyTorch's
+        operators.
         """
-        if on_kernels and rope is not None and self.rotates_by_op(rope):
-            qkv, rope = rotate_heads(qkv, *self.rotation(rope)), None
         dropout = self.attn_drop.p if self.training else 0.0
         widest = max(*self.key_widths, *self.value_widths)
         plain = attn_mask is None and not is_causal and not dropout
         fused = on_kernels and self.fused_attn and plain and widest <= _WIDEST_HEAD
+        if on_kernels and rope is not None and self.rotates_by_op(rope):
+            table, keys, prefix, half = self.rotation(rope)
+            needs_gradient = torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad)
+            if fused and rotates_in_attention() and not needs_gradient:
+                return rotated_attention(qkv, keys, self.value_widths, self.scale, table, prefix, half)
+            qkv, rope = rotate_heads(qkv, table, keys, prefix, half), None
         if fused and not self.is_normed and rope is None:
             return ragged_attention(qkv, self.key_widths, self.value_widths, self.scale)
         query, key, value = qkv.split(

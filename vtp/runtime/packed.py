@@ -22,7 +22,7 @@ from vtp.pruning.padded import attend_padded, heads_are_faster_padded
 from vtp_kernels.compact_linear import add_linear_, compact_linear
 from vtp_kernels.compact_mlp import WIDEST_FUSED, compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
-from vtp_kernels.rotary import rotated_linear
+from vtp_kernels.rotary import rotated_linear, rotates_in_attention
 from vtp_kernels.rows import padded_width, whole_rows
 
 
@@ -193,8 +193,8 @@ class PackedAttention(nn.Module):
         return heads_are_faster_padded(keys, values, tokens, self.qkv.in_features, self.proj.out_features)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None) -> Tensor:
-        rotation = None
-        if rope is not None and self.heads.rotates_by_op(rope):
+        rotation, in_attention = None, rotates_in_attention() and not self.padded_head
+        if rope is not None and self.heads.rotates_by_op(rope) and not in_attention:
             rotation, rope = self.heads.rotation(rope), None
         qkv = self.qkv(self.norm(x), rotation=rotation)
         if self.padded_head:

@@ -222,7 +222,10 @@ def _ragged_attention(a: SimpleNamespace) -> Work:
     flops = 2 * a.B * a.N * a.N * (sum(key_widths) + sum(value_widths))
     tiled = op.tiled_flops(a.B, a.N, key_widths, value_widths, a.qkv.dtype)
     programs = len(a.table) * a.B * len(tiles)
-    return Work(programs, {"qkv": (a.B, loaded), "table": (programs, 7)}, "out lse", flops, tiled)
+    loads = {"qkv": (a.B, loaded), "table": (programs, 7)}
+    if a.rope is not None:  # sines and cosines beside each query and key, those of prefix tokens counted too
+        loads["rope"] = a.B, len(value_widths), sum(tiles) + len(tiles) * keys, 2 * a.HEAD_DIM
+    return Work(programs, loads, "out lse", flops, tiled)
 
 
 def _compact_mlp(a: SimpleNamespace) -> Work:

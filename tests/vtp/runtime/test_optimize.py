@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 import vtp
-from tests.support.engine_cases import MODELS, compact_model, references, with_dead_parts, with_narrow_keys
+from tests.support.engine_cases import (
+    MODELS,
+    NotedOperators,
+    compact_model,
+    references,
+    with_dead_parts,
+    with_narrow_keys,
+)
 from tests.support.models import FAMILIES, TINY, build, gated, image, relative_error
 from tests.support.numerics import assert_close_to_float64
 from vtp.pruning.compact import ConstantBranch
@@ -214,6 +221,61 @@ def test_attention_masks_act_as_in_the_compact_model(name, mask):
     expected = small(images, **arguments)
     assert relative_error(fast(images, **arguments), expected) <= 1e-12
     assert relative_error(fast(images), expected) > 1e-3
+
+
+@pytest.fixture
+def rotated_in_attention():
+    with launching.forced_path("rotated_linear", "attention"):
+        yield
+
+
+def ops_of(noted):
+    return {name.removeprefix("vtp::") for name in noted.names if name.startswith("vtp::rotate")}
+
+
+class TestRotationInAttention:
+    """Forced, since it is nobody's default."""
+
+    @pytest.mark.parametrize("name", ["rotary-swiglu", "rotary-mixed", "rotary-qk-norm"])
+    def test_it_changes_nothing_in_float64(self, rotated_in_attention, name):
+        small = compact_model(name, torch.float64)
+        images = image(small)
+        with NotedOperators() as noted:
+            out = pack_for_ops(small)(images)
+        assert relative_error(out, small(images)) <= 1e-12
+        behind_norms = name == "rotary-qk-norm"  # where PyTorch rotates
+        assert ops_of(noted) == (set() if behind_norms else {"rotated_attention"})
+
+    def test_under_a_mask_queries_and_keys_are_rotated_before(self, rotated_in_attention):
+        small = compact_model("rotary-swiglu", torch.float64)
+        images = image(small)
+        with NotedOperators() as noted:
+            out = pack_for_ops(small)(images, is_causal=True)
+        assert relative_error(out, small(images, is_causal=True)) <= 1e-12
+        assert ops_of(noted) == {"rotate_heads"}
+
+    def test_padded_heads_are_rotated_behind_the_product(self, rotated_in_attention, padded_heads):
+        small = compact_model("rotary-swiglu", torch.float64)
+        images = image(small)
+        with NotedOperators() as noted:
+            out = pack_for_ops(small)(images)
+        assert relative_error(out, small(images)) <= 1e-12
+        assert ops_of(noted) == {"rotated_linear"}
+
+    def test_a_compact_model_in_training_keeps_the_pass(self, rotated_in_attention, monkeypatch):
+        monkeypatch.setattr("vtp.pruning.compact._on_kernels", lambda x: True)
+        small = compact_model("rotary-swiglu", depth=1).train()
+        with NotedOperators() as noted:
+            small(image(small)).sum().backward()
+        assert ops_of(noted) == {"rotate_heads", "rotate_heads_backward"}
+
+    @torch.no_grad()
+    def test_it_compiles_without_breaks(self, rotated_in_attention):
+        small = compact_model("rotary-swiglu", depth=1)
+        fast, images = pack_for_ops(small), image(small)
+        torch.compiler.reset()
+        compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(images), fast(images))
 
 
 def test_heads_too_wide_for_the_op_are_computed_by_pytorch():

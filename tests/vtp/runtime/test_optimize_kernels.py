@@ -66,15 +66,16 @@ def guard(module, side):
 
 
 @torch.no_grad()
-def check_inference(name, changes, dtype, batch, side):
+def check_inference(name, changes, dtype, batch, side, in_attention=False):
     small = make(name, changes)
     images = image(small, batch)
     exact, same_dtype = references(small, images, dtype)
     fast = pack_for_ops(small, dtype)
     guard(fast.vit.blocks, side)
-    with on_kernels(side) as launched:
+    rotated = launching.forced_path("rotated_linear", "attention")
+    with rotated if in_attention else contextlib.nullcontext(), on_kernels(side) as launched:
         features = fast.vit.forward_features(images.to(dtype))
-    assert launched
+    assert launched and not (in_attention and "_rotate_heads_kernel" in launched), launched
     assert_close_to_float64(fast.vit.forward_head(features), exact, same_dtype, "logits")
 
 
@@ -107,6 +108,11 @@ WIDE = ("deit-tiny", "deit-small-17-tokens", "deit-base-block", "deit-tiny-block
 def test_packed_model_on_its_kernels_is_as_close_to_float64_as_pytorch(interpreter, case, dtype, side):
     name, changes, batch = INFERENCE[case]
     interpreter.run(check_inference, name, changes, DTYPES[dtype], batch, side)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("rotary-swiglu", "bf16"), ("rotary-mixed", "f32")])
+def test_packed_model_whose_attention_rotates(interpreter, name, dtype):
+    interpreter.run(check_inference, name, {"depth": 1}, DTYPES[dtype], 2, "end", in_attention=True)
 
 
 def test_packed_model_in_float16(interpreter):
@@ -222,6 +228,17 @@ def test_rotation_and_swiglu_are_launches_only_of_many_rows_or_where_forced(batc
     # Of many rows SwiGLU takes the place of GELU, which is a pass too.
     more = passes + (passes and 197 * batch < MANY_ROWS)
     assert len(launched) + len(others) == launches_of_blocks(197 * batch) + more
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_attention_rotates_where_forced_and_saves_the_pass(batch):
+    small = compact_model("rotary-swiglu", depth=1)
+    default, _, _ = recorded(small, torch.bfloat16, batch)
+    with launching.forced_path("rotated_linear", "attention"):
+        launched, _, _ = recorded(small, torch.bfloat16, batch)
+    rows = 197 * batch
+    assert [name for name in default if name != "_rotate_heads_kernel"] == launched
+    assert default.count("_rotate_heads_kernel") == (rows >= MANY_ROWS)
 
 
 @functools.cache
