@@ -241,7 +241,7 @@ def counted_macs(model: nn.Module) -> float:
     """Multiply-adds of one image, counted as `vtp.count` counts them, of a model that it does not know."""
     image = torch.zeros(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     with FlopCounterMode(display=False) as counter:
-        model(image)
+        copy.deepcopy(model).requires_grad_(False)(image)  # the counter hooks gradients of constant branches
     return counter.get_total_flops() / 2
 
 
