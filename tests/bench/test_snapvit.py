@@ -62,6 +62,13 @@ def test_sensitivity_is_the_mean_of_the_squares_of_each_image(dense, images, mon
     one, other = (snapvit.sensitivity(dense, images[i : i + 1]) for i in range(2))
     torch.testing.assert_close(both.units, (one.units + other.units) / 2)
     torch.testing.assert_close(both.heads, (one.heads + other.heads) / 2)
+    model = copy.deepcopy(dense).requires_grad_(True)
+    found = snapvit.embedding(model, snapvit.crops(images[0]))
+    snapvit.self_supervised_loss(found[:2].detach(), found).backward()
+    block = model.blocks[1]
+    torch.testing.assert_close(one.units[1], block.mlp.fc1.weight.grad.square().mean(1))
+    values = block.attn.qkv.weight.grad[24:].square().mean(1).unflatten(0, (3, 4)).mean(1)
+    torch.testing.assert_close(one.heads[1], values)
 
 
 def test_what_has_no_effect_has_no_sensitivity(dense, images):
@@ -96,15 +103,16 @@ def test_the_least_heads_go_whole_and_then_the_least_units(dense, found):
     assert units[~kept].max() < units[kept].min()
 
 
-def test_a_factor_decides_which_mlp_is_cut(dense, found):
-    macs = 0.85 * vtp.count(dense).macs
-    left = []
-    for block in range(DEPTH):
-        factors = np.ones(DEPTH * (1 + HEADS))
-        factors[block] = 1e6
-        plan = snapvit.snapvit_plan(dense, macs, found, factors)
-        left.append([len(plan.kept[f"blocks.{i}.mlp.fc2"]) for i in range(DEPTH)])
-    assert left[0][0] == left[1][1] == HIDDEN and left[0][1] < HIDDEN
+def test_a_factor_decides_which_mlp_is_cut_and_each_keeps_its_best(dense, found):
+    for share, first, second in ((0.85, HIDDEN, (2, HIDDEN - 1)), (0.6, None, (1, 1))):
+        for block in range(DEPTH):
+            factors = np.ones(DEPTH * (1 + HEADS))
+            factors[block] = 1e9
+            plan = snapvit.snapvit_plan(dense, share * vtp.count(dense).macs, found, factors)
+            left = [len(plan.kept[f"blocks.{i}.mlp.fc2"]) for i in (block, 1 - block)]
+            assert first is None or left[0] == first
+            assert second[0] <= left[1] <= second[1]
+            assert int(found.units[1 - block].argmax()) in plan.kept[f"blocks.{1 - block}.mlp.fc2"]
 
 
 def test_a_budget_that_whole_heads_and_units_do_not_reach_is_refused(dense, found):
@@ -145,6 +153,8 @@ def test_the_search_brings_embeddings_closer_to_the_dense_models(dense, images, 
 
     monkeypatch.setattr(snapvit, "natural_evolution", spy)
     budgets = [0.5 * vtp.count(dense).macs]
+    wrong = torch.tensor([[0.1], [1.0]])  # between blocks: what a search can mend
+    found = snapvit.Sensitivity(found.units * wrong, found.heads * wrong)
     factors = snapvit.searched_factors(dense, budgets, found, images, evaluations=20, seed=0)
 
     def distance(factors):
