@@ -1,6 +1,7 @@
 """bench.one_shot: what it compares with is what it says, and a run goes on where it stopped."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 
@@ -39,6 +40,13 @@ def test_choosing_all_keys_is_the_dense_model_and_fewer_are_what_is_left(setting
 
 def test_macs_are_counted_as_vtp_counts_them(setting):
     small = vtp.compact(setting.model, vtp.make_plan(vtp.insert_gates(setting.model), rate=0.3))
+    assert one_shot.counted_macs(small) == vtp.count(small).macs
+
+
+def test_macs_of_a_cut_with_a_branch_that_became_a_constant_are_counted(setting):
+    plan = vtp.make_plan(vtp.insert_gates(setting.model), rate=0.3)
+    plan = dataclasses.replace(plan, kept=dict(plan.kept) | {"blocks.1.attn.proj": ()})
+    small = vtp.compact(setting.model, plan)
     assert one_shot.counted_macs(small) == vtp.count(small).macs
 
 
