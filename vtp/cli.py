@@ -15,6 +15,7 @@ from vtp.training.evaluation import NonFiniteLossError
 from vtp.training.loop import TrainingInterrupted
 from vtp.training.ranks import blame, exit_now, rank
 from vtp.training.signals import Terminated, ignore_signals, raised_signals
+from vtp.training.slurm import join_tasks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = make_parser().parse_args(arguments)
+    join_tasks()
     try:
         with warnings.catch_warnings(), raised_signals():
             warnings.showwarning = functools.partial(_show_warning, warnings.showwarning, arguments, set())

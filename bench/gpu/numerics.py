@@ -6,6 +6,7 @@ the same dtype. The tests run several at a time; sanitizers run the few that are
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,6 +84,7 @@ def cases(toy: bool) -> list[Case]:
         Case("tests of the compact ops", functools.partial(test, "test_compact_ops_gpu.py", QUICK), 90),
         Case("tests of gated_linear", functools.partial(test, "test_gated_linear_gpu.py", QUICK), 60),
         Case("torch.compile(fullgraph=True)", check_compiled, 40),
+        Case("calibration and refit", check_one_shot, 40),
         Case("tests of compilations", functools.partial(test, "test_compilations_gpu.py", QUICK), 40),
         Case("racecheck", functools.partial(sanitize, "racecheck"), 90),
         Case("tests that the quick lane leaves out", functools.partial(test, "", THOROUGH), 90),
@@ -213,6 +216,47 @@ def check_fine_tuning(context: Context) -> Record:
         context.note(record)
         require(error <= bound, f"{what}: relative error {error:.2g}, at most {bound:.2g} allowed")
     return record
+
+
+@torch.no_grad()
+def check_one_shot(context: Context) -> Record:
+    """`vtp.calibrate`, and the cut with its refit, of four blocks of a DeiT-T on GPU and CPU: the same
+    statistics, and cut models that are as near to the dense one. Seconds of each; the GPU's with all it does
+    once."""
+    strict()
+    name, changes = MODELS["DeiT-T"]
+    dense = timm.create_model(name, **(TOY if context.toy else {**changes, "depth": 4})).eval()
+    images = random_images(dense, 64, dataclasses.replace(context, device=torch.device("cpu")))
+    macs = 0.55 * vtp.count(dense).macs
+    statistics: dict[str, vtp.Statistics] = {}
+    left: dict[str, float] = {}
+    took: Record = {}
+    for where, device in (("CPU", torch.device("cpu")), ("GPU", context.device)):
+        model = copy.deepcopy(dense).to(device)
+        start = time.perf_counter()
+        statistics[where] = vtp.calibrate(model, images)
+        calibrated = time.perf_counter()
+        plan = vtp.make_plan(dense, macs=macs, statistics=statistics["CPU"], scope="optimal")
+        small = vtp.compact(model, plan, images=images)
+        took[where] = {
+            "calibration": calibrated - start,
+            "cut and refit": time.perf_counter() - calibrated,
+        }
+        given = images.to(device)
+        left[where] = relative_error(small(given), model(given))
+        context.note({"took": took, "relative error": left})
+    right = statistics["CPU"].tensors
+    found = {
+        key: value
+        for key, value in statistics["GPU"].tensors.items()
+        if not key.endswith((".order", ".changes"))
+    }
+    worst = max(found, key=lambda key: relative_error(found[key], right[key]))
+    error = relative_error(found[worst], right[worst])
+    require(error <= 1e-3, f"{worst}: relative error {error:.2g} beside the CPU's, at most 0.001 allowed")
+    ratio = left["GPU"] / left["CPU"]
+    require(0.95 <= ratio <= 1.05, f"the cut's relative error is {ratio:.3f} times that of the CPU's cut")
+    return {"took": took, "relative error": left, "error of statistics": error}
 
 
 # --------------------------------------------------------------------------------

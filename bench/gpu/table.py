@@ -74,6 +74,9 @@ def _beside(value: float, bar: float, *, at_most: bool = False) -> str:
 def _numerics(name: str, case: Record, peak: Record) -> str:
     if "passed" in case:
         return f"{case['passed']} passed, {case['skipped']} skipped"
+    if "took" in case:
+        own, cpu = (case["took"][where] for where in ("GPU", "CPU"))
+        return "right; " + ", ".join(f"{what} {own[what]:.1f} s (CPU {cpu[what]:.1f})" for what in own)
     return "right"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from torch.utils.data import DataLoader
 
 # What schedulers send some time before they kill: Slurm's --signal often is USR1. Windows has no such signal.
 FROM_SCHEDULERS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+STOPPING = (signal.SIGINT, *FROM_SCHEDULERS)
+REPEATED = 5.0  # seconds
 
 
 class Terminated(BaseException):
@@ -36,15 +40,22 @@ class Signals:
 def deferred_signals() -> Iterator[Signals]:
     """Note the first SIGINT, SIGTERM or SIGUSR1 instead of dying by it; a second one acts as it did before.
 
-    Python handles signals in the main thread alone: elsewhere nothing is changed.
+    SIGTERM or SIGUSR1 again within REPEATED seconds is the same one: a scheduler that signals every process
+    of a job also signals torchrun, which hands it on. Python handles signals in the main thread alone:
+    elsewhere nothing is changed.
     """
     signals = Signals()
+    noted = 0.0
 
     def note(number: int, frame: object) -> None:
-        signals.received = number
-        restore()
+        nonlocal noted
+        if signals.received is None:
+            signals.received, noted = number, time.monotonic()
+        elif number == signal.SIGINT or time.monotonic() - noted > REPEATED:
+            restore()
+            signal.raise_signal(number)
 
-    with _handled((signal.SIGINT, *FROM_SCHEDULERS), note) as restore:
+    with _handled(STOPPING, note) as restore:
         yield signals
 
 
@@ -94,17 +105,29 @@ def _handled(numbers: tuple[int, ...], handler: Any) -> Iterator[Callable[[], No
 
 
 def shielded(loader: DataLoader) -> DataLoader:
-    """Put the loader's worker processes out of reach of signals to the group of this process.
+    """Put the loader's worker processes out of reach of signals that are for the main process.
 
-    Ctrl-C in a shell goes to the whole group. The main process decides what to do then, and to finish its
-    step it needs workers that live; it still ends them by a signal of its own.
+    Ctrl-C in a shell goes to the whole group, a signal of Slurm's to every process of a task. The main
+    process decides what to do then, and to finish its step it needs workers that live; it still ends them by
+    a signal of its own.
     """
     loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
     return loader
 
 
 def _init_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    if hasattr(os, "setpgid"):  # not on Windows
+    main = multiprocessing.parent_process()
+    if main is not None and hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # in threads to come too
+        threading.Thread(target=_heed, args=(main.pid,), daemon=True).start()
+    elif hasattr(os, "setpgid"):  # macOS: of Ctrl-C at least
         os.setpgid(0, 0)
     if then is not None:
         then(worker)
+
+
+def _heed(pid: int) -> None:
+    """End this process by the first signal of STOPPING that process `pid` sends; those of others pass."""
+    while signal.sigwaitinfo(STOPPING).si_pid != pid:
+        pass
+    os._exit(0)

@@ -21,6 +21,7 @@ QUICK = {
         "optimized DINOv3-S+",
         "torch.compile(fullgraph=True)",
         f"fine-tuning, {numerics.STEPS} steps",
+        "calibration and refit",
     ],
     "models": [case.name for case in models.cases(True)],
     "training": ["DeiT-S, eager", "DeiT-S, fine-tuning", "DeiT-S, compiled"],

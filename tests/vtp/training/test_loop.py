@@ -18,6 +18,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import timm
 import torch
@@ -306,25 +307,35 @@ def assert_one_event_a_step(folder: Path, steps: int) -> None:
     assert [event.step for event in events.Scalars("epoch/test_top1")] == list(range(STEPS, steps + 1, STEPS))
 
 
-def _stopped_with_its_group(folder: Path, config: TrainConfig) -> None:
-    def signal_group(_: torch.nn.Module, updates: int) -> None:
-        if updates == 3:  # from another process, as a shell: a worker takes that of its parent for its end
-            subprocess.run(["kill", "-s", "TERM", "--", f"-{os.getpgrp()}"])
+def _stopped_with_its_workers(folder: Path, config: TrainConfig, name: str) -> None:
+    def signal_all(_: torch.nn.Module, updates: int) -> None:
+        if updates == 3:  # from another process: a worker takes that of its parent for its end
+            workers = [str(child.pid) for child in psutil.Process().children(recursive=True)]
+            all_of_them = [f"-{os.getpgrp()}"] if name == "INT" else [str(os.getpid()), *workers]
+            assert len(workers) == 1
+            subprocess.run(["kill", "-s", name, "--", *all_of_them])
             time.sleep(0.5)  # in which a worker that was hit would die
 
     os.setpgid(0, 0)
     multiprocessing.set_start_method("fork", force=True)  # for workers that begin in this group
     try:
-        run(folder, config, after_step=signal_group)
+        run(folder, config, after_step=signal_all)
     except TrainingInterrupted as stopped:
         os._exit(128 + stopped.signum)
 
 
-def test_a_signal_to_the_whole_group_does_not_break_the_step_by_killing_its_data_workers(tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("INT", id="Ctrl-C to the group of the process"),
+        pytest.param("TERM", id="SIGTERM to each process"),  # as Slurm may
+    ],
+)
+def test_a_signal_to_workers_too_does_not_break_the_step_by_killing_them(tmp_path, name):
     config = replace(CONFIG, epochs=1, workers=1)
-    process = start(_stopped_with_its_group, tmp_path, config)
+    process = start(_stopped_with_its_workers, tmp_path, config, name)
     process.join(timeout=120)
-    assert process.exitcode == 128 + signal.SIGTERM
+    assert process.exitcode == 128 + getattr(signal, f"SIG{name}")
     assert_same_run(run(tmp_path, config, resume=True), run(tmp_path / "whole", config))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -24,6 +26,7 @@ from safetensors import safe_open
 
 import vtp
 from tests.support.processes import ROOT, forks
+from tests.support.slurm import DAEMONS, slurm
 from vtp import cli, commands, pipeline
 from vtp.files import FileError
 from vtp.group import first_makes, world
@@ -653,3 +656,58 @@ def test_ranks_on_a_machine_that_the_network_has_lost_end_within_the_stated_time
             process.kill()
     for rank, log in enumerate(logs):
         assert f"vtp: error: rank {1 - rank} (process {processes[1 - rank].pid} on " in log.read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Slurm
+
+# `vtp` of its arguments, in which the second task has Slurm signal the job, in the second epoch, unless the
+# job was queued again.
+SIGNALLED = """
+import os, subprocess, sys, time
+from vtp import cli
+from vtp.training import loop
+
+step, steps = loop._Stage._pass, 0
+
+def signalling(stage, images, targets, number):
+    global steps
+    steps += 1
+    if steps == {at} and os.environ["SLURM_PROCID"] == "1" and "SLURM_RESTART_COUNT" not in os.environ:
+        subprocess.run(["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]], check=True)
+        time.sleep(2)  # until it has come, to the data workers too
+    return step(stage, images, targets, number)
+
+loop._Stage._pass = signalling
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not all(map(shutil.which, DAEMONS)), reason="no Slurm is installed here")
+def test_the_script_for_slurm_queues_a_stopped_run_again_which_continues_to_the_same_end(
+    folder, tmp_path, undisturbed, machines
+):
+    page = (ROOT / "docs" / "scale.md").read_text()
+    script = "#!/bin/bash\n" + page.split("```\n#!/bin/bash\n")[1].split("```")[0]
+    (tmp_path / "command.py").write_text(SIGNALLED.format(at=STEPS + 3))
+    program = f"{sys.executable} {tmp_path / 'command.py'}"
+    command = shlex.join(train_command(folder, tmp_path / "run", "--resume", "--workers=1"))
+    assert script.count("-m vtp.cli run ...") == 1
+    script = re.sub(r"python -m vtp.cli run \.\.\. .*", f"{program} {command}", script)
+    (tmp_path / "job").write_text(script)
+    size = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=2"]
+    output = tmp_path / "output"
+    with slurm(machines[0], ["10.77.0.1", "10.77.0.2"]) as cluster:
+        job = cluster.command(
+            "sbatch", "--parsable", f"--output={output}", *size, str(tmp_path / "job"), **ENVIRONMENT
+        ).strip()
+        deadline = time.monotonic() + 240
+        while (state := cluster.state(job)) in ("PENDING", "RUNNING", "COMPLETING"):
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.5)
+    said = output.read_text()
+    assert state == "COMPLETED", said
+    assert said.count(f"vtp: SIGTERM: stage dense stopped after step 3 of {STEPS} of epoch 2 of 3") == 1, said
+    assert "Traceback" not in said
+    assert_same_end(tmp_path / "run", undisturbed)
