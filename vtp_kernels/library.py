@@ -7,6 +7,7 @@ Each op has a plain PyTorch implementation for every device and, where Triton ru
 from __future__ import annotations
 
 import functools
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,18 +21,37 @@ from vtp_kernels import launching
 LIBRARY = torch.library.Library("vtp", "DEF")
 
 
-def _load_cpp() -> str | None:
-    """Load the C++ operators. Why they are not there, None if they are."""
-    files = sorted(Path(__file__).parent.glob("_cpu*.so"))
+def _load_cpp(folder: Path = Path(__file__).parent) -> str | None:
+    """Load the C++ operators of a folder. Why they are not there, None if they are."""
+    files = sorted(folder.glob("_cpu*.so"))
     if not files:
         return "the C++ extension is not built"
     try:
+        if (reason := _truncated(files[0])) is not None:
+            return f"{reason}: build it again"
         torch.ops.load_library(files[0])
     except OSError as error:
         return f"the C++ extension does not load: {error}"
     torch.library.register_fake("vtp::cpu_vit", _cpu_vit_fake, lib=LIBRARY)
     torch.library.register_fake("vtp::cpu_blocks", lambda tokens, *_: torch.empty_like(tokens), lib=LIBRARY)
     return None
+
+
+def _truncated(library: Path) -> str | None:
+    """Why a library's file is not whole, None if it is as long as its header has it, or has none to say so.
+
+    The system maps pages that such a file lacks, and ends the process at the first touch of one.
+    """
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF\x02\x01"):  # of 64 bits, little-endian
+        return None
+    # The table of sections, which linkers write last: where it starts, the bytes of an entry, how many.
+    (start,), (entry, entries) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<2H", header, 58)
+    size, expected = library.stat().st_size, start + entry * entries
+    if size >= expected:
+        return None
+    return f"{library.parent.name}/{library.name} is truncated ({size:,} bytes of {expected:,})"
 
 
 def _cpu_vit_fake(images: torch.Tensor, weights, layout, outputs: int) -> torch.Tensor:

@@ -27,6 +27,18 @@ struct Call {
   const float* rotary;  // [model.tables][tokens][head_dim], cosines then sines, or null where there are none
 };
 
+// The most that one task computes of a linear layer, at a time.
+struct Blocks {
+  int64_t rows;    // of A
+  int64_t panels;  // of W: a multiple of 4
+};
+
+// What a core with so many bytes of second-level cache computes at once; see engine.cpp for the rule.
+Blocks blocks_for(int64_t cache);
+
+// Bytes of this machine's second-level cache, of a core; 1 MB where the system does not say.
+int64_t second_level_cache();
+
 struct Stage;
 
 // Memory that calls use one after another, so that a steady stream of them allocates nothing.
@@ -52,7 +64,9 @@ class Workspace {
 void run_linear(Workspace& workspace, Dtype dtype, const Linear& layer, const void* x, int64_t rows,
                 float* out, int64_t threads, Parallel parallel);
 
-// Computes `workspace.model`, which must have been read, on `call`.
-void run(Workspace& workspace, const Call& call, int64_t threads, Parallel parallel);
+// Computes `workspace.model`, which must have been read, on `call`. Results have the same bits for any number
+// of threads and any `cache`.
+void run(Workspace& workspace, const Call& call, int64_t threads, Parallel parallel,
+         int64_t cache = second_level_cache());
 
 }  // namespace vtp_cpu

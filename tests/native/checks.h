@@ -31,6 +31,7 @@ void check_choice();
 void check_models();
 void check_batches();
 void check_threads();
+void check_blocks();
 void check_callers();
 void check_steady();
 void check_garbled();

@@ -151,14 +151,15 @@ void read(Workspace& workspace, const Packed& packed) {
 
 // Of `images` images, which are all of `input`, in the input's dtype.
 Numbers run_engine(Workspace& workspace, const Packed& packed, const Shape& s, const Numbers& input,
-                   int64_t images, int64_t threads, Parallel parallel) {
+                   int64_t images, int64_t threads, Parallel parallel,
+                   int64_t cache = vtp_cpu::second_level_cache()) {
   read(workspace, packed);
   Numbers output(images * output_size(s), input.bytes());
   const bool half = input.bytes() == 2;
   const std::vector<float> rotary = rotary_tables(s.tables(), kTokens, s.head_dim);
   const Call call{input.memory().data(), half, images,       s.whole() ? 0 : kTokens,
                   output.data(),         half, rotary.data()};
-  vtp_cpu::run(workspace, call, threads, parallel);
+  vtp_cpu::run(workspace, call, threads, parallel, cache);
   return output;
 }
 
@@ -296,6 +297,58 @@ void check_threads() {
       for (Parallel parallel : {on_one_thread, on_threads, some_late, one_after_another, more_than_asked_for})
         expect(run(threads, parallel) == alone,
                name_of("threads", s) + ": other bits on " + std::to_string(threads) + " threads");
+  }
+}
+
+// What is computed at once, by the rule of engine.cpp.
+void check_cache_rule() {
+  const int64_t kilobyte = 1 << 10, megabyte = 1 << 20;
+  const struct {
+    int64_t cache, rows, panels;
+  } cases[] = {{0, 51, 4},
+               {256 * kilobyte, 102, 4},
+               {512 * kilobyte, 200, 4},
+               {megabyte, 200, 4},
+               {5 * megabyte / 4, 250, 4},
+               {2 * megabyte, 400, 8},
+               {3 * megabyte, 600, 12},
+               {4 * megabyte, 800, 16},
+               {12 * megabyte, 800, 16}};
+  for (const auto& c : cases) {
+    const vtp_cpu::Blocks got = vtp_cpu::blocks_for(c.cache);
+    expect(got.rows == c.rows && got.panels == c.panels,
+           "blocks for " + text({c.cache}) + " bytes: got " + text({got.rows, got.panels}) + ", expected " +
+               text({c.rows, c.panels}));
+    const int64_t held = got.rows * (1024 + got.panels * kPanel * 4);
+    expect(2 * held <= std::max(c.cache, megabyte / 8), "blocks for " + text({c.cache}) + " bytes do not fit");
+  }
+  expect(vtp_cpu::second_level_cache() > 0, "blocks: no second-level cache");
+}
+
+// Bits do not depend on the size of the cache either: of 556 rows in one block or many, of a layer of 66 panels.
+void check_blocks() {
+  check_cache_rule();
+  for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16}) {
+    // The part: float32 where activations are, bfloat16 where they are.
+    if (!has_its_turn(static_cast<int64_t>(dtype) + current.bfloat16->activation_bytes / 2, 2)) continue;
+    const Shape s = {"wide", dtype, 9, 8, {{0, {}, {}, false, 7, 520, false, true}}, 1, 12, 23, 2, 1, 1, 1, 5};
+    const int64_t images = 4;
+    const Packed packed(PlainModel(s, 17));
+    const Numbers input = random_input(s, 4, images);
+    const auto run = [&](int64_t threads, int64_t cache) {
+      Workspace workspace;  // with memory for this call alone
+      const Parallel parallel = threads == 1 ? on_one_thread : on_threads;
+      return run_engine(workspace, packed, s, input, images, threads, parallel, cache).memory();
+    };
+    const std::vector<char> expected = run(1, 1 << 20);
+    int64_t turn = 0;
+    for (int64_t cache : {256 << 10, 512 << 10, 1 << 20, 2 << 20, 3 << 20, 4 << 20}) {
+      for (int64_t threads : {1, 2, 3, 4})
+        if (has_its_turn(turn + threads, 4))
+          expect(run(threads, cache) == expected, name_of("blocks", s) + ": other bits on " + text({threads}) +
+                                                      " threads with a cache of " + text({cache}) + " bytes");
+      ++turn;
+    }
   }
 }
 

@@ -1,7 +1,7 @@
 // The kernels and the engine against plain loops in double precision, without PyTorch: made to be built with
 // sanitizers. All memory has exactly the size that the interface asks for.
 //
-//   engine_test kernels | tiles | choice | models | batches | threads | callers | steady | garbled | wrong | claims
+//   engine_test kernels | tiles | choice | models | batches | threads | blocks | callers | steady | garbled | wrong | claims
 //   engine_test kernels everything
 
 #include "checks.h"
@@ -48,6 +48,7 @@ const Group kGroups[] = {
     {"models", check_models, Group::kAll},
     {"batches", check_batches, Group::kAll},
     {"threads", check_threads, Group::kTwo},
+    {"blocks", check_blocks, Group::kTwo},
     {"callers", check_callers, Group::kOne},
     {"steady", check_steady, Group::kOne},
     {"garbled", check_garbled, Group::kOne},

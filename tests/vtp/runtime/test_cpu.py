@@ -43,6 +43,7 @@ from vtp_kernels.library import cpp_unsupported_reason
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 ROOT = Path(__file__).parents[3]
+EXTENSION = ROOT / "vtp_kernels" / "_cpu.abi3.so"
 
 missing = cpp_unsupported_reason()
 built = pytest.mark.skipif(missing is not None, reason=str(missing))
@@ -723,18 +724,51 @@ print(*[w.message for w in caught if "vtp_kernels" in str(w.message)], sep="\\n"
 
 
 @pytest.mark.parametrize(
-    "broken", [False, pytest.param(True, marks=pytest.mark.thorough)], ids=["missing", "broken"]
+    ("file", "reason"),
+    [
+        (None, "the C++ extension is not built"),
+        pytest.param("foreign", "the C++ extension does not load", marks=pytest.mark.thorough),
+        pytest.param("cut", "vtp_kernels/_cpu.abi3.so is truncated (", marks=[built, pytest.mark.thorough]),
+    ],
+    ids=["missing", "foreign", "truncated"],
 )
-def test_an_extension_that_is_missing_or_broken_is_said_once(tmp_path, broken):
+def test_an_extension_that_is_missing_or_broken_is_said_once(tmp_path, file, reason):
     shutil.copytree(ROOT / "vtp_kernels", tmp_path / "vtp_kernels", ignore=shutil.ignore_patterns("*.so"))
-    if broken:
-        (tmp_path / "vtp_kernels" / "_cpu.abi3.so").write_bytes(b"no library")
+    if file is not None:
+        content = b"no library" if file == "foreign" else EXTENSION.read_bytes()[:300_000]
+        (tmp_path / "vtp_kernels" / EXTENSION.name).write_bytes(content)
     run = python(WITHOUT, first_path=tmp_path)
     assert run.returncode == 0, run.stderr
-    reason = "the C++ extension does not load" if broken else "the C++ extension is not built"
     engine, *warned = run.stdout.splitlines()
     assert engine.startswith(f"plain PyTorch: {reason}")
     assert len([line for line in warned if reason in line and "setup.py build_ext" in line]) == 1
+
+
+TRUNCATED = """
+import os
+from pathlib import Path
+from vtp_kernels.library import _load_cpp
+copy = Path(os.environ["COPY"])
+whole = copy.stat().st_size
+for length in [whole - 1, *range(whole // 4096 * 4096, 0, -4096), 64, 63, 0]:
+    os.truncate(copy, length)
+    print(length, _load_cpp(copy.parent), flush=True)
+"""
+
+
+@built
+def test_an_extension_whose_end_is_missing_is_refused_with_its_length(tmp_path):
+    """The system ends a process that loads one."""
+    shutil.copytree(ROOT / "vtp_kernels", tmp_path / "vtp_kernels", ignore=shutil.ignore_patterns("*.so"))
+    run = python(TRUNCATED, first_path=tmp_path, COPY=str(shutil.copy(EXTENSION, tmp_path)))
+    assert run.returncode == 0, f"{run.stdout[-100:]}{run.stderr}"
+    *long, no_header, empty = [line.split(" ", 1) for line in run.stdout.splitlines()]
+    assert len(long) > 100
+    for length, reason in long:
+        expected = f" is truncated ({int(length):,} bytes of {EXTENSION.stat().st_size:,}): build it again"
+        assert reason.endswith(expected)
+    for _, reason in (no_header, empty):
+        assert reason.startswith("the C++ extension does not load: ")
 
 
 @built

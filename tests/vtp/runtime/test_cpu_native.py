@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[3]
 CPU, NATIVE = ROOT / "csrc" / "cpu", ROOT / "tests" / "native"
@@ -39,6 +40,7 @@ ENGINE = {
 }
 # The engine first: of a function that both have, the linker takes the first, here the one with sanitizers.
 EVERY_SET = {CPU / f"{name}.cpp": EMULATED for name in ("avx512", "avx512_bf16", "amx_bf16")}
+EVERY_SET[CPU / "avx512.cpp"] = [*EMULATED, *CHECKS]  # every line of it is in another file too
 EVERY_SET[NATIVE / "tile_checks.cpp"] = [*EMULATED, *CHECKS]
 if X86:
     EVERY_SET[CPU / "avx2.cpp"] = ["-mavx2", "-mfma"]
@@ -55,23 +57,41 @@ def memory_checked(tmp_path_factory):
     # What touches null or memory behind an object ends by AddressSanitizer: not also looked for beforehand.
     flags = ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size", "-fno-sanitize-recover=all"]
     with_sets = ["-DWITH_AVX512", *(["-DWITH_AVX2"] if X86 else [])]
-    return build(tmp_path_factory.mktemp("memory"), EVERY_SET, flags, with_sets)
+    return build(folder_of_the_run(tmp_path_factory) / "memory", EVERY_SET, flags, with_sets)
 
 
 @pytest.fixture(scope="module")
 def thread_checked(tmp_path_factory):
     """The program with the portable kernels, under ThreadSanitizer."""
-    return build(tmp_path_factory.mktemp("threads"), ENGINE, ["-fsanitize=thread"])
+    return build(folder_of_the_run(tmp_path_factory) / "threads", ENGINE, ["-fsanitize=thread"])
+
+
+def folder_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one that all workers of pytest-xdist have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def build(
     folder: Path, sources: dict[Path, list[str]], sanitizer: list[str], more: Sequence[str] = ()
 ) -> Path:
-    """Compile and link `sources` with their flags; skips where there are no such sanitizers."""
+    """Compile and link `sources` with their flags, once of all processes that name the folder; skips where
+    there are no such sanitizers."""
     if COMPILER is None:
         pytest.skip("there is no C++ compiler")
-    refuse_missing_sanitizer(folder, sanitizer)
-    objects = [folder / f"{source.stem}.o" for source in sources]
+    program = folder / "engine_test"
+    with FileLock(f"{folder}.lock"):
+        if not program.exists():
+            folder.mkdir(exist_ok=True)
+            refuse_missing_sanitizer(folder, sanitizer)
+            compile_program(program, sources, sanitizer, more)
+    return program
+
+
+def compile_program(
+    program: Path, sources: dict[Path, list[str]], sanitizer: list[str], more: Sequence[str]
+) -> None:
+    objects = [program.with_name(f"{source.stem}.o") for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
             pool.submit(compiler, *FLAGS, *sanitizer, *more, *flags, "-c", str(source), "-o", str(target))
@@ -79,9 +99,9 @@ def build(
         ]
     for job in jobs:
         job.result()
-    program = folder / "engine_test"
-    compiler(*sanitizer, *map(str, objects), "-o", str(program), "-pthread")
-    return program
+    linked = program.with_suffix(".linked")
+    compiler(*sanitizer, *map(str, objects), "-o", str(linked), "-pthread")
+    linked.rename(program)  # which is there only whole
 
 
 def compiler(*arguments: str) -> None:
@@ -127,7 +147,7 @@ def test_a_model_agrees_with_plain_loops_and_stays_in_its_memory(memory_checked)
 
 
 @pytest.mark.thorough  # of which every pair of widths, of shapes and dtypes occurs above
-@pytest.mark.parametrize("group", ["kernels", "models"])
+@pytest.mark.parametrize("group", ["kernels", "models", "blocks"])
 def test_so_it_is_for_every_combination(memory_checked, group):
     check(memory_checked, group, "everything")
 
@@ -140,6 +160,10 @@ def test_an_image_has_the_same_logits_alone_and_in_a_batch(memory_checked):
 @pytest.mark.thorough  # likewise
 def test_threads_that_are_few_or_late_change_no_bit(memory_checked):
     check(memory_checked, "threads")
+
+
+def test_blocks_for_a_larger_or_smaller_cache_change_no_bit(memory_checked):
+    check(memory_checked, "blocks")
 
 
 def test_a_steady_stream_of_calls_takes_no_memory(memory_checked):
@@ -162,3 +186,19 @@ def test_a_list_that_claims_to_be_long_takes_no_memory_to_refuse(memory_checked)
 @pytest.mark.parametrize("group", ["threads", "callers"])
 def test_threads_and_callers_do_not_race(thread_checked, group):
     check(thread_checked, group)
+
+
+def test_processes_that_need_the_same_program_at_once_build_it_once(tmp_path, monkeypatch):
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler")
+    source, noted, noting = tmp_path / "nothing.cpp", tmp_path / "noted", tmp_path / "compiler"
+    source.write_text("int main() { return 0; }\n")
+    noting.write_text(f'#!/bin/sh\necho "$@" >> {noted}\nexec {COMPILER} "$@"\n')
+    noting.chmod(0o755)
+    monkeypatch.setattr(f"{__name__}.COMPILER", str(noting))
+    with ThreadPoolExecutor(2) as pool:  # locks of one process keep each other out as those of two do
+        first, second = pool.map(lambda _: build(tmp_path / "program", {source: []}, ["-g0"]), range(2))
+    assert first == second and first.exists()
+    probe, *compiled, link = noted.read_text().splitlines()
+    assert "probe.cpp" in probe and "engine_test" in link
+    assert len(compiled) == 1 and "nothing.cpp" in compiled[0]
