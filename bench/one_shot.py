@@ -13,13 +13,13 @@ the same --out, it goes on where it stopped.
 import argparse
 import copy
 import dataclasses
+import functools
 import importlib.util
 import json
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,16 @@ from torch.utils.data import Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtp
+from bench.ob2c import (
+    MLP_UNITS,
+    Moments,
+    denoised_variance_plan,
+    input_moments,
+    least_macs,
+    with_compensation,
+)
 from bench.results_file import add_results_file, check_results_file, print_results
+from bench.snapvit import Sensitivity, searched_factors, sensitivity, snapvit_plan
 from vtp.files import write_atomic
 from vtp.machine import commit, description, in_one_line, peak_bytes
 from vtp.pruning.gates import with_gates
@@ -111,16 +120,19 @@ def random(setting: Setting, macs: float, *_: Any) -> vtp.PruningPlan:
     return vtp.make_plan(gated, macs=macs, score=scores)
 
 
-def of_statistics(score: str, scope: str) -> Make:
+def of_statistics(score: str, scope: str, protect: tuple[str, ...] = ()) -> Make:
     """The rankings of `vtp.make_plan`."""
 
     def make(setting: Setting, macs: float, statistics: vtp.Statistics, *_: Any) -> vtp.PruningPlan:
-        return vtp.make_plan(setting.model, macs=macs, statistics=statistics, score=score, scope=scope)
+        return vtp.make_plan(
+            setting.model, macs=macs, statistics=statistics, score=score, scope=scope, protect=protect
+        )
 
     return make
 
 
 VARIANCE = "variance, per site"
+UNITS_ALONE = "MLP units alone"
 RANKINGS: dict[str, Make] = {
     "random": random,
     "weight magnitude, per site": magnitude,
@@ -129,32 +141,34 @@ RANKINGS: dict[str, Make] = {
     "activation": of_statistics("activation", "global"),
     "greedy OBS": of_statistics("obs", "global"),
     "optimal widths, narrow q, k, v": of_statistics("obs", "optimal"),
+    f"greedy OBS, {UNITS_ALONE}": of_statistics("obs", "global", MLP_UNITS),
 }
 
 
+def shares_of(name: str, dense: nn.Module) -> list[float]:
+    """The shares of the MACs that a row of this name can be cut to."""
+    least = least_macs(dense) / vtp.count(dense).macs if UNITS_ALONE in name else 0.0
+    return [share for share in SHARES if share >= least]
+
+
+OB2C = {  # what is protected
+    f"DVBP + OB2C, {UNITS_ALONE}": MLP_UNITS,
+    "DVBP + OB2C, extended to all sites": (),
+}
+SNAPVIT = "SnapViT"
 MEAN_SHIFT = f"{VARIANCE}, mean shift (VBP)"
 
 
 @torch.no_grad()
-def with_mean_shift(dense: nn.Module, plan: vtp.PruningPlan, images: Tensor) -> nn.Module:
+def with_mean_shift(dense: nn.Module, plan: vtp.PruningPlan, moments: Moments) -> nn.Module:
     """The dense model with biases that make up for the mean of the inputs that a plan removes, as VBP's cut
     does (arXiv 2507.12988)."""
-    means: dict[str, Tensor] = {}
-
-    def note(name: str) -> Callable:
-        return lambda _, inputs: means.__setitem__(name, means.get(name, 0) + inputs[0].mean((0, 1)))
-
     shifted = copy.deepcopy(dense)
-    batches = images.split(500)
-    hooks = [shifted.get_submodule(name).register_forward_pre_hook(note(name)) for name in plan.kept]
-    for batch in batches:
-        shifted(batch)
-    for hook in hooks:
-        hook.remove()
     for name, kept in plan.kept.items():
-        layer, gone = shifted.get_submodule(name), torch.ones(len(means[name]), dtype=torch.bool)
+        layer, (mean, _) = shifted.get_submodule(name), moments[name]
+        gone = torch.ones(len(mean), dtype=torch.bool)
         gone[list(kept)] = False
-        layer.bias += layer.weight[:, gone] @ (means[name] / len(batches))[gone]
+        layer.bias += layer.weight[:, gone] @ mean[gone].to(layer.weight)
     return shifted
 
 
@@ -186,7 +200,7 @@ def _torch_pruned(setting: Setting, share: float, how: str, labelled: tuple[Tens
     model = copy.deepcopy(setting.model).requires_grad_(True)
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     for attention in attentions:
-        attention.forward = partial(_attention, attention)
+        attention.forward = functools.partial(_attention, attention)
     importance = torch_pruning.importance
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")  # it says that it prunes the class token and the positions too
@@ -227,7 +241,7 @@ def counted_macs(model: nn.Module) -> float:
     """Multiply-adds of one image, counted as `vtp.count` counts them, of a model that it does not know."""
     image = torch.zeros(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     with FlopCounterMode(display=False) as counter:
-        model(image)
+        copy.deepcopy(model).requires_grad_(False)(image)  # the counter hooks gradients of constant branches
     return counter.get_total_flops() / 2
 
 
@@ -254,19 +268,57 @@ def cases(setting: Setting) -> Iterator[tuple[str, Callable[[], tuple[nn.Module,
         return small, time.perf_counter() - start
 
     for name, make in RANKINGS.items():
-        for share in SHARES:
+        for share in shares_of(name, setting.model):
             for fitted in (False, True):
                 if fitted or "optimal" not in name:
                     yield f"ranking/{name}/{share}/{fitted}", lambda a=(make, share, fitted): cut(*a)
 
+    @functools.cache
+    def moments() -> Moments:
+        return input_moments(setting.model, vtp.sites(with_gates(setting.model)), labelled[0])
+
     def shifted(share: float) -> tuple[nn.Module, float]:
         start = time.perf_counter()
         plan = RANKINGS[VARIANCE](setting, setting.macs(share), statistics_of(labelled[0]))
-        model = with_mean_shift(setting.model, plan, labelled[0])
+        model = with_mean_shift(setting.model, plan, moments())
         return vtp.compact(model, plan), time.perf_counter() - start
 
     for share in SHARES:
         yield f"ranking/{MEAN_SHIFT}/{share}/False", lambda s=share: shifted(s)
+
+    def compensated(protect: tuple[str, ...], share: float, fitted: bool) -> tuple[nn.Module, float]:
+        start = time.perf_counter()
+        plan = denoised_variance_plan(
+            setting.model, setting.macs(share), moments(), len(labelled[0]), protect=protect
+        )
+        if fitted:  # the refit, in place of what makes up for the cut there
+            small = vtp.compact(setting.model, plan, images=labelled[0])
+        else:
+            small = vtp.compact(with_compensation(setting.model, plan, moments()), plan)
+        return small, time.perf_counter() - start
+
+    for name, protect in OB2C.items():
+        for share in shares_of(name, setting.model):
+            for fitted in (False, True):
+                yield f"ranking/{name}/{share}/{fitted}", lambda a=(protect, share, fitted): compensated(*a)
+
+    @functools.cache
+    def searched() -> tuple[Sensitivity, np.ndarray]:
+        """On every other image the gradients, on the rest the search; once for all budgets, as there."""
+        found = sensitivity(setting.model, labelled[0][::2], seed=setting.seed)
+        budgets = [setting.macs(share) for share in SHARES]
+        images = labelled[0][1::2]
+        return found, searched_factors(setting.model, budgets, found, images, seed=setting.seed)
+
+    def snapvit(share: float, fitted: bool) -> tuple[nn.Module, float]:
+        start = time.perf_counter()
+        plan = snapvit_plan(setting.model, setting.macs(share), *searched())
+        small = vtp.compact(setting.model, plan, images=labelled[0] if fitted else None)
+        return small, time.perf_counter() - start
+
+    for share in SHARES:
+        for fitted in (False, True):
+            yield f"ranking/{SNAPVIT}/{share}/{fitted}", lambda a=(share, fitted): snapvit(*a)
 
     def pruned(how: str, share: float) -> tuple[nn.Module, float]:
         start = time.perf_counter()
@@ -429,7 +481,7 @@ def markdown(results: dict[str, Any]) -> str:
         (f"{share:.0%}{', refit' if fitted else ''}" for share, fitted in both),
         (
             (name, [f"ranking/{name}/{share}/{fitted}" for share, fitted in both])
-            for name in [*RANKINGS, MEAN_SHIFT, *TORCH_PRUNING]
+            for name in [*RANKINGS, MEAN_SHIFT, *OB2C, SNAPVIT, *TORCH_PRUNING]
         ),
     )
     budgets = [f"{share:.0%} of MACs" for share in SHARES[:2]]

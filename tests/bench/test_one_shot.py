@@ -1,6 +1,7 @@
 """bench.one_shot: what it compares with is what it says, and a run goes on where it stopped."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 
@@ -39,6 +40,13 @@ def test_choosing_all_keys_is_the_dense_model_and_fewer_are_what_is_left(setting
 
 def test_macs_are_counted_as_vtp_counts_them(setting):
     small = vtp.compact(setting.model, vtp.make_plan(vtp.insert_gates(setting.model), rate=0.3))
+    assert one_shot.counted_macs(small) == vtp.count(small).macs
+
+
+def test_macs_of_a_cut_with_a_branch_that_became_a_constant_are_counted(setting):
+    plan = vtp.make_plan(vtp.insert_gates(setting.model), rate=0.3)
+    plan = dataclasses.replace(plan, kept=dict(plan.kept) | {"blocks.1.attn.proj": ()})
+    small = vtp.compact(setting.model, plan)
     assert one_shot.counted_macs(small) == vtp.count(small).macs
 
 
@@ -106,7 +114,8 @@ def test_mean_shift_leaves_the_dense_output_where_what_is_removed_is_constant(se
             block.mlp.fc1.weight[gone] = 0
             gone = [192 + j for j in range(96) if j not in plan.kept[f"blocks.{i}.attn.proj"]]
             block.attn.qkv.weight[gone] = 0
-    small = vtp.compact(one_shot.with_mean_shift(flat, plan, images), plan)
+    moments = one_shot.input_moments(flat, plan.kept, images)
+    small = vtp.compact(one_shot.with_mean_shift(flat, plan, moments), plan)
     torch.testing.assert_close(small(images), flat(images), rtol=1e-4, atol=1e-4)
     assert (vtp.compact(flat, plan)(images) - flat(images)).abs().max() > 1e-2
 
