@@ -39,6 +39,7 @@ def test_choosing_all_keys_is_the_dense_model_and_fewer_are_what_is_left(setting
 
 
 def test_macs_are_counted_as_vtp_counts_them(setting):
+    assert one_shot.counted_macs(setting.model) == vtp.count(setting.model).macs  # with the fused attention
     small = vtp.compact(setting.model, vtp.make_plan(vtp.insert_gates(setting.model), rate=0.3))
     assert one_shot.counted_macs(small) == vtp.count(small).macs
 
