@@ -10,22 +10,24 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
-
-from vtp.comparison.runtimes import DTYPES
+from vtp.choices import (
+    CALIBRATION_IMAGES,
+    EMBEDDED,
+    EXPORTED_DTYPES,
+    FASHION_DEIT,
+    NEIGHBOURS,
+    OPSET,
+    OPSETS,
+    SCOPES,
+    SCORES,
+    TARGETS,
+    TIMED_DTYPES,
+)
 from vtp.options import positive, thread_count
-from vtp.pipeline import RunConfig
-from vtp.pruning.one_shot import IMAGES
-from vtp.pruning.scores import SCOPES, SCORES
 from vtp.recipes import RECIPES, STAGES, Recipe, short_recipe_for
-from vtp.runtime.export import TARGETS
-from vtp.runtime.export.onnx import OPSET, OPSETS
 from vtp.training.config import TrainConfig
-from vtp.training.data import EMBEDDED
-from vtp.training.frozen import NEIGHBOURS
-from vtp.zoo import FASHION_DEIT
 
 # Of TrainConfig, with options of their own that are for all stages.
 _COMMON_SETTINGS = (
@@ -44,7 +46,7 @@ _CLASS_MAP_HELP = (
     "text file with one class name a line, in the order of the labels (default: that of the model's classes, "
     "or of the folders' names as text)"
 )
-_IMAGES_HELP = f"training images that calibration and refit take (default {IMAGES})"
+_IMAGES_HELP = f"training images that calibration and refit take (default {CALIBRATION_IMAGES})"
 _MEMORY_HELP = "what their tokens may take; the rest lies in a temporary file (default: no limit)"
 _MODEL_HELP = (
     f"{FASHION_DEIT!r} (default); a timm model name, also as timm/NAME, hf-hub:OWNER/NAME or "
@@ -61,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vtp", description="Prune a vision transformer, and actually run it faster."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_train(commands)
@@ -72,6 +75,19 @@ def make_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_inspect(commands)
     return parser
+
+
+class _Version(argparse.Action):
+    """Say the version, which to look up takes longer than the parser does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"vtp {version('vtp')}")
+        except PackageNotFoundError:
+            print("vtp, from a source tree that is not installed")
+        parser.exit()
 
 
 def _command(commands: Any, name: str, help: str, example: str) -> argparse.ArgumentParser:
@@ -102,10 +118,10 @@ def _add_run(commands: Any) -> None:
         help="calibrate and refit in closed form instead of sparse training, then a short recovery",
     )  # fmt: skip
     parser.add_argument(
-        "--refit", action=argparse.BooleanOptionalAction, default=RunConfig.refit,
+        "--refit", action=argparse.BooleanOptionalAction, default=True,
         help="refit the sparse-trained model in closed form after the cut, before fine-tuning",
     )  # fmt: skip
-    parser.add_argument("--images", type=positive(int), default=IMAGES, help=_IMAGES_HELP)
+    parser.add_argument("--images", type=positive(int), default=CALIBRATION_IMAGES, help=_IMAGES_HELP)
     parser.add_argument("--memory", type=positive(float), metavar="GB", help=_MEMORY_HELP)
 
 
@@ -205,12 +221,12 @@ def _add_bench(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("model", help="a file with a compact model; to profile, any file or model name")
     parser.add_argument("--batch", type=positive(int), default=1, help="images in a call (default 1)")
-    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["float32"], help="default float32")
+    parser.add_argument(
+        "--dtypes", choices=TIMED_DTYPES, nargs="+", default=["float32"], help="default float32"
+    )
     parser.add_argument("--rounds", type=positive(int), default=30, help="at most (default 30)")
     parser.add_argument("--seconds", type=positive(float), default=60.0, help="budget of them (default 60)")
-    parser.add_argument(
-        "--threads", type=thread_count, default=torch.get_num_threads(), help="CPU threads (default: all)"
-    )
+    parser.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes")
     parser.add_argument("--json", help="also write all times to this file")
     parser.add_argument(
@@ -228,7 +244,7 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("--to", choices=TARGETS, required=True, help="the format")
     parser.add_argument("--out", help="file to write (default: FILE with the suffix of the format)")
     parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
+        "--dtype", choices=EXPORTED_DTYPES, default="float32",
         help="that it computes in; OpenVINO: that it stores weights in (default float32)",
     )  # fmt: skip
     parser.add_argument("--opset", type=int, help=f"of ONNX, {OPSETS[0]} to {OPSETS[-1]} (default {OPSET})")
@@ -240,9 +256,7 @@ def _add_export(commands: Any) -> None:
         "--batch", type=positive(int), default=1, help="images in a call that is timed (default 1)"
     )
     parser.add_argument("--seconds", type=positive(float), default=8.0, help="of timing (default 8)")
-    parser.add_argument(
-        "--threads", type=thread_count, default=torch.get_num_threads(), help="CPU threads (default: all)"
-    )
+    parser.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
 
 
 def _add_inspect(commands: Any) -> None:

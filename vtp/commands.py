@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from vtp import checkpoint
 from vtp.arguments import WITH_CALIBRATION, budget_of, recipe_of
+from vtp.choices import CALIBRATION_IMAGES
 from vtp.comparison import exported, own_model
 from vtp.comparison.comparison import Budget
 from vtp.comparison.runtimes import DTYPES
@@ -54,7 +55,7 @@ from vtp.pruning.compact import CompactModel, compact
 from vtp.pruning.expand import expand
 from vtp.pruning.gates import insert_gates, sites
 from vtp.pruning.latency_table import make_cache_folder, store_table
-from vtp.pruning.one_shot import IMAGES, check_budget, check_images, tokens_size
+from vtp.pruning.one_shot import check_budget, check_images, tokens_size
 from vtp.pruning.plan import PruningPlan
 from vtp.pruning.selection import make_plan
 from vtp.recipes import Recipe
@@ -239,7 +240,7 @@ def _prune_calibrated(options: argparse.Namespace) -> None:
 
     Several processes share the images, of the evaluation too; the first chooses, says and writes.
     """
-    check_images(options.images or IMAGES)
+    check_images(options.images or CALIBRATION_IMAGES)
     process, group = _joined(), world()
     files = filter(None, (options.out, options.plan, options.statistics))
     first_makes(group, lambda: [refuse_unwritable(file) for file in files])
@@ -249,8 +250,8 @@ def _prune_calibrated(options: argparse.Namespace) -> None:
     data, budget = _calibration_data(options, model), budget_of(options, calibrated=True)
     first_makes(group, lambda: check_budget(model, budget, calibrated=True, refitted=True))
     loader = calibration_images(
-        model, data, options.images or IMAGES, seed=options.seed or 0, workers=options.workers or 0,
-        group=group,
+        model, data, options.images or CALIBRATION_IMAGES, seed=options.seed or 0,
+        workers=options.workers or 0, group=group,
     )  # fmt: skip
     model = model.to(_device(process)).eval()
     statistics = _statistics(options, model, data, loader)
@@ -291,7 +292,7 @@ def _statistics(options: argparse.Namespace, model: nn.Module, data: Data, loade
     found = first_makes(group, lambda: _known_statistics(options, model))
     if found is not None:
         _console.print(f"statistics of {counted(found.images, 'image')} from {file}")
-    images = calibration_count(data, options.images or IMAGES)
+    images = calibration_count(data, options.images or CALIBRATION_IMAGES)
     _console.print(tokens_size(describe(model), images, options.memory))
     if found is not None:
         return found
@@ -401,7 +402,8 @@ def _bench(options: argparse.Namespace) -> None:
             refuse_unwritable(options.json)
         except FileError as error:
             raise ValueError(f"--json: {error}") from error
-    torch.set_num_threads(options.threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     if options.profile_widths:
         _profile_widths(options)
         return
@@ -483,7 +485,8 @@ def _export(options: argparse.Namespace) -> None:
     default = named.with_suffix("") if named.is_file() else _bare_name(options.file)
     out = Path(options.out or f"{default}{target.suffix}")
     refuse_unwritable(out)
-    torch.set_num_threads(options.threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     model = open_model(options.file).float().eval()
     if _is_gated(model):
         raise FileError(f"file: {options.file} has gates; cut it first, with `vtp prune`")

@@ -33,6 +33,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vtp.checkpoint import load, save
+from vtp.choices import CALIBRATION_IMAGES, EMBEDDED, FASHION_DEIT
 from vtp.files import fingerprint, write_atomic
 from vtp.group import Group, first_makes, is_first, take_from_first, world
 from vtp.hub import save_pretrained
@@ -52,7 +53,7 @@ from vtp.model.images import (
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactModel, compact
 from vtp.pruning.gates import insert_gates
-from vtp.pruning.one_shot import IMAGES, check_budget, check_images, tokens_size
+from vtp.pruning.one_shot import check_budget, check_images, tokens_size
 from vtp.pruning.plan import PlanError
 from vtp.pruning.selection import make_plan, pareto
 from vtp.recipes import STAGES, Recipe
@@ -63,7 +64,6 @@ from vtp.timing import interleaved_latency
 from vtp.training.classes import in_short
 from vtp.training.config import TrainConfig
 from vtp.training.data import (
-    EMBEDDED,
     Data,
     DataError,
     check_data,
@@ -80,7 +80,7 @@ from vtp.training.ranks import accelerator
 from vtp.training.sharding import wants_sharding
 from vtp.training.transforms import Augment
 from vtp.words import counted
-from vtp.zoo import FASHION_DEIT, open_model, open_teacher
+from vtp.zoo import open_model, open_teacher
 
 RESLICE_RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 PARETO_POINTS = 15
@@ -119,7 +119,7 @@ class RunConfig:
     latency_batch: int = 64
     one_shot: bool = False
     refit: bool = True
-    images: int = IMAGES
+    images: int = CALIBRATION_IMAGES
     checkpoint: str | None = None
     teacher: str | None = None
     teacher_checkpoint: str | None = None

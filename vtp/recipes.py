@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 
 from vtp.training.config import TrainConfig
-from vtp.training.data import is_small_grey
 
 STAGES = ("dense", "sparse", "finetune")
 
@@ -87,4 +86,6 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 def short_recipe_for(data: str) -> str:
     """The recipe behind a one-shot cut for data as `open_data` takes it."""
+    from vtp.training.data import is_small_grey  # for which PyTorch is imported; names of recipes need none
+
     return "short" if is_small_grey(data) else "short-deit"

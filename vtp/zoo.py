@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vtp.checkpoint import load
+from vtp.choices import FASHION_DEIT
 from vtp.files import FileError
 from vtp.hugging_face import PREFIX
 from vtp.hugging_face_checkpoints import open_transformers, without_weights
@@ -17,8 +18,6 @@ from vtp.model.architecture import Architecture, describe
 from vtp.model.images import new_head, set_image_config, set_imagenet_names
 from vtp.pruning.compact import CompactModel
 from vtp.weights import load_weights, model_arguments, read_weights
-
-FASHION_DEIT = "fashion-deit"
 
 
 def fashion_deit_architecture() -> Architecture:

@@ -20,6 +20,7 @@ import torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
+from vtp.choices import EMBEDDED
 from vtp.model.images import for_channels
 from vtp.training.classes import (
     difference,
@@ -46,7 +47,6 @@ from vtp.training.sources import (
 )
 from vtp.words import counted
 
-EMBEDDED = "fashion-mnist-10k"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "datasets" / EMBEDDED
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",

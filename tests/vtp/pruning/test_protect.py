@@ -10,8 +10,8 @@ import torch
 import vtp
 from tests.support.models import TINY, build, gated, image
 from tests.vtp.pruning.test_latency_table import made_up
+from vtp.choices import SCOPES
 from vtp.pruning.plan import PlanError, PruningPlan
-from vtp.pruning.scores import SCOPES
 
 DEEP = dataclasses.replace(TINY, depth=3)
 PARTS = {

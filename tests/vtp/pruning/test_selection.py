@@ -11,7 +11,7 @@ import torch
 
 import vtp
 from tests.support.models import TINY, build, gated, prepared
-from vtp.pruning.scores import SCOPES
+from vtp.choices import SCOPES
 from vtp.zoo import fashion_deit_architecture
 
 DEIT_TINY = dataclasses.replace(
