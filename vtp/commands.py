@@ -391,7 +391,7 @@ def _predict(options: argparse.Namespace) -> None:
     if len(unread) == 1:
         raise DataError(unread[0])
     if unread:
-        of = f"{len(unread)} of {len(options.images)} images cannot be read"
+        of = f"{len(unread)} of {counted(len(options.images), 'image')} cannot be read"
         raise DataError("\n  ".join([f"{of}:", *unread]))
 
 
@@ -463,8 +463,8 @@ def _profile_widths(options: argparse.Namespace) -> None:
     file = store_table(table)
     dense = make_plan(insert_gates(architecture.build("cpu", weight_init="skip")), rate=0.0)
     _console.print(
-        f"{table.rounds} rounds on {table.engine}: the dense model takes {table.predict(dense):.2f} ms for a "
-        f"batch of {options.batch}\n"
+        f"{counted(table.rounds, 'round')} on {table.engine}: the dense model takes "
+        f"{table.predict(dense):.2f} ms for a batch of {options.batch}\n"
         f"wrote {file}; make_plan(gated, latency_ms=...) and `vtp prune --latency-ms` use it"
     )
 
@@ -637,11 +637,11 @@ def _training_summary(path: Path, state: dict[str, Any]) -> str:
     try:
         identity, position = state["identity"], state["position"]
         done, epochs = position["epoch"], identity["config.epochs"]
-        place = f"{done} of {epochs} epochs done, finished"
+        place = f"{done} of {counted(epochs, 'epoch')} done, finished"
         if done < epochs:
             place = (
-                f"{done} of {epochs} epochs done, next step {position['step'] + 1} of {identity['steps']}; "
-                "continue with --resume"
+                f"{done} of {counted(epochs, 'epoch')} done, next step {position['step'] + 1} of "
+                f"{identity['steps']}; continue with --resume"
             )
         return f"training state of stage {identity['stage']}: {place}\n{json.dumps(identity, indent=1)}"
     except (KeyError, TypeError) as error:

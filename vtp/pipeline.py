@@ -532,7 +532,7 @@ def _for_the_card(results: dict[str, Any], data: Data) -> dict[str, str]:
         "milliseconds": (
             f"{ms['compact, optimized']} by vtp.optimize, {ms['compact after']} by PyTorch, which takes "
             f"{ms['dense']} for the dense model; batch {about['latency_batch']}, {about['device']}, "
-            f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, {about['date']}"
+            f"{about['cpu']}, {counted(about['threads'], 'thread')}, torch {about['torch']}, {about['date']}"
         ),
     }
 

@@ -12,6 +12,7 @@ from vtp.model.cost import block_cost, surroundings_cost
 from vtp.model.widths import BlockWidths
 from vtp.pruning.latency_table import LatencyTable, LatencyTableError, cached_table, how_to_make_one
 from vtp.pruning.plan import PlanError
+from vtp.words import counted
 
 
 def one_budget(**budgets: float | None) -> dict[str, float]:
@@ -68,7 +69,7 @@ def limit_of(
     if name == "rate":
         full = widths_array(architecture).sum()
         most = full - _removed_at_least(value, full)
-        return Limit(name, value, most, 0, _dimensions, keys, lambda n: f"{n:,.0f} dimensions")
+        return Limit(name, value, most, 0, _dimensions, keys, lambda n: counted(round(n), "dimension"))
     if name != "latency_ms":
 
         def size(widths: BlockWidths) -> int:

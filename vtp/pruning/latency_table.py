@@ -32,6 +32,7 @@ from vtp.model.architecture import Architecture
 from vtp.model.widths import BlockWidths
 from vtp.pruning.compact import CompactModel
 from vtp.pruning.plan import FrozenDict, PruningPlan
+from vtp.words import counted
 from vtp_kernels.library import cpp_unsupported_reason
 
 TABLE_VERSION = 2  # 1 had no key widths: what narrow keys save cannot be told from it, so it is refused
@@ -72,7 +73,7 @@ class Grid:
                 raise LatencyTableError(f"axes: got {axis}, expected ascending widths of at least 1")
         if len(self.ms) != math.prod(map(len, self.axes)):
             raise LatencyTableError(
-                f"ms: got {len(self.ms)} times, expected {math.prod(map(len, self.axes))}"
+                f"ms: got {counted(len(self.ms), 'time')}, expected {math.prod(map(len, self.axes))}"
             )
         if not all(isinstance(ms, float) and 0 <= ms < _MOST_MS for ms in self.ms):
             raise LatencyTableError(f"ms: expected times from 0 to {_MOST_MS:g}")

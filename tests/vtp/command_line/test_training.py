@@ -71,7 +71,7 @@ def test_inspect_shows_a_training_checkpoint(trained, capsys):
     capsys.readouterr()
     assert run("inspect", trained / "sparse" / "checkpoints" / "sparse.safetensors") == 0
     out = capsys.readouterr().out
-    assert "training state of stage sparse: 1 of 1 epochs done, finished" in out
+    assert "training state of stage sparse: 1 of 1 epoch done, finished" in out
     identity = json.loads(out[out.index("{") :])
     assert identity["config.seed"] == 3
     assert identity["effective_batch"] == 4  # in two passes
