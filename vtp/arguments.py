@@ -143,9 +143,10 @@ def _add_prune(commands: Any) -> None:
         "vtp prune deit_base_patch16_224 --calibrate /data/imagenet --macs 10e9 --out small.safetensors",
     )  # fmt: skip
     parser.add_argument(
-        "file",
-        help="a gated model, such as sparse.safetensors of a run; with --calibrate dense and compact ones "
-        f"too: {FASHION_DEIT!r}, a timm model name, hf:OWNER/NAME or hf:FOLDER, or a file of ours",
+        "model",
+        metavar="MODEL",
+        help="a file with a gated model, such as sparse.safetensors of a run; with --calibrate also one with "
+        f"a dense or compact model, {FASHION_DEIT!r}, a timm model name, hf:OWNER/NAME or hf:FOLDER",
     )
     parser.add_argument("--out", required=True, help="file for the compact model")
     parser.add_argument("--plan", help="also write the plan as JSON to this file")
@@ -177,7 +178,9 @@ def _add_finetune(commands: Any) -> None:
         commands, "finetune", "fine-tune a compact model",
         "vtp finetune small.safetensors --teacher runs/demo/dense.safetensors --out runs/small",
     )  # fmt: skip
-    parser.add_argument("file", help="a compact model")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a file with a compact model, as `vtp prune` writes it"
+    )
     parser.add_argument("--new-head", action="store_true", help="a new head for the data's classes")
     _data_options(parser)
     _training_options(parser)
@@ -210,8 +213,8 @@ def _add_predict(commands: Any) -> None:
         commands, "predict", "the most probable classes of images",
         "vtp predict runs/demo/compact.safetensors cat.jpg dog.webp",
     )  # fmt: skip
-    parser.add_argument("file", help=f"{FASHION_DEIT!r}, a timm model name, hf:NAME, or a file of ours")
-    parser.add_argument("images", nargs="+", help="image files")
+    _model_argument(parser)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
 
 
 def _add_bench(commands: Any) -> None:
@@ -219,7 +222,11 @@ def _add_bench(commands: Any) -> None:
         commands, "bench", "time a compact model by every runtime, and say whether pruning paid",
         "vtp bench runs/demo/compact.safetensors --batch 8",
     )  # fmt: skip
-    parser.add_argument("model", help="a file with a compact model; to profile, any file or model name")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a file with a compact model; with --profile-widths a file with any model, or a name",
+    )
     parser.add_argument("--batch", type=positive(int), default=1, help="images in a call (default 1)")
     parser.add_argument(
         "--dtypes", choices=TIMED_DTYPES, nargs="+", default=["float32"], help="default float32"
@@ -240,9 +247,9 @@ def _add_export(commands: Any) -> None:
         commands, "export", "write a model for another runtime, checked by that runtime",
         "vtp export runs/demo/compact.safetensors --to onnx --out small.onnx",
     )  # fmt: skip
-    parser.add_argument("file", help=f"a file of ours, {FASHION_DEIT!r}, a timm model name or hf:NAME")
+    _model_argument(parser)
     parser.add_argument("--to", choices=TARGETS, required=True, help="the format")
-    parser.add_argument("--out", help="file to write (default: FILE with the suffix of the format)")
+    parser.add_argument("--out", help="file to write (default: MODEL with the suffix of the format)")
     parser.add_argument(
         "--dtype", choices=EXPORTED_DTYPES, default="float32",
         help="that it computes in; OpenVINO: that it stores weights in (default float32)",
@@ -266,9 +273,19 @@ def _add_inspect(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "file",
-        help="a model, a training checkpoint or a plan.json; or a timm model name, hf-hub:OWNER/NAME, "
-        "local-dir:FOLDER or hf:NAME, of which no weights are read",
+        metavar="FILE",
+        help="a model, a checkpoint of training, a plan.json, statistics of a calibration or a table of "
+        f"latencies; or the name of a model, of which no weights are read: {FASHION_DEIT!r}, a timm model "
+        "name, hf-hub:OWNER/NAME, local-dir:FOLDER or hf:NAME",
     )
+
+
+def _model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL",
+        help=f"a file of ours, {FASHION_DEIT!r}, a timm model name, hf-hub:OWNER/NAME, local-dir:FOLDER or "
+        "hf:NAME",
+    )  # fmt: skip
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -435,6 +452,10 @@ _SETTING = re.compile(r"(?:(?P<of>\w+)\.)?(?P<name>\w+)(?=: )")
 _TYPED_SETTING = re.compile(rf"(?:--set=)?(?P<stage>{'|'.join(STAGES)})\.(?P<name>\w+)=(?P<value>.*)")
 _GOT = re.compile(r": got (?P<value>[^,\s]+)")
 _OTHER_NAMES = {"protect": "--keep", "k": "--knn"}
+_MODEL_ARGUMENTS = {  # of commands that take a model without an option
+    **dict.fromkeys(("prune", "finetune", "predict", "bench", "export"), "MODEL"),
+    "inspect": "FILE",
+}
 
 
 def as_typed(text: str, arguments: Sequence[str]) -> str:
@@ -455,6 +476,8 @@ def as_typed(text: str, arguments: Sequence[str]) -> str:
             meant = got is None or _are_equal(setting["value"], got["value"])
         if setting["name"] == name and meant:
             return f"--set {setting['stage']}.{name}{rest}"
+    if name == "model" and (argument := _MODEL_ARGUMENTS.get(next(iter(arguments), ""))):
+        return argument + rest
     option = _OTHER_NAMES.get(name, f"--{name.replace('_', '-')}")
     typed = {each.partition("=")[0] for each in arguments if each.startswith("--")}
     # Or a beginning of it, which the parser takes where no other option begins so.

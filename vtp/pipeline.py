@@ -37,6 +37,7 @@ from vtp.choices import CALIBRATION_IMAGES, EMBEDDED, FASHION_DEIT
 from vtp.files import fingerprint, write_atomic
 from vtp.group import Group, first_makes, is_first, take_from_first, world
 from vtp.hub import save_pretrained
+from vtp.kinds import DENSE, GATED, kind_of, other_kind
 from vtp.machine import environment
 from vtp.model.architecture import describe
 from vtp.model.cost import count
@@ -347,6 +348,10 @@ def _size(data: Data) -> str:
 
 def _open(config: RunConfig) -> tuple[nn.Module, Data, nn.Module | None]:
     """Model, data and teacher, which fit each other."""
+    if kind_of(config.model) == GATED:
+        raise ValueError(
+            f"model: {other_kind(config.model, DENSE)}; a run that was interrupted continues with --resume"
+        )
     data = open_data(config.data, root=config.data_root, class_map=config.class_map)
     seed = config.recipe.dense.seed
     classes = classes_of(data) if config.new_head else None

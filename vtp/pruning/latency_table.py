@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from vtp.files import FileError, cache_folder, refuse_unwritable, write_atomic
+from vtp.kinds import LATENCY_TABLE, refuse_other_kinds
 from vtp.machine import environment, vector_flags
 from vtp.model.architecture import Architecture
 from vtp.model.widths import BlockWidths
@@ -250,10 +251,13 @@ class LatencyTable:
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except OSError as error:
+            refuse_other_kinds(path, LATENCY_TABLE)
             raise FileError(f"path: cannot read {path}: {error.strerror}") from error
         except LatencyTableError as error:
+            refuse_other_kinds(path, LATENCY_TABLE)
             raise FileError(f"path: {path}: {error}") from error
         except (ValueError, RecursionError) as error:
+            refuse_other_kinds(path, LATENCY_TABLE)
             raise FileError(f"path: {path} is not JSON, or it is cut off ({error})") from error
 
 

@@ -21,6 +21,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_datase
 from torch.utils.data import Dataset, IterableDataset
 
 from vtp.choices import EMBEDDED
+from vtp.kinds import kind_of
 from vtp.model.images import for_channels
 from vtp.training.classes import (
     difference,
@@ -198,7 +199,9 @@ def open_data(
     elif spec.partition("/")[0].lower() in TIMM_PREFIXES and "/" in spec:
         data = _open_timm(spec, root, train)
     else:
-        raise DataError(f"data: {spec!r} is neither a folder that exists nor a known name; expected {KNOWN}")
+        kind = kind_of(spec)
+        found = "neither a folder that exists nor a known name" if kind is None else kind.name
+        raise DataError(f"data: {spec!r} is {found}; expected {KNOWN}")
     return data if names is None else _in_order_of(data, names)
 
 

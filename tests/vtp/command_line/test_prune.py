@@ -71,7 +71,11 @@ def test_prune_refuses_what_cannot_be_and_writes_nothing(files, tmp_path, refuse
 
 @pytest.mark.parametrize("name", ["dense", "compact"])
 def test_prune_refuses_a_model_without_gates(files, tmp_path, refused, name):
-    refused("has no gates", "prune", files / f"{name}.safetensors", "--out", tmp_path / "small.safetensors")
+    file = files / f"{name}.safetensors"
+    refused(
+        rf"MODEL: {file} is a {name} model, expected a gated model; .*`vtp prune {file} --calibrate DATA` ",
+        *("prune", file, "--out", tmp_path / "small.safetensors"),
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -236,7 +240,13 @@ def test_a_checkpoint_of_ones_own_is_evaluated_and_cut(files, tmp_path, refused,
     small = vtp.load(out)
     assert (small.num_classes, vtp.count(small).macs <= 0.8 * vtp.count(model).macs) == (2, True)
     capsys.readouterr()
-    refused(f"give the name of its timm model, and --checkpoint {file}", "eval", "--model", file, *known)
+    refused(
+        f"give the name of the timm model that they are of as the model, and --checkpoint {file}",
+        "eval",
+        "--model",
+        file,
+        *known,
+    )
     refused("no weights 'nonsense'", "eval", "--model", f"{name}.nonsense", *known)
     refused("expected the name of its timm model alone", "eval", "--checkpoint", file, *known)
 

@@ -188,8 +188,8 @@ def test_run_refuses_what_cannot_be_before_it_makes_the_run_folder(tmp_path, ref
 
 def test_train_and_finetune_refuse_the_wrong_kind_of_model(files, tmp_path, refused):
     data = ["--data", files / "images", "--out", tmp_path / "run"]
-    refused("no compact model", "finetune", files / "dense.safetensors", *data)
-    refused("no compact model", "finetune", files / "gated.safetensors", *data)
+    refused("is a dense model, expected a compact model", "finetune", files / "dense.safetensors", *data)
+    refused("is a gated model, expected a compact model", "finetune", files / "gated.safetensors", *data)
     refused("no file", "finetune", tmp_path / "none.safetensors", *data)
     assert list(tmp_path.iterdir()) == []
 
@@ -249,12 +249,20 @@ def test_a_teacher_may_have_weights_of_ones_own(files, tmp_path, refused):
     command = ["finetune", files / "compact.safetensors", "--data", files / "images", *QUICK]
     command += ["--out", tmp_path / "run", "--teacher-checkpoint"]
     refused("--teacher-checkpoint: without effect without --teacher", *command, tmp_path / "deit.pth")
-    for name, reason in (("pickle", "Error"), ("other", "Missing key"), ("none", "no file")):
-        message = (
-            f"teacher: timm cannot open regnety_002 with the weights in {tmp_path}/{name}.pth .*{reason}"
-        )
+    for name, reason in (
+        ("pickle", "{file} holds objects of Python"),
+        ("other", "the weights in {file} are not those of regnety_002 .*Missing key"),
+        ("none", "no file {file}"),
+    ):
+        message = f"--teacher-checkpoint: {reason.format(file=tmp_path / f'{name}.pth')}"
         refused(message, *command, tmp_path / f"{name}.pth", "--teacher", "regnety_002")
-    refused("expected a timm name", *command, tmp_path / "deit.pth", "--teacher", files / "dense.safetensors")
+    refused(
+        "--teacher-checkpoint: .* expected it with a timm name",
+        *command,
+        tmp_path / "deit.pth",
+        "--teacher",
+        files / "dense.safetensors",
+    )
     assert not (tmp_path / "run").exists()
 
 
