@@ -5,10 +5,12 @@ arguments of `make_plan`, of several that belong together; `as_typed` names the 
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -26,7 +28,7 @@ from vtp.choices import (
     TIMED_DTYPES,
 )
 from vtp.options import positive, thread_count
-from vtp.recipes import RECIPES, STAGES, Recipe, short_recipe_for
+from vtp.recipes import RECIPES, STAGES, Recipe, short_recipe_for, stages_of_run
 from vtp.training.config import TrainConfig
 
 # Of TrainConfig, with options of their own that are for all stages.
@@ -397,18 +399,56 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
-    """The recipe with the common options and every --set applied to it."""
+    """The recipe with the common options and every --set applied to it.
+
+    Raises:
+        ValueError: a setting is out of range, of a stage that the command does not train, or asks for a
+            distillation without a teacher.
+    """
     usual = short_recipe_for(options.data) if getattr(options, "one_shot", False) else "small"
     recipe = RECIPES[options.recipe or usual]()
     if options.augment is not None:
         recipe = dataclasses.replace(recipe, augment=options.augment, finetune_augment=None)
     common = {name: getattr(options, name) for name in _COMMON_SETTINGS if getattr(options, name) is not None}
     changes: dict[str, dict[str, Any]] = {stage: dict(common) for stage in STAGES}
+    trained = _stages_of(options)
     for setting in options.set:
         stage, field, value = _parse_setting(setting)
+        if stage not in trained and options.command == "run":
+            raise ValueError(_other_stage(setting, stage, trained))
+        if stage not in trained:  # so that one list of settings does for several commands
+            warnings.warn(f"--set {setting}: without effect on the stage {trained[0]}", stacklevel=2)
+        if field == "distill_alpha" and value and options.command != "run" and options.teacher is None:
+            raise ValueError(f"{stage}.distill_alpha: got {value}, expected --teacher MODEL with it")
         changes[stage][field] = value
-    stages = {stage: dataclasses.replace(getattr(recipe, stage), **changes[stage]) for stage in STAGES}
+    stages = {stage: _changed(getattr(recipe, stage), stage, changes[stage]) for stage in STAGES}
     return dataclasses.replace(recipe, **stages)
+
+
+def _stages_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """The stages that a command trains."""
+    if options.command == "run":
+        return stages_of_run(new_weights=options.from_scratch or options.new_head, one_shot=options.one_shot)
+    return (options.stage,) if options.command == "train" else ("finetune",)
+
+
+def _other_stage(setting: str, stage: str, trained: Sequence[str]) -> str:
+    """What to say of a setting of a stage that a run does not train."""
+    how = (
+        "--from-scratch or --new-head adds dense"
+        if stage == "dense"
+        else "without --one-shot there is sparse"
+    )
+    return (
+        f"--set: got {setting!r}, expected a setting of {' or '.join(trained)}, the stages of this run; {how}"
+    )
+
+
+def _changed(settings: TrainConfig, stage: str, changes: dict[str, Any]) -> TrainConfig:
+    try:
+        return dataclasses.replace(settings, **changes)
+    except ValueError as error:  # one setting may be wrong because of another one of its stage
+        raise ValueError(f"{stage}.{str(error).removeprefix('TrainConfig.')}") from error
 
 
 def _parse_setting(setting: str) -> tuple[str, str, Any]:
@@ -421,10 +461,15 @@ def _parse_setting(setting: str) -> tuple[str, str, Any]:
             f"--set: got {setting!r}, expected STAGE.FIELD=VALUE with a stage of {', '.join(STAGES)} and a "
             f"field of {', '.join(fields)}"
         )
-    try:
-        return stage, field, json.loads(text)
-    except ValueError:
-        return stage, field, text  # a word, such as bf16
+    return stage, field, _value(text)
+
+
+def _value(text: str) -> Any:
+    """Of a setting: JSON, also as Python writes it; else a word, such as bf16."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(text)
+    return text
 
 
 def budget_of(options: argparse.Namespace, *, calibrated: bool = False) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import functools
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +238,7 @@ def _prune_gated(options: argparse.Namespace) -> None:
     if options.plan is not None:
         plan.save(options.plan)
     _console.print(f"{plan}\nwrote {options.out}")
-    for each in told:  # behind the table, which is long
-        warnings.showwarning(each.message, each.category, each.filename, each.lineno)
+    _warn_again(told)
 
 
 def _prune_calibrated(options: argparse.Namespace) -> None:
@@ -254,14 +253,17 @@ def _prune_calibrated(options: argparse.Namespace) -> None:
     if isinstance(model, CompactModel):
         model = _expanded(model, options.model)
     data, budget = _calibration_data(options, model), budget_of(options, calibrated=True)
-    first_makes(group, lambda: check_budget(model, budget, calibrated=True, refitted=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the plan itself warns of the same
+        first_makes(group, lambda: check_budget(model, budget, calibrated=True, refitted=True))
     loader = calibration_images(
         model, data, options.images or CALIBRATION_IMAGES, seed=options.seed or 0,
         workers=options.workers or 0, group=group,
     )  # fmt: skip
     model = model.to(_device(process)).eval()
     statistics = _statistics(options, model, data, loader)
-    plan = first_makes(group, lambda: make_plan(model, statistics=statistics, **budget))
+    with warnings.catch_warnings(record=True) as told:
+        plan = first_makes(group, lambda: make_plan(model, statistics=statistics, **budget))
     with share_bar(_console, "refit") as bar:
         small = compact(model, plan, images=loader, memory_gb=options.memory, progress=bar, group=group)
     notes: dict[str, Any] = {"data": Path(data.name).name}
@@ -277,6 +279,7 @@ def _prune_calibrated(options: argparse.Namespace) -> None:
     if options.plan is not None:
         plan.save(options.plan)
     _console.print(f"{plan}\n{accuracy}wrote {options.out}")
+    _warn_again(told)
 
 
 def _calibration_data(options: argparse.Namespace, model: nn.Module) -> Data:
@@ -653,6 +656,12 @@ def _load(name: str, kind: Kind) -> nn.Module:
         return checkpoint.load(name)
     except FileError as error:
         raise FileError(f"model: {str(error).removeprefix('path: ')}") from error
+
+
+def _warn_again(told: Sequence[warnings.WarningMessage]) -> None:
+    """Warn of what was recorded while a plan was made, behind the plan's table, which is long."""
+    for each in told:
+        warnings.showwarning(each.message, each.category, each.filename, each.lineno)
 
 
 def _refuse_unwritable(options: argparse.Namespace, *names: str) -> None:

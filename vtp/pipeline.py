@@ -57,7 +57,7 @@ from vtp.pruning.gates import insert_gates
 from vtp.pruning.one_shot import check_budget, check_images, tokens_size
 from vtp.pruning.plan import PlanError
 from vtp.pruning.selection import make_plan, pareto
-from vtp.recipes import STAGES, Recipe
+from vtp.recipes import STAGES, Recipe, stages_of_run
 from vtp.report import comparison_table, write_report
 from vtp.run_folder import begin_run, run_folder
 from vtp.runtime.optimize import optimize
@@ -129,12 +129,17 @@ class RunConfig:
         if self.latency_batch < 1:
             raise ValueError(f"latency_batch: got {self.latency_batch}, expected at least 1")
         check_images(self.images)
+        alpha = self.recipe.dense.distill_alpha
+        if alpha and self.teacher is None and "dense" in self.stages:
+            raise ValueError(
+                f"dense.distill_alpha: got {alpha}, expected 0 without --teacher: there is no model yet that "
+                "the stage dense could learn from"
+            )
 
     @property
     def stages(self) -> tuple[str, ...]:
         """Those that train, in order."""
-        first = ("dense",) if self.from_scratch or self.new_head else ()
-        return (*first, *(("finetune",) if self.one_shot else ("sparse", "finetune")))
+        return stages_of_run(new_weights=self.from_scratch or self.new_head, one_shot=self.one_shot)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; stages stand at the top level so that the report shows them side by side."""

@@ -6,7 +6,7 @@ import pytest
 
 import vtp
 from tests.support.command_line import run
-from vtp import commands
+from vtp import commands, pipeline
 from vtp.arguments import as_typed, make_parser, recipe_of
 
 
@@ -72,6 +72,7 @@ def test_arguments_that_do_not_parse_are_refused_by_name(misused, arguments, mes
         ("sparse.precision=int8", "precision: got 'int8'"),
         ("sparse.opt=none-such", "opt: got 'none-such'"),
         ("sparse.clip_grad=[1]", r"clip_grad: got \[1\]"),
+        ("sparse.warmup_epochs=9", "--set sparse.warmup_epochs: got 9, expected between 0 and 4 epochs"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "run"])
@@ -91,6 +92,10 @@ def test_bad_setting_is_refused_before_anything_is_opened(
         (["sparse.clip_grad=null", "sparse.ema_decay=0.99"], {"clip_grad": None, "ema_decay": 0.99}),
         (["sparse.precision=bf16"], {"precision": "bf16"}),
         (["sparse.epochs=8", "sparse.epochs=9"], {"epochs": 9}),
+        (
+            ["sparse.l1=.5", "sparse.clip_grad=None", "sparse.compile=True"],
+            {"l1": 0.5, "clip_grad": None, "compile": True},
+        ),
         (["sparse.seed=5"], {"seed": 5}),
     ],
     ids=str,
@@ -108,6 +113,55 @@ def test_settings_reach_their_stage_only_and_win_over_common_options(settings, e
         for name in expected.keys() - {"seed"}:
             assert getattr(getattr(recipe, stage), name) == getattr(getattr(default, stage), name)
         assert getattr(recipe, stage).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("run --one-shot --set dense.epochs=1", "expected a setting of finetune, .*--new-head adds dense"),
+        ("run --one-shot --set sparse.epochs=1", "setting of finetune, .*without --one-shot there is sparse"),
+        ("run --set dense.lr=1", "got 'dense.lr=1', expected a setting of sparse or finetune, "),
+    ],
+)
+def test_a_setting_of_a_stage_that_a_run_has_not_is_refused_with_those_that_it_has(refused, arguments, said):
+    refused(said, *arguments.split(), "--out", "/none/such")
+
+
+@pytest.mark.parametrize(("command", "stage"), [("train sparse", "sparse"), ("finetune a", "finetune")])
+def test_a_setting_of_another_stage_is_said_to_be_without_effect(command, stage):
+    options = make_parser().parse_args([*command.split(), "--out", "x", "--set", "dense.epochs=9"])
+    with pytest.warns(UserWarning, match=rf"^--set dense\.epochs=9: without effect on the stage {stage}$"):
+        recipe_of(options)
+
+
+def test_settings_of_every_stage_of_a_run_are_taken():
+    for arguments in ("--new-head", "--from-scratch"):
+        recipe = recipe_of(make_parser().parse_args(f"run --out x {arguments} --set dense.epochs=9".split()))
+        assert recipe.dense.epochs == 9
+
+
+def test_a_setting_that_is_wrong_because_of_the_recipes_others_names_its_stage(refused):
+    known = ["run", "--out", "/none/such", "--new-head", "--recipe", "deit", "--set", "dense.epochs=1"]
+    refused(r"error: dense.warmup_epochs: got 5\.0, expected between 0 and 1 epoch", *known)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "run --new-head --set dense.distill_alpha=0.4",
+        "run --from-scratch --one-shot --set dense.distill_alpha=0.4",
+        "train dense --set dense.distill_alpha=0.4",
+        "train sparse --set sparse.distill_alpha=0.4",
+        "finetune small.safetensors --set finetune.distill_alpha=0.4",
+    ],
+)
+def test_distillation_without_a_teacher_is_refused_before_data_are_opened(
+    refused, monkeypatch, tmp_path, arguments
+):
+    for module in (commands, pipeline):
+        monkeypatch.setattr(module, "open_data", None)
+    refused(r"--set \w+\.distill_alpha: got 0\.4, .*--teacher", *arguments.split(), "--out", tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_shot_run_takes_the_short_recipe_of_its_kind_of_data(tmp_path):

@@ -79,6 +79,13 @@ def test_prune_refuses_a_model_without_gates(files, tmp_path, refused, name):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["fashion-deit", "deit_tiny_patch16_224", "hf:facebook/dino-vits16"])
+def test_prune_of_a_name_without_images_says_what_to_add(tmp_path, refused, name):
+    refused(f"MODEL: {name} is no file, .*`vtp prune {name} --calibrate DATA` cuts it on unlabelled images",
+            "prune", name, "--macs", 5e6, "--out", tmp_path / "small.safetensors")  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_prune_refuses_folders_that_cannot_be_written(files, tmp_path, refused):
     source = files / "gated.safetensors"
     refused("cannot write into .*none: No such file", "prune", source, "--out", tmp_path / "none" / "a")
@@ -267,10 +274,14 @@ def test_prune_refuses_options_without_effect(files, tmp_path, refused):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_note_on_the_budget_stands_behind_the_plan_that_it_is_about(files, tmp_path):
+@pytest.mark.parametrize("calibrated", [[], ["--calibrate", "images", "--images", 10, "--no-eval"]])
+def test_a_note_on_the_budget_stands_behind_the_plan_that_it_is_about(
+    files, tmp_path, monkeypatch, calibrated
+):
+    monkeypatch.chdir(files)
     said, known = io.StringIO(), ["--macs", "5e9", "--out", tmp_path / "small.safetensors"]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        assert run("prune", files / "gated.safetensors", *known) == 0
+        assert run("prune", "gated.safetensors", *calibrated, *known) == 0
     *_, wrote, note = said.getvalue().splitlines()
     assert wrote.startswith("wrote ") and note.startswith("vtp: note: --macs: got 5e+09")
 

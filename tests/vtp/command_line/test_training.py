@@ -128,6 +128,12 @@ def pets_gated(pets):
 
 def test_run_refuses_a_model_that_is_cut_and_says_what_takes_it(files, tmp_path, refused):
     file = files / "compact.safetensors"
+    gated = files / "gated.safetensors"
+    message = (
+        f"--model: {gated} is a gated model, expected a dense model; `vtp prune {gated}` cuts it, "
+        f"`vtp train sparse --model {gated}` trains its gates further; .*--resume"
+    )
+    refused(message, "run", "--model", gated, "--data", files / "images", "--out", tmp_path / "run")
     message = f"--model: {file} is cut already, .*`vtp finetune {file}` .*`vtp prune {file} --calibrate DATA`"
     refused(message, "run", "--model", file, "--data", files / "images", "--out", tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -272,9 +278,9 @@ def test_what_a_stage_refuses_leaves_no_folder(files, tmp_path, capsys, refused)
     tune = ["finetune", files / "compact.safetensors", *usual]
     assert run(*tune, "--teacher", tmp_path / "ten.safetensors", "--set=finetune.distill_alpha=0.5") == 2
     assert "teacher: classes 10, expected the model's 2" in capsys.readouterr().err
-    refused("class_weight: got 1 weights, expected 2", *tune, "--set=finetune.class_weight=[1]")
+    refused("class_weight: got 1 weight, expected 2", *tune, "--set=finetune.class_weight=[1]")
     dense = ["train", "dense", "--model", files / "dense.safetensors", *usual]
-    refused("class_weight: got 1 weights, expected 2", *dense, "--set=dense.class_weight=[1]")
+    refused("class_weight: got 1 weight, expected 2", *dense, "--set=dense.class_weight=[1]")
     assert not (tmp_path / "runs").exists()
 
 
