@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -92,13 +93,20 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps names such as hf-hub:OWNER/NAME in one line, for them to be copied."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def _command(commands: Any, name: str, help: str, example: str) -> argparse.ArgumentParser:
     return commands.add_parser(
         name,
         help=help,
         description=f"{help[0].upper()}{help[1:]}.",
         epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Formatter,
     )
 
 
@@ -113,7 +121,11 @@ def _add_run(commands: Any) -> None:
     _budget_options(parser)
     _teacher_option(parser, "without it the dense baseline is the teacher")
     parser.add_argument(
-        "--latency-batch", type=int, default=64, help="images per pass when latency is compared"
+        "--latency-batch",
+        type=int,
+        default=64,
+        metavar="IMAGES",
+        help="images of a pass when latencies are compared (default 64)",
     )
     parser.add_argument(
         "--one-shot", action="store_true",
@@ -132,7 +144,9 @@ def _add_train(commands: Any) -> None:
         commands, "train", "one stage: a dense model, or sparse training of a gated one",
         "vtp train sparse --model runs/demo/dense.safetensors --set sparse.epochs=8 --out runs/sparse",
     )  # fmt: skip
-    parser.add_argument("stage", choices=("dense", "sparse"))
+    parser.add_argument(
+        "stage", choices=("dense", "sparse"), help="what is trained: a model, or a model with gates"
+    )
     _model_options(parser)
     _data_options(parser)
     _training_options(parser)
@@ -150,8 +164,8 @@ def _add_prune(commands: Any) -> None:
         help="a file with a gated model, such as sparse.safetensors of a run; with --calibrate also one with "
         f"a dense or compact model, {FASHION_DEIT!r}, a timm model name, hf:OWNER/NAME or hf:FOLDER",
     )
-    parser.add_argument("--out", required=True, help="file for the compact model")
-    parser.add_argument("--plan", help="also write the plan as JSON to this file")
+    parser.add_argument("--out", required=True, metavar="FILE", help="file for the compact model")
+    parser.add_argument("--plan", metavar="FILE", help="also write the plan as JSON to this file")
     _budget_options(parser)
     group = parser.add_argument_group("calibration, on unlabelled training images")
     group.add_argument(
@@ -197,7 +211,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--model", default=FASHION_DEIT, help=_MODEL_HELP)
     parser.add_argument("--checkpoint", metavar="FILE", help=_CHECKPOINT_HELP)
     _data_options(parser)
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images (default 0)")
     group = parser.add_argument_group(
         "frozen features, of models with and without a head", "of training images with any classes; no top-1"
     )
@@ -231,13 +245,21 @@ def _add_bench(commands: Any) -> None:
     )
     parser.add_argument("--batch", type=positive(int), default=1, help="images in a call (default 1)")
     parser.add_argument(
-        "--dtypes", choices=TIMED_DTYPES, nargs="+", default=["float32"], help="default float32"
+        "--dtypes",
+        choices=TIMED_DTYPES,
+        nargs="+",
+        default=["float32"],
+        help="what runtimes compute in (default float32)",
     )
-    parser.add_argument("--rounds", type=positive(int), default=30, help="at most (default 30)")
-    parser.add_argument("--seconds", type=positive(float), default=60.0, help="budget of them (default 60)")
-    parser.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
+    parser.add_argument(
+        "--rounds", type=positive(int), default=30, help="rounds of measurement, at most (default 30)"
+    )
+    parser.add_argument(
+        "--seconds", type=positive(float), default=60.0, help="time for all rounds (default 60)"
+    )
+    parser.add_argument("--threads", type=thread_count, help="CPU threads (default: those PyTorch takes)")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes")
-    parser.add_argument("--json", help="also write all times to this file")
+    parser.add_argument("--json", metavar="FILE", help="also write all times to this file")
     parser.add_argument(
         "--profile-widths", action="store_true",
         help="instead: measure time against width on this machine, for budgets in milliseconds",
@@ -251,21 +273,31 @@ def _add_export(commands: Any) -> None:
     )  # fmt: skip
     _model_argument(parser)
     parser.add_argument("--to", choices=TARGETS, required=True, help="the format")
-    parser.add_argument("--out", help="file to write (default: MODEL with the suffix of the format)")
+    parser.add_argument(
+        "--out", metavar="FILE", help="file to write (default: MODEL with the suffix of the format)"
+    )
     parser.add_argument(
         "--dtype", choices=EXPORTED_DTYPES, default="float32",
-        help="that it computes in; OpenVINO: that it stores weights in (default float32)",
+        help="what the file computes in; of OpenVINO, what it stores weights in (default float32)",
     )  # fmt: skip
-    parser.add_argument("--opset", type=int, help=f"of ONNX, {OPSETS[0]} to {OPSETS[-1]} (default {OPSET})")
     parser.add_argument(
-        "--data", default=EMBEDDED, help=f"to check outputs on, as for `vtp eval` (default {EMBEDDED!r})"
+        "--opset",
+        type=int,
+        help=f"version of ONNX's operators, {OPSETS[0]} to {OPSETS[-1]} (default {OPSET})",
+    )
+    parser.add_argument(
+        "--data",
+        default=EMBEDDED,
+        help=f"images to check outputs on, as `vtp eval` takes them (default {EMBEDDED!r})",
     )
     parser.add_argument("--data-root", help=_DATA_ROOT_HELP)
     parser.add_argument(
         "--batch", type=positive(int), default=1, help="images in a call that is timed (default 1)"
     )
-    parser.add_argument("--seconds", type=positive(float), default=8.0, help="of timing (default 8)")
-    parser.add_argument("--threads", type=thread_count, help="CPU threads (default: all)")
+    parser.add_argument(
+        "--seconds", type=positive(float), default=8.0, help="time for the comparison of speed (default 8)"
+    )
+    parser.add_argument("--threads", type=thread_count, help="CPU threads (default: those PyTorch takes)")
 
 
 def _add_inspect(commands: Any) -> None:
@@ -313,7 +345,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _training_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, help="run folder")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="run folder")
     parser.add_argument(
         "--resume", action="store_true", help="continue what was interrupted in the run folder"
     )
@@ -321,16 +353,26 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         "--recipe", choices=RECIPES,
         help="training settings (default small; with --one-shot short, or short-deit for image folders)",
     )  # fmt: skip
-    parser.add_argument("--augment", choices=("none", "light", "deit"), help="instead of the recipe's")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--batch-size", type=int, help="images of a pass of a process")
+    parser.add_argument(
+        "--augment", choices=("none", "light", "deit"), help="augmentation, instead of the recipe's"
+    )
+    parser.add_argument("--seed", type=int, help="of all that is random (default 0)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="IMAGES",
+        help="images of a pass of a process (default: the recipe's)",
+    )
     parser.add_argument(
         "--effective-batch", type=int, metavar="IMAGES",
         help="images of an update on any number of processes, in as many passes of at most --batch-size as "
         "that takes (default: one pass of every process)",
     )  # fmt: skip
-    parser.add_argument("--precision", choices=("no", "bf16", "fp16"))
-    parser.add_argument("--workers", type=int, help="processes that load images")
+    parser.add_argument(
+        "--precision", choices=("no", "bf16", "fp16"),
+        help="mixed precision of training, fp16 on a GPU alone; no: float32 (default: the recipe's)",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=int, help="processes that load images (default: the recipe's)")
     group = parser.add_argument_group("large models, and speed")
     group.add_argument(
         "--fsdp", action="store_true", default=None,
@@ -353,6 +395,7 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
 def _teacher_option(parser: argparse.ArgumentParser, without: str) -> None:
     parser.add_argument(
         "--teacher",
+        metavar="MODEL",
         help="model to distil from: any timm name, such as regnety_160.deit_in1k, hf:NAME, or a file of "
         f"ours; {without}",
     )
@@ -385,13 +428,16 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
         help="share (or number) of the query and key dimensions of every head that stay; takes a refit",
     )  # fmt: skip
     parser.add_argument("--per-mac", action="store_true", help="divide the score by the MACs it saves")
-    parser.add_argument("--round-to", type=int, default=1, help="make widths a multiple of this")
+    parser.add_argument("--round-to", type=int, default=1, help="make widths a multiple of this (default 1)")
     parser.add_argument(
         "--keep", nargs="+", action="extend", metavar="PART",
         help="parts that are never cut, such as attn, mlp.fc2 or blocks.0; the rest meets the budget",
     )  # fmt: skip
     parser.add_argument(
-        "--min-keep", type=float, default=0.05, help="share (or number) of each gate vector that always stays"
+        "--min-keep",
+        type=float,
+        default=0.05,
+        help="share (or number) of each gate vector that always stays (default 0.05)",
     )
 
 

@@ -56,7 +56,7 @@ EXPORTED = Kind("a model exported for another runtime", "give the file that it w
 IMAGE = Kind("an image", "`vtp predict MODEL FILE` says what it shows")
 RUN = Kind("the folder of a run", "its models are FILE/*.safetensors")
 FOLDER = Kind("a folder", "")
-EMPTY = Kind("an empty file, cut off or never written", "")
+EMPTY = Kind("an empty file, damaged or cut off", "")
 
 # Entries of the metadata of safetensors files, and fields of JSON, that say what they are.
 _IN_METADATA = {"vtp_statistics": STATISTICS, "vtp-training-state": TRAINING}

@@ -481,7 +481,9 @@ def set_epoch(loader: DataLoader, epoch: int, start: int = 0) -> None:
         start: 0 to len(loader), which stays the number of batches of a whole epoch.
     """
     if not 0 <= start <= len(loader):
-        raise DataError(f"start: got {start}, expected 0 to {len(loader)}, the batches of an epoch")
+        raise DataError(
+            f"start: got {start}, expected 0 to the {counted(len(loader), 'batch', 'batches')} of an epoch"
+        )
     if isinstance(loader.dataset, StreamSet):
         loader.dataset.epoch = epoch
         loader.skip_batches = start

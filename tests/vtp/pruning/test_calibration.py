@@ -556,9 +556,10 @@ def test_file_of_something_else_is_refused(model, tmp_path):
     vtp.save(model, tmp_path / "model.safetensors")
     with pytest.raises(FileError, match=r"^path: .*is .*, expected the statistics of a calibration"):
         Statistics.load(tmp_path / "model.safetensors")
-    for other in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(FileError, match=r"^path: cannot read"):
-            Statistics.load(other)
+    with pytest.raises(FileError, match=r"^path: .*is a folder, expected the statistics of a calibration"):
+        Statistics.load(tmp_path)
+    with pytest.raises(FileError, match=r"^path: cannot read"):
+        Statistics.load(tmp_path / "missing")
 
 
 def test_statistics_of_other_weights_are_refused(statistics):
