@@ -8,6 +8,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import difflib
 import json
 import re
 import textwrap
@@ -28,7 +29,7 @@ from vtp.choices import (
     TARGETS,
     TIMED_DTYPES,
 )
-from vtp.options import positive, thread_count
+from vtp.options import at_least_0, positive, thread_count
 from vtp.recipes import RECIPES, STAGES, Recipe, short_recipe_for, stages_of_run
 from vtp.training.config import TrainConfig
 
@@ -179,7 +180,7 @@ def _add_prune(commands: Any) -> None:
     group.add_argument("--class-map", metavar="FILE", help=_CLASS_MAP_HELP)
     group.add_argument("--images", type=positive(int), help=_IMAGES_HELP)
     group.add_argument("--seed", type=int, help="which images are drawn (default 0)")
-    group.add_argument("--workers", type=int, help="processes that load images (default 0)")
+    group.add_argument("--workers", type=at_least_0, help="processes that load images (default 0)")
     group.add_argument("--memory", type=positive(float), metavar="GB", help=_MEMORY_HELP)
     group.add_argument(
         "--statistics", metavar="FILE", help="what calibration found: read if there is one, else written"
@@ -211,7 +212,9 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--model", default=FASHION_DEIT, help=_MODEL_HELP)
     parser.add_argument("--checkpoint", metavar="FILE", help=_CHECKPOINT_HELP)
     _data_options(parser)
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images (default 0)")
+    parser.add_argument(
+        "--workers", type=at_least_0, default=0, help="processes that load images (default 0)"
+    )
     group = parser.add_argument_group(
         "frozen features, of models with and without a head", "of training images with any classes; no top-1"
     )
@@ -503,9 +506,11 @@ def _parse_setting(setting: str) -> tuple[str, str, Any]:
     stage, _, field = name.partition(".")
     fields = [field.name for field in dataclasses.fields(TrainConfig)]
     if not equals or stage not in STAGES or field not in fields:
+        close = difflib.get_close_matches(field, fields, n=1)
+        hint = f"; did you mean {close[0]}?" if close and field not in fields else ""
         raise ValueError(
             f"--set: got {setting!r}, expected STAGE.FIELD=VALUE with a stage of {', '.join(STAGES)} and a "
-            f"field of {', '.join(fields)}"
+            f"field of {', '.join(fields)}{hint}"
         )
     return stage, field, _value(text)
 

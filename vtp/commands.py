@@ -71,7 +71,7 @@ from vtp.pruning.expand import expand
 from vtp.pruning.gates import insert_gates, sites
 from vtp.pruning.latency_table import LatencyTable, make_cache_folder, store_table
 from vtp.pruning.one_shot import check_budget, check_images, tokens_size
-from vtp.pruning.plan import PruningPlan
+from vtp.pruning.plan import PlanError, PruningPlan
 from vtp.pruning.selection import make_plan
 from vtp.recipes import Recipe
 from vtp.run_folder import run_folder
@@ -677,8 +677,8 @@ def _naming(argument: str) -> Iterator[None]:
     """Let an error of a file name the argument that it came by."""
     try:
         yield
-    except FileError as error:
-        raise FileError(f"{argument}: {str(error).removeprefix('path: ')}") from error
+    except (FileError, PlanError) as error:
+        raise type(error)(f"{argument}: {str(error).removeprefix('path: ')}") from error
 
 
 def _is_gated(model: nn.Module) -> bool:

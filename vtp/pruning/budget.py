@@ -14,6 +14,8 @@ from vtp.pruning.latency_table import LatencyTable, LatencyTableError, cached_ta
 from vtp.pruning.plan import PlanError
 from vtp.words import counted
 
+_UNITS = {"macs": "MACs", "params": "parameters"}
+
 
 def one_budget(**budgets: float | None) -> dict[str, float]:
     """The one budget that is given, by its name. Raises PlanError where there are none or several, and where
@@ -75,8 +77,8 @@ def limit_of(
         def size(widths: BlockWidths) -> int:
             return getattr(block_cost(architecture, widths), name)
 
-        outside = getattr(surroundings_cost(architecture), name)
-        return Limit(name, value, value, outside, size, keys, lambda n: f"{n:,.0f} {name}")
+        outside, unit = getattr(surroundings_cost(architecture), name), _UNITS[name]
+        return Limit(name, value, value, outside, size, keys, lambda n: f"{n:,.0f} {unit}")
     table = _table_for(architecture, table)
     most = math.floor(1e6 * value)
     most += (most + 1) / 1e6 <= value  # a prediction that is asked for again must be met

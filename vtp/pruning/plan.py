@@ -273,4 +273,7 @@ class PruningPlan:
             refuse_other_kinds(path, PLAN)
             raise PlanError(f"path: {path} is not JSON, or it is cut off ({error})") from error
         refuse_other_kinds(path, PLAN)
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except PlanError as error:
+            raise PlanError(f"path: {path}: {str(error).removeprefix('plan: ')}") from error

@@ -76,6 +76,22 @@ def test_inspect_takes_names_and_reads_no_weights(files, tmp_path, capsys, refus
     refused("no file none.safetensors", "inspect", "none.safetensors")
 
 
+def test_inspect_shows_statistics_and_tables_of_latencies(files, tmp_path, capsys):
+    dense = vtp.load(files / "dense.safetensors")
+    statistics = vtp.calibrate(dense, torch.randn(4, 1, 8, 8))
+    statistics.save(tmp_path / "statistics.safetensors")
+    table = vtp.profile_widths(vtp.describe(dense), seconds=0.01)
+    table.save(tmp_path / "table.json")
+    out = inspected(capsys, tmp_path / "statistics.safetensors")
+    assert out.startswith("statistics of 4 images; changes are KL, measured on 4 of them\n")
+    assert f"fingerprint {statistics.parent[:16]}: 2 blocks of width 12, 3 heads\n" in out
+    out = inspected(capsys, tmp_path / "table.json")
+    assert out.startswith(
+        f"time against width for a batch of 1 in float32 on {table.engine}, {table.rounds} "
+    )
+    assert "of models of width 12 with 3 heads, of any depth\n" in out
+
+
 def test_inspect_shows_key_widths_where_a_plan_narrows_them(files, tmp_path, capsys):
     model = vtp.load(files / "gated.safetensors")
     vtp.make_plan(model, rate=0.3, key_width=2).save(tmp_path / "plan.json")
@@ -104,7 +120,7 @@ def write_foreign(path, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("plan.json", "not a pruning plan"),
+        ("plan.json", r"FILE: .*plan\.json: not a pruning plan"),
         ("cut.json", "not JSON, or it is cut off"),
         (
             "others.safetensors",

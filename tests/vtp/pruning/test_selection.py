@@ -231,11 +231,11 @@ def test_budget_above_the_dense_cost_removes_nothing(tiny):
 
 
 def test_budget_below_the_least_possible_names_the_least_possible(tiny):
-    with pytest.raises(vtp.PlanError, match=r"macs: 1 cannot be met: ([\d,]+) macs remain") as refusal:
+    with pytest.raises(vtp.PlanError, match=r"macs: 1 cannot be met: ([\d,]+) MACs remain") as refusal:
         vtp.make_plan(tiny, macs=1)
     least = int(str(refusal.value).split("met: ")[1].split(" ")[0].replace(",", ""))
     assert vtp.make_plan(tiny, macs=least).cost.macs == least
-    with pytest.raises(vtp.PlanError, match=f"{least:,} macs"):
+    with pytest.raises(vtp.PlanError, match=f"{least:,} MACs"):
         vtp.make_plan(tiny, macs=least - 1)
 
 
