@@ -572,9 +572,12 @@ def as_typed(text: str, arguments: Sequence[str]) -> str:
             meant = got is None or _are_equal(setting["value"], got["value"])
         if setting["name"] == name and meant:
             return f"--set {setting['stage']}.{name}{rest}"
-    if name == "model" and (argument := _MODEL_ARGUMENTS.get(next(iter(arguments), ""))):
-        return argument + rest
+    command = next(iter(arguments), "")
+    if name == "model" and command in _MODEL_ARGUMENTS:
+        return _MODEL_ARGUMENTS[command] + rest
     option = _OTHER_NAMES.get(name, f"--{name.replace('_', '-')}")
+    if name == "data" and command == "prune":
+        option = "--calibrate"
     typed = {each.partition("=")[0] for each in arguments if each.startswith("--")}
     # Or a beginning of it, which the parser takes where no other option begins so.
     return option + rest if any(option.startswith(each) for each in typed - {"--"}) else text

@@ -36,7 +36,7 @@ COMPACT = Kind(
 MODELS = {"dense": DENSE, "gated": GATED, "compact": COMPACT}
 STATISTICS = Kind(
     "the statistics of a calibration",
-    "`vtp prune MODEL --calibrate DATA --statistics FILE` cuts its model by it",
+    "`vtp prune MODEL --calibrate DATA --statistics FILE` cuts its model by them",
 )
 TRAINING = Kind(
     "a checkpoint of training",

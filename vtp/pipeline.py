@@ -392,7 +392,7 @@ def teacher_for(
     """
     if name is None:
         if checkpoint is not None:
-            raise ValueError("teacher_checkpoint: without effect without --teacher NAME")
+            raise ValueError("teacher_checkpoint: without effect without --teacher MODEL")
         return None
     teacher = open_teacher(name, checkpoint=checkpoint)
     if not knows_normalisation(teacher):

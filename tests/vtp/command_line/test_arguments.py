@@ -204,6 +204,8 @@ def test_one_shot_run_takes_the_short_recipe_of_its_kind_of_data(tmp_path):
         ("model: got 'a'", ["inspect", "a"], "FILE: got 'a'"),
         ("model: got 'a'", ["eval", "--model", "a"], "--model: got 'a'"),
         ("model: got 'a'", ["eval"], "model: got 'a'"),
+        ("data: 'a' is no", ["prune", "m", "--calibrate", "a"], "--calibrate: 'a' is no"),
+        ("data: 'a' is no", ["eval", "--data", "a"], "--data: 'a' is no"),
         ("/data/images: no image", ["--data", "/data/images"], "/data/images: no image"),
         ("architecture.depth: got 9", ["--depth"], "architecture.depth: got 9"),
     ],
