@@ -17,9 +17,9 @@ __version__ = "0.1.0"
 def _is_command_line() -> bool:
     """Whether this is the beginning of `vtp ...` or `python -m vtp.cli ...`, which has another look at what
     was typed before it takes the seconds that PyTorch needs."""
-    program, arguments = (sys.argv or [""])[0], sys.orig_argv
+    program = (sys.argv or [""])[0]
     if program == "-m":  # while Python looks for the module that it is to run
-        return arguments[arguments.index("-m") :][1:2] == ["vtp.cli"]
+        return ("-m", "vtp.cli") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
     return os.path.basename(program) in ("vtp", "vtp.exe")
 
 

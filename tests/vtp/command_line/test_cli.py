@@ -103,3 +103,23 @@ def test_a_run_stands_at_the_same_settings_by_command_and_by_function():
 
 def test_import_vtp_gives_every_public_name():
     assert all(hasattr(vtp, name) for name in vtp.__all__)
+
+
+@pytest.mark.parametrize(
+    ("argv", "python", "expected"),
+    [
+        (["-m", "eval"], ["-u", "-m", "vtp.cli", "eval"], True),
+        (["/usr/bin/vtp", "eval"], ["python", "/usr/bin/vtp", "eval"], True),
+        (["-m"], ["-m", "pytest", "-m", "vtp"], False),
+        (["-m"], ["-um", "vtp.cli"], False),  # which is right, and slow
+        (["train.py", "-m", "vtp.cli"], ["train.py", "-m", "vtp.cli"], False),
+        (["vtp/serve.py"], ["vtp/serve.py"], False),
+        ([""], [], False),
+        ([], [], False),
+    ],
+    ids=str,
+)
+def test_only_the_command_line_begins_without_the_public_names(monkeypatch, argv, python, expected):
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python", *python])
+    assert vtp._is_command_line() == expected

@@ -88,8 +88,13 @@ def test_prune_of_a_name_without_images_says_what_to_add(tmp_path, refused, name
 
 def test_prune_refuses_folders_that_cannot_be_written(files, tmp_path, refused):
     source = files / "gated.safetensors"
-    refused("cannot write into .*none: No such file", "prune", source, "--out", tmp_path / "none" / "a")
-    refused("is a folder", "prune", source, "--out", tmp_path)
+    refused(
+        "--out: cannot write into .*none: No such file", "prune", source, "--out", tmp_path / "none" / "a"
+    )
+    refused("--out: .* is a folder", "prune", source, "--out", tmp_path)
+    plan = ["--plan", tmp_path / "none" / "plan.json"]
+    refused("--plan: cannot write into .*none", "prune", source, "--out", tmp_path / "small", *plan)
+    assert list(tmp_path.iterdir()) == []
     refused("cannot write into /proc", "prune", source, "--out", "/proc/small.safetensors")
 
 
@@ -177,11 +182,11 @@ def test_prune_refits_a_gated_model_cut_by_its_gates(files, tmp_path):
         (["--per-mac"], "--per-mac: got True"),
         (["--key-width", "2"], r"--key-width: got 2\.0, expected none as scope='optimal'"),
         (["--score", "gate"], "the model has no gates"),
-        (["--calibrate", "/none/such"], "/none/such"),
+        (["--calibrate", "/none/such"], "--calibrate: '/none/such' is neither a folder"),
         (["--calibrate", "fashion-mnist-10k"], "10 classes.*--no-eval looks at no labels"),
-        (["--out", "/proc/small.safetensors"], "cannot write into /proc"),
-        (["--plan", "/proc/plan.json"], "cannot write into /proc"),
-        (["--statistics", "/none/such/file"], "cannot write into /none/such"),
+        (["--out", "/proc/small.safetensors"], "--out: cannot write into /proc"),
+        (["--plan", "/proc/plan.json"], "--plan: cannot write into /proc"),
+        (["--statistics", "/none/such/file"], "--statistics: cannot write into /none/such"),
     ],
     ids=" ".join,
 )

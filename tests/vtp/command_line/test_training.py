@@ -249,12 +249,17 @@ def test_a_teacher_may_have_weights_of_ones_own(files, tmp_path, refused):
     torch.save({"state_dict": weights, "args": Executed()}, tmp_path / "pickle.pth")
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "other.pth")
     for name in ("deit.pth", "plain.safetensors"):
-        opened = open_teacher("regnety_002", checkpoint=tmp_path / name)
+        opened = open_teacher("timm/regnety_002", checkpoint=tmp_path / name)
         assert not opened.training
         assert all(torch.equal(value, weights[key]) for key, value in opened.state_dict().items())
     command = ["finetune", files / "compact.safetensors", "--data", files / "images", *QUICK]
     command += ["--out", tmp_path / "run", "--teacher-checkpoint"]
     refused("--teacher-checkpoint: without effect without --teacher", *command, tmp_path / "deit.pth")
+    refused(
+        "--teacher: .*deit.pth is weights alone, expected a model; give the name of the timm model that they "
+        "are of as the teacher, and --teacher-checkpoint .*deit.pth$",
+        *(*command[:-1], "--teacher", tmp_path / "deit.pth"),
+    )
     for name, reason in (
         ("pickle", "{file} holds objects of Python"),
         ("other", "the weights in {file} are not those of regnety_002 .*Missing key"),
