@@ -651,11 +651,9 @@ def _load(name: str, kind: Kind) -> nn.Module:
             timm_name(name)  # refuses what is no name
         use = DENSE.use.replace("FILE", name)
         raise FileError(f"model: {name} is no file, expected one with {kind.name}; {use}")
-    refuse_other_kinds(name, kind, name="model")
-    try:
+    with _naming("model"):
+        refuse_other_kinds(name, kind)
         return checkpoint.load(name)
-    except FileError as error:
-        raise FileError(f"model: {str(error).removeprefix('path: ')}") from error
 
 
 def _warn_again(told: Sequence[warnings.WarningMessage]) -> None:
