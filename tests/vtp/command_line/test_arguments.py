@@ -125,8 +125,10 @@ def test_settings_reach_their_stage_only_and_win_over_common_options(settings, e
         ("run --set dense.lr=1", "got 'dense.lr=1', expected a setting of sparse or finetune, "),
     ],
 )
-def test_a_setting_of_a_stage_that_a_run_has_not_is_refused_with_those_that_it_has(refused, arguments, said):
-    refused(said, *arguments.split(), "--out", "/none/such")
+def test_a_setting_of_a_stage_that_a_run_has_not_is_refused_with_those_that_it_has(
+    refused, tmp_path, arguments, said
+):
+    refused(said, *arguments.split(), "--out", tmp_path / "run")
 
 
 @pytest.mark.parametrize(("command", "stage"), [("train sparse", "sparse"), ("finetune a", "finetune")])
@@ -142,8 +144,8 @@ def test_settings_of_every_stage_of_a_run_are_taken():
         assert recipe.dense.epochs == 9
 
 
-def test_a_setting_that_is_wrong_because_of_the_recipes_others_names_its_stage(refused):
-    known = ["run", "--out", "/none/such", "--new-head", "--recipe", "deit", "--set", "dense.epochs=1"]
+def test_a_setting_that_is_wrong_because_of_the_recipes_others_names_its_stage(refused, tmp_path):
+    known = ["run", "--out", tmp_path / "run", "--new-head", "--recipe", "deit", "--set", "dense.epochs=1"]
     refused(r"error: dense.warmup_epochs: got 5\.0, expected between 0 and 1 epoch", *known)
 
 
