@@ -22,6 +22,7 @@ from vtp.comparison.tables import (
 )
 from vtp.machine import in_one_line
 from vtp.timing import pairwise_ratio
+from vtp.words import counted
 
 
 def of_case(results: Record, case: str) -> list[Record]:
@@ -111,7 +112,7 @@ def _beside_ours(record: Record, label: str) -> str:
         ours = in_rounds(record, f"ours, {runtime['dtype']}")
         return f"{milliseconds(seconds)} ms, {ratio(seconds, ours)}"
     if runtime["status"] == "slow":
-        return f"about {runtime['times_ours']:.0f}x, {len(runtime['seconds'])} call(s)"
+        return f"about {runtime['times_ours']:.0f}x, {counted(len(runtime['seconds']), 'call')}"
     return runtime["status"]
 
 

@@ -15,7 +15,16 @@ PACKAGES = ("vtp_kernels", "vtp", "bench")
 # From the ground up. A module imports from its own floor and from those below; `vtp/__init__.py` is the roof.
 FLOORS = (
     ("vtp_kernels",),
-    ("vtp.files", "vtp.options", "vtp.words", "vtp.timing", "vtp.machine", "vtp.group"),
+    (
+        "vtp.choices",
+        "vtp.files",
+        "vtp.kinds",
+        "vtp.options",
+        "vtp.words",
+        "vtp.timing",
+        "vtp.machine",
+        "vtp.group",
+    ),
     ("vtp.model",),
     ("vtp.pruning",),
     ("vtp.checkpoint", "vtp.hub", "vtp.hugging_face", "vtp.hugging_face_checkpoints", "vtp.weights"),
@@ -28,6 +37,7 @@ FLOORS = (
     ("vtp.pipeline",),
     ("vtp.arguments",),
     ("vtp.commands",),
+    ("vtp.execution",),
     ("vtp.cli",),
     ("vtp",),
     ("bench",),

@@ -8,24 +8,38 @@ vtp.save(small, "deit_b_40.safetensors")
 fast = vtp.optimize(small, dtype=torch.bfloat16)    # packed weights, fused kernels, inference only
 """
 
-from vtp.checkpoint import load, read_metadata, save
-from vtp.files import FileError
-from vtp.hub import push_to_hub, save_pretrained
-from vtp.hugging_face import from_transformers
-from vtp.model.architecture import Architecture, UnsupportedModelError, describe
-from vtp.model.cost import Cost, count
-from vtp.pruning.calibration import Statistics, calibrate
-from vtp.pruning.compact import CompactEva, CompactViT, compact
-from vtp.pruning.expand import expand
-from vtp.pruning.gates import GatedLinear, insert_gates, l1_penalty, sites
-from vtp.pruning.latency_table import LatencyTable
-from vtp.pruning.plan import PlanError, PruningPlan
-from vtp.pruning.selection import ParetoPoint, make_plan, pareto
-from vtp.pruning.streams import ImagesError
-from vtp.runtime.latency_profile import profile_widths
-from vtp.runtime.optimize import OptimizedViT, optimize
+import os
+import sys
 
 __version__ = "0.1.0"
+
+
+def _is_command_line() -> bool:
+    """Whether this is the beginning of `vtp ...` or `python -m vtp.cli ...`, which has another look at what
+    was typed before it takes the seconds that PyTorch needs."""
+    program = (sys.argv or [""])[0]
+    if program == "-m":  # while Python looks for the module that it is to run
+        return ("-m", "vtp.cli") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+    return os.path.basename(program) in ("vtp", "vtp.exe")
+
+
+if not _is_command_line():
+    from vtp.checkpoint import load, read_metadata, save
+    from vtp.files import FileError
+    from vtp.hub import push_to_hub, save_pretrained
+    from vtp.hugging_face import from_transformers
+    from vtp.model.architecture import Architecture, UnsupportedModelError, describe
+    from vtp.model.cost import Cost, count
+    from vtp.pruning.calibration import Statistics, calibrate
+    from vtp.pruning.compact import CompactEva, CompactViT, compact
+    from vtp.pruning.expand import expand
+    from vtp.pruning.gates import GatedLinear, insert_gates, l1_penalty, sites
+    from vtp.pruning.latency_table import LatencyTable
+    from vtp.pruning.plan import PlanError, PruningPlan
+    from vtp.pruning.selection import ParetoPoint, make_plan, pareto
+    from vtp.pruning.streams import ImagesError
+    from vtp.runtime.latency_profile import profile_widths
+    from vtp.runtime.optimize import OptimizedViT, optimize
 
 __all__ = [
     "Architecture",

@@ -29,6 +29,7 @@ from timm.layers import DropPath, PatchDropout
 from torch import Tensor, nn
 
 from vtp.files import FileError, fingerprint, refuse_meta, write_atomic
+from vtp.kinds import MODELS, refuse_other_kinds
 from vtp.model.architecture import (
     Architecture,
     UnsupportedModelError,
@@ -131,16 +132,16 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         FileError: as `load`, but for damage within the tensors.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileError(f"path: no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
     except (OSError, SafetensorError) as error:
+        refuse_other_kinds(path, *MODELS.values())
         raise FileError(f"path: {path} is no safetensors file, or it is cut off ({error})") from error
     if "vtp" not in header:
-        what = "statistics of vtp.calibrate" if "vtp_statistics" in header else "not one that vtp wrote"
-        raise FileError(f"path: {path} is a safetensors file, but {what}")
+        refuse_other_kinds(path, *MODELS.values())
     try:
         description = json.loads(header["vtp"])
         found = description["format_version"]

@@ -7,7 +7,7 @@ import functools
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,34 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from torch.utils.data import DataLoader
 
 from vtp import checkpoint
 from vtp.arguments import WITH_CALIBRATION, budget_of, recipe_of
+from vtp.choices import CALIBRATION_IMAGES, FASHION_DEIT
 from vtp.comparison import exported, own_model
 from vtp.comparison.comparison import Budget
 from vtp.comparison.runtimes import DTYPES
 from vtp.comparison.tables import print_table, reasons, runtimes_table
 from vtp.files import FileError, refuse_unwritable, write_atomic
 from vtp.group import first_makes, is_first, started_as_first, world
+from vtp.hugging_face import PREFIX as TRANSFORMERS
+from vtp.kinds import (
+    COMPACT,
+    DENSE,
+    GATED,
+    IMAGE,
+    LATENCY_TABLE,
+    PLAN,
+    STATISTICS,
+    TRAINING,
+    Kind,
+    kind_of,
+    other_kind,
+    refuse_other_kinds,
+)
 from vtp.machine import description, in_one_line
 from vtp.model.architecture import describe
 from vtp.model.cost import count
@@ -53,9 +69,9 @@ from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactModel, compact
 from vtp.pruning.expand import expand
 from vtp.pruning.gates import insert_gates, sites
-from vtp.pruning.latency_table import make_cache_folder, store_table
-from vtp.pruning.one_shot import IMAGES, check_budget, check_images, tokens_size
-from vtp.pruning.plan import PruningPlan
+from vtp.pruning.latency_table import LatencyTable, make_cache_folder, store_table
+from vtp.pruning.one_shot import check_budget, check_images, tokens_size
+from vtp.pruning.plan import PlanError, PruningPlan
 from vtp.pruning.selection import make_plan
 from vtp.recipes import Recipe
 from vtp.run_folder import run_folder
@@ -75,7 +91,7 @@ from vtp.training.sparsity import gate_statistics
 from vtp.training.state import STATE_FORMAT
 from vtp.training.transforms import Augment, image_pipeline
 from vtp.words import counted
-from vtp.zoo import open_model, open_without_weights
+from vtp.zoo import open_model, open_without_weights, timm_name
 
 _console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -165,11 +181,7 @@ def _train(options: argparse.Namespace) -> None:
 def _finetune(options: argparse.Namespace) -> None:
     _joined()
     recipe = recipe_of(options)
-    model = checkpoint.load(options.file)
-    if not isinstance(model, CompactModel):
-        raise FileError(
-            f"file: {options.file} holds no compact model; `vtp prune` makes one from a gated model"
-        )
+    model = _load(options.model, COMPACT)
     data = _open_data(options)
     if options.new_head:
         torch.manual_seed(recipe.finetune.seed)
@@ -217,12 +229,8 @@ def _prune_gated(options: argparse.Namespace) -> None:
     for name in WITH_CALIBRATION:
         if getattr(options, name) not in (None, False):
             raise ValueError(f"--{name.replace('_', '-')}: without effect without --calibrate DATA")
-    gated = checkpoint.load(options.file)
-    if not _is_gated(gated):
-        raise ValueError(
-            f"file: {options.file} has no gates; train some (`vtp train sparse`), or cut a dense model with "
-            "--calibrate DATA"
-        )
+    _refuse_unwritable(options, "out", "plan")
+    gated = _load(options.model, GATED)
     with warnings.catch_warnings(record=True) as told:
         plan = make_plan(gated, **budget_of(options))
     small = compact(gated, plan)
@@ -230,8 +238,7 @@ def _prune_gated(options: argparse.Namespace) -> None:
     if options.plan is not None:
         plan.save(options.plan)
     _console.print(f"{plan}\nwrote {options.out}")
-    for each in told:  # behind the table, which is long
-        warnings.showwarning(each.message, each.category, each.filename, each.lineno)
+    _warn_again(told)
 
 
 def _prune_calibrated(options: argparse.Namespace) -> None:
@@ -239,22 +246,24 @@ def _prune_calibrated(options: argparse.Namespace) -> None:
 
     Several processes share the images, of the evaluation too; the first chooses, says and writes.
     """
-    check_images(options.images or IMAGES)
+    check_images(options.images or CALIBRATION_IMAGES)
     process, group = _joined(), world()
-    files = filter(None, (options.out, options.plan, options.statistics))
-    first_makes(group, lambda: [refuse_unwritable(file) for file in files])
-    model = open_model(options.file, checkpoint=options.checkpoint)
+    first_makes(group, lambda: _refuse_unwritable(options, "out", "plan", "statistics"))
+    model = open_model(options.model, checkpoint=options.checkpoint)
     if isinstance(model, CompactModel):
-        model = _expanded(model, options.file)
+        model = _expanded(model, options.model)
     data, budget = _calibration_data(options, model), budget_of(options, calibrated=True)
-    first_makes(group, lambda: check_budget(model, budget, calibrated=True, refitted=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the plan itself warns of the same
+        first_makes(group, lambda: check_budget(model, budget, calibrated=True, refitted=True))
     loader = calibration_images(
-        model, data, options.images or IMAGES, seed=options.seed or 0, workers=options.workers or 0,
-        group=group,
+        model, data, options.images or CALIBRATION_IMAGES, seed=options.seed or 0,
+        workers=options.workers or 0, group=group,
     )  # fmt: skip
     model = model.to(_device(process)).eval()
     statistics = _statistics(options, model, data, loader)
-    plan = first_makes(group, lambda: make_plan(model, statistics=statistics, **budget))
+    with warnings.catch_warnings(record=True) as told:
+        plan = first_makes(group, lambda: make_plan(model, statistics=statistics, **budget))
     with share_bar(_console, "refit") as bar:
         small = compact(model, plan, images=loader, memory_gb=options.memory, progress=bar, group=group)
     notes: dict[str, Any] = {"data": Path(data.name).name}
@@ -270,6 +279,7 @@ def _prune_calibrated(options: argparse.Namespace) -> None:
     if options.plan is not None:
         plan.save(options.plan)
     _console.print(f"{plan}\n{accuracy}wrote {options.out}")
+    _warn_again(told)
 
 
 def _calibration_data(options: argparse.Namespace, model: nn.Module) -> Data:
@@ -291,7 +301,7 @@ def _statistics(options: argparse.Namespace, model: nn.Module, data: Data, loade
     found = first_makes(group, lambda: _known_statistics(options, model))
     if found is not None:
         _console.print(f"statistics of {counted(found.images, 'image')} from {file}")
-    images = calibration_count(data, options.images or IMAGES)
+    images = calibration_count(data, options.images or CALIBRATION_IMAGES)
     _console.print(tokens_size(describe(model), images, options.memory))
     if found is not None:
         return found
@@ -309,12 +319,13 @@ def _known_statistics(options: argparse.Namespace, model: nn.Module) -> Statisti
     """From --statistics; None where there is no such file."""
     if options.statistics is None or not Path(options.statistics).exists():
         return None
-    found = Statistics.load(options.statistics)
+    with _naming("--statistics"):
+        found = Statistics.load(options.statistics)
     try:
         found.check_model(model)
     except ValueError as error:
         raise FileError(
-            f"--statistics: {options.statistics} is of another model than {options.file}"
+            f"--statistics: {options.statistics} is of another model than {options.model}"
         ) from error
     return found
 
@@ -355,12 +366,12 @@ def _eval_features(options: argparse.Namespace, model: nn.Module, process: Accel
 
 @_once
 def _predict(options: argparse.Namespace) -> None:
-    model = open_model(options.file).float().eval()
+    model = open_model(options.model).float().eval()
     if model.num_classes < 1:
-        raise FileError(f"file: {options.file} has no classes: its outputs are features")
+        raise FileError(f"model: {options.model} has no classes: its outputs are features")
     if not knows_normalisation(model):
         raise FileError(
-            f"file: {options.file} does not say how its images are normalised; say it once: model = "
+            f"model: {options.model} does not say how its images are normalised; say it once: model = "
             "vtp.load(FILE); model.pretrained_cfg = {'mean': ..., 'std': ..., 'label_names': ...}; "
             "vtp.save(model, FILE)"
         )
@@ -368,19 +379,19 @@ def _predict(options: argparse.Namespace) -> None:
     if class_names(model) is None:
         set_imagenet_names(model)
         guess = "numbered from 0" if class_names(model) is None else "taken to be ImageNet's, as timm does"
-        say_note(f"{options.file} does not name its classes: {guess}")
+        say_note(f"{options.model} does not name its classes: {guess}")
     names, words = class_names(model), class_descriptions(model)
     unread: list[str] = []
     for path in options.images:
         try:
             (image,) = open_images([path])
         except DataError as error:  # the others are predicted nevertheless
-            unread.append(str(error))
+            unread.append(other_kind(path, IMAGE) or str(error))
             continue
         with torch.inference_mode():
             probabilities = model(pipeline.batch([pipeline.pixels(image)]))[0].float().softmax(dim=0)
         if not probabilities.isfinite().all():
-            raise ValueError(f"file: {options.file} gives NaN or infinite outputs, expected finite ones")
+            raise ValueError(f"model: {options.model} gives NaN or infinite outputs, expected finite ones")
         _console.print(f"{path}:")
         best = probabilities.topk(min(5, len(probabilities)))
         for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True):
@@ -390,26 +401,21 @@ def _predict(options: argparse.Namespace) -> None:
     if len(unread) == 1:
         raise DataError(unread[0])
     if unread:
-        of = f"{len(unread)} of {len(options.images)} images cannot be read"
+        of = f"{len(unread)} of {counted(len(options.images), 'image')} cannot be read"
         raise DataError("\n  ".join([f"{of}:", *unread]))
 
 
 @_once
 def _bench(options: argparse.Namespace) -> None:
     if options.json is not None:
-        try:
+        with _naming("--json"):
             refuse_unwritable(options.json)
-        except FileError as error:
-            raise ValueError(f"--json: {error}") from error
-    torch.set_num_threads(options.threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     if options.profile_widths:
         _profile_widths(options)
         return
-    small = checkpoint.load(options.model)
-    if not isinstance(small, CompactModel):
-        raise FileError(
-            f"model: {options.model} holds no compact model; `vtp prune` makes one from a gated model"
-        )
+    small = _load(options.model, COMPACT)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = small.float().eval().to(device)
     budget = Budget(options.rounds, options.seconds, warm_up_seconds=min(5.0, options.seconds))
@@ -461,8 +467,8 @@ def _profile_widths(options: argparse.Namespace) -> None:
     file = store_table(table)
     dense = make_plan(insert_gates(architecture.build("cpu", weight_init="skip")), rate=0.0)
     _console.print(
-        f"{table.rounds} rounds on {table.engine}: the dense model takes {table.predict(dense):.2f} ms for a "
-        f"batch of {options.batch}\n"
+        f"{counted(table.rounds, 'round')} on {table.engine}: the dense model takes "
+        f"{table.predict(dense):.2f} ms for a batch of {options.batch}\n"
         f"wrote {file}; make_plan(gated, latency_ms=...) and `vtp prune --latency-ms` use it"
     )
 
@@ -479,14 +485,16 @@ def _export(options: argparse.Namespace) -> None:
         target.check_packages()
     except ModuleNotFoundError as error:
         raise ValueError(f"--to: {error}") from error
-    named = Path(options.file)
-    default = named.with_suffix("") if named.is_file() else _bare_name(options.file)
+    named = Path(options.model)
+    default = named.with_suffix("") if named.is_file() else _bare_name(options.model)
     out = Path(options.out or f"{default}{target.suffix}")
-    refuse_unwritable(out)
-    torch.set_num_threads(options.threads)
-    model = open_model(options.file).float().eval()
-    if _is_gated(model):
-        raise FileError(f"file: {options.file} has gates; cut it first, with `vtp prune`")
+    with _naming("--out"):
+        refuse_unwritable(out)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if kind_of(options.model) == GATED:
+        refuse_other_kinds(options.model, DENSE, COMPACT, name="model")
+    model = open_model(options.model).float().eval()
     images = _images_to_check(options, model, max(options.batch, 5))
     with _console.status(f"writing {out} and checking it"):
         error = export(model, out, images=images, **arguments)
@@ -532,13 +540,21 @@ def _inspect(options: argparse.Namespace) -> None:
     if not path.exists() and path.suffix not in (".json", ".safetensors"):
         _inspect_named(options.file)
         return
-    if path.suffix == ".json":
-        _console.print(str(PruningPlan.load(path)))
-        return
-    state = _training_state(path)
-    if state is not None:
-        _console.print(_training_summary(path, state))
-        return
+    kind = kind_of(path)
+    with _naming("model"):
+        if kind == LATENCY_TABLE:
+            _console.print(_table_summary(LatencyTable.load(path)))
+        elif kind == PLAN or path.suffix == ".json":
+            _console.print(str(PruningPlan.load(path)))
+        elif kind == STATISTICS:
+            _console.print(_statistics_summary(Statistics.load(path)))
+        elif kind == TRAINING:
+            _console.print(_training_summary(path))
+        else:
+            _inspect_model(path)
+
+
+def _inspect_model(path: Path) -> None:
     description = checkpoint.read_metadata(path)
     model = checkpoint.load(path)
     versions = ", ".join(f"{name} {number}" for name, number in description["versions"].items())
@@ -609,39 +625,82 @@ def _expanded(small: CompactModel, name: str) -> nn.Module:
     return expand(small)
 
 
+def _statistics_summary(found: Statistics) -> str:
+    own = found.architecture
+    return (
+        f"statistics of {counted(found.images, 'image')}; changes are {found.change}, measured on "
+        f"{found.change_images} of them\nof the model with fingerprint {found.parent[:16]}: "
+        f"{counted(own.depth, 'block')} of width {own.embed_dim}, {counted(own.num_heads, 'head')}\n"
+        "taken by `vtp prune MODEL --calibrate DATA --statistics FILE`"
+    )
+
+
+def _table_summary(table: LatencyTable) -> str:
+    own = table.geometry
+    return (
+        f"time against width for a batch of {table.batch_size} in {table.dtype} on {table.engine}, "
+        f"{counted(table.rounds, 'round')}, {table.date}\nof models of width {own['embed_dim']} with "
+        f"{counted(own['num_heads'], 'head')}, of any depth\n{json.dumps(dict(table.machine))}"
+    )
+
+
+def _load(name: str, kind: Kind) -> nn.Module:
+    """A model from a file, which has to be of this kind. Raises FileError, which says what to do instead."""
+    if not Path(name).exists():
+        if name != FASHION_DEIT and not name.startswith(TRANSFORMERS):
+            timm_name(name)  # refuses what is no name
+        use = DENSE.use.replace("FILE", name)
+        raise FileError(f"model: {name} is no file, expected one with {kind.name}; {use}")
+    with _naming("model"):
+        refuse_other_kinds(name, kind)
+        return checkpoint.load(name)
+
+
+def _warn_again(told: Sequence[warnings.WarningMessage]) -> None:
+    """Warn of what was recorded while a plan was made, behind the plan's table, which is long."""
+    for each in told:
+        warnings.showwarning(each.message, each.category, each.filename, each.lineno)
+
+
+def _refuse_unwritable(options: argparse.Namespace, *names: str) -> None:
+    """Raise FileError, which names the option, where a file that is to be written cannot be."""
+    for name in names:
+        if (file := getattr(options, name)) is not None:
+            with _naming(f"--{name}"):
+                refuse_unwritable(file)
+
+
+@contextlib.contextmanager
+def _naming(argument: str) -> Iterator[None]:
+    """Let an error of a file name the argument that it came by."""
+    try:
+        yield
+    except (FileError, PlanError) as error:
+        raise type(error)(f"{argument}: {str(error).removeprefix('path: ')}") from error
+
+
 def _is_gated(model: nn.Module) -> bool:
     with contextlib.suppress(ValueError):
         return bool(sites(model))
     return False
 
 
-def _training_state(path: Path) -> dict[str, Any] | None:
-    """The header of a training checkpoint; None if the file is something else."""
-    if not path.is_file():
-        raise FileError(f"path: no file {path}")
+def _training_summary(path: Path) -> str:
+    """How far a checkpoint of training has come, and the settings that it needs to go on."""
+    with safe_open(path, framework="pt") as file:
+        text = file.metadata()[STATE_FORMAT]
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(STATE_FORMAT)
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"path: {path} is no safetensors file, or it is cut off ({error})") from error
-    try:
-        return None if text is None else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"path: the training state in {path} is damaged ({error})") from error
-
-
-def _training_summary(path: Path, state: dict[str, Any]) -> str:
-    try:
+        state = json.loads(text)
         identity, position = state["identity"], state["position"]
         done, epochs = position["epoch"], identity["config.epochs"]
-        place = f"{done} of {epochs} epochs done, finished"
+        place = f"{done} of {counted(epochs, 'epoch')} done, finished"
         if done < epochs:
             place = (
-                f"{done} of {epochs} epochs done, next step {position['step'] + 1} of {identity['steps']}; "
-                "continue with --resume"
+                f"{done} of {counted(epochs, 'epoch')} done, next step {position['step'] + 1} of "
+                f"{identity['steps']}; continue with --resume"
             )
         return f"training state of stage {identity['stage']}: {place}\n{json.dumps(identity, indent=1)}"
-    except (KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileError(f"path: the training state in {path} is damaged ({error!r})") from error
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vtp.timing import synchronize
+from vtp.words import counted
 
 RUNTIME_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino", "torch-pruning")
 
@@ -156,5 +157,5 @@ def in_one_line(results: Mapping[str, Any]) -> str:
         place = f"{hard['gpu']}, CUDA {hard['cuda']}"
     else:
         bf16 = "" if hard["onednn_bf16"] else " without bf16 instructions"
-        place = f"{env['cpu']}{bf16}, {env['threads']} thread{'s' * (env['threads'] > 1)}"
+        place = f"{env['cpu']}{bf16}, {counted(env['threads'], 'thread')}"
     return f"{place}, torch {env['torch']}, timm {env['timm']}, Python {env['python']}, {env['date']}"

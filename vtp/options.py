@@ -7,6 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 
+def at_least_0(text: str) -> int:
+    """The `type` of an option for an integer that may be 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 0")
+    return value
+
+
 def positive(kind: type) -> Callable[[str], Any]:
     """The `type` of an option that has to be above 0; `kind` is int or float."""
 

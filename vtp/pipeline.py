@@ -33,9 +33,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vtp.checkpoint import load, save
+from vtp.choices import CALIBRATION_IMAGES, EMBEDDED, FASHION_DEIT
 from vtp.files import fingerprint, write_atomic
 from vtp.group import Group, first_makes, is_first, take_from_first, world
 from vtp.hub import save_pretrained
+from vtp.kinds import DENSE, GATED, kind_of, other_kind
 from vtp.machine import environment
 from vtp.model.architecture import describe
 from vtp.model.cost import count
@@ -52,10 +54,10 @@ from vtp.model.images import (
 from vtp.pruning.calibration import Statistics, calibrate
 from vtp.pruning.compact import CompactModel, compact
 from vtp.pruning.gates import insert_gates
-from vtp.pruning.one_shot import IMAGES, check_budget, check_images, tokens_size
+from vtp.pruning.one_shot import check_budget, check_images, tokens_size
 from vtp.pruning.plan import PlanError
 from vtp.pruning.selection import make_plan, pareto
-from vtp.recipes import STAGES, Recipe
+from vtp.recipes import STAGES, Recipe, stages_of_run
 from vtp.report import comparison_table, write_report
 from vtp.run_folder import begin_run, run_folder
 from vtp.runtime.optimize import optimize
@@ -63,7 +65,6 @@ from vtp.timing import interleaved_latency
 from vtp.training.classes import in_short
 from vtp.training.config import TrainConfig
 from vtp.training.data import (
-    EMBEDDED,
     Data,
     DataError,
     check_data,
@@ -80,7 +81,7 @@ from vtp.training.ranks import accelerator
 from vtp.training.sharding import wants_sharding
 from vtp.training.transforms import Augment
 from vtp.words import counted
-from vtp.zoo import FASHION_DEIT, open_model, open_teacher
+from vtp.zoo import open_model, open_teacher
 
 RESLICE_RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 PARETO_POINTS = 15
@@ -119,7 +120,7 @@ class RunConfig:
     latency_batch: int = 64
     one_shot: bool = False
     refit: bool = True
-    images: int = IMAGES
+    images: int = CALIBRATION_IMAGES
     checkpoint: str | None = None
     teacher: str | None = None
     teacher_checkpoint: str | None = None
@@ -128,12 +129,17 @@ class RunConfig:
         if self.latency_batch < 1:
             raise ValueError(f"latency_batch: got {self.latency_batch}, expected at least 1")
         check_images(self.images)
+        alpha = self.recipe.dense.distill_alpha
+        if alpha and self.teacher is None and "dense" in self.stages:
+            raise ValueError(
+                f"dense.distill_alpha: got {alpha}, expected 0 without --teacher: there is no model yet that "
+                "the stage dense could learn from"
+            )
 
     @property
     def stages(self) -> tuple[str, ...]:
         """Those that train, in order."""
-        first = ("dense",) if self.from_scratch or self.new_head else ()
-        return (*first, *(("finetune",) if self.one_shot else ("sparse", "finetune")))
+        return stages_of_run(new_weights=self.from_scratch or self.new_head, one_shot=self.one_shot)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; stages stand at the top level so that the report shows them side by side."""
@@ -347,6 +353,10 @@ def _size(data: Data) -> str:
 
 def _open(config: RunConfig) -> tuple[nn.Module, Data, nn.Module | None]:
     """Model, data and teacher, which fit each other."""
+    if kind_of(config.model) == GATED:
+        raise ValueError(
+            f"model: {other_kind(config.model, DENSE)}; a run that was interrupted continues with --resume"
+        )
     data = open_data(config.data, root=config.data_root, class_map=config.class_map)
     seed = config.recipe.dense.seed
     classes = classes_of(data) if config.new_head else None
@@ -382,7 +392,7 @@ def teacher_for(
     """
     if name is None:
         if checkpoint is not None:
-            raise ValueError("teacher_checkpoint: without effect without --teacher NAME")
+            raise ValueError("teacher_checkpoint: without effect without --teacher MODEL")
         return None
     teacher = open_teacher(name, checkpoint=checkpoint)
     if not knows_normalisation(teacher):
@@ -532,7 +542,7 @@ def _for_the_card(results: dict[str, Any], data: Data) -> dict[str, str]:
         "milliseconds": (
             f"{ms['compact, optimized']} by vtp.optimize, {ms['compact after']} by PyTorch, which takes "
             f"{ms['dense']} for the dense model; batch {about['latency_batch']}, {about['device']}, "
-            f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, {about['date']}"
+            f"{about['cpu']}, {counted(about['threads'], 'thread')}, torch {about['torch']}, {about['date']}"
         ),
     }
 

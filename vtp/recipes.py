@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 
 from vtp.training.config import TrainConfig
-from vtp.training.data import is_small_grey
 
 STAGES = ("dense", "sparse", "finetune")
 
@@ -85,6 +84,13 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
+def stages_of_run(*, new_weights: bool, one_shot: bool) -> tuple[str, ...]:
+    """The stages that a run trains, in order: `dense` only where the model, or its head, begins anew."""
+    return (*(("dense",) if new_weights else ()), *(("finetune",) if one_shot else ("sparse", "finetune")))
+
+
 def short_recipe_for(data: str) -> str:
     """The recipe behind a one-shot cut for data as `open_data` takes it."""
+    from vtp.training.data import is_small_grey  # for which PyTorch is imported; names of recipes need none
+
     return "short" if is_small_grey(data) else "short-deit"

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from vtp.files import FileError
+from vtp.kinds import MODELS, WEIGHTS, kind_of, refuse_other_kinds
 from vtp.model.eva import make_rotary_buffers
 
 
@@ -40,8 +41,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FileError: there is no such file, it is damaged, would have to be executed, or holds something else.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileError(f"checkpoint: no file {path}")
+    if kind_of(path) in MODELS.values():
+        raise FileError(
+            f"checkpoint: {path} is a model that vtp wrote, which needs no name: give it as the model"
+        )
+    refuse_other_kinds(path, WEIGHTS, name="checkpoint")
     state = _from_safetensors(path) if is_safetensors(path) else _from_pickle(path)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors or len(tensors) < len(state):
@@ -61,10 +67,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def _from_safetensors(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            if "vtp" in (file.metadata() or {}):
-                raise FileError(
-                    f"checkpoint: {path} is a model that vtp wrote, which needs no name: give it as the model"
-                )
             return clean_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise FileError(f"checkpoint: {path} is damaged or cut off ({error})") from error

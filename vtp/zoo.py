@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from vtp.checkpoint import load
+from vtp.choices import FASHION_DEIT
 from vtp.files import FileError
 from vtp.hugging_face import PREFIX
 from vtp.hugging_face_checkpoints import open_transformers, without_weights
+from vtp.kinds import MODELS, RUN, kind_of, refuse_other_kinds
 from vtp.model.architecture import Architecture, describe
 from vtp.model.images import new_head, set_image_config, set_imagenet_names
 from vtp.pruning.compact import CompactModel
 from vtp.weights import load_weights, model_arguments, read_weights
-
-FASHION_DEIT = "fashion-deit"
 
 
 def fashion_deit_architecture() -> Architecture:
@@ -127,30 +127,43 @@ def open_teacher(name: str, checkpoint: str | Path | None = None) -> nn.Module:
     Raises:
         FileError: there is no such model, or its weights cannot be had or read.
     """
-    of_timm = timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:"))
+    bare = name.removeprefix("timm/")
+    of_timm = timm.is_model(bare) or name.startswith(("hf-hub:", "local-dir:"))
     if name == FASHION_DEIT or Path(name).is_file() or not of_timm:
         if checkpoint is not None:
-            raise FileError(f"teacher: got {name!r} for the weights in {checkpoint}, expected a timm name")
+            raise FileError(
+                f"teacher_checkpoint: got {checkpoint} for the teacher {name!r}, which has weights; expected "
+                "it with a timm name alone"
+            )
         try:
             if name.startswith(PREFIX):
                 return open_transformers(name.removeprefix(PREFIX))
             return open_model(name).eval()
         except FileError as error:
-            raise FileError(f"teacher: {str(error).removeprefix('model: ')}") from error
+            said = str(error).removeprefix("model: ").replace("--checkpoint", "--teacher-checkpoint")
+            raise FileError(f"teacher: {said.replace('as the model,', 'as the teacher,')}") from error
     try:
-        if checkpoint is None:
-            return timm.create_model(name, pretrained=True).eval()
-        weights = read_weights(checkpoint)
+        weights = None if checkpoint is None else read_weights(checkpoint)
+    except FileError as error:
+        said = str(error).replace("give it as the model", "give it as the teacher")
+        raise FileError(f"teacher_{said}") from error
+    try:
+        if weights is None:
+            return timm.create_model(bare, pretrained=True).eval()
         with torch.device("meta"):
-            classifier = timm.create_model(name).pretrained_cfg.get("classifier")
+            classifier = timm.create_model(bare).pretrained_cfg.get("classifier")
         head = weights.get(f"{classifier}.weight")
-        model = timm.create_model(name, **({} if head is None else {"num_classes": len(head)}))
+        model = timm.create_model(bare, **({} if head is None else {"num_classes": len(head)}))
         model.load_state_dict(weights)
-    except Exception as error:  # a network, a hub, a file and torch.load can fail in all ways
-        what = "released weights" if checkpoint is None else f"the weights in {checkpoint}"
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # a network, a hub and weights of another model can fail in all ways
+        reason = f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        if weights is None:
+            raise FileError(
+                f"teacher: timm cannot open {name} with released weights {reason}; yours are taken with "
+                "--teacher-checkpoint FILE"
+            ) from error
         raise FileError(
-            f"teacher: timm cannot open {name} with {what} ({type(error).__name__}: {reason})"
+            f"teacher_checkpoint: the weights in {checkpoint} are not those of {name} {reason}"
         ) from error
     return model.eval()
 
@@ -159,15 +172,7 @@ def _load(file: str) -> nn.Module:
     try:
         return load(file)
     except FileError as error:
-        try:
-            read_weights(file)
-        except FileError:
-            if Path(file).suffix not in (".pth", ".pt", ".tar", ".ckpt", ".bin"):
-                raise error from None
-        raise FileError(
-            f"model: {file} has weights and does not say of what: give the name of its timm model, and "
-            f"--checkpoint {file}"
-        ) from error
+        raise FileError(f"model: {str(error).removeprefix('path: ')}") from error
 
 
 def _open_timm(name: str, *, pretrained: bool, checkpoint: str | Path | None) -> nn.Module:
@@ -205,6 +210,8 @@ def timm_name(name: str) -> str:
         f"expected {FASHION_DEIT!r}, a file of vtp's, or a name of timm's: deit_small_patch16_224, "
         "hf-hub:OWNER/NAME or local-dir:FOLDER; or of transformers: hf:OWNER/NAME or hf:FOLDER"
     )
+    if kind_of(name) == RUN:
+        refuse_other_kinds(name, *MODELS.values(), name="model")
     if Path(name).is_dir():
         raise FileError(
             f"model: got the folder {name}, {expected}; with timm's config.json: local-dir:{name}, with that "

@@ -549,13 +549,11 @@ def test_a_slow_runtime_leaves_the_rounds_and_larger_cases(monkeypatch):
     record = comparison.compare_runtimes(entries, comparison.Budget(rounds=2))
     found = record["runtimes"]["snail, float32"]
     assert found["status"] == "slow" and len(found["seconds"]) == 2 and found["times_ours"] > comparison.SLOW
-    assert "in 2 call(s), then left the rounds" in found["reason"]
+    assert "in 2 calls, then left the rounds" in found["reason"]
     record |= {"case": "models", "model": "toy", "batch": 2, "macs": 100}
     content = {"cases": {"models, toy, batch 2": record}}
     assert tables.fastest(record, "float32") is None
-    assert any(
-        f"about {found['times_ours']:.0f}x, 2 call(s)" in row for row in tables.runtimes_table(content)
-    )
+    assert any(f"about {found['times_ours']:.0f}x, 2 calls" in row for row in tables.runtimes_table(content))
     assert cases.too_slow(content, 200) == {}, "it was not measured on less than that"
     skip = cases.too_slow(content, 201)
     assert skip == {"snail, float32": f"{found['times_ours']:.0f} times ours in models, toy, batch 2"}

@@ -214,7 +214,7 @@ def test_fine_tuning_started_from_the_refitted_cut_of_the_sparse_model(finished,
     plan = vtp.PruningPlan.load(finished / "plan.json")
     assert plan == vtp.make_plan(sparse, rate=0.4, score="gate")
     data = pipeline.fit_data(open_data(folder), sparse)
-    again = vtp.compact(sparse, plan, images=calibration_images(sparse, data, pipeline.IMAGES))
+    again = vtp.compact(sparse, plan, images=calibration_images(sparse, data, pipeline.CALIBRATION_IMAGES))
     for name, tensor in pruned.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 

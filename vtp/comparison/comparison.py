@@ -26,6 +26,7 @@ from vtp.comparison.runtimes import REPEAT, Run, Runtime, Unsupported, prepare_e
 from vtp.machine import memory_bytes, peak_bytes
 from vtp.runtime.accuracy import CEILINGS, relative_error
 from vtp.timing import standard_error, synchronize, take_turns, timed
+from vtp.words import counted
 
 Record = dict[str, Any]
 
@@ -387,7 +388,9 @@ def _keeps_up(
                 runner.warm_up.append(runner.call())
             if (fastest := min(runner.warm_up)) > limit:
                 times = fastest / usual
-                reason = f"{times:.0f} times ours in {len(runner.warm_up)} call(s), then left the rounds"
+                reason = (
+                    f"{times:.0f} times ours in {counted(len(runner.warm_up), 'call')}, then left the rounds"
+                )
                 records[label] |= {"status": "slow", "reason": reason, "times_ours": times}
                 return False
         runner.settle(warm_up_seconds)

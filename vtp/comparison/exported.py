@@ -1,4 +1,4 @@
-"""`vtp export FILE`: size and latency of the exported model beside those of the dense one, in one runtime."""
+"""`vtp export MODEL`: size and latency of the exported model beside the dense one's, in one runtime."""
 
 import tempfile
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`vtp bench FILE`: a user's compact model by every runtime, beside the dense one, and where time is lost."""
+"""`vtp bench MODEL`: a user's compact model by every runtime, beside the dense one; where time is lost."""
 
 import copy
 import dataclasses

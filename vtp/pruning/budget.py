@@ -12,6 +12,9 @@ from vtp.model.cost import block_cost, surroundings_cost
 from vtp.model.widths import BlockWidths
 from vtp.pruning.latency_table import LatencyTable, LatencyTableError, cached_table, how_to_make_one
 from vtp.pruning.plan import PlanError
+from vtp.words import counted
+
+_UNITS = {"macs": "MACs", "params": "parameters"}
 
 
 def one_budget(**budgets: float | None) -> dict[str, float]:
@@ -68,14 +71,14 @@ def limit_of(
     if name == "rate":
         full = widths_array(architecture).sum()
         most = full - _removed_at_least(value, full)
-        return Limit(name, value, most, 0, _dimensions, keys, lambda n: f"{n:,.0f} dimensions")
+        return Limit(name, value, most, 0, _dimensions, keys, lambda n: counted(round(n), "dimension"))
     if name != "latency_ms":
 
         def size(widths: BlockWidths) -> int:
             return getattr(block_cost(architecture, widths), name)
 
-        outside = getattr(surroundings_cost(architecture), name)
-        return Limit(name, value, value, outside, size, keys, lambda n: f"{n:,.0f} {name}")
+        outside, unit = getattr(surroundings_cost(architecture), name), _UNITS[name]
+        return Limit(name, value, value, outside, size, keys, lambda n: f"{n:,.0f} {unit}")
     table = _table_for(architecture, table)
     most = math.floor(1e6 * value)
     most += (most + 1) / 1e6 <= value  # a prediction that is asked for again must be met

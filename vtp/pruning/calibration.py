@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vtp.files import FileError, fingerprint, write_atomic
 from vtp.group import Group, first_makes, share, sum_over
+from vtp.kinds import STATISTICS, refuse_other_kinds
 from vtp.model.architecture import Architecture, describe
 from vtp.model.widths import SITES
 from vtp.pruning.dense_block import (
@@ -112,10 +113,11 @@ class Statistics:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
+            refuse_other_kinds(path, STATISTICS)
             raise FileError(f"path: cannot read {path}, or it is damaged or cut off ({error})") from error
         text = header.get("vtp_statistics")
         if text is None:
-            raise FileError(f"path: {path} has no statistics of vtp.calibrate")
+            refuse_other_kinds(path, STATISTICS)
         if header.get("vtp_sha256") != fingerprint(tensors, text):
             raise FileError(f"path: {path} was changed after it was written (its SHA-256 does not match)")
         fields: dict[str, Any] = json.loads(text)

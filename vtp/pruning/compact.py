@@ -52,6 +52,7 @@ from vtp.pruning.plan import PlanError, PruningPlan
 from vtp.pruning.refit import refit
 from vtp.pruning.removed import removed_before
 from vtp.pruning.streams import Progress, plain_copy
+from vtp.words import counted
 from vtp_kernels.compact_linear import compact_linear
 from vtp_kernels.compact_mlp import compact_mlp
 from vtp_kernels.layer_norm_gather import layer_norm_gather
@@ -600,8 +601,9 @@ def compact(
     architecture = describe(gated)
     if architecture.site_widths() != plan.widths or architecture.num_heads != plan.architecture.num_heads:
         raise PlanError(
-            f"plan: made for {plan.architecture.depth} blocks of width {plan.architecture.embed_dim}, got a "
-            f"model with {architecture.depth} blocks of width {architecture.embed_dim}"
+            f"plan: made for {counted(plan.architecture.depth, 'block')} of width "
+            f"{plan.architecture.embed_dim}, got a model with {counted(architecture.depth, 'block')} of "
+            f"width {architecture.embed_dim}"
         )
     for name in ("glu", "rotary", "scale_attn_norm", "scale_mlp_norm"):
         if (own := getattr(architecture, name)) != (theirs := getattr(plan.architecture, name)):

@@ -27,11 +27,13 @@ import numpy as np
 import torch
 
 from vtp.files import FileError, cache_folder, refuse_unwritable, write_atomic
+from vtp.kinds import LATENCY_TABLE, refuse_other_kinds
 from vtp.machine import environment, vector_flags
 from vtp.model.architecture import Architecture
 from vtp.model.widths import BlockWidths
 from vtp.pruning.compact import CompactModel
 from vtp.pruning.plan import FrozenDict, PruningPlan
+from vtp.words import counted
 from vtp_kernels.library import cpp_unsupported_reason
 
 TABLE_VERSION = 2  # 1 had no key widths: what narrow keys save cannot be told from it, so it is refused
@@ -72,7 +74,7 @@ class Grid:
                 raise LatencyTableError(f"axes: got {axis}, expected ascending widths of at least 1")
         if len(self.ms) != math.prod(map(len, self.axes)):
             raise LatencyTableError(
-                f"ms: got {len(self.ms)} times, expected {math.prod(map(len, self.axes))}"
+                f"ms: got {counted(len(self.ms), 'time')}, expected {math.prod(map(len, self.axes))}"
             )
         if not all(isinstance(ms, float) and 0 <= ms < _MOST_MS for ms in self.ms):
             raise LatencyTableError(f"ms: expected times from 0 to {_MOST_MS:g}")
@@ -249,10 +251,13 @@ class LatencyTable:
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except OSError as error:
+            refuse_other_kinds(path, LATENCY_TABLE)
             raise FileError(f"path: cannot read {path}: {error.strerror}") from error
         except LatencyTableError as error:
+            refuse_other_kinds(path, LATENCY_TABLE)
             raise FileError(f"path: {path}: {error}") from error
         except (ValueError, RecursionError) as error:
+            refuse_other_kinds(path, LATENCY_TABLE)
             raise FileError(f"path: {path} is not JSON, or it is cut off ({error})") from error
 
 

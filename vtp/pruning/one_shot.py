@@ -14,8 +14,6 @@ from vtp.pruning.scores import OF_STATISTICS
 from vtp.pruning.selection import make_plan
 from vtp.words import counted
 
-IMAGES = 2048
-
 
 def check_budget(model: nn.Module, budget: Mapping[str, Any], *, calibrated: bool, refitted: bool) -> None:
     """Refuse now what a plan or a cut would refuse later.

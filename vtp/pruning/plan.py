@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vtp.files import FileError, write_atomic
+from vtp.kinds import PLAN, refuse_other_kinds
 from vtp.model.architecture import Architecture
 from vtp.model.cost import Cost, abbreviated, model_cost
 from vtp.model.widths import SITES, BlockWidths
@@ -266,7 +267,13 @@ class PruningPlan:
         try:
             data = json.loads(Path(path).read_text())
         except OSError as error:
+            refuse_other_kinds(path, PLAN)
             raise FileError(f"path: cannot read {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
+            refuse_other_kinds(path, PLAN)
             raise PlanError(f"path: {path} is not JSON, or it is cut off ({error})") from error
-        return cls.from_dict(data)
+        refuse_other_kinds(path, PLAN)
+        try:
+            return cls.from_dict(data)
+        except PlanError as error:
+            raise PlanError(f"path: {path}: {str(error).removeprefix('plan: ')}") from error

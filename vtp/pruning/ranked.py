@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from vtp.choices import SCOPES
 from vtp.files import fingerprint
 from vtp.model.architecture import Architecture, describe
 from vtp.model.widths import SITES
@@ -16,7 +17,7 @@ from vtp.pruning.calibration import Statistics
 from vtp.pruning.gates import sites, with_gates
 from vtp.pruning.plan import PlanError, PruningPlan
 from vtp.pruning.removed import removed_before
-from vtp.pruning.scores import SCOPES, ranking, site_of, site_scores
+from vtp.pruning.scores import ranking, site_of, site_scores
 
 
 @dataclasses.dataclass(frozen=True)

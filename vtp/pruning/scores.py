@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vtp.choices import SCORES
 from vtp.model.architecture import Architecture
 from vtp.model.cost import block_cost
 from vtp.model.widths import SITES
@@ -15,9 +16,7 @@ from vtp.pruning.calibration import Statistics
 from vtp.pruning.gates import GatedLinear
 from vtp.pruning.plan import PlanError
 
-SCORES = ("gate", "taylor", "obs", "activation", "variance")
 OF_STATISTICS = SCORES[2:]
-SCOPES = ("global", "per_site", "per_layer")  # in which one ranking is cut
 
 
 def site_scores(

@@ -23,6 +23,7 @@ from vtp.group import Group, gathered, place, refuse_different, share, together
 from vtp.model.architecture import Architecture, describe, replace_sites
 from vtp.model.eva import ropes, with_fused_sites
 from vtp.pruning.gates import GatedLinear
+from vtp.words import counted
 
 Progress = Callable[[str, float], None]
 _PIECE = 2048  # tokens of one piece: its widest activations stay in memory that is at hand, not mapped anew
@@ -194,7 +195,9 @@ def embedded(
     stream = Stream(pieces or [_no_image(model)], ropes(model), everyones, group)
     if progress is not None:
         size = stream.images * stream.tokens * weight.element_size() * describe(model).embed_dim / 1e9
-        progress(f"{stream.images:,} images of {stream.tokens} tokens, {size:.2f} GB", 0.0)
+        progress(
+            f"{counted(stream.images, 'image')} of {counted(stream.tokens, 'token')}, {size:.2f} GB", 0.0
+        )
     return stream
 
 

@@ -16,7 +16,6 @@ from vtp import checkpoint
 from vtp.files import FileError, write_atomic
 from vtp.pruning.gates import sites
 from vtp.pruning.plan import PruningPlan
-from vtp.report import figures, sections
 from vtp.report.numbers import headline, is_one_shot
 
 _SPARSE_TRAINING = "Zhu, Tang, Han, “Vision Transformer Pruning”, arXiv 2104.08500"
@@ -46,6 +45,8 @@ def render_report(
     Raises:
         ValueError: the plan does not belong to the gates.
     """
+    from vtp.report import figures, sections  # for which matplotlib is imported; few commands write a page
+
     one_shot = is_one_shot(config)
     parts = (
         sections.header(config, results, plan),

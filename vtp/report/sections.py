@@ -35,6 +35,7 @@ from vtp.report.numbers import (
     removed_share,
     served_row,
 )
+from vtp.words import counted
 
 _STAGES = ("dense", "sparse", "finetune")
 _SITE_INPUTS = {
@@ -113,7 +114,9 @@ def _kept_mask(name: str, width: int, plan: Any) -> np.ndarray | None:
     kept = plan.kept.get(name)
     if kept is None or any(not 0 <= index < width for index in kept):
         found = "does not know this site" if kept is None else f"keeps indices up to {max(kept)}"
-        raise ValueError(f"plan: it {found} ({name}, {width} gates); expected the plan made from these gates")
+        raise ValueError(
+            f"plan: it {found} ({name}, {counted(width, 'gate')}); expected the plan made from these gates"
+        )
     mask = np.zeros(width, bool)
     mask[list(kept)] = True
     return mask
@@ -159,7 +162,7 @@ def gates(gates: Mapping[str, np.ndarray], plan: Any) -> str:
     if values.size and np.ptp(values) == 0:
         notes.append(f"All gates are equal ({values[0]:g}): sparse training has not told them apart.")
     if odd := int((~np.isfinite(values)).sum()):
-        notes.append(f"{odd} gates are not finite and are not drawn.")
+        notes.append(f"{counted(odd, 'gate is', 'gates are')} not finite and not drawn.")
     if threshold is None:
         notes.append(_threshold_note(plan))
     panels = "".join(_gate_panel(site, rows, edges, threshold) for site, rows in ridges.items() if rows)
@@ -177,7 +180,7 @@ def _gate_panel(site: str, rows: Sequence[Ridge], edges: np.ndarray, threshold: 
     rows = sorted(rows, key=lambda ridge: ridge.block)
     known = [row.kept for row in rows if row.kept is not None]
     share = f", {percent(float(np.concatenate(known).mean()))} kept" if known else ""
-    label = f"Histograms of the gates of {site} in {len(rows)} blocks{share}"
+    label = f"Histograms of the gates of {site} in {counted(len(rows), 'block')}{share}"
     caption = f'<span class="site {SITE_ROLES[site]}">{site}</span>{share}<small>{_SITE_INPUTS[site]}</small>'
     return markup.figure(figures.gate_ridges(site, rows, edges, threshold, label), caption)
 
@@ -206,18 +209,17 @@ def widths(plan: Any) -> str:
             maps.append(_head_map("key width", "qkv", keys, plan.head_dim))
         maps.append(_head_map("value width", "proj", values, plan.head_dim))
         gone = sum(width == 0 for widths in values.values() for width in widths)
+        total, has = sum(map(len, values.values())), "has" if gone == 1 else "have"
         if gone and stay:
-            total = sum(map(len, values.values()))
-            notes.append(f"{gone} of {total} heads have no value dimension left that proj reads.")
+            notes.append(f"{gone} of {counted(total, 'head')} {has} no value dimension left that proj reads.")
         elif gone:
-            notes.append(
-                f"{gone} of {sum(map(len, values.values()))} heads have no value dimension left and are gone."
-            )
+            are = "is" if gone == 1 else "are"
+            notes.append(f"{gone} of {counted(total, 'head')} {has} no value dimension left and {are} gone.")
     else:
         notes.append("The plan records no value widths of heads: there is no map of heads.")
     how = (
         "Percent kept, and below it the number of dimensions; the stronger the colour, the more is kept. "
-        f"A head's value, query and key have {plan.head_dim} dimensions each before the cut; "
+        f"A head's value, query and key have {counted(plan.head_dim, 'dimension')} each before the cut; "
     )
     how += (
         "the norm before proj is over the values of all heads, which stay: what is left is what proj reads."
@@ -314,12 +316,13 @@ def _stage_records(metrics: Iterable[Mapping[str, Any]]) -> dict[str, list[Mappi
 def _stage_notes(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     notes, planned = [], number(rows[-1].get("epochs"))
     if planned > len(rows):
-        notes.append(f"Stage “{name}” has {len(rows)} of {planned:.0f} epochs.")
+        notes.append(f"Stage “{name}” has {len(rows)} of {counted(round(planned), 'epoch')}.")
     for key in ("train_loss", "test_loss", "test_top1"):
         missing = sum(math.isnan(number(row.get(key))) for row in rows)
         if missing:
             notes.append(
-                f"Stage “{name}”: {key} is missing or not finite in {missing} of {len(rows)} epochs."
+                f"Stage “{name}”: {key} is missing or not finite in {missing} of "
+                f"{counted(len(rows), 'epoch')}."
             )
     return notes
 

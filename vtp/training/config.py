@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vtp.words import counted
+
 INV_FREQ = "inv_freq"
 L1_MODES = ("subgradient", "proximal")
 SCHEDULES = ("cosine", "constant")
@@ -97,7 +99,7 @@ class TrainConfig:
             "warmup_epochs",
             (int, float),
             lambda v: 0 <= v <= self.epochs,
-            f"between 0 and {self.epochs} epochs",
+            f"between 0 and {counted(self.epochs, 'epoch')}",
         )
         self._require("distill_alpha", (int, float), lambda v: 0 <= v <= 1, "a number in [0, 1]")
         if self.effective_batch is not None:
@@ -149,13 +151,13 @@ class TrainConfig:
         if fits(wanted):
             return wanted // (processes * passes(wanted)), passes(wanted)
         near = [next(filter(fits, range(wanted, 0, -1)), None), next(filter(fits, itertools.count(wanted)))]
-        several = f"{processes} process{'es' if processes > 1 else ''}"
+        several = counted(processes, "process", "processes")
         if near[0] and images is not None and near[1] > images:
             near.pop()
         fitting = " or ".join(str(number) for number in near if number)
         raise ValueError(
             f"TrainConfig.effective_batch: got {wanted}, expected {fitting} for {several} and"
-            f" {self.batch_size} images a pass at most (batch_size)"
+            f" {counted(self.batch_size, 'image')} a pass at most (batch_size)"
             + (", in pairs, as mixup makes them" if pairs > 1 else "")
         )
 

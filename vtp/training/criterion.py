@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vtp.training.config import TrainConfig
 from vtp.training.data import Data
 from vtp.training.sources import labels_of
+from vtp.words import counted
 
 
 def mixup_and_criterion(
@@ -53,7 +54,9 @@ def class_weight(config: TrainConfig, data: Data, num_classes: int, device: torc
         return None
     if not isinstance(given, str):
         if len(given) != num_classes:
-            raise ValueError(f"config.class_weight: got {len(given)} weights, expected {num_classes}")
+            raise ValueError(
+                f"config.class_weight: got {counted(len(given), 'weight')}, expected {num_classes}"
+            )
         return torch.tensor(given, dtype=torch.float32, device=device)
     labels = labels_of(data.train)
     if labels is None:

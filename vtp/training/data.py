@@ -20,6 +20,8 @@ import torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
+from vtp.choices import EMBEDDED
+from vtp.kinds import kind_of
 from vtp.model.images import for_channels
 from vtp.training.classes import (
     difference,
@@ -46,7 +48,6 @@ from vtp.training.sources import (
 )
 from vtp.words import counted
 
-EMBEDDED = "fashion-mnist-10k"
 EMBEDDED_FOLDER = Path(__file__).parents[1] / "datasets" / EMBEDDED
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -198,7 +199,9 @@ def open_data(
     elif spec.partition("/")[0].lower() in TIMM_PREFIXES and "/" in spec:
         data = _open_timm(spec, root, train)
     else:
-        raise DataError(f"data: {spec!r} is neither a folder that exists nor a known name; expected {KNOWN}")
+        kind = kind_of(spec)
+        found = "neither a folder that exists nor a known name" if kind is None else kind.name
+        raise DataError(f"data: {spec!r} is {found}; expected {KNOWN}")
     return data if names is None else _in_order_of(data, names)
 
 
@@ -207,7 +210,8 @@ def _in_order_of(data: Data, names: tuple[str, ...]) -> Data:
     if not data.class_names:
         if data.num_classes not in (None, len(names)):
             raise DataError(
-                f"class_map: got {len(names)} names, expected {data.num_classes}, the classes of {data.name}"
+                f"class_map: got {counted(len(names), 'name')}, expected {data.num_classes}, the classes of "
+                f"{data.name}"
             )
         return replace(data, class_names=names, num_classes=len(names), by_class_map=True)
     label_map = labels_by_name(data.class_names, names)
@@ -558,7 +562,8 @@ def match_classes(
         )
     if mapped.labels_present is None:
         return mapped
-    some = f"{data.name} has {len(mapped.labels_present)} of the model's {len(names)} classes"
+    classes = counted(len(names), "class", "classes")
+    some = f"{data.name} has {len(mapped.labels_present)} of the model's {classes}"
     if not subset:
         raise DataError(
             f"data: {some}; training on them would unlearn the others: expected all, or --new-head for a "
@@ -592,9 +597,10 @@ def check_data(data: Data, num_classes: int) -> None:
         )
     if data.num_classes is not None and data.num_classes != num_classes:
         raise DataError(
-            f"num_classes: the head has {num_classes} outputs, but the data set {data.name} has "
-            f"{data.num_classes} classes; expected one output for each class (--new-head trains a new one; "
-            "--class-map names the classes of all outputs where the data have only some)"
+            f"num_classes: the head has {counted(num_classes, 'output')}, but the data set {data.name} has "
+            f"{counted(data.num_classes, 'class', 'classes')}; expected one output for each class "
+            "(--new-head trains a new one; --class-map names the classes of all outputs where the data have "
+            "only some)"
         )
     for split, images in (("train", data.train), ("test", data.test)):
         labels = None if images is None else labels_of(images)
@@ -608,8 +614,8 @@ def _check_labels(labels: np.ndarray, data: Data, split: str) -> None:
     if labels.ndim == 2:  # one number for each class: as if each image were there once for each that it has
         if labels.shape[1] != data.num_classes or not np.isin(labels, (0, 1)).all():
             raise DataError(
-                f"{data.name}: {split}: got labels of {labels.shape[1]} numbers from {labels.min()} to "
-                f"{labels.max()}, expected {data.num_classes} times 0 or 1"
+                f"{data.name}: {split}: got labels of {counted(labels.shape[1], 'number')} from "
+                f"{labels.min()} to {labels.max()}, expected {data.num_classes} times 0 or 1"
             )
         labels = labels.nonzero()[1]
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= data.num_classes:
@@ -621,7 +627,8 @@ def _check_labels(labels: np.ndarray, data: Data, split: str) -> None:
     if empty:
         names = [data.class_names[label] if data.class_names else str(label) for label in empty]
         raise DataError(
-            f"{data.name}: {split}: no image in {len(empty)} of {len(expected)} classes: {in_short(names, 5)}"
+            f"{data.name}: {split}: no image in {len(empty)} of "
+            f"{counted(len(expected), 'class', 'classes')}: {in_short(names, 5)}"
         )
 
 

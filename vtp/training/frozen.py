@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from vtp.choices import NEIGHBOURS
 from vtp.training.data import Data, DataError, is_multi_label
 from vtp.training.evaluation import NonFiniteLossError
 from vtp.training.loaders import calibration_count, calibration_images, prepared, test_images
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07
+TEMPERATURE = 0.07
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # from the strongest: each starts where the one before ended
 HELD_OUT = 10  # one of so many training images chooses the penalty
 _ITERATIONS = 200  # of L-BFGS, at most

@@ -176,7 +176,7 @@ class StreamSet(IterableDataset):
         """Which images an epoch has, and what their order depends on."""
         reader = self.reader
         known = getattr(reader, "num_samples", None)
-        text = f"of a stream of {known:,} images" if known else "of a stream"
+        text = f"of a stream of {counted(known, 'image')}" if known else "of a stream"
         if reader.global_num_workers > 1:
             text += (
                 f", of which {reader.global_num_workers} readers have shards of their own: some images come "
@@ -481,7 +481,9 @@ def set_epoch(loader: DataLoader, epoch: int, start: int = 0) -> None:
         start: 0 to len(loader), which stays the number of batches of a whole epoch.
     """
     if not 0 <= start <= len(loader):
-        raise DataError(f"start: got {start}, expected 0 to the {len(loader)} batches of an epoch")
+        raise DataError(
+            f"start: got {start}, expected 0 to the {counted(len(loader), 'batch', 'batches')} of an epoch"
+        )
     if isinstance(loader.dataset, StreamSet):
         loader.dataset.epoch = epoch
         loader.skip_batches = start

@@ -60,6 +60,7 @@ from vtp.training.stage_models import StageModels
 from vtp.training.state import Position, StageCheckpoint, all_finite
 from vtp.training.teacher import distillation_loss
 from vtp.training.transforms import Augment
+from vtp.words import counted
 
 CHECK_EVERY = {"cpu": 1}  # steps between looks at the losses; elsewhere a look waits for the device, hence:
 CHECK_EVERY_ELSEWHERE = 16
@@ -145,7 +146,8 @@ class _Stage:
             )
         if data.num_classes not in (None, model.num_classes):
             raise ValueError(
-                f"data: {data.name} has {data.num_classes} classes, expected the model's {model.num_classes}"
+                f"data: {data.name} has {counted(data.num_classes, 'class', 'classes')}, expected the "
+                f"model's {model.num_classes}"
             )
         self.config, self.stage, self.run_dir = config, stage, run_dir
         self.accelerator = accelerator(config.precision)
@@ -250,8 +252,8 @@ class _Stage:
         shares = [f"{processes} processes"] * (processes > 1) + [f"{self.passes} passes"] * (self.passes > 1)
         shared_out = f" ({' x '.join([*shares, str(self.pass_images)])})" if shares else ""
         return (
-            f"stage {self.stage}: lr {self.config.lr:g} for updates of {self.images} images{shared_out}, "
-            f"{self.steps} an epoch; the rate is not scaled by their number"
+            f"stage {self.stage}: lr {self.config.lr:g} for updates of {counted(self.images, 'image')}"
+            f"{shared_out}, {self.steps} an epoch; the rate is not scaled by their number"
         )
 
     def result(self) -> TrainResult:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from vtp.files import FileError, write_atomic
+from vtp.words import counted
 
 BAR_SECONDS = 0.25  # between two updates of the bar: more often cannot be read and costs time
 BAR_COLUMNS = 110  # a terminal with fewer has room for the figures only
@@ -160,13 +161,13 @@ def loader_warning(waiting: float, seconds: float, epoch: int, workers: int, pro
     possible = cores // processes
     text = (
         f"the loader is the bottleneck: {waiting:.0%} of the time of epoch {epoch} went by waiting for images"
-        f" at {workers} workers"
+        f" at {counted(workers, 'worker')}"
     )
     if workers < possible:
-        return f"{text}; this machine has {cores} cores: try --workers {min(possible, max(2, 2 * workers))}"
-    return (
-        f"{text}, and all {cores} cores are in use; smaller image files, or lighter augmentation, take less"
-    )
+        more = min(possible, max(2, 2 * workers))
+        return f"{text}; this machine has {counted(cores, 'core')}: try --workers {more}"
+    used = f"all {cores} cores are" if cores > 1 else "the one core is"
+    return f"{text}, and {used} in use; smaller image files, or lighter augmentation, take less"
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:

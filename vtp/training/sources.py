@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from vtp.training.multi_label import MultiLabelReader
 from vtp.training.pixels import DataError, check_depth, is_deep
+from vtp.words import counted
 
 IDX_NAMES = ("images-idx3-ubyte", "labels-idx1-ubyte")
 # A file of these formats that is whole ends in these bytes, give or take some padding.
@@ -45,7 +46,9 @@ def read_idx(path: Path) -> np.ndarray:
     shape = struct.unpack(f">{raw[3]}I", raw[4:header].ljust(header - 4, b"\0"))
     expected = header + math.prod(shape)
     if len(raw) != expected:
-        raise DataError(f"{path}: truncated or corrupt idx file: got {len(raw)} bytes, expected {expected}")
+        raise DataError(
+            f"{path}: truncated or corrupt idx file: got {counted(len(raw), 'byte')}, expected {expected:,}"
+        )
     return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape(shape)
 
 

@@ -51,7 +51,11 @@ def test_bench_times_a_compact_model_and_says_whether_pruning_paid(
 
 def test_bench_refuses_bad_input_before_it_measures(files, tmp_path, refused, monkeypatch, capsys):
     compact, profile = files / "compact.safetensors", ("bench", "deit_tiny_patch16_224", "--profile-widths")
-    refused("model: .*gated.safetensors holds no compact model", "bench", files / "gated.safetensors")
+    refused(
+        r"MODEL: .*gated.safetensors is a gated model, expected a compact model; `vtp prune ",
+        "bench",
+        files / "gated.safetensors",
+    )
     refused("no file", "bench", tmp_path / "missing.safetensors")
     refused("--json: .*cannot write", "bench", compact, "--json", tmp_path / "missing" / "times.json")
     refused("--json: .*is a folder", "bench", compact, "--json", tmp_path)
@@ -140,14 +144,14 @@ def test_export_refuses_bad_input_and_leaves_no_file(files, tmp_path, refused, m
         *out,
     )
     refused(
-        "file: .*gated.safetensors has gates; cut it first",
+        "MODEL: .*gated.safetensors is a gated model, expected a dense model or a compact model; `vtp prune ",
         "export",
         files / "gated.safetensors",
         "--to",
         "pt2",
         *out,
     )
-    refused("path: cannot write into", "export", small, "--to", "pt2", "--out", tmp_path / "missing" / "out")
+    refused("--out: cannot write into", "export", small, "--to", "pt2", "--out", tmp_path / "missing" / "out")
     refused("no such folder|expected", "export", small, "--to", "pt2", "--data", tmp_path / "missing", *out)
     monkeypatch.setattr("vtp.runtime.export.checked.find_spec", lambda name: None)
     refused(

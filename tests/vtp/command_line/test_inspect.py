@@ -70,10 +70,26 @@ def test_inspect_takes_names_and_reads_no_weights(files, tmp_path, capsys, refus
     dense = inspected(capsys, "vit_tiny_patch16_224")
     assert "5.72M params" in dense and '"embed_dim": 192' in dense and "classes: 1000" in dense
     assert "0.68M params" in inspected(capsys, "fashion-deit")
-    refused("model: got 'nonsense', expected 'fashion-deit'", "inspect", "nonsense")
+    refused("FILE: got 'nonsense', expected 'fashion-deit'", "inspect", "nonsense")
     refused("timm cannot open local-dir:none", "inspect", "local-dir:none")
     refused("timm.models.resnet.ResNet", "inspect", "resnet18")
     refused("no file none.safetensors", "inspect", "none.safetensors")
+
+
+def test_inspect_shows_statistics_and_tables_of_latencies(files, tmp_path, capsys):
+    dense = vtp.load(files / "dense.safetensors")
+    statistics = vtp.calibrate(dense, torch.randn(4, 1, 8, 8))
+    statistics.save(tmp_path / "statistics.safetensors")
+    table = vtp.profile_widths(vtp.describe(dense), seconds=0.01)
+    table.save(tmp_path / "table.json")
+    out = inspected(capsys, tmp_path / "statistics.safetensors")
+    assert out.startswith("statistics of 4 images; changes are KL, measured on 4 of them\n")
+    assert f"fingerprint {statistics.parent[:16]}: 2 blocks of width 12, 3 heads\n" in out
+    out = inspected(capsys, tmp_path / "table.json")
+    assert out.startswith(
+        f"time against width for a batch of 1 in float32 on {table.engine}, {table.rounds} "
+    )
+    assert "of models of width 12 with 3 heads, of any depth\n" in out
 
 
 def test_inspect_shows_key_widths_where_a_plan_narrows_them(files, tmp_path, capsys):
@@ -104,13 +120,16 @@ def write_foreign(path, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("plan.json", "not a pruning plan"),
+        ("plan.json", r"FILE: .*plan\.json: not a pruning plan"),
         ("cut.json", "not JSON, or it is cut off"),
-        ("others.safetensors", "not one that vtp wrote"),
+        (
+            "others.safetensors",
+            r"FILE: .*is weights alone, expected a model; give the name of the timm model",
+        ),
         ("state.safetensors", r"training state in .* is damaged"),
         ("broken-state.safetensors", r"training state in .* is damaged"),
-        ("weights.pth", "no safetensors file"),
-        ("empty.safetensors", "no safetensors file"),
+        ("weights.pth", "is weights alone, expected a model"),
+        ("empty.safetensors", "is an empty file, .*expected a model"),
     ],
 )
 def test_inspect_refuses_foreign_files_with_the_reason(tmp_path, refused, kind, message):
@@ -121,7 +140,7 @@ def test_inspect_refuses_foreign_files_with_the_reason(tmp_path, refused, kind, 
 def test_inspect_refuses_missing_files_folders_and_damaged_files(files, tmp_path, refused):
     refused(r"no file .*none\.safetensors", "inspect", tmp_path / "none.safetensors")
     refused(r"cannot read .*none\.json: No such file", "inspect", tmp_path / "none.json")
-    refused("no file", "inspect", tmp_path)
+    refused(f"FILE: {tmp_path} is a folder, expected a model", "inspect", tmp_path)
     damaged = tmp_path / "damaged.safetensors"
     shutil.copy(files / "compact.safetensors", damaged)
     with open(damaged, "r+b") as file:

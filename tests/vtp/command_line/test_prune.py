@@ -71,14 +71,30 @@ def test_prune_refuses_what_cannot_be_and_writes_nothing(files, tmp_path, refuse
 
 @pytest.mark.parametrize("name", ["dense", "compact"])
 def test_prune_refuses_a_model_without_gates(files, tmp_path, refused, name):
-    refused("has no gates", "prune", files / f"{name}.safetensors", "--out", tmp_path / "small.safetensors")
+    file = files / f"{name}.safetensors"
+    refused(
+        rf"MODEL: {file} is a {name} model, expected a gated model; .*`vtp prune {file} --calibrate DATA` ",
+        *("prune", file, "--out", tmp_path / "small.safetensors"),
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["fashion-deit", "deit_tiny_patch16_224", "hf:facebook/dino-vits16"])
+def test_prune_of_a_name_without_images_says_what_to_add(tmp_path, refused, name):
+    refused(f"MODEL: {name} is no file, .*`vtp prune {name} --calibrate DATA` cuts it on unlabelled images",
+            "prune", name, "--macs", 5e6, "--out", tmp_path / "small.safetensors")  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
 
 def test_prune_refuses_folders_that_cannot_be_written(files, tmp_path, refused):
     source = files / "gated.safetensors"
-    refused("cannot write into .*none: No such file", "prune", source, "--out", tmp_path / "none" / "a")
-    refused("is a folder", "prune", source, "--out", tmp_path)
+    refused(
+        "--out: cannot write into .*none: No such file", "prune", source, "--out", tmp_path / "none" / "a"
+    )
+    refused("--out: .* is a folder", "prune", source, "--out", tmp_path)
+    plan = ["--plan", tmp_path / "none" / "plan.json"]
+    refused("--plan: cannot write into .*none", "prune", source, "--out", tmp_path / "small", *plan)
+    assert list(tmp_path.iterdir()) == []
     refused("cannot write into /proc", "prune", source, "--out", "/proc/small.safetensors")
 
 
@@ -166,11 +182,11 @@ def test_prune_refits_a_gated_model_cut_by_its_gates(files, tmp_path):
         (["--per-mac"], "--per-mac: got True"),
         (["--key-width", "2"], r"--key-width: got 2\.0, expected none as scope='optimal'"),
         (["--score", "gate"], "the model has no gates"),
-        (["--calibrate", "/none/such"], "/none/such"),
+        (["--calibrate", "/none/such"], "--calibrate: '/none/such' is neither a folder"),
         (["--calibrate", "fashion-mnist-10k"], "10 classes.*--no-eval looks at no labels"),
-        (["--out", "/proc/small.safetensors"], "cannot write into /proc"),
-        (["--plan", "/proc/plan.json"], "cannot write into /proc"),
-        (["--statistics", "/none/such/file"], "cannot write into /none/such"),
+        (["--out", "/proc/small.safetensors"], "--out: cannot write into /proc"),
+        (["--plan", "/proc/plan.json"], "--plan: cannot write into /proc"),
+        (["--statistics", "/none/such/file"], "--statistics: cannot write into /none/such"),
     ],
     ids=" ".join,
 )
@@ -236,7 +252,13 @@ def test_a_checkpoint_of_ones_own_is_evaluated_and_cut(files, tmp_path, refused,
     small = vtp.load(out)
     assert (small.num_classes, vtp.count(small).macs <= 0.8 * vtp.count(model).macs) == (2, True)
     capsys.readouterr()
-    refused(f"give the name of its timm model, and --checkpoint {file}", "eval", "--model", file, *known)
+    refused(
+        f"give the name of the timm model that they are of as the model, and --checkpoint {file}",
+        "eval",
+        "--model",
+        file,
+        *known,
+    )
     refused("no weights 'nonsense'", "eval", "--model", f"{name}.nonsense", *known)
     refused("expected the name of its timm model alone", "eval", "--checkpoint", file, *known)
 
@@ -257,10 +279,14 @@ def test_prune_refuses_options_without_effect(files, tmp_path, refused):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_note_on_the_budget_stands_behind_the_plan_that_it_is_about(files, tmp_path):
+@pytest.mark.parametrize("calibrated", [[], ["--calibrate", "images", "--images", 10, "--no-eval"]])
+def test_a_note_on_the_budget_stands_behind_the_plan_that_it_is_about(
+    files, tmp_path, monkeypatch, calibrated
+):
+    monkeypatch.chdir(files)
     said, known = io.StringIO(), ["--macs", "5e9", "--out", tmp_path / "small.safetensors"]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        assert run("prune", files / "gated.safetensors", *known) == 0
+        assert run("prune", "gated.safetensors", *calibrated, *known) == 0
     *_, wrote, note = said.getvalue().splitlines()
     assert wrote.startswith("wrote ") and note.startswith("vtp: note: --macs: got 5e+09")
 

@@ -71,7 +71,7 @@ def test_inspect_shows_a_training_checkpoint(trained, capsys):
     capsys.readouterr()
     assert run("inspect", trained / "sparse" / "checkpoints" / "sparse.safetensors") == 0
     out = capsys.readouterr().out
-    assert "training state of stage sparse: 1 of 1 epochs done, finished" in out
+    assert "training state of stage sparse: 1 of 1 epoch done, finished" in out
     identity = json.loads(out[out.index("{") :])
     assert identity["config.seed"] == 3
     assert identity["effective_batch"] == 4  # in two passes
@@ -128,6 +128,12 @@ def pets_gated(pets):
 
 def test_run_refuses_a_model_that_is_cut_and_says_what_takes_it(files, tmp_path, refused):
     file = files / "compact.safetensors"
+    gated = files / "gated.safetensors"
+    message = (
+        f"--model: {gated} is a gated model, expected a dense model; `vtp prune {gated}` cuts it, "
+        f"`vtp train sparse --model {gated}` trains its gates further; .*--resume"
+    )
+    refused(message, "run", "--model", gated, "--data", files / "images", "--out", tmp_path / "run")
     message = f"--model: {file} is cut already, .*`vtp finetune {file}` .*`vtp prune {file} --calibrate DATA`"
     refused(message, "run", "--model", file, "--data", files / "images", "--out", tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -188,8 +194,8 @@ def test_run_refuses_what_cannot_be_before_it_makes_the_run_folder(tmp_path, ref
 
 def test_train_and_finetune_refuse_the_wrong_kind_of_model(files, tmp_path, refused):
     data = ["--data", files / "images", "--out", tmp_path / "run"]
-    refused("no compact model", "finetune", files / "dense.safetensors", *data)
-    refused("no compact model", "finetune", files / "gated.safetensors", *data)
+    refused("is a dense model, expected a compact model", "finetune", files / "dense.safetensors", *data)
+    refused("is a gated model, expected a compact model", "finetune", files / "gated.safetensors", *data)
     refused("no file", "finetune", tmp_path / "none.safetensors", *data)
     assert list(tmp_path.iterdir()) == []
 
@@ -243,18 +249,31 @@ def test_a_teacher_may_have_weights_of_ones_own(files, tmp_path, refused):
     torch.save({"state_dict": weights, "args": Executed()}, tmp_path / "pickle.pth")
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "other.pth")
     for name in ("deit.pth", "plain.safetensors"):
-        opened = open_teacher("regnety_002", checkpoint=tmp_path / name)
+        opened = open_teacher("timm/regnety_002", checkpoint=tmp_path / name)
         assert not opened.training
         assert all(torch.equal(value, weights[key]) for key, value in opened.state_dict().items())
     command = ["finetune", files / "compact.safetensors", "--data", files / "images", *QUICK]
     command += ["--out", tmp_path / "run", "--teacher-checkpoint"]
     refused("--teacher-checkpoint: without effect without --teacher", *command, tmp_path / "deit.pth")
-    for name, reason in (("pickle", "Error"), ("other", "Missing key"), ("none", "no file")):
-        message = (
-            f"teacher: timm cannot open regnety_002 with the weights in {tmp_path}/{name}.pth .*{reason}"
-        )
+    refused(
+        "--teacher: .*deit.pth is weights alone, expected a model; give the name of the timm model that they "
+        "are of as the teacher, and --teacher-checkpoint .*deit.pth$",
+        *(*command[:-1], "--teacher", tmp_path / "deit.pth"),
+    )
+    for name, reason in (
+        ("pickle", "{file} holds objects of Python"),
+        ("other", "the weights in {file} are not those of regnety_002 .*Missing key"),
+        ("none", "no file {file}"),
+    ):
+        message = f"--teacher-checkpoint: {reason.format(file=tmp_path / f'{name}.pth')}"
         refused(message, *command, tmp_path / f"{name}.pth", "--teacher", "regnety_002")
-    refused("expected a timm name", *command, tmp_path / "deit.pth", "--teacher", files / "dense.safetensors")
+    refused(
+        "--teacher-checkpoint: .* expected it with a timm name",
+        *command,
+        tmp_path / "deit.pth",
+        "--teacher",
+        files / "dense.safetensors",
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -264,9 +283,9 @@ def test_what_a_stage_refuses_leaves_no_folder(files, tmp_path, capsys, refused)
     tune = ["finetune", files / "compact.safetensors", *usual]
     assert run(*tune, "--teacher", tmp_path / "ten.safetensors", "--set=finetune.distill_alpha=0.5") == 2
     assert "teacher: classes 10, expected the model's 2" in capsys.readouterr().err
-    refused("class_weight: got 1 weights, expected 2", *tune, "--set=finetune.class_weight=[1]")
+    refused("class_weight: got 1 weight, expected 2", *tune, "--set=finetune.class_weight=[1]")
     dense = ["train", "dense", "--model", files / "dense.safetensors", *usual]
-    refused("class_weight: got 1 weights, expected 2", *dense, "--set=dense.class_weight=[1]")
+    refused("class_weight: got 1 weight, expected 2", *dense, "--set=dense.class_weight=[1]")
     assert not (tmp_path / "runs").exists()
 
 

@@ -554,11 +554,12 @@ def test_file_that_was_changed_is_refused(path, where):
 
 def test_file_of_something_else_is_refused(model, tmp_path):
     vtp.save(model, tmp_path / "model.safetensors")
-    with pytest.raises(FileError, match=r"^path: .*has no statistics of vtp.calibrate"):
+    with pytest.raises(FileError, match=r"^path: .*is .*, expected the statistics of a calibration"):
         Statistics.load(tmp_path / "model.safetensors")
-    for other in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(FileError, match=r"^path: cannot read"):
-            Statistics.load(other)
+    with pytest.raises(FileError, match=r"^path: .*is a folder, expected the statistics of a calibration"):
+        Statistics.load(tmp_path)
+    with pytest.raises(FileError, match=r"^path: cannot read"):
+        Statistics.load(tmp_path / "missing")
 
 
 def test_statistics_of_other_weights_are_refused(statistics):
@@ -601,5 +602,5 @@ def test_weights_on_the_meta_device_are_refused_before_anything(model, images, t
 def test_statistics_are_no_model_and_say_so(tmp_path):
     model = build(dtype=torch.float32)
     vtp.calibrate(model, image(model, batch=4)).save(tmp_path / "statistics.safetensors")
-    with pytest.raises(FileError, match=r"a safetensors file, but statistics of vtp\.calibrate"):
+    with pytest.raises(FileError, match=r"is the statistics of a calibration, expected a model"):
         vtp.load(tmp_path / "statistics.safetensors")

@@ -113,7 +113,7 @@ def test_truncated_file_is_refused(plan, tmp_path, share):
     plan.save(file)
     text = file.read_text()
     file.write_text(text[: int(share * len(text))])
-    with pytest.raises(vtp.PlanError, match=r"plan\.json is not JSON, or it is cut off"):
+    with pytest.raises((vtp.PlanError, vtp.FileError), match=r"plan\.json is .*cut off"):
         vtp.PruningPlan.load(file)
 
 
@@ -132,7 +132,7 @@ def test_foreign_file_is_refused(tmp_path, content):
 def test_missing_file_and_folder_are_refused(tmp_path):
     with pytest.raises(vtp.FileError, match=r"cannot read .*none\.json: No such file"):
         vtp.PruningPlan.load(tmp_path / "none.json")
-    with pytest.raises(vtp.FileError, match=r"cannot read .*: Is a directory"):
+    with pytest.raises(vtp.FileError, match="is a folder, expected a pruning plan"):
         vtp.PruningPlan.load(tmp_path)
 
 

@@ -10,8 +10,8 @@ import torch
 import vtp
 from tests.support.models import TINY, build, gated, image
 from tests.vtp.pruning.test_latency_table import made_up
+from vtp.choices import SCOPES
 from vtp.pruning.plan import PlanError, PruningPlan
-from vtp.pruning.scores import SCOPES
 
 DEEP = dataclasses.replace(TINY, depth=3)
 PARTS = {
@@ -78,7 +78,7 @@ def test_a_budget_that_protection_forbids_is_refused_with_the_least_possible(mod
     options = {"scope": scope, "protect": ["attn"], "min_keep": 0, **settings}
     with pytest.raises(PlanError, match="all is removed but min_keep and protected parts") as refused:
         vtp.make_plan(model, macs=1.0, **options)
-    least = int(re.search(r"met: ([\d,]+) macs remain", str(refused.value))[1].replace(",", ""))
+    least = int(re.search(r"met: ([\d,]+) MACs remain", str(refused.value))[1].replace(",", ""))
     plan = vtp.make_plan(model, macs=least, **options)
     assert plan.cost.macs == least
     with pytest.raises(PlanError, match="all is removed but min_keep and protected parts"):

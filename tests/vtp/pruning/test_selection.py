@@ -11,7 +11,7 @@ import torch
 
 import vtp
 from tests.support.models import TINY, build, gated, prepared
-from vtp.pruning.scores import SCOPES
+from vtp.choices import SCOPES
 from vtp.zoo import fashion_deit_architecture
 
 DEIT_TINY = dataclasses.replace(
@@ -231,11 +231,11 @@ def test_budget_above_the_dense_cost_removes_nothing(tiny):
 
 
 def test_budget_below_the_least_possible_names_the_least_possible(tiny):
-    with pytest.raises(vtp.PlanError, match=r"macs: 1 cannot be met: ([\d,]+) macs remain") as refusal:
+    with pytest.raises(vtp.PlanError, match=r"macs: 1 cannot be met: ([\d,]+) MACs remain") as refusal:
         vtp.make_plan(tiny, macs=1)
     least = int(str(refusal.value).split("met: ")[1].split(" ")[0].replace(",", ""))
     assert vtp.make_plan(tiny, macs=least).cost.macs == least
-    with pytest.raises(vtp.PlanError, match=f"{least:,} macs"):
+    with pytest.raises(vtp.PlanError, match=f"{least:,} MACs"):
         vtp.make_plan(tiny, macs=least - 1)
 
 

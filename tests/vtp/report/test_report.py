@@ -423,7 +423,7 @@ def test_values_that_are_not_finite_are_left_out_and_counted(run):
     assert "2 of 10 rates have no finite result" in text
     assert "“dense”: test_loss is missing or not finite in 2 of 2 epochs" in text
     assert "“finetune”: test_top1 is missing or not finite in 2 of 2 epochs" in text
-    assert "1 gates are not finite" in text
+    assert "1 gate is not finite" in text
 
 
 def test_one_rate_and_no_known_dense_model_are_drawn(run):

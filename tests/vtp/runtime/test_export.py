@@ -295,8 +295,8 @@ def test_a_file_that_computes_something_else_never_has_its_name(tmp_path, monkey
         raise RuntimeError("no such operator\nand more")
 
     for broken, message in (
-        (wrong, r"torch.export computes something else, with 1 images in float32: relative error 0\.0"),
-        (for_two_images, "torch.export cannot run with 1 images it"),
+        (wrong, r"torch.export computes something else, with 1 image in float32: relative error 0\.0"),
+        (for_two_images, "torch.export cannot run with 1 image it"),
         (failing, r"torch.export cannot convert it \(RuntimeError: no such operator\); nothing was written"),
     ):
         monkeypatch.setattr(pt2, "exported", broken)

@@ -521,11 +521,11 @@ def test_file_that_is_no_image_is_named(image_folder: Path) -> None:
         (lambda raw: b"no gzip at all", "corrupt"),
         (
             lambda raw: gzip.compress(gzip.decompress(raw)[:-1], compresslevel=1),
-            "got 7840015 bytes, expected 7840016",
+            "got 7,840,015 bytes, expected 7,840,016",
         ),
         (
             lambda raw: gzip.compress(gzip.decompress(raw) + b"\0", compresslevel=1),
-            "got 7840017 bytes, expected 7840016",
+            "got 7,840,017 bytes, expected 7,840,016",
         ),
         (lambda raw: gzip.compress(b"\x00\x00\x0d\x03" + bytes(12)), "not an idx file of unsigned bytes"),
         (lambda raw: gzip.compress(b"\x00\x00\x08\x03\x00"), "truncated or corrupt"),

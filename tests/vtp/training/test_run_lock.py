@@ -101,7 +101,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, code):
 
 
 def test_without_fcntl_as_on_windows_the_commands_still_import():
-    code = "import sys\nsys.modules['fcntl'] = None\nimport vtp.cli\n"
+    code = "import sys\nsys.modules['fcntl'] = None\nimport vtp.commands\n"
     code += "from vtp.training.run_lock import fcntl\nassert fcntl is None"
     assert python(code).returncode == 0
 

@@ -24,6 +24,7 @@ from vtp.files import FileError, refuse_unwritable, write_atomic
 from vtp.pruning.gates import GatedLinear
 from vtp.runtime.accuracy import CEILINGS, relative_error
 from vtp.runtime.optimize import OptimizedViT
+from vtp.words import counted
 
 BATCHES = (1, 5)  # that a file is checked at; it was traced with another
 TRACED = 2  # images in the batch that a model is traced with: a size of 1 would become a constant
@@ -184,12 +185,15 @@ def _check(target: Target, file: Path, model: nn.Module, converted: nn.Module, i
     run = _in_words(target, "load", lambda: target.load(file))
     worst = 0.0
     for batch in BATCHES:
-        got = _in_words(target, f"run with {batch} images", lambda n=batch: run(images[:n].to(dtype)))
+        got = _in_words(
+            target, f"run with {counted(batch, 'image')}", lambda n=batch: run(images[:n].to(dtype))
+        )
         error = relative_error(got, exact[:batch])
         if not (math.isfinite(error) and error <= bound):
             raise ExportError(
-                f"model: {target.runtime} computes something else, with {batch} images in {_name(dtype)}: "
-                f"relative error {error:.2g}, at most {bound:.2g} expected; nothing was written"
+                f"model: {target.runtime} computes something else, with {counted(batch, 'image')} in "
+                f"{_name(dtype)}: relative error {error:.2g}, at most {bound:.2g} expected; nothing was "
+                "written"
             )
         worst = max(worst, error)
     return worst

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtp.choices import OPSET, OPSETS
 from vtp.model.images import IMAGE_FIELDS, described
 from vtp.runtime.export.checked import (
     TRACED,
@@ -23,8 +24,6 @@ from vtp.runtime.export.checked import (
 CONVERTER = ("onnx", "onnxscript")  # that PyTorch's exporter needs
 MOST_BYTES = 2**31  # of a protocol buffer, which an ONNX file is
 # The first whose operators include Attention: one node, that runtimes need not piece together again.
-OPSET = 23
-OPSETS = range(18, 24)  # from the first that PyTorch's exporter writes
 
 
 def load(path: Path) -> Run:
