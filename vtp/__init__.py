@@ -15,12 +15,13 @@ __version__ = "0.1.0"
 
 
 def _is_command_line() -> bool:
-    """Whether this is the beginning of `vtp ...` or `python -m vtp.cli ...`, which has another look at what
-    was typed before it takes the seconds that PyTorch needs."""
+    """Whether this is the beginning of `vtp ...`, which pip puts beside Python, or `python -m vtp.cli ...`:
+    they have another look at what was typed before they take the seconds that PyTorch needs."""
     program = (sys.argv or [""])[0]
     if program == "-m":  # while Python looks for the module that it is to run
         return ("-m", "vtp.cli") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
-    return os.path.basename(program) in ("vtp", "vtp.exe")
+    folder, name = os.path.split(os.path.abspath(program))
+    return name in ("vtp", "vtp.exe") and folder == os.path.dirname(sys.executable)
 
 
 if not _is_command_line():

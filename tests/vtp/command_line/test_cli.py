@@ -44,7 +44,8 @@ def test_exit_status_and_last_line_say_why_a_run_ended(monkeypatch, tmp_path, ca
 
 ROOT = Path(__file__).parents[3]
 # As the script that pip makes of the entry point.
-SCRIPT = "import sys; sys.argv[0] = '/usr/bin/vtp'; from vtp.cli import main; sys.exit(main())"
+PROGRAM = str(Path(sys.executable).parent / "vtp")
+SCRIPT = f"import sys; sys.argv[0] = {PROGRAM!r}; from vtp.cli import main; sys.exit(main())"
 
 
 def started(*arguments, first_path=None):
@@ -110,6 +111,7 @@ def test_import_vtp_gives_every_public_name():
     [
         (["-m", "eval"], ["-u", "-m", "vtp.cli", "eval"], True),
         (["/usr/bin/vtp", "eval"], ["python", "/usr/bin/vtp", "eval"], True),
+        (["/home/me/vtp", "eval"], ["python", "/home/me/vtp", "eval"], False),  # somebody's own
         (["-m"], ["-m", "pytest", "-m", "vtp"], False),
         (["-m"], ["-um", "vtp.cli"], False),  # which is right, and slow
         (["train.py", "-m", "vtp.cli"], ["train.py", "-m", "vtp.cli"], False),
@@ -122,4 +124,5 @@ def test_import_vtp_gives_every_public_name():
 def test_only_the_command_line_begins_without_the_public_names(monkeypatch, argv, python, expected):
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python", *python])
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python")
     assert vtp._is_command_line() == expected
