@@ -36,7 +36,7 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(trylast=True)  # once fixtures are torn down
 def pytest_runtest_teardown(item, nextitem):
-    """So does what the tests of a module leave: imports and caches. Whoever measures memory collects garbage."""
+    """So does what the tests of a module leave, imports and caches: measuring memory collects garbage."""
     if nextitem is None or nextitem.path != item.path:
         gc.collect()
         gc.freeze()
