@@ -16,6 +16,11 @@ INSTALL := $(BIN)/python tools/install.py  # pip install, which says what it is 
 # that made training 17 times slower. Sleeping at once would slow small models on an idle machine; this is between.
 export GOMP_SPINCOUNT ?= 10000
 
+# Without the plugins of packages that other packages bring or that only bench/ops uses: each costs every test a
+# little. Bytecode is written, also where an image's environment says not to: tests start processes that import the
+# package again.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n auto --dist worksteal -p no:anyio -p no:benchmark
+
 .PHONY: demo demo-sparse test test-all lint bench accuracy gpu baseline clean
 
 demo: $(VENV)/built
@@ -29,11 +34,11 @@ demo-sparse: $(VENV)/built
 # Two workers where there is memory for two. The quick lane has every op, proof, module and promise, and of products
 # of shapes, dtypes and paths a covering array (tests/support/covering.py).
 test: $(VENV)/installed-dev $(VENV)/built
-	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not thorough" $(ARGS)
+	$(PYTEST) -m "not thorough" $(ARGS)
 
 # Everything; for changes to kernels, to the CPU engine, or to what the tests share.
 test-all: $(VENV)/installed-dev $(VENV)/built
-	$(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -64,17 +69,23 @@ baseline: $(VENV)/installed
 	$(BIN)/vtp train dense --from-scratch --data $(FASHION_MNIST) --out runs/baseline --resume
 	cp runs/baseline/dense.safetensors vtp/baselines/fashion_deit.safetensors
 
-# Without the C++ operators at first: building them takes PyTorch's headers from the environment.
-$(VENV)/installed: pyproject.toml setup.py tools/build_backend.py
+$(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
+
+# Without the C++ operators at first: building them takes PyTorch's headers from the environment.
+$(VENV)/installed: $(VENV)/pyvenv.cfg pyproject.toml setup.py tools/build_backend.py
 	@echo "installing (PyTorch is several gigabytes; this is the longest step of a first run)"
 	@VTP_BUILD_CPP=0 $(INSTALL) --editable .
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
-	@echo "installing what tests and lint need"
+# At once with what everybody needs: pip looks through all of it each time.
+$(VENV)/installed-dev: $(VENV)/pyvenv.cfg pyproject.toml setup.py tools/build_backend.py
+	@echo "installing, with what tests and lint need (PyTorch is several gigabytes; the longest step of a first run)"
 	@VTP_BUILD_CPP=0 $(INSTALL) --editable '.[dev]'
+	@test -e $(VENV)/installed || touch $(VENV)/installed
 	@touch $@
+
+.NOTPARALLEL: # the two install into one environment
 
 $(VENV)/installed-bench: $(VENV)/installed-dev
 	@echo "installing other runtimes to compare with"

@@ -34,6 +34,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.hookimpl(trylast=True)  # once fixtures are torn down
+def pytest_runtest_teardown(item, nextitem):
+    """So does what the tests of a module leave, imports and caches: measuring memory collects garbage."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def interpreter():
     """A worker process in which Triton kernels run without a GPU."""

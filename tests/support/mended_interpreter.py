@@ -29,6 +29,10 @@ def install() -> None:
     interpreter.interpreter_builder.__class__ = MendedBuilder
     # int32 arithmetic that overflows is an error in debug mode only, and addresses must be 64-bit.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)
+    interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = _refuse_overflow
+    interpreter._get_np_dtype = _one_of_each_scalar(interpreter._get_np_dtype)
+    tl.block_type.__init__ = _one_of_each_shape(tl.block_type.__init__)
+    tl.tensor.__init__ = _one_of_each_type(tl.tensor.__init__)
     interpreter._patch_lang_tensor = _reading_scalars(interpreter._patch_lang_tensor)
     interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
     GridExecutor.__call__ = _tracked_launch(GridExecutor.__call__)
@@ -164,6 +168,59 @@ for _name, _function in list(vars(InterpreterBuilder).items()):
         setattr(MendedBuilder, _name, _refuse)
     elif _operation != _name and _operation not in _MOVES and _name not in vars(MendedBuilder):
         setattr(MendedBuilder, _name, _refusing_bfloat16(_operation, _function))
+
+
+def _refuse_overflow(lhs: tl.tensor, rhs: tl.tensor, binary_op: Callable) -> None:
+    """What Triton interprets a dozen operations for, a third of the time of a launch."""
+    dtype, name = lhs.type.scalar, binary_op.__name__
+    if dtype.int_bitwidth < 64:
+        operation = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name]
+        exact = operation(lhs.handle.data, rhs.handle.data, dtype=np.int64)
+        assert dtype.get_int_min_value() <= exact.min() and exact.max() <= dtype.get_int_max_value(), (
+            f"int{dtype.int_bitwidth} overflow detected for operation {name}"
+        )
+
+
+def _one_of_each_scalar(np_dtype_of: Callable) -> Callable:
+    """It would fill a table at each call, hundreds of times in a program."""
+    known: dict[str, np.dtype] = {}
+
+    def wrapper(dtype):
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = np_dtype_of(dtype)
+        return known[name]
+
+    return wrapper
+
+
+def _one_of_each_shape(init: Callable) -> Callable:
+    """Triton makes several types for each operation, and changes none: those that are equal are copies."""
+    known: dict[tuple, dict[str, Any]] = {}
+
+    def wrapper(self, element_ty, shape):
+        key = (element_ty.name, *shape)
+        if key not in known:
+            init(self, element_ty, shape)
+            known[key] = vars(self).copy()
+        else:
+            vars(self).update(known[key])
+
+    return wrapper
+
+
+def _one_of_each_type(init: Callable) -> Callable:
+    """What a value says of its type, which is all but its handle, is the same for all of a type."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def wrapper(self, handle, type):
+        if type.name not in known:
+            init(self, handle, type)
+            known[type.name] = vars(self).copy()
+        else:
+            vars(self).update(known[type.name], handle=handle, type=type)
+
+    return wrapper
 
 
 def _reading_scalars(patch: Callable) -> Callable:

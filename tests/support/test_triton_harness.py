@@ -259,6 +259,39 @@ def test_overflow_check_catches_32_bit_addresses(interpreter):
         interpreter.run(copy_with_long_stride, [("BLOCK_M)).to(tl.int64)[:", "BLOCK_M))[:")])
 
 
+def compare_overflow_checks():
+    """The check that stands for Triton's says what Triton's does: how often they refuse something."""
+    from triton.language import core as tl
+    from triton.runtime.interpreter import TensorHandle, interpreter_semantic
+
+    def complaint(check, *arguments):
+        try:
+            check(*arguments)
+        except AssertionError as error:
+            return str(error)
+
+    mended = interpreter_semantic.binary_op_sanitize_overflow_impl
+    of_triton = functools.partial(
+        type(interpreter_semantic).binary_op_sanitize_overflow_impl, interpreter_semantic
+    )
+    refused = 0
+    for name in ("int8", "int16", "int32", "uint32", "int64"):
+        dtype = getattr(tl, name)
+        low, high = dtype.get_int_min_value(), dtype.get_int_max_value()
+        for pair in itertools.product((low, low + 1, 0, 1, 2, high // 2, high - 1, high), repeat=2):
+            operands = [TensorHandle(np.array([0, value], name), dtype) for value in pair]
+            operands = [tl.tensor(operand, tl.block_type(dtype, [2])) for operand in operands]
+            for operation in (interpreter_semantic.add, interpreter_semantic.sub, interpreter_semantic.mul):
+                expected = complaint(of_triton, *operands, operation)
+                assert complaint(mended, *operands, operation) == expected, (name, operation, pair)
+                refused += expected is not None
+    return refused
+
+
+def test_overflow_check_refuses_what_that_of_triton_does(interpreter):
+    assert interpreter.run(compare_overflow_checks) > 100
+
+
 # -- Descriptors from the host ------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -626,41 +626,71 @@ def _refuse_other_mlp(where: str, mlp: nn.Module) -> None:
         raise UnsupportedModelError(f"{where}: its last half is the gate, expected the first, as in SwiGLU")
 
 
-def _check_rebuilds(model: VisionTransformer | Eva, architecture: Architecture) -> None:
-    """Refuse a model that the description does not reproduce: modules, settings, tensor shapes."""
-    rebuilt = architecture.build("meta", weight_init="skip")
+@dataclasses.dataclass(frozen=True)
+class _Rebuilt:
+    """What a model that a description reproduces has.
+
+    settings: of its parts, by owner and name. rope: those of its rotary embedding. lines: what it prints.
+    shapes: of its tensors, by name.
+    """
+
+    settings: dict[tuple[str, str], Any]
+    rope: dict[str, Any]
+    lines: list[str]
+    shapes: dict[str, torch.Size]
+
+
+@lru_cache(maxsize=32)  # making gates, a plan and a cut describe one model a dozen times
+def _rebuilt(architecture: Architecture, kinds: tuple[tuple[str, type], ...], printed: str) -> _Rebuilt:
+    """Of the model that `architecture` describes, with layers of these classes at its sites.
+
+    printed: the description as text, for the cache: 0 and 0.0 are equal, and a model prints them.
+    """
+    rebuilt, kind_of = architecture.build("meta", weight_init="skip"), dict(kinds)
     with on_meta():
-        replace_sites(
-            rebuilt, lambda name, linear: type(model.get_submodule(name))(**_linear_arguments(linear))
-        )
+        replace_sites(rebuilt, lambda name, linear: kind_of[name](**_linear_arguments(linear)))
     is_eva = architecture.eva is not None
     of_attention = _ROTARY_ATTENTION_SETTINGS if is_eva else _ATTENTION_SETTINGS
     attentions = [(f"blocks.{i}.attn", of_attention) for i in range(architecture.depth)]
     of_model = _EVA_SETTINGS if is_eva else _MODEL_SETTINGS
-    for owner, settings in (("", of_model), ("patch_embed", _PATCH_SETTINGS), *attentions):
-        for setting in settings:
-            got = getattr(model.get_submodule(owner), setting)
-            expected = getattr(rebuilt.get_submodule(owner), setting)
-            if got != expected:
-                where = f"{owner}.{setting}".lstrip(".")
-                raise UnsupportedModelError(f"{where}: {got!r} is not supported here, expected {expected!r}")
-    if is_eva and rotary_settings(model.rope) != rotary_settings(rebuilt.rope):
-        differ = dict(rotary_settings(model.rope).items() - rotary_settings(rebuilt.rope).items())
+    return _Rebuilt(
+        settings={
+            (owner, setting): getattr(rebuilt.get_submodule(owner), setting)
+            for owner, settings in (("", of_model), ("patch_embed", _PATCH_SETTINGS), *attentions)
+            for setting in settings
+        },
+        rope=rotary_settings(rebuilt.rope) if is_eva else {},
+        lines=repr(rebuilt).splitlines(),
+        shapes={name: tensor.shape for name, tensor in rebuilt.state_dict().items()},
+    )
+
+
+def _check_rebuilds(model: VisionTransformer | Eva, architecture: Architecture) -> None:
+    """Refuse a model that the description does not reproduce: modules, settings, tensor shapes."""
+    sites = [f"blocks.{i}.{site}" for i in range(architecture.depth) for site in SITES]
+    kinds = tuple((name, type(model.get_submodule(name))) for name in sites)
+    rebuilt = _rebuilt(architecture, kinds, repr(architecture))
+    for (owner, setting), expected in rebuilt.settings.items():
+        got = getattr(model.get_submodule(owner), setting)
+        if got != expected:
+            where = f"{owner}.{setting}".lstrip(".")
+            raise UnsupportedModelError(f"{where}: {got!r} is not supported here, expected {expected!r}")
+    if architecture.eva is not None and rotary_settings(model.rope) != rebuilt.rope:
+        differ = dict(rotary_settings(model.rope).items() - rebuilt.rope.items())
         raise UnsupportedModelError(f"rope: settings {differ} are not supported here")
-    got_lines, expected_lines = repr(model).splitlines(), repr(rebuilt).splitlines()
-    if got_lines != expected_lines:
+    got_lines = repr(model).splitlines()
+    if got_lines != rebuilt.lines:
         difference = [
             line
-            for line in difflib.unified_diff(expected_lines, got_lines, n=0, lineterm="")
+            for line in difflib.unified_diff(rebuilt.lines, got_lines, n=0, lineterm="")
             if not line.startswith(("---", "+++", "@@"))
         ]
         raise UnsupportedModelError(
             "model: it has parts that are not supported: " + " | ".join(difference[:6])
         )
     got_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    expected_shapes = {name: tensor.shape for name, tensor in rebuilt.state_dict().items()}
-    if got_shapes != expected_shapes:
-        odd = sorted(dict(got_shapes.items() ^ expected_shapes.items()))
+    if got_shapes != rebuilt.shapes:
+        odd = sorted(dict(got_shapes.items() ^ rebuilt.shapes.items()))
         raise UnsupportedModelError(f"model: tensors {odd[:4]} have unexpected names or shapes")
 
 

@@ -14,7 +14,7 @@ from vtp.comparison import own_model
 
 
 def bench(*arguments):
-    return run("bench", *arguments, "--rounds", 3, "--seconds", 1, "--threads", 1)
+    return run("bench", *arguments, "--rounds", 3, "--seconds", 0.1, "--threads", 1)
 
 
 @pytest.mark.parametrize(

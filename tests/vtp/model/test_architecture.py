@@ -1,5 +1,6 @@
 """vtp.model.architecture: a model that computes more than its modules say is refused by name, everywhere."""
 
+import dataclasses
 import types
 import warnings
 
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import vtp
 from tests.support.models import FAMILIES, TINY, build, gated, image
-from vtp.model.architecture import UnsupportedModelError, on_meta
+from vtp.model.architecture import UnsupportedModelError, describe, on_meta
 
 
 class Adapted(nn.Module):
@@ -259,3 +260,13 @@ def test_initial_values_are_made_again_after_an_error():
         raise RuntimeError("as it was")
     weight = nn.Linear(300, 200).weight
     assert not weight.is_meta and 0 < weight.abs().max() <= 300**-0.5
+
+
+def test_a_model_is_compared_with_one_of_its_own_arguments_whatever_was_described_before():
+    """Equal numbers of two types are printed otherwise, and what models print is compared."""
+    for rate in (0.5, 1, 1.0, 1):
+        model = build(dataclasses.replace(TINY, proj_drop_rate=rate))
+        assert repr(describe(model).proj_drop_rate) == repr(rate)
+    model.blocks[1].mlp.act = nn.Tanh()
+    with pytest.raises(UnsupportedModelError, match="Tanh"):
+        describe(model)
