@@ -124,7 +124,7 @@ def test_a_model_of_timms_that_does_not_name_its_classes_is_imagenets_if_the_dat
     assert class_names(model) == tuple(ImageNetInfo().label_names())
     other = timm.create_model("deit_tiny_patch16_224", img_size=16, depth=1, embed_dim=12, num_heads=3)
     pets = open_data(write_classes(tmp_path / "pets", {"cat": 1, "dog": 2}))
-    with pytest.raises(DataError, match="the head has 1000 outputs, but"):
+    with pytest.raises(DataError, match="the head has 1,000 outputs, but"):
         fit_data(pets, other, subset=True)
 
 
