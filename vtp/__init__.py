@@ -20,8 +20,9 @@ def _is_command_line() -> bool:
     program = (sys.argv or [""])[0]
     if program == "-m":  # while Python looks for the module that it is to run
         return ("-m", "vtp.cli") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
-    folder, name = os.path.split(os.path.abspath(program))
-    return name in ("vtp", "vtp.exe") and folder == os.path.dirname(sys.executable)
+    beside = os.path.realpath(os.path.dirname(sys.executable))
+    folder, name = os.path.split(os.path.realpath(program))
+    return name in ("vtp", "vtp.exe") and folder == beside
 
 
 if not _is_command_line():

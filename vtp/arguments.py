@@ -467,7 +467,13 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
             raise ValueError(_other_stage(setting, stage, trained))
         if stage not in trained:  # so that one list of settings does for several commands
             warnings.warn(f"--set {setting}: without effect on the stage {trained[0]}", stacklevel=2)
-        if field == "distill_alpha" and value and options.command != "run" and options.teacher is None:
+        if (
+            stage in trained
+            and field == "distill_alpha"
+            and value
+            and options.command != "run"
+            and options.teacher is None
+        ):
             raise ValueError(f"{stage}.distill_alpha: got {value}, expected --teacher MODEL with it")
         changes[stage][field] = value
     stages = {stage: _changed(getattr(recipe, stage), stage, changes[stage]) for stage in STAGES}

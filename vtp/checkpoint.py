@@ -132,7 +132,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         FileError: as `load`, but for damage within the tensors.
     """
-    if not Path(path).exists():
+    if not Path(path).is_file():  # a pipe, say, would be waited for
+        refuse_other_kinds(path, *MODELS.values())
         raise FileError(f"path: no file {path}")
     try:
         with safe_open(path, framework="pt") as file:

@@ -7,16 +7,17 @@ version or an argument that is wrong. See `vtp/__init__.py` for the other half o
 import sys
 from collections.abc import Sequence
 
-from vtp.arguments import make_parser
-
 _INTERRUPTED = 130  # as a shell says of SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 training failed, 2 bad input, 128 + signal."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = make_parser().parse_args(arguments)
     try:
+        from vtp.arguments import make_parser
+
+        options = make_parser().parse_args(arguments)
+
         from vtp.execution import execute
     except KeyboardInterrupt:
         print("vtp: interrupted", file=sys.stderr)

@@ -407,9 +407,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 @_once
 def _bench(options: argparse.Namespace) -> None:
-    if options.json is not None:
-        with _naming("--json"):
-            refuse_unwritable(options.json)
+    _refuse_unwritable(options, "json")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.profile_widths:
@@ -488,8 +486,7 @@ def _export(options: argparse.Namespace) -> None:
     named = Path(options.model)
     default = named.with_suffix("") if named.is_file() else _bare_name(options.model)
     out = Path(options.out or f"{default}{target.suffix}")
-    with _naming("--out"):
-        refuse_unwritable(out)
+    _refuse_unwritable(argparse.Namespace(model=options.model, out=out), "out")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if kind_of(options.model) == GATED:
@@ -663,11 +660,21 @@ def _warn_again(told: Sequence[warnings.WarningMessage]) -> None:
 
 
 def _refuse_unwritable(options: argparse.Namespace, *names: str) -> None:
-    """Raise FileError, which names the option, where a file that is to be written cannot be."""
+    """Raise FileError, which names the option, where a file that is to be written cannot be, is written by
+    another option too, or is the model or its checkpoint, which would be lost."""
+    taken = {}
+    for name, shown in (("model", "MODEL"), ("checkpoint", "--checkpoint")):
+        file = getattr(options, name, None)
+        if file is not None and Path(file).is_file():
+            taken[Path(file).resolve()] = shown
     for name in names:
-        if (file := getattr(options, name)) is not None:
-            with _naming(f"--{name}"):
-                refuse_unwritable(file)
+        if (file := getattr(options, name)) is None:
+            continue
+        with _naming(f"--{name}"):
+            refuse_unwritable(file)
+        other = taken.setdefault(Path(file).resolve(), f"--{name}")
+        if other != f"--{name}":
+            raise FileError(f"--{name}: {file} is {other} too, expected a file of its own")
 
 
 @contextlib.contextmanager

@@ -28,8 +28,8 @@ def execute(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         options: what the parser has made of `arguments`.
         arguments: the command line, for messages that name what was typed.
     """
-    join_tasks()
     try:
+        join_tasks()
         with warnings.catch_warnings(), raised_signals():
             warnings.showwarning = functools.partial(_show_warning, warnings.showwarning, arguments, set())
             COMMANDS[options.command](options)
@@ -66,6 +66,9 @@ def _said_of(error: BaseException, arguments: Sequence[str], resumable: bool) ->
         hint = "; a run continues with --resume" if resumable else ""
         by = f" by {number.name}" if isinstance(error, Terminated) else ""
         return _Said(f"interrupted{by}{hint}", 128 + number)
+    if isinstance(error, RuntimeError) and "is killed by signal" in str(error):  # what PyTorch's loader says
+        hint = "; continue with --resume" if resumable else ""
+        return _Said(f"error: {str(error).strip()} Where memory is short, give fewer --workers{hint}", 1)
     if isinstance(error, (ValueError, OSError)):
         return _Said(f"error: {as_typed(str(error), arguments)}", 2)
     return None

@@ -60,9 +60,9 @@ def refuse_unwritable(path: str | Path) -> None:
 
 def _temporary(path: Path) -> Path:
     """An empty file in the folder of `path`."""
-    if path.is_dir():
-        raise FileError(f"path: {path} is a folder, expected a file name")
     try:
+        if path.is_dir():
+            raise FileError(f"path: {path} is a folder, expected a file name")
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     except OSError as error:
         raise FileError(f"path: cannot write into {path.parent}: {error.strerror}") from error

@@ -44,7 +44,7 @@ TRAINING = Kind(
 )
 PLAN = Kind(
     "a pruning plan",
-    "`vtp inspect FILE` shows it, and vtp.compact(model, vtp.PruningPlan.load(FILE)) cuts by it",
+    "`vtp inspect FILE` shows it, and vtp.compact(model, vtp.PruningPlan.load('FILE')) cuts by it",
 )
 LATENCY_TABLE = Kind(
     "a table of latencies", "`vtp prune MODEL --latency-ms MS` finds it where it was written"
@@ -62,7 +62,9 @@ EMPTY = Kind("an empty file, damaged or cut off", "")
 _IN_METADATA = {"vtp_statistics": STATISTICS, "vtp-training-state": TRAINING}
 _IN_JSON = {"plan_version": PLAN, "latency_table_version": LATENCY_TABLE}
 _EXPORTED = (".onnx", ".pt2", ".xml", ".pte")
-_OF_PYTORCH = (".pth", ".pt", ".tar", ".ckpt", ".bin")  # in the format of before it was a zip file
+_OF_PYTORCH = (".pth", ".pt", ".tar", ".ckpt", ".bin")  # also in the format of before it was a zip file
+_PICKLED = b"\x80"  # how that begins
+_LARGEST_JSON = 100_000_000  # bytes: a plan of the largest model has a hundredth
 
 
 def kind_of(path: str | Path) -> Kind | None:
@@ -82,7 +84,7 @@ def kind_of(path: str | Path) -> Kind | None:
             return kind
     if path.suffix in _EXPORTED:
         return EXPORTED
-    return WEIGHTS if path.suffix in _OF_PYTORCH or _is_saved_by_pytorch(path) else None
+    return WEIGHTS if _is_saved_by_pytorch(path) else None
 
 
 def other_kind(path: str | Path, *expected: Kind) -> str | None:
@@ -107,7 +109,7 @@ def _of_safetensors(path: Path) -> Kind | None:
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, MemoryError):
         return None
     if "vtp" in metadata:
         try:
@@ -119,7 +121,7 @@ def _of_safetensors(path: Path) -> Kind | None:
 
 def _of_json(path: Path) -> Kind | None:
     with open(path, "rb") as file:
-        if file.read(1) != b"{":
+        if file.read(1) != b"{" or path.stat().st_size > _LARGEST_JSON:
             return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -138,6 +140,9 @@ def _of_image(path: Path) -> Kind | None:
 
 def _is_saved_by_pytorch(path: Path) -> bool:
     try:
+        with open(path, "rb") as file:
+            if file.read(1) == _PICKLED and path.suffix in _OF_PYTORCH:
+                return True
         with zipfile.ZipFile(path) as file:
             return any(name.endswith("/data.pkl") for name in file.namelist())
     except (OSError, zipfile.BadZipFile):

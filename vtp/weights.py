@@ -41,7 +41,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FileError: there is no such file, it is damaged, would have to be executed, or holds something else.
     """
-    if not Path(path).exists():
+    if not Path(path).is_file() and not Path(path).is_dir():  # a pipe, say, would be waited for
         raise FileError(f"checkpoint: no file {path}")
     if kind_of(path) in MODELS.values():
         raise FileError(

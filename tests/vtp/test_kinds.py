@@ -1,5 +1,6 @@
 """vtp.kinds: what a file is, and what every reader says of a file that is for another one."""
 
+import os
 import re
 import shutil
 
@@ -112,3 +113,17 @@ def test_what_is_not_known_is_left_to_the_reader(tmp_path):
     for name in ("notes.txt", "other.json", "cut.json", "cut.safetensors", "missing"):
         assert kind_of(tmp_path / name) is None
         assert other_kind(tmp_path / name, kinds.PLAN) is None
+
+
+def test_what_no_file_of_ours_is_like_is_told_at_once(tmp_path):
+    (tmp_path / "noise.bin").write_bytes(bytes(range(3, 250)))
+    (tmp_path / "large.json").write_bytes(b"{")
+    os.truncate(tmp_path / "large.json", 2**40)  # without a byte on the disk, and more than fits in memory
+    assert [kind_of(tmp_path / name) for name in ("noise.bin", "large.json")] == [None, None]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("load", "statistics", "weights", "model", "teacher"):
+        with pytest.raises(ValueError, match=r"no .*file .*pipe|pipe.* is no"):
+            READERS[name][0](tmp_path / "pipe")

@@ -108,6 +108,8 @@ class Statistics:
     @classmethod
     def load(cls, path: str | Path) -> "Statistics":
         """Read what `save` wrote. Raises FileError with the reason."""
+        if not Path(path).is_file() and not Path(path).is_dir():  # a pipe, say, would be waited for
+            raise FileError(f"path: no file {path}")
         try:
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}

@@ -9,6 +9,9 @@ from vtp.training.ranks import WORLD_SIZES
 
 # Ports above those that Linux gives to clients; as for jobs that share a machine, each step has its own.
 FIRST_PORT, PORTS = 61000, 4500
+_OF_A_STEP = [
+    f"SLURM_{name}" for name in ("JOB_ID", "STEP_ID", "PROCID", "LOCALID", "GTIDS", "STEP_NODELIST")
+]
 
 
 def join_tasks() -> None:
@@ -17,10 +20,19 @@ def join_tasks() -> None:
 
     Nothing is set where these are no ranks: in processes of another launcher under srun, whose number is
     another one, with WORLD_SIZE=1, and in the script of sbatch, which is in no step.
+
+    Raises:
+        ValueError: srun has not said all that ranks are told.
     """
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks == "1" or any(os.environ.get(name, tasks) != tasks for name in WORLD_SIZES):
         return
+    missing = [name for name in _OF_A_STEP if not os.environ.get(name)]
+    if missing or not tasks.isdecimal():
+        what = f"no {', '.join(missing)}" if missing else "no number"
+        raise ValueError(
+            f"SLURM_STEP_NUM_TASKS: got {tasks!r} and {what}; WORLD_SIZE=1 makes a run of its own"
+        )
     job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
     for name, value in {
         "RANK": os.environ["SLURM_PROCID"],

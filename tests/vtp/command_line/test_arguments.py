@@ -131,10 +131,11 @@ def test_a_setting_of_a_stage_that_a_run_has_not_is_refused_with_those_that_it_h
     refused(said, *arguments.split(), "--out", tmp_path / "run")
 
 
+@pytest.mark.parametrize("setting", ["dense.epochs=9", "dense.distill_alpha=0.4"])
 @pytest.mark.parametrize(("command", "stage"), [("train sparse", "sparse"), ("finetune a", "finetune")])
-def test_a_setting_of_another_stage_is_said_to_be_without_effect(command, stage):
-    options = make_parser().parse_args([*command.split(), "--out", "x", "--set", "dense.epochs=9"])
-    with pytest.warns(UserWarning, match=rf"^--set dense\.epochs=9: without effect on the stage {stage}$"):
+def test_a_setting_of_another_stage_is_said_to_be_without_effect(command, stage, setting):
+    options = make_parser().parse_args([*command.split(), "--out", "x", "--set", setting])
+    with pytest.warns(UserWarning, match=rf"^--set {setting}: without effect on the stage {stage}$"):
         recipe_of(options)
 
 

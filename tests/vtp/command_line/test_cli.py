@@ -30,8 +30,14 @@ from vtp.training.loop import TrainingInterrupted
         (KeyboardInterrupt(), 130, "vtp: interrupted; a run continues with --resume"),
         (NonFiniteLossError("the loss is nan"), 1, "vtp: error: the loss is nan"),
         (FileError("no such file"), 2, "vtp: error: no such file"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            1,
+            "vtp: error: DataLoader worker (pid 7) is killed by signal: Killed. Where memory is short, give "
+            "fewer --workers; continue with --resume",
+        ),
     ],
-    ids=["sigterm", "sigint", "ctrl-c", "not-finite", "bad-input"],
+    ids=["sigterm", "sigint", "ctrl-c", "not-finite", "bad-input", "killed-worker"],
 )
 def test_exit_status_and_last_line_say_why_a_run_ended(monkeypatch, tmp_path, capsys, error, status, says):
     def end(*_, **__):

@@ -186,7 +186,8 @@ def test_prune_refits_a_gated_model_cut_by_its_gates(files, tmp_path):
         (["--calibrate", "fashion-mnist-10k"], "10 classes.*--no-eval looks at no labels"),
         (["--out", "/proc/small.safetensors"], "--out: cannot write into /proc"),
         (["--plan", "/proc/plan.json"], "--plan: cannot write into /proc"),
-        (["--statistics", "/none/such/file"], "--statistics: cannot write into /none/such"),
+        (["--statistics", "/proc/none/file"], "--statistics: cannot write into /proc/none"),
+        (["--plan", "9" * 300], "--plan: cannot write into .*: File name too long"),
     ],
     ids=" ".join,
 )
@@ -197,6 +198,29 @@ def test_prune_on_images_refuses_what_cannot_be_before_it_calibrates(
     usual = ["--calibrate", files / "images", "--out", tmp_path / "small.safetensors"]
     refused(message, "prune", files / "dense.safetensors", *usual, *options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plan", "{out}"], "--plan: .* is --out too, expected a file of its own"),
+        (["--plan", "{folder}/../{name}/small.safetensors"], "--plan: .* is --out too"),
+        (["--statistics", "{out}"], "--statistics: .* is --out too"),
+        (["--out", "{model}"], "--out: .* is MODEL too"),
+    ],
+    ids=str,
+)
+def test_a_file_is_not_written_twice_nor_over_the_model(
+    files, tmp_path, refused, monkeypatch, options, message
+):
+    monkeypatch.setattr(commands, "calibrate", None)
+    model, out = files / "dense.safetensors", tmp_path / "small.safetensors"
+    names = dict(out=out, folder=tmp_path, name=tmp_path.name, model=model)
+    written = [option.format(**names) for option in options]
+    before = model.read_bytes()
+    refused(message, "prune", model, "--calibrate", files / "images", "--out", out, *written)
+    assert list(tmp_path.iterdir()) == []
+    assert model.read_bytes() == before
 
 
 def test_prune_cuts_a_compact_model_again(files, tmp_path, capsys):

@@ -73,6 +73,25 @@ def test_tasks_of_srun_are_ranks_of_one_run_unless_another_launcher_is_between(t
     assert told(TASK | more) == expected
 
 
+@pytest.mark.parametrize(
+    ("without", "tasks", "message"),
+    [
+        ("SLURM_STEP_ID", "2", "got '2' and no SLURM_STEP_ID; WORLD_SIZE=1 makes"),
+        ("SLURM_GTIDS", "2", "got '2' and no SLURM_GTIDS"),
+        ("", "two", "got 'two' and no number"),
+        ("", "", "got '' and no number"),
+    ],
+)
+def test_what_srun_has_not_said_is_named(monkeypatch, capsys, without, tasks, message):
+    for name in (*NAMES, *WORLD_SIZES):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (TASK | {"SLURM_STEP_NUM_TASKS": tasks}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(without, raising=False)
+    assert cli.main(["run", "--out", "unused"]) == 2
+    assert f"vtp: error: SLURM_STEP_NUM_TASKS: {message}" in capsys.readouterr().err
+
+
 def test_the_script_of_sbatch_is_no_rank_and_waits_for_none(told):
     assert told(SCRIPT) == {}
 
