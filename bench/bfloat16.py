@@ -126,10 +126,12 @@ def table(content: Record) -> Rows:
     rows = [["what", "threads", "found", "asked with AMX", "reached"]]
     for threads, found in content["threads"].items():
         for name, record in found["models"].items():
-            half, single, best = in_rounds(record, HALF), in_rounds(record, OURS), fastest(record, "bfloat16")
-            peer = None if best is None else in_rounds(record, best)
-            title = f"{name}: fastest other ({best or 'none'}) / ours in bfloat16"
-            rows.append(row(title, threads, median(peer, half), FASTER.get(name), ratio(peer, half)))
+            half, single = in_rounds(record, HALF), in_rounds(record, OURS)
+            for dtype, own, asked in (("bfloat16", half, FASTER.get(name)), ("float32", single, None)):
+                best = fastest(record, dtype)
+                peer = None if best is None else in_rounds(record, best)
+                title = f"{name}: fastest other ({best or 'none'}) / ours in {dtype}"
+                rows.append(row(title, threads, median(peer, own), asked, ratio(peer, own)))
             title = f"{name}: ours in float32 / in bfloat16"
             over = OVER_FLOAT32.get(name, 1.0)
             rows.append(row(title, threads, median(single, half), over, ratio(single, half)))

@@ -19,6 +19,7 @@ def results() -> dict:
         "ours, float32": timed("float32", 2.0, 2.0),
         "ours, bfloat16": timed("bfloat16", 1.0, 1.0),
         "OpenVINO, bfloat16": timed("bfloat16", 2.0, 2.0),
+        "OpenVINO, float32": timed("float32", 3.0, 3.0),
     }
     cuts = {
         "dense: ours, bfloat16": timed("bfloat16", 3.0, 3.0),
@@ -48,6 +49,9 @@ def test_the_table_sets_what_was_found_beside_what_is_asked():
     found = {row[0]: row[2:] for row in bfloat16.table(results())}
     assert found["tiny, batch 1: fastest other (OpenVINO, bfloat16) / ours in bfloat16"] == [
         "2.00x (2.00-2.00)", "1.5", "yes",
+    ]  # fmt: skip
+    assert found["tiny, batch 1: fastest other (OpenVINO, float32) / ours in float32"] == [
+        "1.50x (1.50-1.50)", "-", "-",
     ]  # fmt: skip
     assert found["tiny, batch 1: ours in float32 / in bfloat16"][1:] == ["1", "yes"]
     assert found["base, batch 1: ours in float32 / in bfloat16"][1:] == ["3", "no"]

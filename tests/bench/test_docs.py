@@ -15,6 +15,7 @@ import torch
 import vtp
 from bench import (
     backbones,
+    bfloat16,
     compact_accounting,
     compare,
     exported,
@@ -51,6 +52,7 @@ def test_every_row_of_figures_is_printed_by_a_command(page, commands, capsys):
         assert command.main(["--markdown"]) == 0
     if page == "speed-cpu":  # of another machine
         assert compare.main(["--markdown", "--out", str(compare.FOLDER / "compare-heads.json")]) == 0
+        assert bfloat16.main(["--markdown"]) == 0
     printed = rows(capsys.readouterr().out)
     text = (DOCS / f"{page}.md").read_text().partition("## Where the price is decided")[0]
     assert rows(text)
