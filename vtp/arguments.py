@@ -11,10 +11,11 @@ import dataclasses
 import difflib
 import json
 import re
+import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from vtp.choices import (
     CALIBRATION_IMAGES,
@@ -67,7 +68,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vtp", description="Prune a vision transformer, and actually run it faster."
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    version = sys.modules["vtp"].__version__  # not imported: the package is above this file
+    parser.add_argument("--version", action="version", version=f"vtp {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_train(commands)
@@ -79,19 +81,6 @@ def make_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_inspect(commands)
     return parser
-
-
-class _Version(argparse.Action):
-    """Say the version, which to look up takes longer than the parser does."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print(f"vtp {version('vtp')}")
-        except PackageNotFoundError:
-            print("vtp, from a source tree that is not installed")
-        parser.exit()
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -73,6 +73,7 @@ def launches(monkeypatch) -> list[bool]:
         for name, kernel in vars(importlib.import_module(f"vtp_kernels.{module}")).items():
             if name.endswith("_kernel"):  # nothing that this process has loaded already
                 monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
+    assert launching.unsound_assembler() is None  # asked before the first launch on such a GPU, as it chooses
     with (
         gpu(cache.TARGET),
         launching.recording("", cache.TARGET, launch),
